@@ -1,0 +1,43 @@
+"""Train LoRA adapters so that they can be merged (OSRM), and merge them (LoRE-Merging and the baselines)."""
+
+from importlib import import_module
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from osrm_peft.adapters import LoraAdapter, load_adapter
+    from osrm_peft.callback import OSRMCallback
+    from osrm_peft.config import OSRMLoraConfig
+    from osrm_peft.evaluation import evaluate_task
+    from osrm_peft.features import TaskFeatures, collect_features
+    from osrm_peft.initialization import initialize_osrm_weights
+    from osrm_peft.merging import MergedAdapter, merge_adapters
+    from osrm_peft.tasks import Task, list_tasks, load_task
+    from osrm_peft.training import train_task
+
+_HOMES = {
+    "LoraAdapter": "adapters",
+    "MergedAdapter": "merging",
+    "OSRMCallback": "callback",
+    "OSRMLoraConfig": "config",
+    "Task": "tasks",
+    "TaskFeatures": "features",
+    "collect_features": "features",
+    "evaluate_task": "evaluation",
+    "initialize_osrm_weights": "initialization",
+    "list_tasks": "tasks",
+    "load_adapter": "adapters",
+    "load_task": "tasks",
+    "merge_adapters": "merging",
+    "train_task": "training",
+}
+
+__version__ = version("osrm_peft")
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used: `osrm-peft --help` need not wait for torch."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'osrm_peft' has no attribute {name!r}")
+    return getattr(import_module(f"osrm_peft.{_HOMES[name]}"), name)
