@@ -1,0 +1,82 @@
+"""Scores: a model's predictions on a task, measured by the task's metric through `evaluate`."""
+
+from functools import cache
+from pathlib import Path
+
+import evaluate
+import numpy as np
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+from transformers import DataCollatorWithPadding
+
+from osrm_peft.tasks import METRICS, Task, tokenize
+
+
+def evaluate_task(
+    model: nn.Module,
+    task: Task,
+    tokenizer,
+    *,
+    batch_size: int = 64,
+    max_length: int = 128,
+    progress: bool = True,
+) -> float:
+    """Score of `model` on the task's validation rows.
+
+    Args:
+        model: takes the tokenizer's columns and returns `.logits` of shape (b, task.num_labels). It is put back into
+            the mode that it was in.
+
+    Returns:
+        The task's metric: accuracy in [0, 1]; Matthews, or the mean of Pearson and Spearman, in [−1, 1].
+
+    Raises:
+        ValueError: the head's width is not the task's.
+    """
+    rows = tokenize(task.validation, tokenizer, max_length)
+    bar = f"evaluate {task.name}" if progress else None
+    return score(task, predict(model, rows, tokenizer, batch_size=batch_size, progress=bar))
+
+
+def predict(model: nn.Module, rows: Dataset, tokenizer, *, batch_size: int = 64, progress: str | None = None) -> Tensor:
+    """(N, C) logits in the order of `rows`; batches hold rows of like length, so little padding is computed."""
+    order = np.argsort([-len(tokens) for tokens in rows["input_ids"]], kind="stable")
+    columns = [name for name in rows.column_names if name != "labels"]
+    loader = DataLoader(
+        rows.select_columns(columns).select(order),
+        batch_size=batch_size,
+        collate_fn=DataCollatorWithPadding(tokenizer),
+    )
+    device = next(model.parameters()).device
+    training = model.training
+    model.eval()
+    logits = []
+    try:
+        with torch.no_grad():
+            for batch in tqdm(loader, desc=progress, disable=progress is None, leave=False):
+                logits.append(model(**batch.to(device)).logits.float().cpu())
+    finally:
+        model.train(training)
+    return torch.cat(logits)[torch.from_numpy(np.argsort(order))]
+
+
+def score(task: Task, logits: Tensor) -> float:
+    """The task's metric of (N, C) logits against its validation labels."""
+    if logits.shape[1] != task.num_labels:
+        raise ValueError(
+            f"the model's head has {logits.shape[1]} outputs, task {task.name!r} needs {task.num_labels}: "
+            "load the adapter with this task's head"
+        )
+    predictions = logits[:, 0] if task.num_labels == 1 else logits.argmax(1)
+    references = task.validation["label"]
+    return float(_metric(task.metric).compute(predictions=predictions.tolist(), references=list(references))["score"])
+
+
+@cache
+def _metric(name: str) -> evaluate.EvaluationModule:
+    if name not in METRICS:
+        raise ValueError(f"unknown metric {name!r}: choose from {', '.join(METRICS)}")
+    return evaluate.load(str(Path(__file__).parent / "task_metric"), name)

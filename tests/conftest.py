@@ -1,0 +1,74 @@
+"""A tiny BERT made in memory, adapters of it, and no network."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported: no test may reach for the Hub
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+from transformers import BertConfig, BertForSequenceClassification
+
+TINY = {
+    "vocab_size": 50,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 24,
+    "max_position_embeddings": 32,
+}
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def make_base(num_labels=3, seed=0, **overrides):
+    torch.manual_seed(seed)
+    config = BertConfig(**(TINY | overrides), num_labels=num_labels, name_or_path="tiny")
+    return BertForSequenceClassification(config).eval()
+
+
+@pytest.fixture
+def base():
+    return make_base()
+
+
+@pytest.fixture
+def base_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base")
+    make_base().save_pretrained(folder)
+    return str(folder)
+
+
+def make_batch(rows=4, length=7, seed=0, pads=(0, 2, 3, 1)):
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, 50, (rows, length), generator=generator)
+    mask = torch.ones(rows, length, dtype=torch.long)
+    for row, pad in zip(range(rows), pads, strict=False):
+        if pad:
+            mask[row, -pad:] = 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def make_adapter(folder, *, seed=1, num_labels=3, base_seed=0, dtype=torch.float32, **config):
+    """A stock PEFT adapter with random B and head, saved by PEFT; returns the live model."""
+    base = make_base(num_labels, base_seed)
+    fields = {"r": 4, "lora_alpha": 8, "target_modules": ["query", "value"], "task_type": "SEQ_CLS"} | config
+    torch.manual_seed(seed)
+    model = get_peft_model(base, LoraConfig(**fields))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name or "modules_to_save" in name:
+                parameter.normal_(std=0.3)
+    if dtype != torch.float32:
+        model = model.to(dtype)
+    model.eval().save_pretrained(folder)
+    return model
+
+
+def tensors_of(folder):
+    return load_file(f"{folder}/adapter_model.safetensors")
