@@ -1,0 +1,117 @@
+"""Which layers an adapter targets, by their names in the base model, and a hash of those layers' weights."""
+
+import hashlib
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from torch import nn
+
+HASHED_ENTRIES = 1024
+
+
+def base_of(model: Any) -> Any:
+    """The base model inside a PeftModel (its layers keep their own names there), or `model` itself."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def target_layers(model: nn.Module, target_modules: list[str] | str | LoraConfig | None = None) -> dict[str, nn.Module]:
+    """The layers that LoRA with these `target_modules` adapts: {name in the base model: module}, in model order.
+
+    Args:
+        model: a base model, or a PeftModel with LoRA layers.
+        target_modules: as in `LoraConfig`, or a whole LoraConfig (its `layers_to_transform`, `exclude_modules`, … then
+            count too). None: the layers that carry LoRA in a PeftModel, else PEFT's default for the model type.
+
+    Raises:
+        ValueError: nothing matches, or a match is not an `nn.Linear`.
+    """
+    base = base_of(model)
+    if target_modules is None and isinstance(model, PeftModel):
+        found: dict[str, Any] = {name: module for name, module in base.named_modules() if isinstance(module, LoraLayer)}
+    else:
+        config = _as_config(base, target_modules)
+        found = {
+            name: module for name, module in base.named_modules() if name and check_target_module_exists(config, name)
+        }
+        target_modules = config.target_modules
+    if not found:
+        raise ValueError(f"target_modules={target_modules!r} match no layer of {type(base).__name__}")
+    for name, module in found.items():
+        linear_layer(name, module)
+    return found
+
+
+def lora_layers(model: nn.Module, adapter_name: str) -> dict[str, Any]:
+    """The LoRA layers of one adapter of a PeftModel: {name in the base model: peft's LoraLayer}."""
+    return {
+        name: module
+        for name, module in base_of(model).named_modules()
+        if isinstance(module, LoraLayer) and adapter_name in module.r
+    }
+
+
+def linear_layer(name: str, module: nn.Module) -> nn.Linear:
+    """The `nn.Linear` that `module` is, or that its LoRA layer wraps.
+
+    Raises:
+        ValueError: it is another kind of layer; names it.
+    """
+    layer = module.get_base_layer() if isinstance(module, LoraLayer) else module
+    if not isinstance(layer, nn.Linear):
+        raise ValueError(
+            f"layer {name!r} is a {type(layer).__name__}; OSRM features are of nn.Linear layers: "
+            "narrow target_modules, or list it in exclude_modules"
+        )
+    return layer
+
+
+def weight_hash(model: nn.Module, names: Iterable[str]) -> str:
+    """A hash of the pre-trained weights that tells two base models apart: the input embedding and the named layers.
+
+    Hashed are each tensor's name, shape and 1,024 evenly spaced entries rounded to bfloat16: equal whether the
+    checkpoint was loaded in float32 or bfloat16, changed by any training, and quick on the largest models.
+
+    Returns:
+        16 hexadecimal digits.
+    """
+    base = base_of(model)
+    tensors = {}
+    embedding = base.get_input_embeddings() if hasattr(base, "get_input_embeddings") else None
+    if embedding is not None and hasattr(embedding, "weight"):
+        tensors["input_embeddings"] = embedding.weight
+    for name in names:
+        tensors[name] = linear_layer(name, base.get_submodule(name)).weight
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        entries = tensor.detach().flatten()
+        index = torch.linspace(0, entries.numel() - 1, HASHED_ENTRIES, dtype=torch.float64).long().unique()
+        sampled = entries[index.to(entries.device)].to("cpu", torch.bfloat16).view(torch.int16)
+        digest.update(f"{name}{tuple(tensor.shape)}".encode() + sampled.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _as_config(base: nn.Module, target_modules: list[str] | str | LoraConfig | None) -> LoraConfig:
+    if isinstance(target_modules, LoraConfig):
+        fields = (
+            "target_modules",
+            "exclude_modules",
+            "layers_to_transform",
+            "layers_pattern",
+            "modules_to_save",
+        )
+        config = LoraConfig(
+            task_type=target_modules.task_type, **{field: getattr(target_modules, field) for field in fields}
+        )
+    else:
+        config = LoraConfig(target_modules=target_modules)
+    if config.target_modules is None:
+        model_type = getattr(getattr(base, "config", None), "model_type", None)
+        if model_type not in TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING:
+            raise ValueError(f"PEFT knows no default target_modules for model type {model_type!r}: name them")
+        config.target_modules = list(TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING[model_type])
+    return _maybe_include_all_linear_layers(config, base)  # type: ignore[return-value]

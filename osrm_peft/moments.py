@@ -1,0 +1,122 @@
+"""FeatureMoments: the streaming statistic of one layer's inputs for one task; nothing else crosses tasks."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+STATISTICS = ("mean", "sample", "token")
+
+
+@dataclass
+class FeatureMoments:
+    """Sums over the inputs h of one linear layer; divided once, at the end, so any split gives the same numbers.
+
+    `statistic` says what one h is, and how much of the sum is kept:
+
+    * `"mean"`: h is a sample's mean over its tokens; kept is Σh, so S = h̄ h̄ᵀ (OSRM Eq. 4: one vector a task).
+    * `"sample"`: the same h; kept are the k vectors themselves, or Σhhᵀ once k reaches the width (OSRM Eq. 2–3).
+    * `"token"`: h is every non-padding token; kept is Σhhᵀ (OSRM Eq. 2–3 on tokens).
+
+    Attributes:
+        width: n, the layer's input width.
+        count: N, how many h were added.
+        total: (n,) Σh, float32.
+        second: (n, n) Σhhᵀ, float32, or None.
+        rows: (k, n) the h themselves, float32, or None; only `"sample"` with k < n.
+    """
+
+    statistic: str
+    width: int
+    count: int = 0
+    total: Tensor = field(default=None)  # type: ignore[assignment]  # set below when not given
+    second: Tensor | None = None
+    rows: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.statistic not in STATISTICS:
+            raise ValueError(f"unknown statistic {self.statistic!r}: choose from {', '.join(STATISTICS)}")
+        if self.total is None:
+            self.total = torch.zeros(self.width)
+            if self.statistic == "token":
+                self.second = torch.zeros(self.width, self.width)
+            elif self.statistic == "sample":
+                self.rows = torch.zeros(0, self.width)
+
+    def add_(self, x: Tensor, keep: Tensor | None) -> None:
+        """Add a batch of layer inputs.
+
+        Args:
+            x: (b, s, n) inputs, or (b, n) where each sample has one vector.
+            keep: (b, s) bool, False at padding; None keeps everything.
+        """
+        if x.dim() == 2:
+            x, keep = x[:, None], None
+        if keep is None:
+            keep = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+        if self.statistic == "token":
+            h = x[keep].float()  # (N', n): padding never reaches a sum
+        else:
+            tokens = keep.sum(1)  # (b,)
+            kept = torch.where(keep[..., None], x, 0).float()  # where, not times: 0 · NaN is NaN
+            h = (kept.sum(1) / tokens[:, None])[tokens > 0]  # (b', n) mean over each sample's tokens
+        self._add_vectors(h.to(self.total.device))
+
+    def merge_(self, other: "FeatureMoments") -> None:
+        """Add the sums of `other`, which saw other rows of the same task."""
+        if (other.statistic, other.width) != (self.statistic, self.width):
+            raise ValueError(
+                f"cannot add moments {other.statistic!r} of width {other.width} "
+                f"to {self.statistic!r} of width {self.width}"
+            )
+        if other.rows is not None:
+            self._add_vectors(other.rows.to(self.total.device))
+            return
+        self.count += other.count
+        self.total += other.total
+        if other.second is not None:
+            self._sum_up_rows()
+            assert self.second is not None
+            self.second += other.second
+
+    def mean(self) -> Tensor:
+        """(n,) Σh / N, float64."""
+        self._require_rows()
+        return self.total.double() / self.count
+
+    def second_moment(self) -> Tensor:
+        """(n, n) S = Σhhᵀ / N, float64; for `"mean"` the rank-1 h̄ h̄ᵀ."""
+        root = self.root()
+        if root is not None:
+            return root.mT @ root
+        assert self.second is not None
+        return self.second.double() / self.count
+
+    def root(self) -> Tensor | None:
+        """(m, n) R with RᵀR = S, float64, where the vectors themselves are known; else None."""
+        self._require_rows()
+        if self.statistic == "mean":
+            return self.mean()[None]
+        return None if self.rows is None else self.rows.double() / self.count**0.5
+
+    def rank_bound(self) -> int:
+        """No S of these moments has a larger rank."""
+        return min(1 if self.statistic == "mean" else self.count, self.width)
+
+    def _add_vectors(self, h: Tensor) -> None:
+        self.count += len(h)
+        self.total += h.sum(0)
+        if self.rows is not None:
+            self.rows = torch.cat([self.rows, h])
+            if len(self.rows) >= self.width:
+                self._sum_up_rows()
+        elif self.second is not None:
+            self.second.addmm_(h.mT, h)
+
+    def _sum_up_rows(self) -> None:
+        if self.rows is not None:
+            self.second, self.rows = self.rows.mT @ self.rows, None
+
+    def _require_rows(self) -> None:
+        if self.count == 0:
+            raise ValueError("no rows were seen: is the loader empty, or is every position padding?")

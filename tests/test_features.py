@@ -1,0 +1,219 @@
+import json
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors import safe_open
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import AutoTokenizer, DataCollatorWithPadding
+
+from osrm_peft import TaskFeatures, collect_features, load_task
+from osrm_peft.layers import target_layers, weight_hash
+from osrm_peft.packaged import resolve_model
+from osrm_peft.tasks import tokenize
+from osrm_peft.training import load_base
+from tests.conftest import make_base, make_batch
+
+TARGETS = ["query", "value"]
+QUERY_1 = "bert.encoder.layer.1.attention.self.query"
+
+
+def batches(count=3):
+    return [make_batch(seed=seed) for seed in range(count)]
+
+
+def collect(model, loader=None, **options):
+    loader = batches() if loader is None else loader
+    return collect_features(model, loader, task="t", **({"target_modules": TARGETS, "progress": False} | options))
+
+
+def inputs_without_padding(base, name, rows):
+    """What the layer receives, one sample at a time, cut to its real length: no mask, no padding, no batch."""
+    seen = []
+    handle = base.get_submodule(name).register_forward_pre_hook(lambda _, args: seen.append(args[0][0].detach()))
+    with torch.no_grad():
+        for batch in rows:
+            for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True):
+                base(input_ids=ids[: int(mask.sum())][None])
+    handle.remove()
+    return seen
+
+
+@pytest.mark.parametrize("statistic", ["mean", "sample", "token"])
+def test_features_are_those_of_single_samples_without_padding(base, statistic):
+    seen = inputs_without_padding(base, QUERY_1, batches())
+    h = torch.cat(seen) if statistic == "token" else torch.stack([x.mean(0) for x in seen])
+    moments = collect(base, statistic=statistic).layers[QUERY_1]
+    assert moments.count == len(h)
+    expected = torch.outer(h.mean(0), h.mean(0)) if statistic == "mean" else h.T @ h / len(h)
+    torch.testing.assert_close(moments.second_moment(), expected.double(), rtol=1e-4, atol=1e-5)
+
+
+def test_layers_with_the_same_input_share_one_statistic_counted_once(base):
+    layers = collect(base).layers
+    assert list(layers) == list(target_layers(base, TARGETS)) and len(layers) == 4
+    query, value = (layers[f"bert.encoder.layer.0.attention.self.{name}"] for name in TARGETS)
+    assert query is value and query is not layers[QUERY_1]
+    assert query.count == sum(int(batch["attention_mask"].sum()) for batch in batches())
+
+
+def test_k_cuts_in_the_middle_of_a_batch(base):
+    few = collect(base, statistic="sample", k=6)
+    assert few.k == 6 and few.layers[QUERY_1].count == 6
+    seen = inputs_without_padding(base, QUERY_1, batches())[:6]
+    torch.testing.assert_close(
+        few.layers[QUERY_1].mean(),
+        torch.stack([x.mean(0) for x in seen]).mean(0).double(),
+        rtol=1e-4,
+        atol=1e-5,
+    )
+
+
+def test_reference_counts_padding_in_as_the_released_code_does(base):
+    seen = []
+    handle = base.get_submodule(QUERY_1).register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
+    with torch.no_grad():
+        for batch in batches():
+            base(**batch)
+    handle.remove()
+    expected = torch.cat(seen).mean(1).mean(0)  # over all positions, then over samples
+    features = collect(base, statistic="mean", reference=True)
+    assert features.reference
+    torch.testing.assert_close(features.layers[QUERY_1].mean(), expected.double(), rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(collect(base, statistic="mean").layers[QUERY_1].mean(), expected.double(), atol=1e-3)
+
+
+def test_a_peft_model_runs_with_its_adapter_off(base):
+    plain = collect(base).layers[QUERY_1].second_moment()
+    model = get_peft_model(make_base(), LoraConfig(target_modules=TARGETS, task_type="SEQ_CLS"))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter)
+    features = collect(model, target_modules=None)
+    torch.testing.assert_close(features.layers[QUERY_1].second_moment(), plain)
+    assert features.weight_hash == weight_hash(base, features.layers)
+
+
+class Broken(list):
+    def __iter__(self):
+        yield from super().__iter__()
+        raise RuntimeError("the disk is gone")
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_model_is_left_as_it_was(base, fails):
+    base.train()
+    base.bert.encoder.layer[0].eval()
+    base.classifier.weight.requires_grad_(False)
+    before = [(m.training, len(m._forward_pre_hooks), set(vars(m))) for m in base.modules()]
+    grads = [p.requires_grad for p in base.parameters()]
+    if fails:
+        with pytest.raises(RuntimeError, match="the disk is gone"):
+            collect(base, Broken(batches()))
+    else:
+        collect(base)
+    assert before == [(m.training, len(m._forward_pre_hooks), set(vars(m))) for m in base.modules()]
+    assert grads == [p.requires_grad for p in base.parameters()]
+    assert all(p.grad is None for p in base.parameters())
+
+
+@pytest.mark.parametrize("statistic", ["mean", "sample", "token"])
+def test_file_round_trip(base, statistic, tmp_path):
+    features = collect(base, statistic=statistic, seed=7)
+    features.save(tmp_path / "t.safetensors")
+    assert [path.name for path in tmp_path.iterdir()] == ["t.safetensors"]
+    again = TaskFeatures.load(tmp_path / "t.safetensors")
+    assert (again.task, again.base_model, again.weight_hash) == ("t", "tiny", features.weight_hash)
+    assert (again.statistic, again.k, again.seed, again.reference) == (statistic, 12, 7, False)
+    assert list(again.layers) == list(features.layers)
+    for name, moments in features.layers.items():
+        assert again.layers[name].count == moments.count
+        torch.testing.assert_close(again.layers[name].second_moment(), moments.second_moment(), rtol=1e-6, atol=1e-8)
+    assert len({id(moments) for moments in again.layers.values()}) == 2  # sharing survives
+    with safe_open(tmp_path / "t.safetensors", "pt") as file:
+        assert len(file.keys()) == (2 if statistic == "mean" else 4)
+        json.loads(file.metadata()["osrm_peft"])
+
+
+def test_token_rows_do_not_depend_on_the_batch_size():
+    """On the packaged model and real text: batches of 1 (no padding at all) against padded batches of 16."""
+    model = resolve_model("packaged")
+    tokenizer, base = AutoTokenizer.from_pretrained(model), load_base("packaged", 2)
+    rows = tokenize(load_task("packaged", "tweets").sample(train=32).train, tokenizer, 48).remove_columns("labels")
+    one, many = (
+        collect_features(
+            base,
+            DataLoader(rows, batch_size=size, collate_fn=DataCollatorWithPadding(tokenizer)),
+            task="tweets",
+            target_modules=TARGETS,
+            progress=False,
+        )
+        for size in (1, 16)
+    )
+    for name in one.layers:
+        assert one.layers[name].count == many.layers[name].count
+        S, T = one.layers[name].second_moment(), many.layers[name].second_moment()
+        assert (S - T).norm() / S.norm() < 1e-5
+
+
+def test_weight_hash_tells_models_apart_but_not_dtypes(base):
+    names = [QUERY_1]
+    assert weight_hash(base, names) == weight_hash(make_base(num_labels=7).bfloat16(), names)  # heads do not count
+    assert weight_hash(base, names) != weight_hash(make_base(seed=1), names)
+    trained = make_base()
+    trained.get_submodule(QUERY_1).weight.data *= 1.01
+    assert weight_hash(base, names) != weight_hash(trained, names)
+
+
+def test_features_of_another_model_are_refused(base):
+    features = collect(base)
+    features.check_fits(base, [QUERY_1])
+    with pytest.raises(ValueError, match=r"collected on tiny \(weights \w+\), but this model is tiny \(weights \w+\)"):
+        features.check_fits(make_base(seed=1), [QUERY_1])
+    with pytest.raises(ValueError, match=r"have width 16 at '.*query', the model has 8"):
+        features.check_fits(make_base(hidden_size=8), [QUERY_1])
+    with pytest.raises(ValueError, match=r"lack 1 of the 1 adapted layers: .*layer.0.*key; collect them again"):
+        features.check_fits(base, ["bert.encoder.layer.0.attention.self.key"])
+    with pytest.raises(ValueError, match="another architecture"):
+        features.check_fits(make_base(num_hidden_layers=1), ["bert.encoder.layer.0.attention.self.query"])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"loader": []}, r"the loader of task 't' gave no sample"),
+        ({"statistic": "median"}, r"unknown statistic 'median': choose from mean, sample, token"),
+        ({"k": 0}, r"k=0 samples: give at least 1"),
+        (
+            {"target_modules": ["q_proj"]},
+            r"target_modules=\{'q_proj'\} match no layer of BertForSequenceClassification",
+        ),
+        ({"target_modules": ["LayerNorm"]}, r"is a LayerNorm; OSRM features are of nn.Linear layers"),
+        ({"statistic": "token", "reference": True}, r"use statistic='mean', not 'token'"),
+    ],
+)
+def test_bad_input(base, options, message):
+    with pytest.raises(ValueError, match=message):
+        collect(base, **options)
+
+
+def test_target_layers_follow_peft(base):
+    for config in (
+        {"target_modules": ["query"], "layers_to_transform": [1]},
+        {"target_modules": "all-linear", "exclude_modules": ["dense"]},
+        {"target_modules": r".*\.0\..*(query|key)"},
+        {"target_modules": None},
+    ):
+        expected = get_peft_model(make_base(), LoraConfig(task_type="SEQ_CLS", **config))
+        ours = target_layers(base, LoraConfig(task_type="SEQ_CLS", **config))
+        assert list(ours) == list(target_layers(expected)), config
+
+
+@pytest.mark.parametrize("content", [b"", b"not a file", b"\x08\x00\x00\x00\x00\x00\x00\x00{}      "])
+def test_other_files_are_refused(tmp_path, content):
+    (tmp_path / "x.safetensors").write_bytes(content)
+    with pytest.raises(ValueError, match="is not a features file"):
+        TaskFeatures.load(tmp_path / "x.safetensors")
+    with pytest.raises(FileNotFoundError, match=r"no features file .*: write it with `osrm-peft features`"):
+        TaskFeatures.load(tmp_path / "y.safetensors")
