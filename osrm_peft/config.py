@@ -1,0 +1,99 @@
+"""OSRMLoraConfig: a LoraConfig that also says from which features, and how, A is chosen."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig
+
+from osrm_peft.files import ADAPTER_NOTES, versions, write_json
+from osrm_peft.moments import STATISTICS
+from osrm_peft.subspace import IN_TASK, NULL_SPACES
+
+
+@dataclass
+class OSRMLoraConfig(LoraConfig):
+    """LoRA with OSRM's A (Zhang & Zhou, ACL 2025). `get_peft_model` makes a plain LoRA model of it.
+
+    A is set by `OSRMCallback` (in a Trainer) or `initialize_osrm_weights` (by hand). What is saved is a plain LoRA
+    adapter: `adapter_config.json` holds LoraConfig's fields only, the fields below go to `osrm_config.json` beside it.
+
+    Args:
+        out_of_task: features files of the *other* tasks, written by `osrm-peft features` or `TaskFeatures.save`.
+        statistic: what those files hold: `"mean"`, `"sample"` or `"token"` (see FeatureMoments). A file that holds
+            another statistic is refused.
+        null_space: who chooses where the other tasks leave more than r directions free: `"random"` (seeded) or
+            `"in_task"` (the directions with most energy of this task's own features).
+        in_task: `"none"` (the paper), `"difference"` or `"ratio"`: weigh this task's own energy against the others',
+            see `subspace.choose_directions`.
+        in_task_features: this task's own features file, for the two options above.
+        in_task_weight: β in [0, 1] of `"difference"`; 0 is the paper.
+        ridge: ρ > 0 of `"ratio"`, relative to the mean energy of a direction.
+        freeze_a: train B only (paper §4.4).
+        reference: choose as the released code does (needs features collected with `reference=True`).
+        osrm_seed: seed of the random choice in a null space.
+
+    Raises:
+        ValueError: an unknown choice, a number out of its range, or options that contradict each other.
+    """
+
+    out_of_task: list[str] | None = None
+    statistic: str = "token"
+    null_space: str = "random"
+    in_task: str = "none"
+    in_task_features: str | None = None
+    in_task_weight: float = 0.5
+    ridge: float = 0.1
+    freeze_a: bool = False
+    reference: bool = False
+    osrm_seed: int = 0
+    provenance: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, choices in (("statistic", STATISTICS), ("null_space", NULL_SPACES), ("in_task", IN_TASK)):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name}={getattr(self, name)!r}: choose from {', '.join(choices)}")
+        if isinstance(self.out_of_task, (str, Path)):
+            raise ValueError(f"out_of_task={self.out_of_task!r}: give a list of features files")
+        if not 0 <= self.in_task_weight <= 1:
+            raise ValueError(f"in_task_weight={self.in_task_weight} must lie in [0, 1]; 0 is the paper's choice")
+        if not self.ridge > 0:
+            raise ValueError(f"ridge={self.ridge} must be above 0; 0.1 is a good start")
+        if self.reference and (self.statistic, self.null_space, self.in_task) != ("mean", "random", "none"):
+            raise ValueError(
+                "reference=True is the released code: it needs statistic='mean', null_space='random', in_task='none'"
+            )
+        if self.needs_own_features and self.in_task_features is None:
+            raise ValueError(
+                f"in_task={self.in_task!r}, null_space={self.null_space!r} look at the task's own features: "
+                "give in_task_features=FILE, or use in_task='none', null_space='random'"
+            )
+
+    @property
+    def needs_own_features(self) -> bool:
+        """Whether the choice of A looks at the task's own features."""
+        return self.in_task != "none" or self.null_space == "in_task"
+
+    def osrm_settings(self) -> dict[str, Any]:
+        """The fields that LoraConfig does not have."""
+        return {name: getattr(self, name) for name in _OWN_FIELDS if name != "provenance"}
+
+    def to_dict(self) -> dict[str, Any]:
+        """LoraConfig's fields only: what `adapter_config.json` holds and stock PEFT knows."""
+        return {name: value for name, value in super().to_dict().items() if name not in _OWN_FIELDS}
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write `adapter_config.json` (as PEFT does) and `osrm_config.json` beside it."""
+        super().save_pretrained(save_directory, **kwargs)
+        notes = {"initialized": bool(self.provenance), "settings": self.osrm_settings()}
+        write_json(
+            Path(save_directory) / ADAPTER_NOTES,
+            notes | {"provenance": self.provenance, "versions": versions()},
+        )
+
+
+_OWN_FIELDS = {field.name for field in dataclasses.fields(OSRMLoraConfig)} - {
+    field.name for field in dataclasses.fields(LoraConfig)
+}

@@ -1,0 +1,106 @@
+import json
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from osrm_peft import OSRMCallback, OSRMLoraConfig
+from osrm_peft.layers import lora_layers
+from osrm_peft.subspace import procrustes_drift
+from tests.conftest import make_base, make_batch
+from tests.test_initialization import LORA, features_of
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("features")
+    paths = []
+    for seed, task in enumerate("ab", start=1):
+        paths.append(str(folder / f"{task}.safetensors"))
+        features_of(task, seed).save(paths[-1])
+    return paths
+
+
+def make_trainer(tmp_path, files, callbacks=None, **arguments):
+    torch.manual_seed(0)
+    model = get_peft_model(make_base(), OSRMLoraConfig(**LORA, out_of_task=files))
+    batch = make_batch(rows=16, pads=[0] * 16)
+    rows = Dataset.from_dict({**{key: value.tolist() for key, value in batch.items()}, "labels": [0, 1, 2, 1] * 4})
+    arguments = {"max_steps": 6, "learning_rate": 1e-2, "logging_steps": 2, "save_strategy": "no"} | arguments
+    args = TrainingArguments(
+        str(tmp_path),
+        per_device_train_batch_size=4,
+        report_to="none",
+        use_cpu=True,
+        disable_tqdm=True,
+        **arguments,
+    )
+    return Trainer(model, args, train_dataset=rows, callbacks=[OSRMCallback()] if callbacks is None else callbacks)
+
+
+def a_of(trainer):
+    return {
+        name: layer.lora_A["default"].weight.detach().clone()
+        for name, layer in lora_layers(trainer.model, "default").items()
+    }
+
+
+def test_the_trainer_sets_a_when_built_and_logs_its_drift(tmp_path, files):
+    trainer = make_trainer(tmp_path, files)
+    before = a_of(trainer)
+    for A in before.values():
+        torch.testing.assert_close(A @ A.T, torch.eye(4), rtol=0, atol=1e-6)
+    trainer.train()
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert len(logs) == 3
+    drift = {name: procrustes_drift(A, before[name]) for name, A in a_of(trainer).items()}
+    for name, value in drift.items():
+        assert logs[-1][f"osrm/drift/{name}"] == pytest.approx(value, rel=1e-5)
+    assert logs[-1]["osrm/drift"] == pytest.approx(sum(drift.values()) / 4, rel=1e-5)
+    assert 0 < logs[0]["osrm/drift"] < logs[-1]["osrm/drift"]
+
+
+def test_frozen_a_does_not_drift(tmp_path, files):
+    trainer = make_trainer(tmp_path, files)
+    for layer in lora_layers(trainer.model, "default").values():
+        layer.lora_A["default"].weight.requires_grad_(False)
+    trainer.train()
+    assert trainer.state.log_history[-2]["osrm/drift"] == pytest.approx(0, abs=1e-7)
+
+
+def test_an_overwritten_a_stops_the_run(tmp_path, files):
+    trainer = make_trainer(tmp_path, files)
+    with torch.no_grad():
+        next(iter(lora_layers(trainer.model, "default").values())).lora_A["default"].weight.mul_(0.5)
+    with pytest.raises(RuntimeError, match=r"A of layer '.*' is not the one that OSRM wrote \(largest difference"):
+        trainer.train()
+
+
+class Stop(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step == 4
+
+
+def test_a_resumed_run_keeps_the_checkpoint_s_a_and_ends_as_if_never_stopped(tmp_path, files):
+    whole = make_trainer(tmp_path / "whole", files)
+    whole.train()
+    cut = make_trainer(tmp_path / "cut", files, [OSRMCallback(), Stop()], save_strategy="steps", save_steps=2)
+    cut.train()
+    resumed = make_trainer(tmp_path / "cut", files, save_strategy="steps", save_steps=2)
+    resumed.train(resume_from_checkpoint=True)
+    for name, A in a_of(whole).items():
+        torch.testing.assert_close(a_of(resumed)[name], A, rtol=0, atol=1e-6)
+    assert resumed.state.log_history[-2]["osrm/drift"] == pytest.approx(
+        whole.state.log_history[-2]["osrm/drift"], rel=1e-4
+    )
+    checkpoint = tmp_path / "cut/checkpoint-4"  # a Trainer's checkpoint is a stock adapter with our notes, too
+    assert set(json.loads((checkpoint / "adapter_config.json").read_text())) == set(LoraConfig().to_dict())
+    assert (checkpoint / "osrm_config.json").is_file()
+
+
+def test_a_model_without_lora_is_an_error_at_once(tmp_path):
+    args = TrainingArguments(str(tmp_path), report_to="none", use_cpu=True)
+    with pytest.raises(TypeError, match="got a BertForSequenceClassification: call get_peft_model first"):
+        Trainer(make_base(), args, callbacks=[OSRMCallback()])
