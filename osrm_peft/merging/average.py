@@ -1,0 +1,22 @@
+"""Simple averaging of task vectors."""
+
+from torch import Tensor
+
+from osrm_peft.merging.registry import register
+
+
+@register("average", paper="Model soups (Wortsman et al., ICML 2022), arXiv:2203.05482", commutes=True)
+def average(tau: Tensor, weights: Tensor) -> Tensor:
+    """Σ_t w_t τ_t / Σ_t w_t.
+
+    Args:
+        tau: (T, o, n) task vectors of one layer.
+        weights: (T,) one a task, negative ones too; their sum must not be 0.
+
+    Returns:
+        (o, n) in the dtype of `tau`.
+    """
+    total = weights.sum()
+    if total.abs() <= 1e-12 * weights.abs().sum():
+        raise ValueError(f"the weights {weights.tolist()} sum to 0, so they have no average: use task_arithmetic")
+    return (weights[:, None, None] * tau).sum(0) / total

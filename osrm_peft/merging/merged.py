@@ -1,0 +1,109 @@
+"""What a merge gives: a shared LoRA and the tasks' heads; rescaled, saved, or loaded onto a base model."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from osrm_peft.adapters import HEADS, Factors, LoraAdapter, save_head
+from osrm_peft.files import MANIFEST, new_folder, write_json
+from osrm_peft.merging.lowrank import Compressed, compress
+
+
+class MergedLayer(NamedTuple):
+    """One layer of a merge: its task vector is offset + scale · direction.
+
+    Attributes:
+        direction: the compressed merged direction, at scale 1.
+        offset: what the scale does not touch (LoRE's implicit base), or None.
+    """
+
+    direction: Compressed
+    offset: Factors | None
+
+    def at(self, scale: float, rank: int | None) -> Compressed:
+        """The layer at this scale, of at most this rank: one multiply where there is no offset."""
+        B, A = self.direction.factors.B, self.direction.factors.A
+        if self.offset is None:
+            return Compressed(Factors(A, scale * B), self.direction.energy_kept)
+        return compress(torch.cat([self.offset.B, scale * B], dim=1), torch.cat([self.offset.A, A]), rank)
+
+
+@dataclass(frozen=True)
+class MergedAdapter:
+    """The result of `merge_adapters`.
+
+    Attributes:
+        layers: {layer name in the base model: MergedLayer}.
+        scale: λ, what multiplies the merged direction.
+        rank: largest rank of the result; None keeps the exact one.
+        tasks: {task: its adapter with head and config, without factors}.
+        dtype: of the written factors: the adapters' own.
+        manifest: how it was made.
+    """
+
+    layers: dict[str, MergedLayer]
+    scale: float
+    rank: int | None
+    tasks: dict[str, LoraAdapter]
+    dtype: torch.dtype
+    manifest: dict[str, Any]
+
+    def at_scale(self, scale: float) -> "MergedAdapter":
+        """The same merge at another λ, without merging again."""
+        return replace(self, scale=scale, manifest=self.manifest | {"scale": scale})
+
+    def deltas(self) -> dict[str, Tensor]:
+        """{layer: (o, n) merged task vector}, float64: what is added to the base weights."""
+        return {name: layer.at(self.scale, self.rank).factors.delta() for name, layer in self.layers.items()}
+
+    def energy_kept(self) -> dict[str, float]:
+        """{layer: share of the merged task vector's squared norm that `rank` keeps}; 1 where it is exact."""
+        return {name: layer.at(self.scale, self.rank).energy_kept for name, layer in self.layers.items()}
+
+    def for_task(self, task: str | None) -> LoraAdapter:
+        """One ordinary adapter: the shared LoRA with this task's head (None: without any).
+
+        Raises:
+            ValueError: no such task; lists those there are.
+        """
+        if task is not None and task not in self.tasks:
+            raise ValueError(f"no task {task!r} was merged, only {', '.join(self.tasks)}")
+        template = self.tasks[task] if task is not None else replace(next(iter(self.tasks.values())), heads={})
+        factors = {name: layer.at(self.scale, self.rank).factors for name, layer in self.layers.items()}
+        return replace(template, factors=factors, dtype=self.dtype, source="merge", sha256=None)
+
+    def load(self, base: PreTrainedModel | str, task: str | None = None) -> PeftModel:
+        """A PeftModel of `base` with the shared LoRA and this task's head, in eval mode.
+
+        `.merge_and_unload()` on it gives full weights.
+
+        Args:
+            base: the base model, with a head of the task's width, or its name (see `LoraAdapter.attach`).
+        """
+        return self.for_task(task).attach(base)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the shared adapter, `heads/<task>.safetensors` and the manifest `osrm_peft.json`, all or nothing.
+
+        Raises:
+            FileExistsError: the folder holds something that is not ours.
+        """
+        with new_folder(folder) as partial:
+            self.for_task(None).save_pretrained(partial)
+            for name, adapter in self.tasks.items():
+                if adapter.heads:
+                    save_head(adapter.heads, adapter.config, partial / HEADS / f"{name}.safetensors")
+            write_json(partial / MANIFEST, self.manifest | {"energy_kept": self.energy_kept()})
+
+
+def read_manifest(folder: str | Path) -> Mapping[str, Any]:
+    """The manifest of a folder that we wrote, empty where there is none."""
+    path = Path(folder) / MANIFEST
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

@@ -1,0 +1,56 @@
+"""Spaces: where a layer's task vectors are merged, and how the result returns to the layer."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from osrm_peft.adapters import Factors
+from osrm_peft.merging.lowrank import balanced, column_basis
+
+SPACES = ("weight", "core")
+
+
+class Layer(NamedTuple):
+    """One layer in a space: τ_t = left · stack[t] · rightᵀ.
+
+    Attributes:
+        stack: (T, p, q) what the method sees.
+        left, right: (o, p), (n, q) orthonormal bases; None is the identity.
+    """
+
+    stack: Tensor
+    left: Tensor | None = None
+    right: Tensor | None = None
+
+    def lift(self, merged: Tensor) -> tuple[Tensor, Tensor]:
+        """A merged (p, q) matrix back in the layer: (B (o, p), A (p, n)) with the product left · merged · rightᵀ."""
+        if self.left is None or self.right is None:
+            o, n = merged.shape
+            eye = torch.eye(min(o, n), dtype=merged.dtype)
+            return (merged, eye) if n <= o else (eye, merged)
+        return self.left, merged @ self.right.mT
+
+
+def enter(space: str, adapters: Sequence[Factors | None]) -> Layer:
+    """One layer's task vectors in a space; an adapter that does not adapt the layer (None) has the task vector 0.
+
+    * `"weight"`: the o×n matrices themselves, float32.
+    * `"core"`: (T, p, q) in orthonormal bases of all adapters' columns and rows, p, q ≤ Σ r, float64. The factors are
+      balanced first, so the bases do not depend on how an adapter splits its τ into B and A.
+
+    Raises:
+        ValueError: the adapters disagree on the layer's shape.
+    """
+    shapes = {(len(factors.B), factors.A.shape[1]) for factors in adapters if factors is not None}
+    if len(shapes) != 1:
+        raise ValueError(f"the adapters have shapes {sorted(shapes)} here: they are of different base models")
+    o, n = shapes.pop()
+    if space == "weight":
+        return Layer(torch.stack([torch.zeros(o, n) if factors is None else factors.delta() for factors in adapters]))
+    empty = torch.zeros(o, 0, dtype=torch.float64), torch.zeros(0, n, dtype=torch.float64)
+    pairs = [empty if factors is None else balanced(factors) for factors in adapters]
+    left = column_basis([B for B, _ in pairs])  # (o, p)
+    right = column_basis([A.mT for _, A in pairs])  # (n, q)
+    return Layer(torch.stack([(left.mT @ B) @ (A @ right) for B, A in pairs]), left, right)

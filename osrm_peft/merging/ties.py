@@ -1,0 +1,53 @@
+"""TIES: trim, elect a sign, merge what agrees with it."""
+
+import torch
+from torch import Tensor
+
+from osrm_peft.merging.registry import Stacks, register
+from osrm_peft.merging.sparsify import check_density, keep_above, magnitude_thresholds
+
+TRIMS = ("model", "layer")
+
+
+def check(density: float, trim: str) -> None:
+    """Raise ValueError for options out of range."""
+    check_density(density)
+    if trim not in TRIMS:
+        raise ValueError(f"unknown trim {trim!r}: 'model' (the paper: over the whole task vector) or 'layer'")
+
+
+def summarise(stacks: Stacks, weights: Tensor, *, density: float, trim: str) -> Tensor | None:
+    """(T,) trimming thresholds over the whole model; None where each layer has its own."""
+    return magnitude_thresholds(stacks, density) if trim == "model" else None
+
+
+@register(
+    "ties",
+    paper="TIES-Merging (Yadav et al., NeurIPS 2023), arXiv:2306.01708",
+    check=check,
+    summarise=summarise,
+)
+def ties(
+    tau: Tensor, weights: Tensor, summary: Tensor | None = None, *, density: float = 0.2, trim: str = "model"
+) -> Tensor:
+    """Trim each τ_t to its largest entries, elect γ = sgn(Σ_t w_t τ̂_t), average the entries that agree with γ.
+
+        τ_m = Σ_{t: sgn(w_t τ̂_t) = γ} w_t τ̂_t / #{t: sgn(w_t τ̂_t) = γ}     (paper, Algorithm 1)
+
+    Weights scale the task vectors before the election (the paper has none); where the sum is exactly 0 nothing is kept.
+
+    Args:
+        tau: (T, o, n) task vectors of one layer.
+        weights: (T,) one a task.
+        summary: (T,) thresholds from `summarise`; None trims over this layer alone.
+        density: share of each task vector's entries kept, in (0, 1]; the paper keeps the top 20 %.
+        trim: `"model"`, over the whole task vector as in the paper, or `"layer"`.
+
+    Returns:
+        (o, n) in the dtype of `tau`.
+    """
+    thresholds = magnitude_thresholds([tau], density) if summary is None else summary
+    trimmed = weights[:, None, None] * keep_above(tau, thresholds)
+    sign = trimmed.sum(0).sign()  # (o, n) γ
+    agrees = (trimmed.sign() == sign) & (sign != 0)
+    return torch.where(agrees, trimmed, 0).sum(0) / agrees.sum(0).clamp_min(1)

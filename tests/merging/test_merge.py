@@ -1,0 +1,200 @@
+import json
+import os
+
+import pytest
+import torch
+from peft import PeftModel
+
+from osrm_peft import load_adapter, merge_adapters
+from osrm_peft.adapters import save_head
+from osrm_peft.merging.average import average
+from osrm_peft.merging.registry import METHODS, register
+from osrm_peft.merging.task_arithmetic import task_arithmetic
+from tests.conftest import make_adapter, make_base, make_batch
+
+
+@pytest.fixture
+def adapters(tmp_path):
+    for seed in (1, 2):
+        make_adapter(tmp_path / f"t{seed}", seed=seed, num_labels=seed + 1)
+    return {f"t{seed}": str(tmp_path / f"t{seed}") for seed in (1, 2)}
+
+
+def test_average_and_task_arithmetic_are_their_equations():
+    tau = torch.randn(3, 4, 5, dtype=torch.float64)
+    weights = torch.tensor([1.0, -2.0, 4.0], dtype=torch.float64)
+    total = sum(w * t for w, t in zip(weights, tau, strict=True))
+    torch.testing.assert_close(task_arithmetic(tau, weights), total)
+    torch.testing.assert_close(average(tau, weights), total / 3)
+    with pytest.raises(ValueError, match=r"sum to 0, so they have no average: use task_arithmetic"):
+        average(tau[:2], torch.tensor([1.0, -1.0]))
+
+
+def test_paper_scales_are_the_defaults():
+    assert {name: method.scale for name, method in METHODS.items()} == {
+        "average": 1.0,
+        "task_arithmetic": 0.3,
+        "ties": 1.0,
+        "lore": 1.0,
+    }
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_merged_adapter_with_a_task_s_head_is_base_weights_plus_merged_delta(adapters, method):
+    merged = merge_adapters(adapters, method)
+    for task, num_labels in (("t1", 2), ("t2", 3)):
+        model = merged.load(make_base(num_labels), task=task)
+        head = load_adapter(adapters[task]).heads
+        by_hand = make_base(num_labels, seed=0)
+        with torch.no_grad():
+            for name, delta in merged.deltas().items():
+                by_hand.get_submodule(name).weight += delta.float()
+            by_hand.classifier.weight.copy_(head["classifier.weight"])
+            by_hand.classifier.bias.copy_(head["classifier.bias"])
+            expected = by_hand(**make_batch()).logits
+            torch.testing.assert_close(model(**make_batch()).logits, expected, rtol=1e-4, atol=1e-5)
+            full = model.merge_and_unload()  # full weights, by PEFT itself
+            torch.testing.assert_close(full(**make_batch()).logits, expected, rtol=1e-4, atol=1e-5)
+            assert not isinstance(full, PeftModel)
+
+
+def test_for_task_is_an_ordinary_adapter(adapters, tmp_path):
+    merged = merge_adapters(adapters, "task_arithmetic")
+    merged.for_task("t2").save_pretrained(tmp_path / "out")
+    stock = PeftModel.from_pretrained(make_base(3), str(tmp_path / "out")).eval()
+    ours = merged.load(make_base(3), task="t2")
+    torch.testing.assert_close(stock(**make_batch()).logits, ours(**make_batch()).logits)
+    with pytest.raises(ValueError, match="no task 't9' was merged, only t1, t2"):
+        merged.for_task("t9")
+
+
+def test_the_saved_folder_holds_the_shared_adapter_the_heads_and_how_it_was_made(adapters, tmp_path):
+    merged = merge_adapters(adapters, "ties", density=0.5, weights={"t2": 2, "t1": 1}, rank=4)
+    merged.save_pretrained(tmp_path / "out")
+    files = sorted(str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*") if path.is_file())
+    assert files == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "heads/t1.safetensors",
+        "heads/t2.safetensors",
+        "osrm_peft.json",
+    ]
+    manifest = json.loads((tmp_path / "out/osrm_peft.json").read_text())
+    assert manifest["method"] == "ties" and "2306.01708" in manifest["paper"]
+    assert manifest["options"] == {"density": 0.5, "trim": "model"}
+    assert manifest["weights"] == {"t1": 1, "t2": 2} and manifest["rank"] == 4 and manifest["space"] == "weight"
+    assert manifest["inputs"]["t1"]["sha256"] == load_adapter(adapters["t1"]).sha256
+    assert all(0 < share < 1 for share in manifest["energy_kept"].values()) and len(manifest["energy_kept"]) == 4
+    for task, num_labels in (("t1", 2), ("t2", 3)):
+        again = load_adapter(tmp_path / "out", head=task).attach(make_base(num_labels))
+        torch.testing.assert_close(
+            again(**make_batch()).logits, merged.load(make_base(num_labels), task)(**make_batch()).logits
+        )
+    with pytest.raises(ValueError, match="has no head 't3', only t1, t2"):
+        load_adapter(tmp_path / "out", head="t3")
+    with pytest.raises(ValueError, match="has no head"):
+        load_adapter(tmp_path / "out", head="../heads/t1")
+
+
+def test_saving_over_ours_replaces_it_whole_and_over_others_is_refused(adapters, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    merge_adapters(adapters, "average").save_pretrained(out)
+    first = (out / "adapter_model.safetensors").read_bytes()
+
+    def fails(*args):
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("osrm_peft.merging.merged.save_head", fails)
+        with pytest.raises(OSError, match="disk full"):
+            merge_adapters(adapters, "ties").save_pretrained(out)
+    assert (out / "adapter_model.safetensors").read_bytes() == first  # the old result is whole
+    assert sorted(os.listdir(tmp_path)) == ["out", "t1", "t2"]  # and nothing half-written lies about
+    merge_adapters({"t1": adapters["t1"]}, "ties").save_pretrained(out)
+    assert sorted(os.listdir(out / "heads")) == ["t1.safetensors"]
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/thesis.txt").write_text("do not lose me")
+    with pytest.raises(FileExistsError, match="was not written by osrm_peft"):
+        merge_adapters(adapters, "average").save_pretrained(tmp_path / "mine")
+    assert (tmp_path / "mine/thesis.txt").read_text() == "do not lose me"
+    assert callable(save_head)
+
+
+def rebase(folder, name):
+    path = f"{folder}/adapter_config.json"
+    with open(path) as file:
+        config = json.load(file)
+    with open(path, "w") as file:
+        json.dump(config | {"base_model_name_or_path": name}, file)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (
+            {"method": "avg"},
+            ValueError,
+            r"unknown merge method 'avg': choose from average, lore, task_arithmetic, ties",
+        ),
+        ({"density": 0.5}, TypeError, r"average has no option density; its options are none"),
+        ({"method": "ties", "dense": 1}, TypeError, r"its options are density=0.2, trim='model'"),
+        ({"weights": [1]}, ValueError, r"1 weights for 2 adapters: give one for each"),
+        ({"weights": {"t1": 1}}, ValueError, r"weights name \['t1'\], the adapters are \['t1', 't2'\]"),
+        ({"weights": [1, float("nan")]}, ValueError, r"must be finite"),
+        ({"space": "fourier"}, ValueError, r"unknown space 'fourier': choose from auto, weight, core"),
+        ({"rank": 0}, ValueError, r"rank=0 must be at least 1"),
+        ({"rank": 17}, ValueError, r"rank=17 is above 16, the smallest layer's width"),
+        ({"heads": "drop"}, ValueError, r"unknown heads policy 'drop': choose from per_task, error"),
+        ({"heads": "error"}, ValueError, r"t1, t2 have trained heads and heads='error'"),
+        ({"adapters": {}}, ValueError, r"no adapters to merge"),
+        ({"adapters": ["a", "b"]}, TypeError, r"must map task names to adapters, got a list"),
+        ({"adapters": {"../x": "a"}}, ValueError, r"'../x' cannot be a file name"),
+    ],
+)
+def test_bad_input(adapters, change, error, message):
+    with pytest.raises(error, match=message):
+        merge_adapters(**({"adapters": adapters, "method": "average"} | change))
+
+
+def test_different_base_models_are_refused_unless_said_to_be_one(adapters):
+    rebase(adapters["t2"], "other/base")
+    with pytest.raises(ValueError, match=r"different base models \(t1: tiny, t2: other/base\).*base_model=NAME"):
+        merge_adapters(adapters, "average")
+    assert merge_adapters(adapters, "average", base_model="tiny").manifest["base_model"] == "tiny"
+
+
+def test_other_widths_are_refused_with_the_layer_s_name(adapters, tmp_path):
+    wide = {
+        name: factors.__class__(torch.randn(4, 20), torch.randn(20, 4))
+        for name, factors in load_adapter(adapters["t2"]).factors.items()
+    }
+    other = load_adapter(adapters["t2"])
+    other.factors = wide
+    with pytest.raises(ValueError, match=r"layer 'bert.*query': the adapters have shapes \[\(16, 16\), \(20, 20\)\]"):
+        merge_adapters({"t1": adapters["t1"], "t2": other}, "average")
+
+
+def test_the_targets_of_the_result_are_short_where_all_agree_and_full_where_not(adapters, tmp_path):
+    same = merge_adapters(adapters, "average").for_task(None).peft_config()
+    assert sorted(same.target_modules) == ["query", "value"] and same.task_type is None
+    make_adapter(tmp_path / "key", seed=3, target_modules=["key"])
+    mixed = merge_adapters({"t1": adapters["t1"], "key": str(tmp_path / "key")}, "average")
+    assert len(mixed.for_task(None).peft_config().target_modules) == 6
+    mixed.save_pretrained(tmp_path / "mixed")
+    PeftModel.from_pretrained(make_base(), str(tmp_path / "mixed"))
+    assert len(load_adapter(tmp_path / "mixed").factors) == 6
+
+
+def test_a_live_model_merges_like_its_folder(tmp_path):
+    live = make_adapter(tmp_path / "t1", seed=1)
+    make_adapter(tmp_path / "t2", seed=2)
+    state = {name: tensor.clone() for name, tensor in live.state_dict().items()}
+    from_live = merge_adapters({"t1": live, "t2": tmp_path / "t2"}, "ties").deltas()
+    from_folder = merge_adapters({"t1": tmp_path / "t1", "t2": tmp_path / "t2"}, "ties").deltas()
+    assert all(torch.equal(from_live[name], from_folder[name]) for name in from_folder)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in live.state_dict().items())
+
+
+def test_two_methods_cannot_have_one_name():
+    with pytest.raises(ValueError, match=r"merge method 'ties' is already osrm_peft.merging.ties"):
+        register("ties", paper="")(lambda tau, weights: tau[0])

@@ -1,0 +1,173 @@
+import json
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import save_file
+
+from osrm_peft import load_adapter
+from osrm_peft.layers import lora_layers
+from tests.conftest import make_adapter, make_base, make_batch, tensors_of
+
+VARIANTS = {
+    "plain": {},
+    "alpha_is_4r": {"lora_alpha": 16},
+    "rslora": {"use_rslora": True},
+    "rank_pattern": {"rank_pattern": {"value": 2}},
+    "alpha_pattern": {"alpha_pattern": {"layer.1.attention.self.query": 3}},
+    "one_layer": {"layers_to_transform": [1]},
+    "bfloat16": {"dtype": torch.bfloat16},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_task_vector_is_peft_s(variant, tmp_path):
+    model = make_adapter(tmp_path, **VARIANTS[variant])
+    adapter = load_adapter(tmp_path)
+    layers = lora_layers(model, "default")
+    assert set(adapter.factors) == set(layers)
+    for name, layer in layers.items():
+        A, B = layer.lora_A["default"].weight.float(), layer.lora_B["default"].weight.float()
+        assert adapter.factors[name].s == layer.scaling["default"]
+        torch.testing.assert_close(adapter.factors[name].delta(), layer.scaling["default"] * B @ A)
+        if variant != "bfloat16":
+            torch.testing.assert_close(adapter.factors[name].delta(), layer.get_delta_weight("default"))
+    assert adapter.dtype == VARIANTS[variant].get("dtype", torch.float32)
+    assert set(adapter.heads) == {"classifier.weight", "classifier.bias"}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_what_we_write_loads_in_stock_peft_with_the_same_logits(variant, tmp_path):
+    model = make_adapter(tmp_path / "theirs", **VARIANTS[variant]).float()
+    load_adapter(tmp_path / "theirs").save_pretrained(tmp_path / "ours")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", category=FutureWarning)
+        again = PeftModel.from_pretrained(make_base(), str(tmp_path / "ours")).eval()
+    attached = load_adapter(tmp_path / "theirs").attach(make_base())
+    config = json.loads((tmp_path / "ours/adapter_config.json").read_text())
+    assert config["lora_alpha"] == config["r"] and not config["use_rslora"]
+    # folding s into B is exact in float32 up to one rounding, and one bfloat16 rounding (2⁻⁹) in a bfloat16 file
+    tolerance = 2e-2 if variant == "bfloat16" else 1e-5
+    with torch.no_grad():
+        expected = model(**make_batch()).logits
+        torch.testing.assert_close(again(**make_batch()).logits, expected, rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(attached(**make_batch()).logits, expected, rtol=tolerance, atol=tolerance)
+
+
+def test_a_live_model_reads_like_its_folder(tmp_path):
+    model = make_adapter(tmp_path)
+    live, folder = load_adapter(model), load_adapter(tmp_path)
+    assert live.sha256 is None and folder.sha256
+    for name, factors in folder.factors.items():
+        assert torch.equal(live.factors[name].delta(), factors.delta())
+    assert all(torch.equal(live.heads[name], tensor) for name, tensor in folder.heads.items())
+
+
+def test_attach_loads_the_base_by_name_with_the_right_head(tmp_path, base_folder):
+    make_adapter(tmp_path, num_labels=5)
+    assert load_adapter(tmp_path).attach(base_folder)(**make_batch()).logits.shape == (4, 5)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (
+            {"use_dora": True},
+            r"has use_dora=True; DoRA rescales whole weight columns: bake it into full weights",
+        ),
+        ({"lora_bias": True}, r"has lora_bias=True; lora_B has a bias"),
+        ({"bias": "all"}, r"trained biases \(bias='all'\)"),
+        (
+            {"init_lora_weights": "pissa"},
+            r"init_lora_weights='pissa', which changed the base model's weights",
+        ),
+        ({"init_lora_weights": "olora"}, r"init_lora_weights='olora'"),
+        ({"target_modules": ["word_embeddings"]}, r"not understood: .*word_embeddings.lora_embedding_A"),
+    ],
+)
+def test_adapters_that_peft_writes_and_that_are_not_plain_lora(tmp_path, config, message):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        make_adapter(tmp_path, **config)
+    with pytest.raises(ValueError, match=message):
+        load_adapter(tmp_path)
+
+
+def edit_config(folder, **fields):
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"peft_type": "IA3"}, "is a IA3 adapter: only LoRA adapters"),
+        ({"target_parameters": ["experts.weight"]}, "LoRA on bare parameters"),
+        ({"trainable_token_indices": [3]}, "trained token embeddings"),
+        ({"alora_invocation_tokens": [3]}, "no single task vector"),
+        ({"modules_to_save": None}, r"not understood: classifier.bias \(3,\), classifier.weight \(3, 16\)"),
+    ],
+)
+def test_configs_that_say_more_than_plain_lora(tmp_path, fields, message):
+    make_adapter(tmp_path)
+    edit_config(tmp_path, **fields)
+    with pytest.raises(ValueError, match=message):
+        load_adapter(tmp_path)
+
+
+def test_nan_is_refused_with_the_layer_s_name(tmp_path):
+    make_adapter(tmp_path)
+    tensors = tensors_of(tmp_path)
+    key = "base_model.model.bert.encoder.layer.1.attention.self.value.lora_B.weight"
+    tensors[key][0, 0] = torch.nan
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match=r"NaN or Inf in layer 'bert.encoder.layer.1.attention.self.value'"):
+        load_adapter(tmp_path)
+
+
+def test_folders_that_are_no_adapter(tmp_path):
+    with pytest.raises(FileNotFoundError, match="neither a folder nor a Hub repository that can be reached"):
+        load_adapter(tmp_path / "nothing")
+    with pytest.raises(FileNotFoundError, match="neither a folder nor a Hub repository"):
+        load_adapter("nobody/nothing")
+    with pytest.raises(FileNotFoundError, match=r"holds no adapter_config.json"):
+        load_adapter(tmp_path)
+    make_adapter(tmp_path)
+    weights = tmp_path / "adapter_model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match="is damaged"):
+        load_adapter(tmp_path)
+    weights.rename(tmp_path / "adapter_model.bin")
+    with pytest.raises(FileNotFoundError, match=r"pickled .bin files are never read"):
+        load_adapter(tmp_path)
+
+
+def test_a_base_with_another_head_or_without_the_layers_is_refused(tmp_path):
+    make_adapter(tmp_path)
+    with pytest.raises(ValueError, match=r"has shape \(3,\), the model's is \(2,\): load .* num_labels=3"):
+        load_adapter(tmp_path).attach(make_base(num_labels=2))
+    with pytest.raises(ValueError, match=r"do not fit: .*layer.1"):
+        load_adapter(tmp_path).attach(make_base(num_hidden_layers=1))
+
+
+def test_stock_peft_alone_loads_what_we_write(tmp_path, base_folder):
+    """A process that never imports osrm_peft."""
+    model = make_adapter(tmp_path / "theirs", use_rslora=True)
+    load_adapter(tmp_path / "theirs").save_pretrained(tmp_path / "ours")
+    script = f"""
+import sys, torch
+from peft import PeftModel
+from transformers import AutoModelForSequenceClassification
+base = AutoModelForSequenceClassification.from_pretrained({base_folder!r}, num_labels=3)
+model = PeftModel.from_pretrained(base, {str(tmp_path / "ours")!r}).eval()
+torch.save(model(input_ids=torch.arange(6)[None]).logits, {str(tmp_path / "logits.pt")!r})
+assert "osrm_peft" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
+    logits = torch.load(tmp_path / "logits.pt", weights_only=True)
+    torch.testing.assert_close(model(input_ids=torch.arange(6)[None]).logits, logits, rtol=1e-5, atol=1e-5)
