@@ -1,0 +1,132 @@
+"""A recipe: everything that makes one suite's adapters, as one YAML file."""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from peft import LoraConfig
+from torch.utils.data import DataLoader
+from transformers import DataCollatorWithPadding
+
+from osrm_peft.config import OSRMLoraConfig
+from osrm_peft.features import TaskFeatures, collect_features
+from osrm_peft.tasks import Task, list_tasks, load_task, tokenize
+from osrm_peft.training import PAPER_LORA, load_base, load_tokenizer, train_task
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to make the adapters of a suite.
+
+    Attributes:
+        model: Hub id, folder, or `"packaged"`.
+        suite: `"packaged"`, `"glue"` or `"jsonl:FOLDER"`.
+        tasks: which tasks of the suite; None: all. The *other* tasks of this list are the out-of-task ones.
+        lora: LoraConfig fields over the paper's (r = 8, alpha = 16); `target_modules` among them.
+        osrm: OSRMLoraConfig fields, or None for plain LoRA. Features files need not be named: those in `features` are
+            taken.
+        features: folder of the features files, `<task>.features.safetensors`.
+        k: samples a task for its features.
+        training: TrainingArguments over the paper's.
+        max_length: tokens a row is cut to.
+        train_rows, validation_rows: sample sizes; None: all rows.
+        seed: draws the samples and the features' rows, seeds head and training.
+    """
+
+    model: str
+    suite: str
+    tasks: list[str] | None = None
+    lora: dict[str, Any] = field(default_factory=dict)
+    osrm: dict[str, Any] | None = None
+    features: str = "results/features"
+    k: int = 100
+    training: dict[str, Any] = field(default_factory=dict)
+    max_length: int = 128
+    train_rows: int | None = None
+    validation_rows: int | None = None
+    seed: int = 42
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> "Recipe":
+        """Read a recipe.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: not a mapping, an unknown key or a missing one; lists the keys.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"no recipe {path}: see recipes/configs/ for examples")
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        known = {field.name for field in dataclasses.fields(cls)}
+        if not isinstance(content, Mapping) or set(content) - known or not {"model", "suite"} <= set(content):
+            found = sorted(content) if isinstance(content, Mapping) else type(content).__name__
+            raise ValueError(f"{path}: a recipe needs model and suite and knows {sorted(known)}, found {found}")
+        return cls(**content)
+
+    def task_names(self) -> list[str]:
+        """The tasks, checked against the suite."""
+        known = list_tasks(self.suite)
+        unknown = sorted(set(self.tasks or []) - set(known))
+        if unknown:
+            raise ValueError(
+                f"unknown task {', '.join(unknown)} in suite {self.suite!r}: choose from {', '.join(known)}"
+            )
+        return list(self.tasks or known)
+
+    def task(self, name: str) -> Task:
+        """One task, sampled as the recipe says."""
+        if name not in self.task_names():
+            raise ValueError(f"unknown task {name!r}: the recipe has {', '.join(self.task_names())}")
+        return load_task(self.suite, name).sample(
+            train=self.train_rows, validation=self.validation_rows, seed=self.seed
+        )
+
+    def features_file(self, task: str) -> Path:
+        """Where a task's features lie."""
+        return Path(self.features) / f"{task}.features.safetensors"
+
+    def lora_config(self, task: str) -> LoraConfig:
+        """The task's LoRA configuration: OSRM against all other tasks of the recipe, or plain LoRA."""
+        fields = PAPER_LORA | self.lora
+        if self.osrm is None:
+            return LoraConfig(**fields)
+        files = {
+            "out_of_task": [str(self.features_file(other)) for other in self.task_names() if other != task],
+            "in_task_features": str(self.features_file(task)),
+        }
+        return OSRMLoraConfig(**(fields | files | self.osrm))
+
+    def collect(self, name: str, *, progress: bool = True) -> TaskFeatures:
+        """Collect one task's features on k training rows."""
+        tokenizer = load_tokenizer(self.model)
+        task = load_task(self.suite, name).sample(train=self.k, seed=self.seed)
+        options = {key: (self.osrm or {})[key] for key in ("statistic", "reference") if key in (self.osrm or {})}
+        rows = tokenize(task.train, tokenizer, self.max_length).remove_columns("labels")
+        padding = "max_length" if options.get("reference") else "longest"  # the released code pads to a fixed length
+        collator = DataCollatorWithPadding(tokenizer, padding=padding, max_length=self.max_length)
+        return collect_features(
+            load_base(self.model, 2),
+            DataLoader(rows, batch_size=16, collate_fn=collator),
+            task=name,
+            target_modules=LoraConfig(**(PAPER_LORA | self.lora)),
+            k=self.k,
+            seed=self.seed,
+            progress=progress,
+            **options,
+        )
+
+    def train(self, task: str, out: str | Path) -> Path:
+        """Train one task's adapter (see `train_task`)."""
+        return train_task(
+            self.task(task),
+            out,
+            lora=self.lora_config(task),
+            model=self.model,
+            training=self.training,
+            max_length=self.max_length,
+            seed=self.seed,
+        )

@@ -1,0 +1,154 @@
+"""The multi-task table and the plot of score against λ, from tidy rows of scores."""
+
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from osrm_peft.files import new_file
+
+AVERAGE = "average over tasks"
+
+
+@dataclass(frozen=True)
+class Score:
+    """One score: of one task, under one row of the table.
+
+    Attributes:
+        init: how the adapters' A was chosen, such as `"plain LoRA"` or `"OSRM"`.
+        method: `"individual"` or a merge method.
+        scale: λ; None for individual adapters.
+        seed: of the adapters.
+        task: the task.
+        score: the task's metric.
+    """
+
+    init: str
+    method: str
+    scale: float | None
+    seed: int
+    task: str
+    score: float
+
+
+@dataclass(frozen=True)
+class MultiTaskTable:
+    """Scores in percent: rows (init, method, λ) × tasks and their average, mean and spread over seeds.
+
+    Attributes:
+        tasks: the columns, before the average.
+        rows: {"init", "method", "scale", "seeds", "scores": {column: mean}, "spread": {column: sample std or None}}.
+    """
+
+    tasks: list[str]
+    rows: list[dict[str, Any]]
+
+    @classmethod
+    def of(cls, scores: Iterable[Score]) -> "MultiTaskTable":
+        """Group scores by (init, method, λ), in the order in which these first appear."""
+        scores = list(scores)
+        tasks = list(dict.fromkeys(score.task for score in scores))
+        groups: dict[tuple, dict[int, dict[str, float]]] = {}
+        for score in scores:
+            key = (score.init, score.method, score.scale)
+            groups.setdefault(key, {}).setdefault(score.seed, {})[score.task] = 100 * score.score
+        rows = []
+        for (init, method, scale), seeds in groups.items():
+            complete = [by_task for by_task in seeds.values() if len(by_task) == len(tasks)]
+            if not complete:
+                continue
+            columns = {task: [by_task[task] for by_task in complete] for task in tasks}
+            columns[AVERAGE] = [statistics.fmean(by_task.values()) for by_task in complete]
+            rows.append(
+                {
+                    "init": init,
+                    "method": method,
+                    "scale": scale,
+                    "seeds": len(complete),
+                    "scores": {column: statistics.fmean(values) for column, values in columns.items()},
+                    "spread": {
+                        column: statistics.stdev(values) if len(values) > 1 else None
+                        for column, values in columns.items()
+                    },
+                }
+            )
+        return cls(tasks, rows)
+
+    def _cells(self) -> tuple[list[str], list[list[str]]]:
+        header = ["adapters", "merge", "λ", *self.tasks, AVERAGE]
+        lines = []
+        for row in self.rows:
+            cells = [row["init"], row["method"], "" if row["scale"] is None else f"{row['scale']:g}"]
+            for column in [*self.tasks, AVERAGE]:
+                spread = row["spread"][column]
+                cells.append(f"{row['scores'][column]:.1f}" + ("" if spread is None else f" ± {spread:.1f}"))
+            lines.append(cells)
+        return header, lines
+
+    def markdown(self) -> str:
+        """A Markdown table."""
+        header, lines = self._cells()
+        rule = ["---", "---", "--:"] + ["--:"] * (len(header) - 3)
+        return "\n".join("| " + " | ".join(cells) + " |" for cells in [header, rule, *lines])
+
+    def terminal(self, title: str) -> Table:
+        """A table for `rich` to print; the best merge of each column in bold."""
+        header, lines = self._cells()
+        table = Table(title=title)
+        for number, name in enumerate(header):
+            table.add_column(name.replace("_", " "), justify="left" if number < 2 else "right")
+        merged = [row["scores"] for row in self.rows if row["method"] != "individual"]
+        for row, cells in zip(self.rows, lines, strict=True):
+            for number, column in enumerate([*self.tasks, AVERAGE], start=3):
+                best = max((scores[column] for scores in merged), default=None)
+                if row["method"] != "individual" and row["scores"][column] == best:
+                    cells[number] = f"[bold]{cells[number]}[/bold]"
+            table.add_row(*cells, end_section=row["method"] == "individual")
+        return table
+
+
+def plot_scales(table: MultiTaskTable, path: str | Path) -> None:
+    """Plot the average over tasks against λ, a panel a merge method, a line a kind of adapter; write a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")  # no display needed
+    from matplotlib import pyplot
+
+    swept = [method for method in _methods(table) if len(_scales(table, method)) > 1]
+    figure, axes = pyplot.subplots(1, max(1, len(swept)), figsize=(3.6 * max(1, len(swept)), 3.2), squeeze=False)
+    for axis, method in zip(axes[0], swept, strict=False):
+        for init in dict.fromkeys(row["init"] for row in table.rows):
+            rows = [row for row in table.rows if (row["init"], row["method"]) == (init, method)]
+            rows.sort(key=lambda row: row["scale"])
+            axis.errorbar(
+                [row["scale"] for row in rows],
+                [row["scores"][AVERAGE] for row in rows],
+                [row["spread"][AVERAGE] or 0 for row in rows],
+                marker="o",
+                capsize=2,
+                label=init,
+            )
+        axis.set(title=method, xlabel="scale λ", ylim=_limits(table, swept))
+        axis.grid(alpha=0.3)
+    axes[0][0].set_ylabel("average over tasks [%]")
+    axes[0][0].legend()
+    figure.tight_layout()
+    with new_file(path) as partial:
+        figure.savefig(partial, dpi=120, format="png")
+    pyplot.close(figure)
+
+
+def _methods(table: MultiTaskTable) -> Sequence[str]:
+    return list(dict.fromkeys(row["method"] for row in table.rows))
+
+
+def _scales(table: MultiTaskTable, method: str) -> set[float]:
+    return {row["scale"] for row in table.rows if row["method"] == method}
+
+
+def _limits(table: MultiTaskTable, methods: Sequence[str]) -> tuple[float, float]:
+    values = [row["scores"][AVERAGE] for row in table.rows if row["method"] in methods]
+    return min(values) - 2, max(values) + 2

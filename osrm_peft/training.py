@@ -1,0 +1,132 @@
+"""One task, one adapter: thin over `transformers.Trainer`."""
+
+import copy
+import shutil
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig, get_peft_model
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    PreTrainedModel,
+    PrinterCallback,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.trainer_utils import get_last_checkpoint
+
+from osrm_peft.callback import OSRMCallback
+from osrm_peft.config import OSRMLoraConfig
+from osrm_peft.files import MANIFEST, check_replaceable, new_folder, versions, write_json
+from osrm_peft.packaged import resolve_model
+from osrm_peft.tasks import Task, tokenize
+
+# The OSRM paper's settings (§5.1 and Table 10), except the learning rate, which depends on model, task and init.
+PAPER_LORA: dict[str, Any] = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.0, "task_type": "SEQ_CLS"}
+PAPER_TRAINING: dict[str, Any] = {
+    "optim": "adamw_torch",
+    "learning_rate": 4e-4,
+    "lr_scheduler_type": "linear",
+    "warmup_steps": 0.06,  # below 1: a share of all steps
+    "weight_decay": 0.0,
+    "per_device_train_batch_size": 64,
+    "num_train_epochs": 10,
+}
+
+
+def load_base(model: str, num_labels: int) -> PreTrainedModel:
+    """A pre-trained model with a fresh classification head (`num_labels=1`: regression), in float32.
+
+    Args:
+        model: Hub id, folder, or `"packaged"`.
+        num_labels: width of the head. It is drawn from torch's global generator: seed it first.
+    """
+    base = AutoModelForSequenceClassification.from_pretrained(
+        resolve_model(model), num_labels=num_labels, ignore_mismatched_sizes=True
+    )
+    if base.config.pad_token_id is None:  # decoders such as Llama have none; classification pools at the last token
+        base.config.pad_token_id = load_tokenizer(model).pad_token_id
+    return base
+
+
+def load_tokenizer(model: str):
+    """The model's tokenizer, with a padding token (the end-of-sequence token where the model has none)."""
+    tokenizer = AutoTokenizer.from_pretrained(resolve_model(model))
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def train_task(
+    task: Task,
+    output_dir: str | Path,
+    *,
+    lora: LoraConfig,
+    model: str = "packaged",
+    training: dict[str, Any] | None = None,
+    max_length: int = 128,
+    seed: int = 42,
+) -> Path:
+    """Train one adapter on one task and save it with its head as a stock PEFT adapter folder.
+
+    Args:
+        task: the rows; its validation split is scored at the end of each epoch where `training` asks for it.
+        output_dir: the adapter folder. Checkpoints, if `save_strategy` asks for them, lie beside it until the end
+            (`<output_dir>.checkpoints`), and an interrupted run goes on from the last.
+        lora: the adapter's LoraConfig; with an `OSRMLoraConfig`, `OSRMCallback` sets A. It is not changed.
+        model: Hub id, folder, or `"packaged"`.
+        training: `transformers.TrainingArguments`, over the paper's settings (`PAPER_TRAINING`).
+        max_length: tokens a row is cut to.
+        seed: seeds the head, the order of rows and the dropout.
+
+    Returns:
+        The adapter folder, with `osrm_peft.json` (how it was made, and the training log) in it.
+
+    Raises:
+        FileExistsError: `output_dir` holds something that is not ours.
+        ValueError, TypeError: from the config's checks, before training starts.
+    """
+    output_dir = Path(output_dir)
+    check_replaceable(output_dir)
+    checkpoints = output_dir.with_name(output_dir.name + ".checkpoints")
+    overrides = PAPER_TRAINING | {"report_to": "none", "save_strategy": "no", "logging_steps": 10} | (training or {})
+    # Under several processes the default multiplies the loss by their number (sequence classification).
+    overrides.setdefault("average_tokens_across_devices", False)
+    args = TrainingArguments(output_dir=str(checkpoints), seed=seed, **overrides)
+
+    set_seed(seed)
+    tokenizer = load_tokenizer(model)
+    peft_model = get_peft_model(load_base(model, task.num_labels), copy.deepcopy(lora))
+    trainer = Trainer(
+        peft_model,
+        args,
+        train_dataset=tokenize(task.train, tokenizer, max_length),
+        eval_dataset=tokenize(task.validation, tokenizer, max_length),
+        data_collator=DataCollatorWithPadding(tokenizer),
+        callbacks=[OSRMCallback()] if isinstance(lora, OSRMLoraConfig) else None,
+    )
+    trainer.remove_callback(PrinterCallback)  # with disable_tqdm the Trainer prints every log; ours go to the manifest
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None)
+
+    if trainer.is_world_process_zero():
+        with new_folder(output_dir) as folder:
+            peft_model.save_pretrained(str(folder))
+            manifest = {
+                "kind": "adapter",
+                "base_model": model,
+                "task": task.name,
+                "num_labels": task.num_labels,
+                "metric": task.metric,
+                "train_rows": len(task.train),
+                "max_length": max_length,
+                "seed": seed,
+                "training": overrides,
+                "log": trainer.state.log_history,
+                "versions": versions(),
+            }
+            write_json(folder / MANIFEST, manifest)
+        shutil.rmtree(checkpoints, ignore_errors=True)
+    return output_dir

@@ -1,0 +1,30 @@
+"""Train the adapter of one task (or of several, one after the other) of a recipe.
+
+    accelerate launch recipes/train_adapter.py --config recipes/configs/minilm_packaged.yaml --task tweets
+
+An OSRM recipe needs the features of its tasks first, once:
+
+    osrm-peft features --config recipes/configs/minilm_packaged_osrm.yaml
+"""
+
+import argparse
+from pathlib import Path
+
+from osrm_peft.recipe import Recipe
+
+
+def main() -> None:
+    """Parse the command line and train."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, required=True, help="a YAML of recipes/configs/")
+    parser.add_argument("--task", action="append", help="a task; repeat it (default: all of the recipe)")
+    parser.add_argument("--out", type=Path, default=Path("results/adapters"), help="the adapters go to OUT/<task>")
+    arguments = parser.parse_args()
+
+    recipe = Recipe.from_yaml(arguments.config)
+    for task in arguments.task or recipe.task_names():
+        print(f"wrote {recipe.train(task, arguments.out / task)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,92 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from osrm_peft import list_tasks, load_adapter, merge_adapters
+from osrm_peft.recipe import Recipe
+from tests.conftest import make_adapter
+from tests.test_recipes import write
+
+COMMAND = [str(Path(sys.executable).with_name("osrm-peft"))]
+
+
+def run(*arguments, code=0):
+    done = subprocess.run([*COMMAND, *map(str, arguments)], capture_output=True, text=True)
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout if code == 0 else " ".join(done.stderr.split())
+
+
+def test_features_train_merge_evaluate(tmp_path):
+    """The commands one after the other, on the packaged model and two of its tasks."""
+    recipe = write(tmp_path, tasks=["tweets", "sms_spam"], osrm={"statistic": "sample"})
+    assert "tweets.features.safetensors" in run("features", "-c", recipe)
+    assert "is there already" in run("features", "-c", recipe, "-t", "tweets")
+    run("train", "-c", recipe, "--out", tmp_path / "ad")
+    out = tmp_path / "merged"
+    printed = run(
+        "merge", f"tweets={tmp_path}/ad/tweets", tmp_path / "ad/sms_spam", "--out", out,
+        "-m", "lore", "-o", "mu_ratio=0.2", "--weight", "tweets=1", "--weight", "sms_spam=2", "--scale", "0.5",
+    )  # fmt: skip
+    assert "rank 16, energy kept per layer at least 1.0000" in printed.replace("\n", " ")
+    manifest = json.loads((out / "osrm_peft.json").read_text())
+    assert manifest["options"]["mu_ratio"] == 0.2 and manifest["scale"] == 0.5
+    assert manifest["weights"] == {"tweets": 1, "sms_spam": 2}
+    scores = tmp_path / "scores.json"
+    assert "tweets" in run("evaluate", out, "--rows", 8, "--max-length", 16, "--out", scores)
+    found = json.loads(scores.read_text())
+    assert set(found["scores"]) == {"tweets", "sms_spam"} and found["settings"]["rows"] == 8
+    assert "individual" in run("evaluate", tmp_path / "ad/tweets", "--rows", 8, "--max-length", 16)
+
+
+def test_the_command_merges_as_the_function_does(tmp_path):
+    for seed in (1, 2):
+        make_adapter(tmp_path / f"t{seed}", seed=seed)
+    run(
+        "merge",
+        tmp_path / "t1",
+        tmp_path / "t2",
+        "--out",
+        tmp_path / "out",
+        "-m",
+        "ties",
+        "-o",
+        "density=0.3",
+    )
+    ours = merge_adapters({"t1": tmp_path / "t1", "t2": tmp_path / "t2"}, "ties", density=0.3).deltas()
+    for name, factors in load_adapter(tmp_path / "out").factors.items():
+        assert float((factors.delta() - ours[name]).abs().max()) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["merge", "a=x", "--out", "o", "-m", "best"], "error: unknown merge method 'best': choose from"),
+        (["merge", "no/such", "--out", "o"], "error: 'no/such' is neither a folder nor a Hub repository"),
+        (["merge", "x/a", "y/a", "--out", "o"], "two adapters have the same name"),
+        (["merge", "a=x", "--out", "o", "-o", "mu"], "'mu': expected NAME=VALUE"),
+        (["merge", "a=x", "--out", "o", "-o", "mu=1"], "average has no option mu; its options are none"),
+        (["merge", "a=x", "--out", "o", "--weight", "a=much"], "could not convert string to float: 'much'"),
+        (["train", "-c", "none.yaml"], "no recipe none.yaml"),
+        (["evaluate", "none", "--suite", "x"], "none does not say which task it is for: name it with --task"),
+    ],
+)
+def test_an_error_is_one_line_and_exit_code_2(arguments, message):
+    text = run(*arguments, code=2)
+    assert message in text and "Traceback" not in text
+
+
+def test_an_output_that_is_not_ours_is_refused_before_any_work(tmp_path):
+    (tmp_path / "thesis.txt").touch()
+    assert "was not written by osrm_peft" in run("merge", "a=no/such", "--out", tmp_path, code=2)
+
+
+def test_help_names_every_command():
+    printed = run("--help")
+    assert all(name in printed for name in ("features", "train", "merge", "evaluate", "demo"))
+
+
+def test_recipe_tasks_default_to_the_suite(tmp_path):
+    assert Recipe.from_yaml(write(tmp_path, tasks=None)).task_names() == list_tasks("packaged")

@@ -1,0 +1,132 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from peft import LoraConfig, PeftModel
+from safetensors.torch import load_file
+
+from osrm_peft import OSRMLoraConfig
+from osrm_peft.recipe import Recipe
+from osrm_peft.training import load_base
+
+ROOT = Path(__file__).parent.parent
+CONFIGS = sorted((ROOT / "recipes/configs").glob("*.yaml"))
+SMALL = {
+    "model": "packaged",
+    "suite": "packaged",
+    "tasks": ["tweets", "sms_spam", "questions"],
+    "lora": {"target_modules": ["query", "value"]},
+    "training": {"max_steps": 2, "per_device_train_batch_size": 4, "use_cpu": True, "logging_steps": 1},
+    "max_length": 16,
+    "train_rows": 16,
+    "validation_rows": 8,
+    "k": 6,
+}
+
+
+def write(folder, **changes):
+    content = SMALL | {"features": str(folder / "features")} | changes
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(content))
+    return folder / "recipe.yaml"
+
+
+def test_every_recipe_parses_and_builds_its_lora_config():
+    assert len(CONFIGS) == 3
+    for path in CONFIGS:
+        recipe = Recipe.from_yaml(path)
+        for task in recipe.task_names():
+            config = recipe.lora_config(task)
+            assert (config.r, config.lora_alpha, config.target_modules) == (8, 16, {"query", "value"})
+            if recipe.osrm is not None:
+                assert isinstance(config, OSRMLoraConfig) and len(config.out_of_task) == len(recipe.task_names()) - 1
+                assert not any(f"/{task}." in file for file in config.out_of_task)
+        header = path.read_text().splitlines()
+        command = next(line for line in header if "accelerate launch" in line)
+        assert f"--config recipes/configs/{path.name}" in command
+
+
+@pytest.mark.parametrize("osrm", [None, {"statistic": "mean", "freeze_a": True}])
+def test_accelerate_launch_trains_an_adapter_that_stock_peft_loads(tmp_path, osrm):
+    """The recipe as a user launches it: one real process under `accelerate launch`."""
+    path = write(tmp_path, **({"osrm": osrm} if osrm else {}))
+    if osrm:
+        recipe = Recipe.from_yaml(path)
+        for task in recipe.task_names():
+            recipe.collect(task, progress=False).save(recipe.features_file(task))
+    launch = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        "accelerate_configs/single.yaml",
+    ]
+    command = [
+        "recipes/train_adapter.py",
+        "--config",
+        str(path),
+        "--task",
+        "tweets",
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    done = subprocess.run([*launch, *command], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "out/tweets"
+    assert not (tmp_path / "out/tweets.checkpoints").exists()
+    assert set(json.loads((folder / "adapter_config.json").read_text())) == set(LoraConfig().to_dict())
+    assert (folder / "osrm_config.json").exists() == bool(osrm)
+    manifest = json.loads((folder / "osrm_peft.json").read_text())
+    assert (manifest["task"], manifest["num_labels"], manifest["train_rows"]) == ("tweets", 1, 16)
+    assert manifest["training"]["warmup_steps"] == 0.06 and manifest["training"]["lr_scheduler_type"] == "linear"
+    assert ("osrm/drift" in manifest["log"][0]) == bool(osrm)
+    if osrm:
+        assert manifest["log"][0]["osrm/drift"] == pytest.approx(0, abs=1e-6)  # A is frozen
+    PeftModel.from_pretrained(load_base("packaged", 1), str(folder))
+    assert any(
+        "lora_B" in key and tensor.any() for key, tensor in load_file(folder / "adapter_model.safetensors").items()
+    )
+
+
+def test_an_interrupted_training_goes_on_from_its_checkpoint(tmp_path, monkeypatch):
+    training = SMALL["training"] | {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    recipe = Recipe.from_yaml(write(tmp_path, training=training))
+    recipe.train("tweets", tmp_path / "whole")
+
+    from osrm_peft import training as module
+
+    class Interrupted(module.Trainer):
+        def training_step(self, *args, **kwargs):
+            if self.state.global_step == 3:
+                raise KeyboardInterrupt
+            return super().training_step(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "Trainer", Interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            recipe.train("tweets", tmp_path / "cut")
+    assert not (tmp_path / "cut").exists() and (tmp_path / "cut.checkpoints/checkpoint-2").is_dir()
+    recipe.train("tweets", tmp_path / "cut")
+    whole, cut = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "cut"))
+    assert all((whole[key] - cut[key]).abs().max() < 1e-6 for key in whole)
+    assert not (tmp_path / "cut.checkpoints").exists()
+
+
+def test_bad_recipes(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no recipe .*nothing.yaml: see recipes/configs/"):
+        Recipe.from_yaml(tmp_path / "nothing.yaml")
+    with pytest.raises(ValueError, match=r"a recipe needs model and suite and knows .*'modle'"):
+        Recipe.from_yaml(write(tmp_path, modle="x"))
+    with pytest.raises(ValueError, match=r"unknown task twets in suite 'packaged': choose from questions"):
+        Recipe.from_yaml(write(tmp_path, tasks=["twets"])).task_names()
+    with pytest.raises(ValueError, match=r"unknown task 'editorials': the recipe has tweets, sms_spam, questions"):
+        Recipe.from_yaml(write(tmp_path)).task("editorials")
+    osrm = Recipe.from_yaml(write(tmp_path, osrm={"statistic": "mean"}))
+    with pytest.raises(FileNotFoundError, match=r"no features file .*sms_spam.features.safetensors: write it with"):
+        osrm.train("tweets", tmp_path / "out")
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs/file").touch()
+    with pytest.raises(FileExistsError, match="was not written by osrm_peft"):
+        osrm.train("tweets", tmp_path / "theirs")
