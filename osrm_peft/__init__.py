@@ -5,11 +5,13 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from osrm_peft.adapters import LoraAdapter, load_adapter
+    from osrm_peft.adapter_reader import load_adapter
+    from osrm_peft.adapters import LoraAdapter
     from osrm_peft.callback import OSRMCallback
+    from osrm_peft.collection import collect_features
     from osrm_peft.config import OSRMLoraConfig
     from osrm_peft.evaluation import evaluate_task
-    from osrm_peft.features import TaskFeatures, collect_features
+    from osrm_peft.features import TaskFeatures
     from osrm_peft.initialization import initialize_osrm_weights
     from osrm_peft.merging import MergedAdapter, merge_adapters
     from osrm_peft.tasks import Task, list_tasks, load_task
@@ -22,11 +24,11 @@ _HOMES = {
     "OSRMLoraConfig": "config",
     "Task": "tasks",
     "TaskFeatures": "features",
-    "collect_features": "features",
+    "collect_features": "collection",
     "evaluate_task": "evaluation",
     "initialize_osrm_weights": "initialization",
     "list_tasks": "tasks",
-    "load_adapter": "adapters",
+    "load_adapter": "adapter_reader",
     "load_task": "tasks",
     "merge_adapters": "merging",
     "train_task": "training",

@@ -102,7 +102,7 @@ def evaluate(
     out: Annotated[Path | None, typer.Option(help="Write the scores to this JSON file.")] = None,
 ) -> None:
     """Score an adapter on a suite's tasks: a merged one with each task's head, a single one on its own task."""
-    from osrm_peft.adapters import load_adapter
+    from osrm_peft.adapter_reader import load_adapter
     from osrm_peft.evaluation import evaluate_task
     from osrm_peft.files import versions, write_json
     from osrm_peft.merging.merged import read_manifest

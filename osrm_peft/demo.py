@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from tqdm.auto import tqdm
 
-from osrm_peft.adapters import load_adapter
+from osrm_peft.adapter_reader import load_adapter
 from osrm_peft.evaluation import evaluate_task
 from osrm_peft.files import new_file, versions, write_json
 from osrm_peft.merging import MergedAdapter, merge_adapters

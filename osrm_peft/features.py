@@ -1,22 +1,18 @@
-"""Features of one task: the inputs of the target layers in the pre-trained model, summed up; and their file."""
+"""TaskFeatures: what one task shows the others, its safetensors file, and whether it fits a model."""
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from peft import LoraConfig, PeftModel
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from osrm_peft.files import new_file
-from osrm_peft.layers import base_of, linear_layer, target_layers, weight_hash
-from osrm_peft.moments import STATISTICS, FeatureMoments
+from osrm_peft.layers import base_name, base_of, linear_layer, weight_hash
+from osrm_peft.moments import FeatureMoments
 
 _FORMAT = 1
 
@@ -136,148 +132,8 @@ class TaskFeatures:
         if actual != self.weight_hash:
             raise ValueError(
                 f"the features of task {self.task!r} were collected on {self.base_model} (weights {self.weight_hash}), "
-                f"but this model is {_name_of(base)} (weights {actual}): collect them on the same pre-trained model"
+                f"but this model is {base_name(base)} (weights {actual}): collect them on the same pre-trained model"
             )
-
-
-def collect_features(
-    model: nn.Module,
-    loader: Iterable[Mapping[str, Any]],
-    *,
-    task: str,
-    target_modules: list[str] | str | LoraConfig | None = None,
-    statistic: str = "token",
-    k: int = 100,
-    seed: int | None = None,
-    reference: bool = False,
-    progress: bool = True,
-) -> TaskFeatures:
-    """Run up to k samples through the pre-trained model and sum up the inputs of the target layers.
-
-    Padding (0 in the batch's `attention_mask`) never enters; a tensor that several layers receive is counted once. A
-    PeftModel runs with its adapter off. The model is left as it was: hooks gone, train mode and gradients untouched.
-
-    Args:
-        model: the pre-trained model, or a PeftModel around it; runs on the device it is on.
-        loader: batches as the model takes them (dicts of tensors, samples along the first axis); labels are ignored.
-        task: the task's name, for the record.
-        target_modules: which layers, see `layers.target_layers`.
-        statistic: `"mean"`, `"sample"` or `"token"`, see FeatureMoments.
-        k: how many samples at most (the paper uses 100).
-        seed: the seed that drew the samples, for the record.
-        reference: count padding in and keep the mean only, as the released OSRM code does (it pads to a fixed length).
-
-    Raises:
-        ValueError: unknown statistic, k below 1, no target layer, or a loader without a sample.
-    """
-    if statistic not in STATISTICS:
-        raise ValueError(f"unknown statistic {statistic!r}: choose from {', '.join(STATISTICS)}")
-    if reference and statistic != "mean":
-        raise ValueError(f"reference=True keeps one mean a task: use statistic='mean', not {statistic!r}")
-    if k < 1:
-        raise ValueError(f"k={k} samples: give at least 1")
-    layers = target_layers(model, target_modules)
-    base = base_of(model)
-    device = next(base.parameters()).device
-    collector = _Collector({name: linear_layer(name, module).in_features for name, module in layers.items()}, statistic)
-    seen = 0
-    with ExitStack() as stack:
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(_eval_mode(base))
-        if isinstance(model, PeftModel):
-            stack.enter_context(model.disable_adapter())
-        stack.enter_context(_watch_inputs(layers, collector.see))
-        bar = stack.enter_context(tqdm(total=k, desc=f"features of {task}", unit="sample", disable=not progress))
-        for batch in loader:
-            batch = {
-                key: value[: k - seen].to(device) if isinstance(value, Tensor) else value
-                for key, value in batch.items()
-                if key not in ("label", "labels")
-            }
-            rows = max((len(value) for value in batch.values() if isinstance(value, Tensor)), default=0)
-            if rows == 0:
-                continue
-            collector.start(None if reference else batch.get("attention_mask"))
-            base(**batch)
-            seen += rows
-            bar.update(rows)
-            if seen >= k:
-                break
-    if seen == 0:
-        raise ValueError(f"the loader of task {task!r} gave no sample: is its dataset empty?")
-    names = list(collector.moments)
-    return TaskFeatures(
-        task, _name_of(base), weight_hash(model, names), statistic, seen, seed, reference, collector.moments
-    )
-
-
-class _Collector:
-    """Feeds layer inputs to FeatureMoments, each distinct tensor once."""
-
-    def __init__(self, widths: dict[str, int], statistic: str) -> None:
-        self.widths, self.statistic = widths, statistic
-        self.moments: dict[str, FeatureMoments] = {}
-        self.start(None)
-
-    def start(self, attention_mask: Tensor | None) -> None:
-        """A new forward pass with this padding mask."""
-        self.keep = None if attention_mask is None else attention_mask.bool()
-        self.last: tuple[Tensor, int, FeatureMoments] | None = None  # kept alive, so `is` can be trusted
-
-    def see(self, name: str, x: Tensor) -> None:
-        if self.last is not None and x is self.last[0] and x._version == self.last[1]:
-            shared = self.last[2]
-            if self.moments.setdefault(name, shared) is not shared:
-                raise RuntimeError(
-                    f"layer {name!r} shared its input with another layer in some batches and not in others: "
-                    "collect its features on its own (target_modules with this layer alone)"
-                )
-            return
-        moments = self.moments.get(name)
-        if moments is None:
-            moments = self.moments[name] = FeatureMoments(self.statistic, self.widths[name])
-        keep = self.keep
-        if keep is not None and x.dim() == 3 and keep.shape != x.shape[:2]:
-            raise ValueError(
-                f"layer {name!r} receives inputs of shape {tuple(x.shape)}, but the attention_mask is "
-                f"{tuple(keep.shape)}: padding cannot be told apart; leave the layer out of target_modules"
-            )
-        moments.add_(x, keep)
-        self.last = (x, x._version, moments)
-
-
-@contextmanager
-def _watch_inputs(layers: Mapping[str, nn.Module], on_input) -> Iterator[None]:
-    """Call on_input(name, x) before each forward of `layers`; the hooks are gone when the block ends."""
-
-    def hook_for(name: str):
-        def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            on_input(name, (args[0] if args else next(iter(kwargs.values()))))
-
-        return hook
-
-    handles = [module.register_forward_pre_hook(hook_for(name), with_kwargs=True) for name, module in layers.items()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside the block; afterwards every submodule has its own mode again."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
-
-
-def _name_of(model: nn.Module) -> str:
-    return getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__
 
 
 def _metadata(header: dict[str, Any]) -> dict[str, str]:

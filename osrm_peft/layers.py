@@ -19,6 +19,12 @@ def base_of(model: Any) -> Any:
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
+def base_name(model: nn.Module) -> str:
+    """Name or path from which the base model was loaded; its class where it was made in memory."""
+    base = base_of(model)
+    return getattr(getattr(base, "config", None), "_name_or_path", "") or type(base).__name__
+
+
 def target_layers(model: nn.Module, target_modules: list[str] | str | LoraConfig | None = None) -> dict[str, nn.Module]:
     """The layers that LoRA with these `target_modules` adapts: {name in the base model: module}, in model order.
 

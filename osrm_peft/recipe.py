@@ -11,8 +11,9 @@ from peft import LoraConfig
 from torch.utils.data import DataLoader
 from transformers import DataCollatorWithPadding
 
+from osrm_peft.collection import collect_features
 from osrm_peft.config import OSRMLoraConfig
-from osrm_peft.features import TaskFeatures, collect_features
+from osrm_peft.features import TaskFeatures
 from osrm_peft.tasks import Task, list_tasks, load_task, tokenize
 from osrm_peft.training import PAPER_LORA, load_base, load_tokenizer, train_task
 

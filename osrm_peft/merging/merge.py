@@ -12,7 +12,8 @@ from peft import PeftModel
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from osrm_peft.adapters import TARGETS, Factors, LoraAdapter, load_adapter
+from osrm_peft.adapter_reader import load_adapter
+from osrm_peft.adapters import TARGETS, Factors, LoraAdapter
 from osrm_peft.files import versions
 from osrm_peft.merging.lowrank import compress
 from osrm_peft.merging.merged import MergedAdapter, MergedLayer
