@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
+from osrm_peft.files import new_file
 from osrm_peft.packaged import resolve_model
 
 CONFIG, WEIGHTS, HEADS = "adapter_config.json", "adapter_model.safetensors", "heads"
@@ -75,10 +76,10 @@ class LoraAdapter:
 
         Layers of lower rank are padded with zero directions, so any loader and server that takes rank r takes it.
         """
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / CONFIG).write_text(json.dumps(self.peft_config().to_dict(), indent=2, sort_keys=True, default=list))
-        save_file(self.state_dict(), folder / WEIGHTS, {"format": "pt"})
+        with new_file(Path(folder) / CONFIG) as path:
+            path.write_text(json.dumps(self.peft_config().to_dict(), indent=2, sort_keys=True, default=list))
+        with new_file(Path(folder) / WEIGHTS) as path:
+            save_file(self.state_dict(), path, {"format": "pt"})
 
     def peft_config(self) -> LoraConfig:
         """The LoraConfig under which stock PEFT reproduces these factors."""
@@ -117,6 +118,32 @@ class LoraAdapter:
             ValueError: `base` lacks a layer, or its head has another shape.
         """
         model = self._load_base(base) if isinstance(base, str) else base
+        self._check_fits(model)
+        peft_model = get_peft_model(model, self.peft_config())
+        result: Any = set_peft_model_state_dict(peft_model, self.state_dict())
+        lost = [key for key in result.missing_keys if "lora_" in key] + list(result.unexpected_keys)
+        if lost:
+            raise ValueError(f"{type(model).__name__} and the adapter do not fit: {', '.join(sorted(lost)[:6])}")
+        return peft_model.eval()
+
+    def _check_fits(self, model: PreTrainedModel) -> None:
+        """Before anything is wrapped: are the layers there, and have they and the head the right shapes?"""
+        if isinstance(model, PeftModel):
+            raise TypeError("the base model carries an adapter already: pass the model without it (`.unload()`)")
+        modules = dict(model.named_modules())
+        missing = sorted(set(self.factors) - set(modules))
+        if missing:
+            raise ValueError(
+                f"{type(model).__name__} lacks {len(missing)} of the {len(self.factors)} adapted layers: "
+                f"{', '.join(missing[:4])}; the adapter is of {self.base_model}"
+            )
+        for name, factors in self.factors.items():
+            layer, shape = modules[name], (len(factors.B), factors.A.shape[1])
+            if isinstance(layer, nn.Linear) and (layer.out_features, layer.in_features) != shape:
+                raise ValueError(
+                    f"layer {name!r} is {layer.out_features}×{layer.in_features}, the adapter's is "
+                    f"{shape[0]}×{shape[1]}; the adapter is of {self.base_model}"
+                )
         shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
         for name, tensor in self.heads.items():
             if shapes.get(name) != tuple(tensor.shape):
@@ -124,12 +151,6 @@ class LoraAdapter:
                     f"the head {name!r} has shape {tuple(tensor.shape)}, the model's is {shapes.get(name)}: "
                     f"load the base model with num_labels={len(tensor)}"
                 )
-        peft_model = get_peft_model(model, self.peft_config())
-        result: Any = set_peft_model_state_dict(peft_model, self.state_dict())
-        lost = [key for key in result.missing_keys if "lora_" in key] + list(result.unexpected_keys)
-        if lost:
-            raise ValueError(f"{type(model).__name__} and the adapter do not fit: {', '.join(sorted(lost)[:6])}")
-        return peft_model.eval()
 
     def _load_base(self, name: str) -> PreTrainedModel:
         if self.heads:

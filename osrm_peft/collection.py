@@ -63,16 +63,11 @@ def collect_features(
         stack.enter_context(_watch_inputs(layers, collector.see))
         bar = stack.enter_context(tqdm(total=k, desc=f"features of {task}", unit="sample", disable=not progress))
         for batch in loader:
-            batch = {
-                key: value[: k - seen].to(device) if isinstance(value, Tensor) else value
-                for key, value in batch.items()
-                if key not in ("label", "labels")
-            }
-            rows = max((len(value) for value in batch.values() if isinstance(value, Tensor)), default=0)
+            inputs, rows = _model_inputs(batch, k - seen, device)
             if rows == 0:
                 continue
-            collector.start(None if reference else batch.get("attention_mask"))
-            base(**batch)
+            collector.start(None if reference else inputs.get("attention_mask"))
+            base(**inputs)
             seen += rows
             bar.update(rows)
             if seen >= k:
@@ -85,39 +80,52 @@ def collect_features(
     )
 
 
+def _model_inputs(batch: Mapping[str, Any], most: int, device: torch.device) -> tuple[dict[str, Any], int]:
+    """The first `most` samples of a batch, without labels, on the device; and how many they are."""
+    if not isinstance(batch, Mapping):
+        raise TypeError(f"the loader must give dicts as the model takes them, got a {type(batch).__name__}")
+    tensors = {key: value for key, value in batch.items() if isinstance(value, Tensor) and value.dim() > 0}
+    rows = max(map(len, tensors.values()), default=0)
+    cut = {key: value[:most].to(device) if len(value) == rows else value.to(device) for key, value in tensors.items()}
+    return {key: value for key, value in {**batch, **cut}.items() if key not in ("label", "labels")}, min(rows, most)
+
+
 class _Collector:
     """Feeds layer inputs to FeatureMoments, each distinct tensor once."""
 
     def __init__(self, widths: dict[str, int], statistic: str) -> None:
         self.widths, self.statistic = widths, statistic
         self.moments: dict[str, FeatureMoments] = {}
+        self.leaders: dict[str, str] = {}  # {layer: the first layer that receives the same tensor}
         self.start(None)
 
     def start(self, attention_mask: Tensor | None) -> None:
         """A new forward pass with this padding mask."""
         self.keep = None if attention_mask is None else attention_mask.bool()
-        self.last: tuple[Tensor, int, FeatureMoments] | None = None  # kept alive, so `is` can be trusted
+        self.last: tuple[Tensor, int, str] | None = None  # kept alive, so `is` can be trusted
 
     def see(self, name: str, x: Tensor) -> None:
-        if self.last is not None and x is self.last[0] and x._version == self.last[1]:
-            shared = self.last[2]
-            if self.moments.setdefault(name, shared) is not shared:
-                raise RuntimeError(
-                    f"layer {name!r} shared its input with another layer in some batches and not in others: "
-                    "collect its features on its own (target_modules with this layer alone)"
-                )
+        """One layer's input; counted if no other layer has received this very tensor just before."""
+        shared = self.last is not None and x is self.last[0] and x._version == self.last[1]
+        leader = self.last[2] if shared and self.last is not None else name
+        if self.leaders.setdefault(name, leader) != leader:
+            raise RuntimeError(
+                f"layer {name!r} shared its input with another layer in some batches and not in others: "
+                "collect its features on its own (target_modules with this layer alone)"
+            )
+        if leader != name:
+            self.moments[name] = self.moments[leader]
             return
-        moments = self.moments.get(name)
-        if moments is None:
-            moments = self.moments[name] = FeatureMoments(self.statistic, self.widths[name])
         keep = self.keep
         if keep is not None and x.dim() == 3 and keep.shape != x.shape[:2]:
             raise ValueError(
                 f"layer {name!r} receives inputs of shape {tuple(x.shape)}, but the attention_mask is "
                 f"{tuple(keep.shape)}: padding cannot be told apart; leave the layer out of target_modules"
             )
-        moments.add_(x, keep)
-        self.last = (x, x._version, moments)
+        if name not in self.moments:
+            self.moments[name] = FeatureMoments(self.statistic, self.widths[name])
+        self.moments[name].add_(x, keep)
+        self.last = (x, x._version, name)
 
 
 @contextmanager

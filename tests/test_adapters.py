@@ -151,8 +151,13 @@ def test_a_base_with_another_head_or_without_the_layers_is_refused(tmp_path):
     make_adapter(tmp_path)
     with pytest.raises(ValueError, match=r"has shape \(3,\), the model's is \(2,\): load .* num_labels=3"):
         load_adapter(tmp_path).attach(make_base(num_labels=2))
-    with pytest.raises(ValueError, match=r"do not fit: .*layer.1"):
+    with pytest.raises(ValueError, match=r"lacks 2 of the 4 adapted layers: bert.encoder.layer.1.*is of tiny"):
         load_adapter(tmp_path).attach(make_base(num_hidden_layers=1))
+    with pytest.raises(ValueError, match=r"layer '.*' is 8×8, the adapter's is 16×16"):
+        load_adapter(tmp_path).attach(narrow := make_base(hidden_size=8))
+    assert not any("lora" in name for name, _ in narrow.named_modules())  # refused before anything was wrapped
+    with pytest.raises(TypeError, match=r"carries an adapter already"):
+        load_adapter(tmp_path).attach(load_adapter(tmp_path).attach(make_base()))
 
 
 def test_stock_peft_alone_loads_what_we_write(tmp_path, base_folder):

@@ -58,6 +58,33 @@ def test_layers_with_the_same_input_share_one_statistic_counted_once(base):
     assert query.count == sum(int(batch["attention_mask"].sum()) for batch in batches())
 
 
+class Wandering(nn.Module):
+    """`b` receives what `a` receives in the first pass, and a tensor of its own later."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.calls = nn.Linear(4, 4), nn.Linear(4, 4), 0
+
+    def forward(self, x):
+        self.calls += 1
+        return self.a(x) + self.b(x if self.calls == 1 else x + 1)
+
+
+def test_a_layer_that_shares_its_input_only_at_times_is_not_mixed_up():
+    loader = [{"x": torch.randn(2, 3, 4)} for _ in range(2)]
+    with pytest.raises(RuntimeError, match=r"layer 'b' shared its input with another layer in some batches"):
+        collect(Wandering(), loader, target_modules=["a", "b"])
+    alone = collect(Wandering(), loader, target_modules=["b"])
+    assert alone.layers["b"].count == 12
+
+
+def test_a_loader_of_tuples_is_refused_and_scalars_are_passed_on(base):
+    with pytest.raises(TypeError, match=r"the loader must give dicts as the model takes them, got a tuple"):
+        collect(base, [(torch.zeros(2, 3),)])
+    batch = make_batch() | {"position_ids": torch.arange(7)[None], "use_cache": torch.tensor(0)}
+    assert collect(base, [batch], statistic="sample", k=2).k == 2
+
+
 def test_k_cuts_in_the_middle_of_a_batch(base):
     few = collect(base, statistic="sample", k=6)
     assert few.k == 6 and few.layers[QUERY_1].count == 6
