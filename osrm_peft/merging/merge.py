@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from osrm_peft.adapter_reader import load_adapter
-from osrm_peft.adapters import TARGETS, Factors, LoraAdapter
+from osrm_peft.adapters import TARGETS, LoraAdapter
 from osrm_peft.files import versions
 from osrm_peft.merging.lowrank import compress
 from osrm_peft.merging.merged import MergedAdapter, MergedLayer
@@ -83,7 +83,7 @@ def merge_adapters(
     }
     base = _common_base(loaded, base_model)
     _check_heads(loaded, heads)
-    _check_rank(loaded, rank)
+    _check_shapes(loaded, rank)
     space = ("core" if chosen.commutes else "weight") if space == "auto" else space
 
     stacks = _Stacks(list(loaded.values()), space)
@@ -133,11 +133,7 @@ class _Stacks:
 
     def items(self) -> Iterator[tuple[str, Layer]]:
         for name in self.names:
-            factors: list[Factors | None] = [adapter.factors.get(name) for adapter in self.adapters]
-            try:
-                yield name, enter(self.space, factors)
-            except ValueError as error:
-                raise ValueError(f"layer {name!r}: {error}") from error
+            yield name, enter(self.space, [adapter.factors.get(name) for adapter in self.adapters])
 
     def __iter__(self) -> Iterator[Tensor]:
         return (layer.stack for _, layer in self.items())
@@ -188,10 +184,17 @@ def _check_heads(adapters: Mapping[str, LoraAdapter], policy: str) -> None:
         raise ValueError(f"{', '.join(with_heads)} have trained heads and heads='error': use heads='per_task'")
 
 
-def _check_rank(adapters: Mapping[str, LoraAdapter], rank: int | None) -> None:
-    widest = min(
-        min(len(factors.B), factors.A.shape[1]) for adapter in adapters.values() for factors in adapter.factors.values()
-    )
+def _check_shapes(adapters: Mapping[str, LoraAdapter], rank: int | None) -> None:
+    shapes: dict[str, tuple[int, int]] = {}
+    for task, adapter in adapters.items():
+        for name, factors in adapter.factors.items():
+            shape = (len(factors.B), factors.A.shape[1])
+            if shapes.setdefault(name, shape) != shape:
+                raise ValueError(
+                    f"layer {name!r} is {shape[0]}×{shape[1]} in {task!r} and {shapes[name][0]}×{shapes[name][1]} in "
+                    "the adapters before it: they are of different base models and cannot be merged"
+                )
+    widest = min(min(shape) for shape in shapes.values())
     if rank is not None and rank > widest:
         raise ValueError(f"rank={rank} is above {widest}, the smallest layer's width: lower it, or None for exact")
 

@@ -39,14 +39,9 @@ def enter(space: str, adapters: Sequence[Factors | None]) -> Layer:
     * `"weight"`: the o×n matrices themselves, float32.
     * `"core"`: (T, p, q) in orthonormal bases of all adapters' columns and rows, p, q ≤ Σ r, float64. The factors are
       balanced first, so the bases do not depend on how an adapter splits its τ into B and A.
-
-    Raises:
-        ValueError: the adapters disagree on the layer's shape.
+    At least one adapter must adapt the layer, and all that do must agree on its shape.
     """
-    shapes = {(len(factors.B), factors.A.shape[1]) for factors in adapters if factors is not None}
-    if len(shapes) != 1:
-        raise ValueError(f"the adapters have shapes {sorted(shapes)} here: they are of different base models")
-    o, n = shapes.pop()
+    o, n = next((len(factors.B), factors.A.shape[1]) for factors in adapters if factors is not None)
     if space == "weight":
         return Layer(torch.stack([torch.zeros(o, n) if factors is None else factors.delta() for factors in adapters]))
     empty = torch.zeros(o, 0, dtype=torch.float64), torch.zeros(0, n, dtype=torch.float64)
