@@ -15,7 +15,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Train LoRA adapters so that they can be merged (OSRM), and merge them (LoRE-Merging and the baselines).",
 )
-console = Console(soft_wrap=True)  # a path is one word, to copy
+console = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 120)  # soft: a path is one word, to copy
 
 ConfigOption = Annotated[Path, typer.Option("--config", "-c", help="A recipe, see recipes/configs/.")]
 TaskOption = Annotated[list[str] | None, typer.Option("--task", "-t", help="A task; repeat it. Default: all.")]

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.box import HORIZONTALS
 from rich.table import Table
 
 from osrm_peft.files import new_file
@@ -95,18 +96,24 @@ class MultiTaskTable:
         return "\n".join("| " + " | ".join(cells) + " |" for cells in [header, rule, *lines])
 
     def terminal(self, title: str) -> Table:
-        """A table for `rich` to print; the best merge of each column in bold."""
-        header, lines = self._cells()
-        table = Table(title=title)
-        for number, name in enumerate(header):
-            table.add_column(name.replace("_", " "), justify="left" if number < 2 else "right")
+        """A table for `rich` to print, narrow enough for 80 columns; the best merge of each column in bold."""
+        table = Table(title=title, title_justify="left", box=HORIZONTALS, show_edge=False, padding=0)
+        table.add_column("merge and λ", no_wrap=True)
+        for name in [*self.tasks, "average"]:
+            table.add_column(name.replace("_", " "), justify="right", overflow="fold")
         merged = [row["scores"] for row in self.rows if row["method"] != "individual"]
-        for row, cells in zip(self.rows, lines, strict=True):
-            for number, column in enumerate([*self.tasks, AVERAGE], start=3):
+        _, lines = self._cells()
+        init = None
+        for row, (_, method, scale, *cells) in zip(self.rows, lines, strict=True):
+            if row["init"] != init:
+                init = row["init"]
+                table.add_section()
+                table.add_row(f"[bold]{init}[/bold]")
+            for number, column in enumerate([*self.tasks, AVERAGE]):
                 best = max((scores[column] for scores in merged), default=None)
-                if row["method"] != "individual" and row["scores"][column] == best:
+                if method != "individual" and row["scores"][column] == best:
                     cells[number] = f"[bold]{cells[number]}[/bold]"
-            table.add_row(*cells, end_section=row["method"] == "individual")
+            table.add_row(f" {method} {scale}", *cells)
         return table
 
 
