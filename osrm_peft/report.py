@@ -100,7 +100,8 @@ class MultiTaskTable:
         table = Table(title=title, title_justify="left", box=HORIZONTALS, show_edge=False, padding=0)
         table.add_column("merge and λ", no_wrap=True)
         for name in [*self.tasks, "average"]:
-            table.add_column(name.replace("_", " "), justify="right", overflow="fold")
+            words = name.split("_")
+            table.add_column("\n".join(words), justify="right", min_width=max(map(len, words)))
         merged = [row["scores"] for row in self.rows if row["method"] != "individual"]
         _, lines = self._cells()
         init = None
