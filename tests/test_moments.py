@@ -62,6 +62,8 @@ def test_sample_keeps_the_vectors_only_while_they_are_fewer_than_the_width():
     assert few.rows is not None and few.rows.shape == (5, 8) and few.second is None
     assert many.rows is None and many.second is not None and many.second.shape == (3, 3)
     root = few.root()
+    h = x.mean(1).double()
+    torch.testing.assert_close(few.second_moment(), h.T @ h / 5, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(root.T @ root, few.second_moment())
     assert many.root() is None and (few.rank_bound(), many.rank_bound()) == (5, 3)
 
