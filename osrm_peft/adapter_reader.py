@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from peft import PeftModel, get_peft_model_state_dict
@@ -16,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from osrm_peft.adapters import CONFIG, HEADS, PREFIX, WEIGHTS, Factors, LoraAdapter, below
+from osrm_peft.checks import number
 
 _BAKE = "bake it into full weights with PEFT's merge_and_unload and merge the checkpoints"
 
@@ -33,17 +35,19 @@ _NOT_PLAIN = {
     "kasa_config": f"KaSA changed the base weights: {_BAKE}",
     "monteclora_config": f"MonteCLoRA draws its weights: {_BAKE}",
 }
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def load_adapter(
-    source: str | Path | PeftModel, *, head: str | None = None, adapter_name: str = "default"
+    source: str | Path | PeftModel, *, head: str | None = None, adapter_name: str | None = None, whole: bool = False
 ) -> LoraAdapter:
     """Read an adapter that PEFT or we wrote: a folder, a Hub id (`user/name`, `user/name@revision`) or a live model.
 
     Args:
         head: for a merged folder: the task whose head to take along.
-        adapter_name: for a live PeftModel: which of its adapters.
+        whole: refuse a merged folder whose heads would be left behind.
+        adapter_name: for a live PeftModel: which of its adapters; None: the only one, or the active one.
 
     Raises:
         FileNotFoundError: neither a folder nor a Hub repository that can be reached.
@@ -51,8 +55,12 @@ def load_adapter(
             such head.
     """
     if isinstance(source, PeftModel):
+        if adapter_name is None:
+            adapter_name = next(iter(source.peft_config)) if len(source.peft_config) == 1 else source.active_adapter
+        if adapter_name not in source.peft_config:
+            raise ValueError(f"the model has no adapter {adapter_name!r}, only {', '.join(source.peft_config)}")
         tensors = {
-            key: value.detach().cpu()
+            key: value.detach().to("cpu", copy=True)  # a copy: the model may be trained on
             for key, value in get_peft_model_state_dict(source, adapter_name=adapter_name).items()
         }
         return _parse(source.peft_config[adapter_name].to_dict(), tensors, f"live {type(source).__name__}", None)
@@ -63,20 +71,28 @@ def load_adapter(
         raise FileNotFoundError(
             f"{source} holds no {WEIGHTS} (pickled .bin files are never read): save the adapter again with PEFT"
         )
+    path = folder / HEADS / f"{head}.safetensors"
+    if whole and head is None and _heads_in(folder):
+        raise ValueError(
+            f"{source} is a merge of several tasks: say whose head to take along with "
+            f"load_adapter({str(source)!r}, head=…), one of {', '.join(_heads_in(folder))}"
+        )
+    if head is not None and (not isinstance(head, str) or head != Path(head).name or not path.is_file()):
+        raise ValueError(f"{source} has no head {head!r}, only {', '.join(_heads_in(folder)) or 'none'}")
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         adapter = _parse(config, load_file(folder / WEIGHTS), str(source), _sha256(folder / WEIGHTS))
-    except (SafetensorError, json.JSONDecodeError) as error:
-        raise ValueError(f"{source} is damaged: {error}") from error
-    if head is not None:
-        path = folder / HEADS / f"{head}.safetensors"
-        if head != Path(head).name or not path.is_file():
-            known = sorted(file.stem for file in (folder / HEADS).glob("*.safetensors"))
-            raise ValueError(f"{source} has no head {head!r}, only {', '.join(known) or 'none'}")
-        with safe_open(path, framework="pt") as file:
-            adapter.heads = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
-            adapter.config |= json.loads(file.metadata()["osrm_peft"])
+        if head is not None:
+            with safe_open(path, framework="pt") as file:
+                adapter.heads = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
+                adapter.config |= json.loads((file.metadata() or {})["osrm_peft"])
+    except (SafetensorError, json.JSONDecodeError, UnicodeDecodeError, KeyError) as error:
+        raise ValueError(f"{source} is damaged: {type(error).__name__}: {error}") from error
     return adapter
+
+
+def _heads_in(folder: Path) -> list[str]:
+    return sorted(file.stem for file in (folder / HEADS).glob("*.safetensors"))
 
 
 def _folder_of(source: str) -> Path:
@@ -117,7 +133,15 @@ def _parse(config: dict[str, Any], tensors: Mapping[str, Tensor], source: str, s
     if not halves:
         raise ValueError(f"{source} holds no lora_A and lora_B: it is empty")
     factors = {}
+    bad_heads = [name for name, tensor in heads.items() if not tensor.isfinite().all()]
+    if bad_heads:
+        raise ValueError(f"{source} has NaN or Inf in its head {bad_heads[0]!r}: the training run diverged")
     for name, half in halves.items():
+        if half["A"].dtype not in _DTYPES or half["B"].dtype not in _DTYPES or len(half["A"]) == 0:
+            raise ValueError(
+                f"{source} has {half['A'].dtype} factors of rank {len(half['A'])} in layer {name!r}: "
+                "adapters hold float16, bfloat16 or float32 factors of rank 1 or more"
+            )
         if not (half["A"].isfinite().all() and half["B"].isfinite().all()):
             raise ValueError(f"{source} has NaN or Inf in layer {name!r}: the training run diverged; train it again")
         factors[name] = Factors(half["A"].float(), half["B"].float(), _scale_of(config, name, len(half["A"])))
@@ -126,6 +150,8 @@ def _parse(config: dict[str, Any], tensors: Mapping[str, Tensor], source: str, s
 
 
 def _check_plain(config: Mapping[str, Any], source: str) -> None:
+    if not isinstance(config, Mapping):
+        raise ValueError(f"{source} is damaged: its {CONFIG} is not a JSON object")
     if str(getattr(config.get("peft_type"), "value", config.get("peft_type"))) != "LORA":
         raise ValueError(f"{source} is a {config.get('peft_type')} adapter: only LoRA adapters can be merged")
     for option, remedy in _NOT_PLAIN.items():
@@ -143,7 +169,7 @@ def _check_plain(config: Mapping[str, Any], source: str) -> None:
 
 def _scale_of(config: Mapping[str, Any], name: str, rank: int) -> float:
     pattern = config.get("alpha_pattern") or {}
-    alpha = pattern.get(get_pattern_key(list(pattern), name), config["lora_alpha"])
+    alpha = number("lora_alpha", pattern.get(get_pattern_key(list(pattern), name), config["lora_alpha"]))
     return alpha / (rank**0.5 if config.get("use_rslora") else rank)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
@@ -76,10 +77,11 @@ class LoraAdapter:
 
         Layers of lower rank are padded with zero directions, so any loader and server that takes rank r takes it.
         """
-        with new_file(Path(folder) / CONFIG) as path:
-            path.write_text(json.dumps(self.peft_config().to_dict(), indent=2, sort_keys=True, default=list))
+        tensors, config = self.state_dict(), self.peft_config().to_dict()
         with new_file(Path(folder) / WEIGHTS) as path:
-            save_file(self.state_dict(), path, {"format": "pt"})
+            save_file(tensors, path, {"format": "pt"})
+        with new_file(Path(folder) / CONFIG) as path:
+            path.write_text(json.dumps(config, indent=2, sort_keys=True, default=list))
 
     def peft_config(self) -> LoraConfig:
         """The LoraConfig under which stock PEFT reproduces these factors."""
@@ -105,7 +107,9 @@ class LoraAdapter:
             B = torch.nn.functional.pad(factors.s * factors.B, (0, pad))
             tensors[f"{PREFIX}{name}.lora_A.weight"] = A.to(self.dtype).contiguous()
             tensors[f"{PREFIX}{name}.lora_B.weight"] = B.to(self.dtype).contiguous()
-        return tensors | {f"{PREFIX}{name}": tensor.contiguous() for name, tensor in self.heads.items()}
+            if not tensors[f"{PREFIX}{name}.lora_B.weight"].isfinite().all():
+                raise ValueError(f"layer {name!r} overflows {self.dtype}: lower the scale, or set dtype=torch.float32")
+        return tensors | {f"{PREFIX}{name}": tensor.clone().contiguous() for name, tensor in self.heads.items()}
 
     def attach(self, base: PreTrainedModel | str) -> PeftModel:
         """A PeftModel of `base` with this adapter and its head, in eval mode.
@@ -128,7 +132,7 @@ class LoraAdapter:
 
     def _check_fits(self, model: PreTrainedModel) -> None:
         """Before anything is wrapped: are the layers there, and have they and the head the right shapes?"""
-        if isinstance(model, PeftModel):
+        if isinstance(model, PeftModel) or any(isinstance(module, BaseTunerLayer) for module in model.modules()):
             raise TypeError("the base model carries an adapter already: pass the model without it (`.unload()`)")
         modules = dict(model.named_modules())
         missing = sorted(set(self.factors) - set(modules))
@@ -153,17 +157,19 @@ class LoraAdapter:
                 )
 
     def _load_base(self, name: str) -> PreTrainedModel:
-        if self.heads:
+        task_type = self.config.get("task_type")
+        if self.heads and task_type == "SEQ_CLS":
             num_labels = len(self.heads[max(self.heads)])  # the last layer: classifier, classifier.out_proj, score
             return AutoModelForSequenceClassification.from_pretrained(
                 resolve_model(name),
                 num_labels=num_labels,
                 ignore_mismatched_sizes=True,  # ours replaces the head
             )
-        if self.config.get("task_type") == "CAUSAL_LM":
+        if task_type == "CAUSAL_LM":
             return AutoModelForCausalLM.from_pretrained(resolve_model(name))
         raise ValueError(
-            f"cannot tell which model class {name!r} needs: pass the loaded base model instead of its name"
+            f"cannot tell which model class {name!r} needs for task_type={task_type!r}: "
+            "pass the loaded base model instead of its name"
         )
 
 
@@ -171,7 +177,7 @@ def save_head(heads: Mapping[str, Tensor], config: Mapping[str, Any], path: Path
     """Write one task's head, with what PEFT must know to load it."""
     notes = {key: config.get(key) for key in ("modules_to_save", "task_type")}
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({key: value.contiguous() for key, value in heads.items()}, path, {"osrm_peft": json.dumps(notes)})
+    save_file({key: value.clone().contiguous() for key, value in heads.items()}, path, {"osrm_peft": json.dumps(notes)})
 
 
 def below(module: str) -> Callable[[str], bool]:

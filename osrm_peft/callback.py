@@ -32,6 +32,7 @@ class OSRMCallback(TrainerCallback):
 
     def __init__(self, adapter_name: str = "default") -> None:
         self.adapter_name = adapter_name
+        self.checked = False  # a second train() goes on from the trained A
         self.initial: dict[str, Tensor] = {}  # {layer: (r, n)} copy of Ã, float32 on the CPU
 
     def on_init_end(self, args, state, control, model=None, **kwargs) -> None:
@@ -41,8 +42,11 @@ class OSRMCallback(TrainerCallback):
 
     def on_step_begin(self, args, state, control, model=None, **kwargs) -> None:
         """Before the first step of a fresh run: is A still ours?"""
-        if state.global_step > 0:
+        if not self.initial:
+            raise RuntimeError("OSRMCallback came too late to set A: pass it to Trainer(…, callbacks=[OSRMCallback()])")
+        if state.global_step > 0 or self.checked:
             return
+        self.checked = True
         for name, A in self._current(model).items():
             if not torch.equal(A, self.initial[name]):
                 raise RuntimeError(
@@ -62,7 +66,6 @@ class OSRMCallback(TrainerCallback):
         state.log_history[-1].update(values)  # the Trainer has copied `logs` there already
 
     def _current(self, model) -> dict[str, Tensor]:
-        model = getattr(model, "module", model)  # unwrap DDP
         layers = lora_layers(model, self.adapter_name)
         return {
             name: layer.lora_A[self.adapter_name].weight.detach().to("cpu", torch.float32, copy=True)

@@ -1,6 +1,5 @@
 """The command `osrm-peft`: a thin skin over the library's functions."""
 
-import json
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -8,6 +7,7 @@ from typing import Annotated, Any
 import typer
 import yaml
 from rich.console import Console
+from rich.markup import escape
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -31,10 +31,10 @@ def features(config: ConfigOption, task: TaskOption = None, overwrite: bool = Fa
     for name in _chosen(task, recipe.task_names()):
         path = recipe.features_file(name)
         if path.exists() and not overwrite:
-            console.print(f"{path} is there already (--overwrite makes it anew)")
+            _say(f"{path} is there already (--overwrite makes it anew)")
             continue
         recipe.collect(name).save(path)
-        console.print(f"wrote {path}")
+        _say(f"wrote {path}")
 
 
 @app.command()
@@ -42,13 +42,18 @@ def train(
     config: ConfigOption,
     task: TaskOption = None,
     out: Annotated[Path, typer.Option(help="Folder for the adapters: OUT/<task>.")] = Path("results/adapters"),
+    overwrite: bool = False,
 ) -> None:
     """Train one adapter a task. Under `accelerate launch`: recipes/train_adapter.py with the same options."""
+    from osrm_peft.files import read_manifest
     from osrm_peft.recipe import Recipe
 
     recipe = Recipe.from_yaml(config)
     for name in _chosen(task, recipe.task_names()):
-        console.print(f"wrote {recipe.train(name, out / name)}")
+        if read_manifest(out / name).get("kind") == "adapter" and not overwrite:
+            _say(f"{out / name} is there already (--overwrite makes it anew)")
+            continue
+        _say(f"wrote {recipe.train(name, out / name, overwrite=overwrite)}")
 
 
 @app.command()
@@ -69,16 +74,15 @@ def merge(
     from osrm_peft.files import check_replaceable
     from osrm_peft.merging import merge_adapters
 
-    named = [_pair(text) if "=" in text else (Path(text).name, text) for text in adapters]
+    named = [(Path(text).name, text) if Path(text).is_dir() or "=" not in text else _pair(text) for text in adapters]
     if len(dict(named)) < len(named):
         raise ValueError(f"two adapters have the same name among {[name for name, _ in named]}: write TASK=FOLDER")
-    weights = {name: float(value) for name, value in map(_pair, weight or [])} or None
-    options = {name: yaml.safe_load(value) for name, value in map(_pair, option or [])}
-    check_replaceable(out)
+    weights, options = _values(weight), _values(option)
+    check_replaceable(out, "merged")
     merged = merge_adapters(
         dict(named),
         method,
-        weights=weights,
+        weights=weights or None,
         scale=scale,
         space=space,
         rank=rank,
@@ -88,7 +92,7 @@ def merge(
     )
     merged.save_pretrained(out)
     kept = min(merged.energy_kept().values())
-    console.print(f"wrote {out}: rank {merged.for_task(None).rank}, energy kept per layer at least {kept:.4f}")
+    _say(f"wrote {out}: rank {merged.for_task(None).rank}, energy kept per layer at least {kept:.4f}")
 
 
 @app.command()
@@ -104,14 +108,13 @@ def evaluate(
     """Score an adapter on a suite's tasks: a merged one with each task's head, a single one on its own task."""
     from osrm_peft.adapter_reader import load_adapter
     from osrm_peft.evaluation import evaluate_task
-    from osrm_peft.files import versions, write_json
-    from osrm_peft.merging.merged import read_manifest
+    from osrm_peft.files import read_manifest, versions, write_json
     from osrm_peft.report import MultiTaskTable, Score
     from osrm_peft.tasks import load_task
     from osrm_peft.training import load_tokenizer
 
     manifest = read_manifest(adapter)
-    merged = manifest.get("kind") == "merged"
+    merged = manifest.get("kind") == "merged" and "inputs" in manifest
     names = task or (list(manifest["inputs"]) if merged else [manifest["task"]] if "task" in manifest else None)
     if names is None:
         raise ValueError(f"{adapter} does not say which task it is for: name it with --task")
@@ -152,8 +155,7 @@ def demo(
     warnings.filterwarnings("ignore", category=FutureWarning)  # transformers' own, about its own names
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    options: dict[str, Any] = {name: yaml.safe_load(value) for name, value in map(_pair, osrm or [])}
-    run_demo(out, seeds=range(42, 42 + seeds), osrm=OSRM | options, console=console)
+    run_demo(out, seeds=range(42, 42 + seeds), osrm=OSRM | _values(osrm), console=console)
 
 
 def _chosen(tasks: list[str] | None, known: list[str]) -> list[str]:
@@ -170,12 +172,26 @@ def _pair(text: str) -> tuple[str, str]:
     return name, value
 
 
+def _values(texts: list[str] | None) -> dict[str, Any]:
+    """{NAME: value} of NAME=VALUE texts."""
+    from osrm_peft.recipe import parse_yaml
+
+    pairs = [_pair(text) for text in texts or []]
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError(f"{', '.join(texts or [])}: a name is given twice")
+    return {name: parse_yaml(value) for name, value in pairs}
+
+
+def _say(text: str) -> None:
+    console.print(text, markup=False, highlight=False)  # a path may hold brackets
+
+
 def main() -> None:
     """Run the command; an error of the user's is one line, not a traceback."""
     try:
         app()
-    except (ValueError, TypeError, FileNotFoundError, FileExistsError, json.JSONDecodeError) as error:
-        Console(stderr=True).print(f"[bold red]error:[/bold red] {error}", markup=True, soft_wrap=True)
+    except (ValueError, TypeError, OSError, yaml.YAMLError) as error:
+        Console(stderr=True).print(f"[bold red]error:[/bold red] {escape(str(error))}", soft_wrap=True)
         sys.exit(2)
     except KeyboardInterrupt:
         Console(stderr=True).print("interrupted: what was finished is kept, run the same command to go on")

@@ -9,8 +9,9 @@ from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from osrm_peft.checks import choice, integer
 from osrm_peft.features import TaskFeatures
-from osrm_peft.layers import base_name, base_of, linear_layer, target_layers, weight_hash
+from osrm_peft.layers import base_name, base_of, linear_layer, target_layers, unwrapped, weight_hash
 from osrm_peft.moments import STATISTICS, FeatureMoments
 
 
@@ -44,20 +45,22 @@ def collect_features(
     Raises:
         ValueError: unknown statistic, k below 1, no target layer, or a loader without a sample.
     """
-    if statistic not in STATISTICS:
-        raise ValueError(f"unknown statistic {statistic!r}: choose from {', '.join(STATISTICS)}")
+    choice("statistic", statistic, STATISTICS)
     if reference and statistic != "mean":
         raise ValueError(f"reference=True keeps one mean a task: use statistic='mean', not {statistic!r}")
-    if k < 1:
-        raise ValueError(f"k={k} samples: give at least 1")
+    k = integer("k", k, 1)
+    model = unwrapped(model)
     layers = target_layers(model, target_modules)
+    merged = [name for name, module in layers.items() if getattr(module, "merged", False)]
+    if merged:
+        raise ValueError(f"an adapter is merged into {merged[0]!r}: call unmerge_adapter() first")
     base = base_of(model)
     device = next(base.parameters()).device
     collector = _Collector({name: linear_layer(name, module).in_features for name, module in layers.items()}, statistic)
     seen = 0
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
-        stack.enter_context(_eval_mode(base))
+        stack.enter_context(_undisturbed(base))
         if isinstance(model, PeftModel):
             stack.enter_context(model.disable_adapter())
         stack.enter_context(_watch_inputs(layers, collector.see))
@@ -74,6 +77,9 @@ def collect_features(
                 break
     if seen == 0:
         raise ValueError(f"the loader of task {task!r} gave no sample: is its dataset empty?")
+    for name, moments in collector.moments.items():
+        if not moments.mean().isfinite().all():
+            raise ValueError(f"layer {name!r} receives NaN or Inf: is the model's checkpoint sound?")
     names = list(collector.moments)
     return TaskFeatures(
         task, base_name(base), weight_hash(model, names), statistic, seen, seed, reference, collector.moments
@@ -117,7 +123,9 @@ class _Collector:
             self.moments[name] = self.moments[leader]
             return
         keep = self.keep
-        if keep is not None and x.dim() == 3 and keep.shape != x.shape[:2]:
+        if keep is not None and x.dim() == 2 and len(x) == keep.numel() != len(keep):
+            x = x.view(*keep.shape, -1)  # tokens of all samples in one row
+        if keep is not None and (x.shape[:2] != keep.shape if x.dim() == 3 else len(x) != len(keep)):
             raise ValueError(
                 f"layer {name!r} receives inputs of shape {tuple(x.shape)}, but the attention_mask is "
                 f"{tuple(keep.shape)}: padding cannot be told apart; leave the layer out of target_modules"
@@ -147,12 +155,18 @@ def _watch_inputs(layers: Mapping[str, nn.Module], on_input) -> Iterator[None]:
 
 
 @contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside the block; afterwards every submodule has its own mode again."""
+def _undisturbed(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside; afterwards each submodule has its mode, and each parameter its requires_grad, again.
+
+    (PEFT's disable_adapter switches requires_grad of an adapter's parameters back on when it ends.)
+    """
     modes = {module: module.training for module in model.modules()}
+    grads = {parameter: parameter.requires_grad for parameter in model.parameters()}
     model.eval()
     try:
         yield
     finally:
         for module, training in modes.items():
             module.training = training
+        for parameter, grad in grads.items():
+            parameter.requires_grad_(grad)

@@ -7,6 +7,7 @@ from typing import Any
 
 from peft import LoraConfig
 
+from osrm_peft.checks import choice, integer, number
 from osrm_peft.files import ADAPTER_NOTES, versions, write_json
 from osrm_peft.moments import STATISTICS
 from osrm_peft.subspace import IN_TASK, NULL_SPACES
@@ -53,14 +54,12 @@ class OSRMLoraConfig(LoraConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name, choices in (("statistic", STATISTICS), ("null_space", NULL_SPACES), ("in_task", IN_TASK)):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name}={getattr(self, name)!r}: choose from {', '.join(choices)}")
+            choice(name, getattr(self, name), choices)
         if isinstance(self.out_of_task, (str, Path)):
             raise ValueError(f"out_of_task={self.out_of_task!r}: give a list of features files")
-        if not 0 <= self.in_task_weight <= 1:
-            raise ValueError(f"in_task_weight={self.in_task_weight} must lie in [0, 1]; 0 is the paper's choice")
-        if not self.ridge > 0:
-            raise ValueError(f"ridge={self.ridge} must be above 0; 0.1 is a good start")
+        self.in_task_weight = number("in_task_weight", self.in_task_weight, 0, 1)
+        self.ridge = number("ridge", self.ridge, 0, open_low=True)
+        self.osrm_seed = integer("osrm_seed", self.osrm_seed, 0)
         if self.reference and (self.statistic, self.null_space, self.in_task) != ("mean", "random", "none"):
             raise ValueError(
                 "reference=True is the released code: it needs statistic='mean', null_space='random', in_task='none'"

@@ -66,6 +66,7 @@ def run_demo(
         FileExistsError: `out` is not ours, or was made with another recipe.
     """
     out, console = Path(out), console or Console()
+    replace(recipe, osrm=osrm).lora_config(recipe.task_names()[0])  # an unknown option stops here
     _claim(out, recipe, osrm)
     steps = len(seeds) * len(recipe.task_names()) * 3 + len(seeds) * 2 * (1 + sum(map(len, SCALES.values())))
     with tqdm(total=steps, desc="demo", unit="step", dynamic_ncols=True) as bar:

@@ -70,6 +70,8 @@ def score(task: Task, logits: Tensor) -> float:
             f"the model's head has {logits.shape[1]} outputs, task {task.name!r} needs {task.num_labels}: "
             "load the adapter with this task's head"
         )
+    if logits.isnan().any():
+        raise ValueError(f"the model's predictions on task {task.name!r} are NaN: is the adapter or its scale sound?")
     predictions = logits[:, 0] if task.num_labels == 1 else logits.argmax(1)
     references = task.validation["label"]
     return float(_metric(task.metric).compute(predictions=predictions.tolist(), references=list(references))["score"])

@@ -1,7 +1,7 @@
 """TaskFeatures: what one task shows the others, its safetensors file, and whether it fits a model."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from osrm_peft.checks import integer
 from osrm_peft.files import new_file
 from osrm_peft.layers import base_name, base_of, linear_layer, weight_hash
 from osrm_peft.moments import FeatureMoments
@@ -80,26 +81,19 @@ class TaskFeatures:
             with safe_open(path, framework="pt") as file:
                 header = json.loads((file.metadata() or {}).get("osrm_peft", "null"))
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
-        except (SafetensorError, json.JSONDecodeError) as error:
-            raise ValueError(f"{path} is not a features file: {error}") from error
-        if not isinstance(header, dict) or "same_input" not in header:
-            raise ValueError(f"{path} is not a features file: write it with `osrm-peft features`")
-        if header["format"] > _FORMAT:
-            raise ValueError(f"{path} has format {header['format']}, this osrm_peft reads up to {_FORMAT}: upgrade it")
-        counts, same_input = header.pop("counts"), header.pop("same_input")
-        del header["format"]
-        moments = {
-            leader: FeatureMoments(
-                header["statistic"],
-                width=len(tensors[f"{leader}.mean"]),
-                count=count,
-                total=tensors[f"{leader}.mean"] * count,
-                second=_scaled(tensors.get(f"{leader}.second_moment"), count),
-                rows=tensors.get(f"{leader}.samples"),
-            )
-            for leader, count in counts.items()
-        }
-        return cls(**header, layers={name: moments[leader] for name, leader in same_input.items()})
+            if header["format"] > _FORMAT:
+                raise ValueError(f"format {header['format']}, this osrm_peft reads up to {_FORMAT}: upgrade it")
+            counts, same_input = header.pop("counts"), header.pop("same_input")
+            del header["format"]
+            moments = {
+                leader: _moments(tensors, leader, header["statistic"], count) for leader, count in counts.items()
+            }
+            return cls(**header, layers={name: moments[leader] for name, leader in same_input.items()})
+        except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"{path} is not a features file, or damaged ({type(error).__name__}: {error}): "
+                "write it with `osrm-peft features`"
+            ) from error
 
     def check_fits(self, model: nn.Module, layers: Iterable[str]) -> None:
         """Check that these features are of `model` and hold all of `layers`, at the right widths.
@@ -140,5 +134,17 @@ def _metadata(header: dict[str, Any]) -> dict[str, str]:
     return {"format": "pt", "osrm_peft": json.dumps(header)}
 
 
-def _scaled(tensor: Tensor | None, count: int) -> Tensor | None:
-    return None if tensor is None else tensor * count
+def _moments(tensors: Mapping[str, Tensor], layer: str, statistic: str, count: int) -> FeatureMoments:
+    """One layer's moments from its tensors in the file, their shapes and signs checked."""
+    integer(f"count of {layer!r}", count, 1)
+    mean, second = tensors[f"{layer}.mean"], tensors.get(f"{layer}.second_moment")
+    rows, n = tensors.get(f"{layer}.samples"), len(mean)
+    kept = {"mean": None, "token": second, "sample": second if rows is None else rows}[statistic]
+    shapes = {"mean": (n,), "second_moment": (n, n), "samples": (count, n)}
+    for name, shape in shapes.items():
+        tensor = tensors.get(f"{layer}.{name}")
+        if tensor is not None and (tuple(tensor.shape) != shape or not tensor.isfinite().all()):
+            raise ValueError(f"{layer}.{name} must be {shape} finite numbers, got shape {tuple(tensor.shape)}")
+    if (statistic != "mean" and kept is None) or (second is not None and bool((second.diagonal() < 0).any())):
+        raise ValueError(f"{layer} has no second moment of the statistic {statistic!r}")
+    return FeatureMoments(statistic, n, count, mean * count, None if second is None else second * count, rows)

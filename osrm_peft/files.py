@@ -13,7 +13,11 @@ from typing import Any
 
 ADAPTER_NOTES = "osrm_config.json"  # beside an adapter: OSRM's settings and provenance
 MANIFEST = "osrm_peft.json"  # in every merged folder: how it was made
-OURS = (ADAPTER_NOTES, MANIFEST)
+# {kind in the manifest: all names that such a folder of ours may hold}
+_CONTENTS = {
+    "adapter": {"adapter_config.json", "adapter_model.safetensors", "README.md", ADAPTER_NOTES, MANIFEST},
+    "merged": {"adapter_config.json", "adapter_model.safetensors", "README.md", MANIFEST, "heads"},
+}
 
 
 @contextmanager
@@ -30,14 +34,17 @@ def new_file(path: str | Path) -> Iterator[Path]:
 
 
 @contextmanager
-def new_folder(path: str | Path) -> Iterator[Path]:
+def new_folder(path: str | Path, kind: str) -> Iterator[Path]:
     """A temporary folder beside `path`, renamed to it when the block ends without an error.
+
+    Args:
+        kind: `"adapter"` or `"merged"`, as the manifest in the folder will say.
 
     Raises:
         FileExistsError: see `check_replaceable`.
     """
-    path = Path(path)
-    check_replaceable(path)
+    path = Path(path).resolve()  # of a link, the folder behind it is replaced
+    check_replaceable(path, kind)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
     partial.chmod(0o755)
@@ -54,20 +61,47 @@ def new_folder(path: str | Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def check_replaceable(path: str | Path) -> None:
-    """Refuse a path that we would overwrite although we did not write it.
+def check_replaceable(path: str | Path, kind: str) -> None:
+    """Refuse a path that holds anything but an earlier result of the same kind, whole and nothing else.
 
     Raises:
-        FileExistsError: `path` is a file, or a non-empty folder without one of our marker files.
+        FileExistsError: `path` or one of its parents is a file, or the folder holds something else.
     """
-    path = Path(path)
-    if path.is_file():
-        raise FileExistsError(f"{path} is a file: name a new folder")
-    if path.is_dir() and any(path.iterdir()) and not any((path / name).is_file() for name in OURS):
+    path = Path(path).resolve()
+    for place in (path, *path.parents):
+        if place.is_file():
+            raise FileExistsError(f"{place} is a file, so {path} cannot be a folder: name another")
+    if not path.is_dir() or not any(path.iterdir()):
+        return
+    if read_manifest(path).get("kind") != kind:
         raise FileExistsError(
-            f"{path} exists and was not written by osrm_peft (no {' or '.join(OURS)} in it): "
+            f"{path} exists and is not a folder that osrm_peft wrote as {kind!r} (its {MANIFEST} would say so): "
             "name a new folder, or remove it yourself"
         )
+    foreign = sorted({entry.name for entry in path.iterdir()} - _CONTENTS[kind])
+    if foreign:
+        raise FileExistsError(
+            f"{path} holds files of others ({', '.join(foreign[:4])}): replacing it would lose them; "
+            "name a new folder, or remove them yourself"
+        )
+
+
+def read_manifest(folder: str | Path) -> dict[str, Any]:
+    """The manifest of a folder that we wrote; empty where there is none.
+
+    Raises:
+        ValueError: there is one, but it is damaged.
+    """
+    path = Path(folder) / MANIFEST
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is damaged: expected a JSON object")
+    return content
 
 
 def write_json(path: str | Path, content: Any) -> None:

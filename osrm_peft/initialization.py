@@ -11,7 +11,7 @@ from peft import PeftModel
 
 from osrm_peft.config import OSRMLoraConfig
 from osrm_peft.features import TaskFeatures
-from osrm_peft.layers import linear_layer, lora_layers, weight_hash
+from osrm_peft.layers import linear_layer, lora_layers, unwrapped, weight_hash
 from osrm_peft.subspace import choose_directions, energy_share
 
 logger = logging.getLogger(__name__)
@@ -39,8 +39,11 @@ def initialize_osrm_weights(
         TypeError: not a PeftModel with an OSRMLoraConfig.
         ValueError: no features; features of another model, layer or width; B is not 0. Nothing was changed then.
     """
+    model = unwrapped(model)
     config = _config_of(model, adapter_name)
     layers = lora_layers(model, adapter_name)
+    if isinstance(out_of_task, (str, Path, TaskFeatures)):
+        raise ValueError(f"out_of_task must be a list of features or files, got a {type(out_of_task).__name__}")
     others = [_load(features) for features in (config.out_of_task or [] if out_of_task is None else out_of_task)]
     own = config.in_task_features if in_task is None else in_task
     own_features = _load(own) if own is not None and config.needs_own_features else None
@@ -130,6 +133,8 @@ def _check_layers(layers: dict[str, Any], adapter_name: str) -> None:
     for name, layer in layers.items():
         linear_layer(name, layer)  # names a layer of another kind
         B = layer.lora_B[adapter_name].weight
+        if B.is_meta:
+            raise ValueError(f"lora_B of layer {name!r} has no data (meta device): make the model on a real device")
         if bool(B.detach().any()):
             raise ValueError(
                 f"lora_B of layer {name!r} is not 0 (largest entry {B.detach().abs().max():.2e}), so a new A would "

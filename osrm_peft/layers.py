@@ -14,8 +14,16 @@ from torch import nn
 HASHED_ENTRIES = 1024
 
 
+def unwrapped(model: Any) -> Any:
+    """The model inside DataParallel, DistributedDataParallel or torch.compile; any other model as it is."""
+    while isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)) or hasattr(model, "_orig_mod"):
+        model = model._orig_mod if hasattr(model, "_orig_mod") else model.module
+    return model
+
+
 def base_of(model: Any) -> Any:
     """The base model inside a PeftModel (its layers keep their own names there), or `model` itself."""
+    model = unwrapped(model)
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 

@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from osrm_peft.checks import choice
+
 STATISTICS = ("mean", "sample", "token")
 
 
@@ -34,8 +36,7 @@ class FeatureMoments:
     rows: Tensor | None = None
 
     def __post_init__(self) -> None:
-        if self.statistic not in STATISTICS:
-            raise ValueError(f"unknown statistic {self.statistic!r}: choose from {', '.join(STATISTICS)}")
+        choice("statistic", self.statistic, STATISTICS)
         if self.total is None:
             self.total = torch.zeros(self.width)
             if self.statistic == "token":

@@ -1,6 +1,7 @@
 """A recipe: everything that makes one suite's adapters, as one YAML file."""
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,11 +12,26 @@ from peft import LoraConfig
 from torch.utils.data import DataLoader
 from transformers import DataCollatorWithPadding
 
+from osrm_peft.checks import integer
 from osrm_peft.collection import collect_features
 from osrm_peft.config import OSRMLoraConfig
 from osrm_peft.features import TaskFeatures
 from osrm_peft.tasks import Task, list_tasks, load_task, tokenize
 from osrm_peft.training import PAPER_LORA, load_base, load_tokenizer, train_task
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's numbers: 1e-3 is one (PyYAML, of YAML 1.1, reads a string)."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+"), list("-+.0123456789")
+)
+
+
+def parse_yaml(text: str) -> Any:
+    """The value of a YAML text, with YAML 1.2's numbers."""
+    return yaml.load(text, Loader=_Loader)
 
 
 @dataclass(frozen=True)
@@ -61,12 +77,29 @@ class Recipe:
         path = Path(path)
         if not path.is_file():
             raise FileNotFoundError(f"no recipe {path}: see recipes/configs/ for examples")
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        try:
+            content = parse_yaml(path.read_text(encoding="utf-8"))
+        except yaml.YAMLError as error:
+            raise ValueError(f"{path} is not YAML: {error}") from error
         known = {field.name for field in dataclasses.fields(cls)}
         if not isinstance(content, Mapping) or set(content) - known or not {"model", "suite"} <= set(content):
-            found = sorted(content) if isinstance(content, Mapping) else type(content).__name__
+            found = sorted(map(str, content)) if isinstance(content, Mapping) else type(content).__name__
             raise ValueError(f"{path}: a recipe needs model and suite and knows {sorted(known)}, found {found}")
         return cls(**content)
+
+    def __post_init__(self) -> None:
+        for name, kind in _KINDS.items():
+            value = getattr(self, name)
+            if not isinstance(value, kind):
+                expected = getattr(kind, "__name__", str(kind))
+                raise ValueError(f"{name}={value!r} in the recipe must be {expected}, not {type(value).__name__}")
+        for name, least in (("k", 1), ("max_length", 4), ("seed", 0)):
+            integer(name, getattr(self, name), least)
+        for name in ("train_rows", "validation_rows"):
+            if getattr(self, name) is not None:
+                integer(name, getattr(self, name), 1)
+        if self.tasks is not None and len(set(self.tasks)) < len(self.tasks):
+            raise ValueError(f"tasks={self.tasks!r} names a task twice")
 
     def task_names(self) -> list[str]:
         """The tasks, checked against the suite."""
@@ -120,7 +153,7 @@ class Recipe:
             **options,
         )
 
-    def train(self, task: str, out: str | Path) -> Path:
+    def train(self, task: str, out: str | Path, *, overwrite: bool = False) -> Path:
         """Train one task's adapter (see `train_task`)."""
         return train_task(
             self.task(task),
@@ -130,4 +163,16 @@ class Recipe:
             training=self.training,
             max_length=self.max_length,
             seed=self.seed,
+            overwrite=overwrite,
         )
+
+
+_KINDS = {
+    "model": str,
+    "suite": str,
+    "tasks": list | None,
+    "lora": dict,
+    "osrm": dict | None,
+    "features": str,
+    "training": dict,
+}

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from osrm_peft.checks import choice
 from osrm_peft.moments import FeatureMoments
 
 NULL_SPACES = ("random", "in_task")
@@ -125,9 +126,8 @@ def _check(others: Sequence[FeatureMoments], own: FeatureMoments | None, r: int,
         raise ValueError(f"the tasks' features have different widths {widths}: they are of different layers or models")
     if not 1 <= r <= widths[0]:
         raise ValueError(f"rank r={r} must lie in 1 … {widths[0]}, the layer's input width: lower r")
-    for value, choices, option in ((null_space, NULL_SPACES, "null_space"), (in_task, IN_TASK, "in_task")):
-        if value not in choices:
-            raise ValueError(f"unknown {option} {value!r}: choose from {', '.join(choices)}")
+    choice("null_space", null_space, NULL_SPACES)
+    choice("in_task", in_task, IN_TASK)
     if own is None and (in_task != "none" or null_space == "in_task"):
         raise ValueError(
             f"in_task={in_task!r}, null_space={null_space!r} look at the task's own features: give them, "

@@ -11,6 +11,7 @@ from typing import Any
 
 from datasets import Dataset, load_dataset
 
+from osrm_peft.checks import number
 from osrm_peft.packaged import packaged_file
 
 METRICS = ("accuracy", "matthews", "pearson_spearman")
@@ -216,6 +217,8 @@ def _load_jsonl(folder: Path) -> Task:
         raise ValueError(f"{folder}: label {min(labels)} is negative; classes are numbered 0 … K−1")
     as_int = [[(first, second, int(label)) for first, second, label in rows] for rows in (train, validation)]
     num_labels = max(2, int(max(labels)) + 1)
+    if num_labels > max(2, len(labels)):
+        raise ValueError(f"{folder}: label {num_labels - 1} with {len(labels)} rows; classes are numbered 0 … K−1")
     return Task(folder.name, num_labels, glue[3] if glue else "accuracy", _dataset(as_int[0]), _dataset(as_int[1]))
 
 
@@ -223,15 +226,21 @@ def _read_jsonl(path: Path) -> list[tuple[str, str | None, float]]:
     if not path.is_file():
         raise ValueError(f"{path} is missing: a task folder holds train.jsonl and validation.jsonl")
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        try:
-            row = json.loads(line)
-            rows.append((str(row["sentence1"]), row.get("sentence2"), float(row["label"])))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(
-                f"{path}, line {number}: expected a JSON object with sentence1, label (a number) "
-                f"and optionally sentence2 ({type(error).__name__}: {error})"
-            ) from error
+    with path.open(encoding="utf-8-sig") as file:  # its lines end at \n only; a text may hold other separators
+        for place, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+                first, second = row["sentence1"], row.get("sentence2")
+                if not isinstance(first, str) or not isinstance(second, str | None):
+                    raise TypeError("sentence1 and sentence2 must be texts")
+                rows.append((first, second, number("label", row["label"])))
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise ValueError(
+                    f"{path}, line {place}: expected a JSON object with sentence1, label (a number) "
+                    f"and optionally sentence2 ({type(error).__name__}: {error})"
+                ) from error
     if not rows:
         raise ValueError(f"{path} is empty: give it at least one row")
     return rows

@@ -69,6 +69,7 @@ def train_task(
     training: dict[str, Any] | None = None,
     max_length: int = 128,
     seed: int = 42,
+    overwrite: bool = False,
 ) -> Path:
     """Train one adapter on one task and save it with its head as a stock PEFT adapter folder.
 
@@ -81,16 +82,19 @@ def train_task(
         training: `transformers.TrainingArguments`, over the paper's settings (`PAPER_TRAINING`).
         max_length: tokens a row is cut to.
         seed: seeds the head, the order of rows and the dropout.
+        overwrite: replace an adapter that is there already.
 
     Returns:
         The adapter folder, with `osrm_peft.json` (how it was made, and the training log) in it.
 
     Raises:
-        FileExistsError: `output_dir` holds something that is not ours.
+        FileExistsError: `output_dir` holds something that is not ours, or an adapter and `overwrite` is not set.
         ValueError, TypeError: from the config's checks, before training starts.
     """
     output_dir = Path(output_dir)
-    check_replaceable(output_dir)
+    check_replaceable(output_dir, "adapter")
+    if output_dir.is_dir() and any(output_dir.iterdir()) and not overwrite:
+        raise FileExistsError(f"{output_dir} holds a trained adapter: pass overwrite=True to train it anew")
     checkpoints = output_dir.with_name(output_dir.name + ".checkpoints")
     overrides = PAPER_TRAINING | {"report_to": "none", "save_strategy": "no", "logging_steps": 10} | (training or {})
     # Under several processes the default multiplies the loss by their number (sequence classification).
@@ -112,7 +116,7 @@ def train_task(
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None)
 
     if trainer.is_world_process_zero():
-        with new_folder(output_dir) as folder:
+        with new_folder(output_dir, "adapter") as folder:
             peft_model.save_pretrained(str(folder))
             manifest = {
                 "kind": "adapter",

@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import save_file
 
 from osrm_peft import load_adapter
@@ -166,7 +166,7 @@ def test_stock_peft_alone_loads_what_we_write(tmp_path, base_folder):
     load_adapter(tmp_path / "theirs").save_pretrained(tmp_path / "ours")
     script = f"""
 import sys, torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForSequenceClassification
 base = AutoModelForSequenceClassification.from_pretrained({base_folder!r}, num_labels=3)
 model = PeftModel.from_pretrained(base, {str(tmp_path / "ours")!r}).eval()
@@ -176,3 +176,52 @@ assert "osrm_peft" not in sys.modules
     subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
     logits = torch.load(tmp_path / "logits.pt", weights_only=True)
     torch.testing.assert_close(model(input_ids=torch.arange(6)[None]).logits, logits, rtol=1e-5, atol=1e-5)
+
+
+def test_a_live_model_s_only_or_active_adapter_is_read(tmp_path):
+    model = get_peft_model(make_base(), LoraConfig(target_modules=["query"], task_type="SEQ_CLS"), adapter_name="mine")
+    assert load_adapter(model).factors
+    model.add_adapter("other", LoraConfig(target_modules=["key"], task_type="SEQ_CLS"))
+    model.set_adapter("other")
+    assert all("key" in name for name in load_adapter(model).factors)
+    with pytest.raises(ValueError, match=r"no adapter 'zz', only mine, other"):
+        load_adapter(model, adapter_name="zz")
+
+
+@pytest.mark.parametrize(
+    ("key", "change", "message"),
+    [
+        ("classifier.weight", lambda t: t * torch.nan, r"NaN or Inf in its head 'classifier.weight'"),
+        ("query.lora_A.weight", lambda t: t.to(torch.int8), r"torch.int8 factors of rank 4"),
+        ("query.lora_A.weight", lambda t: t[:0], r"not understood: .*query"),
+    ],
+)
+def test_tensors_that_no_training_writes(tmp_path, key, change, message):
+    make_adapter(tmp_path)
+    tensors = {name: change(t) if name.endswith(key) else t for name, t in tensors_of(tmp_path).items()}
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match=message):
+        load_adapter(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["[1]", "null", '{"peft_type": "LORA"}', '{"peft_type": "LORA", "lora_alpha": "x"}'])
+def test_damaged_configs(tmp_path, text):
+    make_adapter(tmp_path)
+    (tmp_path / "adapter_config.json").write_text(text)
+    with pytest.raises(ValueError, match=r"is damaged|not understood|lora_alpha='x' must be a finite number"):
+        load_adapter(tmp_path)
+
+
+def test_a_damaged_head_is_named(tmp_path):
+    make_adapter(tmp_path)
+    (tmp_path / "heads").mkdir()
+    (tmp_path / "heads/t.safetensors").write_bytes(b"junk")
+    with pytest.raises(ValueError, match=r"is damaged: SafetensorError"):
+        load_adapter(tmp_path, head="t")
+
+
+def test_a_base_by_name_needs_a_task_type_that_tells_its_class(tmp_path, base_folder):
+    make_adapter(tmp_path)
+    edit_config(tmp_path, task_type="TOKEN_CLS")
+    with pytest.raises(ValueError, match=r"needs for task_type='TOKEN_CLS': pass the loaded base model"):
+        load_adapter(tmp_path).attach(base_folder)

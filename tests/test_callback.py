@@ -104,3 +104,16 @@ def test_a_model_without_lora_is_an_error_at_once(tmp_path):
     args = TrainingArguments(str(tmp_path), report_to="none", use_cpu=True)
     with pytest.raises(TypeError, match="got a BertForSequenceClassification: call get_peft_model first"):
         Trainer(make_base(), args, callbacks=[OSRMCallback()])
+
+
+def test_a_second_train_goes_on_from_the_trained_a(tmp_path, files):
+    trainer = make_trainer(tmp_path, files, max_steps=2)
+    trainer.train()
+    trainer.train()
+
+
+def test_a_callback_that_comes_too_late_says_so(tmp_path, files):
+    trainer = make_trainer(tmp_path, files, callbacks=[])
+    trainer.add_callback(OSRMCallback())
+    with pytest.raises(RuntimeError, match=r"came too late to set A: pass it to Trainer"):
+        trainer.train()

@@ -25,6 +25,9 @@ def test_features_train_merge_evaluate(tmp_path):
     assert "tweets.features.safetensors" in run("features", "-c", recipe)
     assert "is there already" in run("features", "-c", recipe, "-t", "tweets")
     run("train", "-c", recipe, "--out", tmp_path / "ad")
+    assert "is there already (--overwrite" in run("train", "-c", recipe, "--out", tmp_path / "ad", "-t", "tweets")
+    text = run("merge", tmp_path / "ad/tweets", "--out", tmp_path / "ad/tweets", code=2)
+    assert "is not a folder that osrm_peft wrote as 'merged'" in text  # an input is not an output
     out = tmp_path / "merged"
     printed = run(
         "merge", f"tweets={tmp_path}/ad/tweets", tmp_path / "ad/sms_spam", "--out", out,
@@ -68,7 +71,9 @@ def test_the_command_merges_as_the_function_does(tmp_path):
         (["merge", "x/a", "y/a", "--out", "o"], "two adapters have the same name"),
         (["merge", "a=x", "--out", "o", "-o", "mu"], "'mu': expected NAME=VALUE"),
         (["merge", "a=x", "--out", "o", "-o", "mu=1"], "average has no option mu; its options are none"),
-        (["merge", "a=x", "--out", "o", "--weight", "a=much"], "could not convert string to float: 'much'"),
+        (["merge", "a=x", "--out", "o", "--weight", "a=much"], "weight of 'a'='much' must be a finite number"),
+        (["merge", "a=x", "--out", "o", "--weight", "a=1", "--weight", "a=2"], "a name is given twice"),
+        (["merge", "[/red]zz", "--out", "o"], "error: '[/red]zz' is neither a folder"),
         (["train", "-c", "none.yaml"], "no recipe none.yaml"),
         (["evaluate", "none", "--suite", "x"], "none does not say which task it is for: name it with --task"),
     ],
@@ -80,7 +85,7 @@ def test_an_error_is_one_line_and_exit_code_2(arguments, message):
 
 def test_an_output_that_is_not_ours_is_refused_before_any_work(tmp_path):
     (tmp_path / "thesis.txt").touch()
-    assert "was not written by osrm_peft" in run("merge", "a=no/such", "--out", tmp_path, code=2)
+    assert "is not a folder that osrm_peft wrote" in run("merge", "a=no/such", "--out", tmp_path, code=2)
 
 
 def test_help_names_every_command():

@@ -4,6 +4,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, DataCollatorWithPadding
@@ -211,7 +212,7 @@ def test_features_of_another_model_are_refused(base):
     [
         ({"loader": []}, r"the loader of task 't' gave no sample"),
         ({"statistic": "median"}, r"unknown statistic 'median': choose from mean, sample, token"),
-        ({"k": 0}, r"k=0 samples: give at least 1"),
+        ({"k": 0}, r"k=0 must be a whole number of at least 1"),
         (
             {"target_modules": ["q_proj"]},
             r"target_modules=\{'q_proj'\} match no layer of BertForSequenceClassification",
@@ -244,3 +245,90 @@ def test_other_files_are_refused(tmp_path, content):
         TaskFeatures.load(tmp_path / "x.safetensors")
     with pytest.raises(FileNotFoundError, match=r"no features file .*: write it with `osrm-peft features`"):
         TaskFeatures.load(tmp_path / "y.safetensors")
+
+
+def saved(base, tmp_path, **options):
+    path = tmp_path / "t.safetensors"
+    collect(base, **options).save(path)
+    with safe_open(path, "pt") as file:
+        return path, {key: file.get_tensor(key) for key in file.keys()}, json.loads(file.metadata()["osrm_peft"])  # noqa: SIM118
+
+
+@pytest.mark.parametrize(
+    ("what", "change"),
+    [
+        ("header", lambda header: header.pop("counts")),
+        ("header", lambda header: header.pop("task")),
+        ("header", lambda header: header.update(more=1)),
+        ("header", lambda header: header.update(same_input=[1])),
+        ("header", lambda header: header["counts"].update(dict.fromkeys(header["counts"], -1))),
+        ("header", lambda header: header.update(statistic="sample")),
+        ("header", lambda header: header.update(format=99)),
+        ("tensors", lambda tensors: tensors.update({k: -v for k, v in tensors.items() if "second" in k})),
+        (
+            "tensors",
+            lambda tensors: tensors.update({k: v[:5, :5].clone() for k, v in tensors.items() if "second" in k}),
+        ),
+        ("tensors", lambda tensors: tensors.update({k: v * torch.nan for k, v in tensors.items()})),
+        ("tensors", lambda tensors: [tensors.pop(k) for k in list(tensors) if "second" in k]),
+    ],
+)
+def test_damaged_features_are_refused_with_the_file_s_name(base, tmp_path, what, change):
+    path, tensors, header = saved(base, tmp_path)
+    header |= {"statistic": "token"}
+    change(header if what == "header" else tensors)
+    if header["statistic"] == "sample":
+        tensors = {key: tensor for key, tensor in tensors.items() if "second" not in key}
+    save_file(tensors, path, {"osrm_peft": json.dumps(header)})
+    with pytest.raises(ValueError, match=r"t.safetensors is not a features file, or damaged \("):
+        TaskFeatures.load(path)
+
+
+def test_what_peft_does_to_requires_grad_is_undone():
+    model = get_peft_model(make_base(), LoraConfig(target_modules=TARGETS, task_type="SEQ_CLS"))
+    for name, parameter in model.named_parameters():
+        if "lora_A" in name:
+            parameter.requires_grad_(False)  # OSRM's freeze_a
+    before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    collect(model, target_modules=None)
+    assert before == {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    model.merge_adapter()
+    with pytest.raises(ValueError, match=r"an adapter is merged into .*: call unmerge_adapter\(\) first"):
+        collect(model, target_modules=None)
+
+
+class Flat(nn.Module):
+    """A layer that receives the tokens of all samples in one row, as expert layers do."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.proj = nn.Embedding(50, 8), nn.Linear(8, 8)
+
+    def forward(self, input_ids, attention_mask=None):
+        x = self.embed(input_ids)
+        return self.proj(x.reshape(-1, 8)).view_as(x)
+
+
+@pytest.mark.parametrize("statistic", ["sample", "token"])
+def test_flattened_inputs_keep_their_padding_out(statistic):
+    model, batch = Flat(), make_batch()
+    moments = collect(model, [batch], target_modules=["proj"], statistic=statistic).layers["proj"]
+    x, keep = model.embed(batch["input_ids"]).detach(), batch["attention_mask"].bool()
+    h = x[keep] if statistic == "token" else torch.stack([row[k].mean(0) for row, k in zip(x, keep, strict=True)])
+    assert moments.count == len(h) == (22 if statistic == "token" else 4)
+    torch.testing.assert_close(moments.second_moment(), (h.T @ h / len(h)).double(), rtol=1e-5, atol=1e-6)
+
+
+def test_wrapped_models_are_looked_into(base):
+    plain = collect(base).layers
+    assert list(collect(nn.DataParallel(base)).layers) == list(plain)
+    assert list(collect(torch.compile(base, backend="eager")).layers) == list(plain)
+
+
+def test_nothing_but_padding_and_broken_models_are_errors(base):
+    batch = make_batch()
+    with pytest.raises(ValueError, match="no rows were seen"):
+        collect(base, [batch | {"attention_mask": torch.zeros_like(batch["attention_mask"])}])
+    base.bert.embeddings.word_embeddings.weight.data.fill_(torch.nan)
+    with pytest.raises(ValueError, match=r"receives NaN or Inf: is the model's checkpoint sound"):
+        collect(base)

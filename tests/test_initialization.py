@@ -180,12 +180,12 @@ def test_only_untrained_lora_models_with_our_config(others):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"statistic": "median"}, r"statistic='median': choose from mean, sample, token"),
-        ({"null_space": "x"}, r"null_space='x': choose from random, in_task"),
-        ({"in_task": "x"}, r"in_task='x': choose from none, difference, ratio"),
+        ({"statistic": "median"}, r"unknown statistic 'median': choose from mean, sample, token"),
+        ({"null_space": "x"}, r"unknown null_space 'x': choose from random, in_task"),
+        ({"in_task": "x"}, r"unknown in_task 'x': choose from none, difference, ratio"),
         ({"in_task": "ratio"}, r"give in_task_features=FILE"),
         ({"in_task_weight": 1.5}, r"in_task_weight=1.5 must lie in \[0, 1\]"),
-        ({"ridge": 0}, r"ridge=0 must be above 0"),
+        ({"ridge": 0}, r"ridge=0 must be a finite number above 0"),
         ({"reference": True}, r"reference=True is the released code: it needs statistic='mean'"),
         ({"out_of_task": "file"}, r"out_of_task='file': give a list"),
     ],

@@ -9,7 +9,7 @@ from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
 
 from osrm_peft import OSRMLoraConfig
-from osrm_peft.recipe import Recipe
+from osrm_peft.recipe import Recipe, parse_yaml
 from osrm_peft.training import load_base
 
 ROOT = Path(__file__).parent.parent
@@ -128,5 +128,42 @@ def test_bad_recipes(tmp_path):
         osrm.train("tweets", tmp_path / "out")
     (tmp_path / "theirs").mkdir()
     (tmp_path / "theirs/file").touch()
-    with pytest.raises(FileExistsError, match="was not written by osrm_peft"):
+    with pytest.raises(FileExistsError, match="is not a folder that osrm_peft wrote as 'adapter'"):
         osrm.train("tweets", tmp_path / "theirs")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tasks": "tweets"}, r"tasks='tweets' in the recipe must be list \| None, not str"),
+        ({"lora": ["a"]}, r"lora=\['a'\] in the recipe must be dict"),
+        ({"model": None}, r"model=None in the recipe must be str"),
+        ({"k": "10"}, r"k='10' must be a whole number of at least 1"),
+        ({"seed": "x"}, r"seed='x' must be a whole number"),
+        ({"max_length": 0}, r"max_length=0 must be a whole number of at least 4"),
+        ({"tasks": ["tweets", "tweets"]}, r"names a task twice"),
+    ],
+)
+def test_recipes_with_values_of_the_wrong_kind(tmp_path, change, message):
+    with pytest.raises(ValueError, match=message):
+        Recipe.from_yaml(write(tmp_path, **change))
+
+
+def test_numbers_are_yaml_1_2_s(tmp_path):
+    (tmp_path / "r.yaml").write_text("model: packaged\nsuite: packaged\ntraining: {learning_rate: 2e-3, eps: 1.5E+2}\n")
+    assert Recipe.from_yaml(tmp_path / "r.yaml").training == {"learning_rate": 0.002, "eps": 150.0}
+    assert parse_yaml("1e-4") == 1e-4 and parse_yaml("12") == 12 and parse_yaml("x1e-4") == "x1e-4"
+    (tmp_path / "r.yaml").write_text("model: [")
+    with pytest.raises(ValueError, match="is not YAML"):
+        Recipe.from_yaml(tmp_path / "r.yaml")
+
+
+def test_a_trained_adapter_is_not_trained_over_by_chance(tmp_path):
+    recipe = Recipe.from_yaml(write(tmp_path))
+    recipe.train("tweets", tmp_path / "out")
+    before = (tmp_path / "out/osrm_peft.json").stat().st_mtime_ns
+    with pytest.raises(FileExistsError, match=r"holds a trained adapter: pass overwrite=True"):
+        recipe.train("tweets", tmp_path / "out")
+    assert (tmp_path / "out/osrm_peft.json").stat().st_mtime_ns == before
+    recipe.train("tweets", tmp_path / "out", overwrite=True)
+    assert (tmp_path / "out/osrm_peft.json").stat().st_mtime_ns > before

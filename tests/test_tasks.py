@@ -95,6 +95,10 @@ def test_bad_suites_and_rows(tmp_path):
         "listed": (["[1]"], r"line 1: expected a JSON object"),
         "empty": ([], r"empty/train.jsonl is empty"),
         "negative": ([row(-1)], r"label -1.0 is negative"),
+        "far": ([row(999)], r"label 999 with 2 rows; classes are numbered"),
+        "infinite": ([row(float("inf"))], r"line 1: .*label=inf must be a finite number"),
+        "untold": ([row(1) | {"sentence1": None}], r"line 1: .*must be texts"),
+        "numbered": ([row(1, 5)], r"line 1: .*must be texts"),
     }
     for name, (rows, message) in cases.items():
         write(tmp_path, name, rows, [row(0)])
@@ -104,6 +108,15 @@ def test_bad_suites_and_rows(tmp_path):
     (tmp_path / "half/validation.jsonl").unlink()
     with pytest.raises(ValueError, match=r"half/validation.jsonl is missing"):
         load_task(f"jsonl:{tmp_path}", "half")
+
+
+def test_jsonl_texts_may_hold_any_separator_and_files_blank_lines(tmp_path):
+    (tmp_path / "t").mkdir()
+    for split in ("train", "validation"):
+        text = json.dumps(row(0) | {"sentence1": "a\u2028b\x85c"}, ensure_ascii=False)
+        (tmp_path / "t" / f"{split}.jsonl").write_text(f"\ufeff{text}\n\n{json.dumps(row(1))}\n", encoding="utf-8")
+    task = load_task(f"jsonl:{tmp_path}", "t")
+    assert task.train["sentence1"] == ["a\u2028b\x85c", "a"]
 
 
 def test_tokens_of_single_texts_and_pairs(tmp_path):

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from osrm_peft.checks import choice, integer, number
 from osrm_peft.merging.registry import Merged, register
 
 COMBINE = ("sum", "average")
@@ -25,14 +26,13 @@ def check(
     if len(named) > 1:
         raise ValueError(f"give one of mu, mu_ratio and rank_ratio, not {' and '.join(named)}")
     for name, value in (("mu", mu), ("mu_ratio", mu_ratio)):
-        if value is not None and not value >= 0:
-            raise ValueError(f"{name}={value} must be at least 0: it is a singular value threshold")
-    if rank_ratio is not None and not 0 < rank_ratio <= 1:
-        raise ValueError(f"rank_ratio={rank_ratio} must lie in (0, 1]: it is a share of the space's dimension")
-    if combine not in COMBINE:
-        raise ValueError(f"unknown combine {combine!r}: choose from {', '.join(COMBINE)}")
-    if max_iterations < 1 or not tolerance >= 0:
-        raise ValueError(f"max_iterations={max_iterations}, tolerance={tolerance}: need at least 1, and at least 0")
+        if value is not None:
+            number(name, value, 0)
+    if rank_ratio is not None:
+        number("rank_ratio", rank_ratio, 0, 1, open_low=True)
+    choice("combine", combine, COMBINE)
+    integer("max_iterations", max_iterations, 1)
+    number("tolerance", tolerance, 0)
 
 
 @register(

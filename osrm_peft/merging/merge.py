@@ -1,6 +1,7 @@
 """merge_adapters: every check first, then layer by layer; the base model is never loaded."""
 
 import logging
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import reduce
@@ -14,6 +15,7 @@ from tqdm.auto import tqdm
 
 from osrm_peft.adapter_reader import load_adapter
 from osrm_peft.adapters import TARGETS, LoraAdapter
+from osrm_peft.checks import choice, integer, number
 from osrm_peft.files import versions
 from osrm_peft.merging.lowrank import compress
 from osrm_peft.merging.merged import MergedAdapter, MergedLayer
@@ -63,22 +65,20 @@ def merge_adapters(
     """
     chosen = get_method(method)
     options = chosen.bind(options)
-    if space not in ("auto", *SPACES):
-        raise ValueError(f"unknown space {space!r}: choose from auto, {', '.join(SPACES)}")
-    if rank is not None and rank < 1:
-        raise ValueError(f"rank={rank} must be at least 1; None keeps the exact rank")
-    if heads not in HEAD_POLICIES:
-        raise ValueError(f"unknown heads policy {heads!r}: choose from {', '.join(HEAD_POLICIES)}")
+    choice("space", space, ("auto", *SPACES))
+    choice("heads policy", heads, HEAD_POLICIES)
+    rank = None if rank is None else integer("rank", rank, 1)
+    scale = number("scale", chosen.scale if scale is None else scale)
     if not isinstance(adapters, Mapping):
         raise TypeError(f"adapters must map task names to adapters, got a {type(adapters).__name__}")
     if not adapters:
         raise ValueError("no adapters to merge: give at least one")
     for name in adapters:
-        if name != Path(name).name or name in ("", ".", ".."):
+        if not isinstance(name, str) or not re.fullmatch(r"(?!\.)[^/\\\0]{1,200}", name):
             raise ValueError(f"the task name {name!r} cannot be a file name: its head is saved as heads/<task>")
     weight = _weights(weights, list(adapters))
     loaded = {
-        name: adapter if isinstance(adapter, LoraAdapter) else load_adapter(adapter)
+        name: adapter if isinstance(adapter, LoraAdapter) else load_adapter(adapter, whole=True)
         for name, adapter in adapters.items()
     }
     base = _common_base(loaded, base_model)
@@ -99,7 +99,7 @@ def merge_adapters(
         "method": method,
         "paper": chosen.paper,
         "options": options,
-        "scale": chosen.scale if scale is None else scale,
+        "scale": scale,
         "weights": dict(zip(loaded, weight.tolist(), strict=True)),
         "space": space,
         "rank": rank,
@@ -116,7 +116,7 @@ def merge_adapters(
         logger.warning("%s had not converged on %d of %d layers when it stopped", method, len(stopped), len(layers))
     return MergedAdapter(
         layers,
-        manifest["scale"],
+        scale,
         rank,
         _templates(loaded, base, list(layers)),
         reduce(torch.promote_types, (adapter.dtype for adapter in loaded.values())),
@@ -157,12 +157,15 @@ def _weights(weights: Mapping[str, float] | Sequence[float] | None, tasks: list[
         if set(weights) != set(tasks):
             raise ValueError(f"weights name {sorted(weights)}, the adapters are {sorted(tasks)}: give one for each")
         weights = [weights[task] for task in tasks]
+    weights = weights.tolist() if hasattr(weights, "tolist") else weights
+    if isinstance(weights, str) or not isinstance(weights, Sequence):
+        raise ValueError(
+            f"weights={weights!r} must be a list in the order of the adapters, or map task names to numbers"
+        )
     if len(weights) != len(tasks):
         raise ValueError(f"{len(weights)} weights for {len(tasks)} adapters: give one for each")
-    found = torch.tensor([float(weight) for weight in weights], dtype=torch.float64)
-    if not found.isfinite().all():
-        raise ValueError(f"weights {found.tolist()} must be finite numbers")
-    return found
+    named = [number(f"weight of {task!r}", weight) for task, weight in zip(tasks, weights, strict=True)]
+    return torch.tensor(named, dtype=torch.float64)
 
 
 def _common_base(adapters: Mapping[str, LoraAdapter], base_model: str | None) -> str | None:

@@ -1,7 +1,5 @@
 """What a merge gives: a shared LoRA and the tasks' heads; rescaled, saved, or loaded onto a base model."""
 
-import json
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from osrm_peft.adapters import HEADS, Factors, LoraAdapter, save_head
+from osrm_peft.checks import number
 from osrm_peft.files import MANIFEST, new_folder, write_json
 from osrm_peft.merging.lowrank import Compressed, compress
 
@@ -57,6 +56,7 @@ class MergedAdapter:
 
     def at_scale(self, scale: float) -> "MergedAdapter":
         """The same merge at another λ, without merging again."""
+        scale = number("scale", scale)
         return replace(self, scale=scale, manifest=self.manifest | {"scale": scale})
 
     def deltas(self) -> dict[str, Tensor]:
@@ -95,15 +95,9 @@ class MergedAdapter:
         Raises:
             FileExistsError: the folder holds something that is not ours.
         """
-        with new_folder(folder) as partial:
+        with new_folder(folder, "merged") as partial:
             self.for_task(None).save_pretrained(partial)
             for name, adapter in self.tasks.items():
                 if adapter.heads:
                     save_head(adapter.heads, adapter.config, partial / HEADS / f"{name}.safetensors")
             write_json(partial / MANIFEST, self.manifest | {"energy_kept": self.energy_kept()})
-
-
-def read_manifest(folder: str | Path) -> Mapping[str, Any]:
-    """The manifest of a folder that we wrote, empty where there is none."""
-    path = Path(folder) / MANIFEST
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

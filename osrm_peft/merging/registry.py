@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from osrm_peft.checks import choice
+
 _GIVEN = (
     "tau",
     "weights",
@@ -55,7 +57,9 @@ class Method:
         if unknown:
             known = ", ".join(f"{name}={value!r}" for name, value in self.options.items()) or "none"
             raise TypeError(f"{self.fn.__name__} has no option {', '.join(unknown)}; its options are {known}")
-        bound = self.options | dict(options)
+        # .item(): numbers of NumPy or torch become Python's, so the manifest can be written
+        given = {name: value.item() if hasattr(value, "item") else value for name, value in options.items()}
+        bound = self.options | given
         if self.check is not None:
             self.check(**bound)
         return bound
@@ -84,9 +88,7 @@ def get_method(name: str) -> Method:
     Raises:
         ValueError: unknown; lists those there are.
     """
-    if name not in METHODS:
-        raise ValueError(f"unknown merge method {name!r}: choose from {', '.join(sorted(METHODS))}")
-    return METHODS[name]
+    return METHODS[choice("merge method", name, tuple(sorted(METHODS)))]
 
 
 Stacks = Iterable[Tensor]  # the (T, o, n) task vectors of every layer, one layer at a time

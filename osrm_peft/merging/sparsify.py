@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from osrm_peft.checks import number
 from osrm_peft.merging.registry import Stacks
 
 _ROUNDS = ((20, 2048), (10, 1024), (0, 1024))  # (shift, bins): the 31 bits of |float32|, from the top
@@ -10,8 +11,7 @@ _ROUNDS = ((20, 2048), (10, 1024), (0, 1024))  # (shift, bins): the 31 bits of |
 
 def check_density(density: float) -> None:
     """Raise ValueError unless 0 < density ≤ 1."""
-    if not 0 < density <= 1:
-        raise ValueError(f"density={density} must lie in (0, 1]: it is the share of entries kept")
+    number("density", density, 0, 1, open_low=True)
 
 
 def magnitude_thresholds(stacks: Stacks, density: float) -> Tensor:
@@ -43,7 +43,7 @@ def magnitude_thresholds(stacks: Stacks, density: float) -> Tensor:
         if counts is None:
             raise ValueError("there is no layer to take a threshold of")
         if prefix is None:
-            rank = (counts.sum(1) * density).round().long().clamp_min(1)  # (T,)
+            rank = (counts.sum(1).double() * density).round().long().clamp_min(1)  # (T,)
             prefix = torch.zeros_like(rank)
         at_least = counts.flip(1).cumsum(1).flip(1)  # (T, bins): how many lie in this bin or above
         found = ((at_least >= rank[:, None]).sum(1) - 1).clamp_min(0)  # −1 where there are no entries at all

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from osrm_peft.checks import choice
 from osrm_peft.merging.registry import Stacks, register
 from osrm_peft.merging.sparsify import check_density, keep_above, magnitude_thresholds
 
@@ -12,8 +13,7 @@ TRIMS = ("model", "layer")
 def check(density: float, trim: str) -> None:
     """Raise ValueError for options out of range."""
     check_density(density)
-    if trim not in TRIMS:
-        raise ValueError(f"unknown trim {trim!r}: 'model' (the paper: over the whole task vector) or 'layer'")
+    choice("trim", trim, TRIMS)
 
 
 def summarise(stacks: Stacks, weights: Tensor, *, density: float, trim: str) -> Tensor | None:

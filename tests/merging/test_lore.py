@@ -108,7 +108,7 @@ def test_a_huge_threshold_gives_the_average():
     ("options", "message"),
     [
         ({"mu": 1, "mu_ratio": 0.1}, r"give one of mu, mu_ratio and rank_ratio, not mu=1 and mu_ratio=0.1"),
-        ({"mu": -1}, r"mu=-1 must be at least 0"),
+        ({"mu": -1}, r"mu=-1 must be a finite number of at least 0"),
         ({"rank_ratio": 0}, r"rank_ratio=0 must lie in \(0, 1\]"),
         ({"combine": "max"}, r"unknown combine 'max': choose from sum, average"),
         ({"max_iterations": 0}, r"max_iterations=0"),

@@ -114,7 +114,7 @@ def test_saving_over_ours_replaces_it_whole_and_over_others_is_refused(adapters,
     assert sorted(os.listdir(out / "heads")) == ["t1.safetensors"]
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/thesis.txt").write_text("do not lose me")
-    with pytest.raises(FileExistsError, match="was not written by osrm_peft"):
+    with pytest.raises(FileExistsError, match="is not a folder that osrm_peft wrote as 'merged'"):
         merge_adapters(adapters, "average").save_pretrained(tmp_path / "mine")
     assert (tmp_path / "mine/thesis.txt").read_text() == "do not lose me"
     assert callable(save_head)
@@ -140,9 +140,9 @@ def rebase(folder, name):
         ({"method": "ties", "dense": 1}, TypeError, r"its options are density=0.2, trim='model'"),
         ({"weights": [1]}, ValueError, r"1 weights for 2 adapters: give one for each"),
         ({"weights": {"t1": 1}}, ValueError, r"weights name \['t1'\], the adapters are \['t1', 't2'\]"),
-        ({"weights": [1, float("nan")]}, ValueError, r"must be finite"),
+        ({"weights": [1, float("nan")]}, ValueError, r"weight of 't2'=nan must be a finite number"),
         ({"space": "fourier"}, ValueError, r"unknown space 'fourier': choose from auto, weight, core"),
-        ({"rank": 0}, ValueError, r"rank=0 must be at least 1"),
+        ({"rank": 0}, ValueError, r"rank=0 must be a whole number of at least 1"),
         ({"rank": 17}, ValueError, r"rank=17 is above 16, the smallest layer's width"),
         ({"heads": "drop"}, ValueError, r"unknown heads policy 'drop': choose from per_task, error"),
         ({"heads": "error"}, ValueError, r"t1, t2 have trained heads and heads='error'"),
@@ -198,3 +198,93 @@ def test_a_live_model_merges_like_its_folder(tmp_path):
 def test_two_methods_cannot_have_one_name():
     with pytest.raises(ValueError, match=r"merge method 'ties' is already osrm_peft.merging.ties"):
         register("ties", paper="")(lambda tau, weights: tau[0])
+
+
+def test_a_merge_does_not_replace_its_input_nor_files_of_others(adapters, tmp_path):
+    out = tmp_path / "out"
+    merged = merge_adapters(adapters, "average")
+    merged.save_pretrained(out)
+    (out / "thesis.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match=r"holds files of others \(thesis.txt\)"):
+        merged.save_pretrained(out)
+    with pytest.raises(FileExistsError, match="is not a folder that osrm_peft wrote as 'merged'"):
+        merged.save_pretrained(adapters["t1"])
+    with pytest.raises(FileExistsError, match=r"thesis.txt is a file"):
+        merged.save_pretrained(out / "thesis.txt/sub")
+    assert (out / "thesis.txt").read_text() == "mine" and load_adapter(adapters["t1"]).heads
+
+
+def test_saving_through_a_link_replaces_what_is_behind_it(adapters, tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    for method in ("average", "ties"):
+        merge_adapters(adapters, method).save_pretrained(tmp_path / "link")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "real/heads/t1.safetensors").is_file()
+
+
+def test_a_merge_of_a_live_model_does_not_follow_its_training(tmp_path):
+    live = make_adapter(tmp_path / "t1")
+    merged, adapter = merge_adapters({"t1": live}, "average"), load_adapter(live)
+    before = [merged.for_task("t1").heads["classifier.weight"].clone(), *merged.deltas().values()]
+    factors = [factors.delta() for factors in adapter.factors.values()]
+    with torch.no_grad():
+        for parameter in live.parameters():
+            parameter.zero_()
+    after = [merged.for_task("t1").heads["classifier.weight"], *merged.deltas().values()]
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert all(torch.equal(a, f.delta()) for a, f in zip(factors, adapter.factors.values(), strict=True))
+
+
+def test_a_merged_folder_is_merged_on_only_with_a_named_head(adapters, tmp_path):
+    merge_adapters(adapters, "average").save_pretrained(tmp_path / "out")
+    with pytest.raises(ValueError, match=r"is a merge of several tasks: .*head=…\), one of t1, t2"):
+        merge_adapters({"both": tmp_path / "out", "t1": adapters["t1"]}, "average")
+    one = load_adapter(tmp_path / "out", head="t2")
+    again = merge_adapters({"both": one, "t1": adapters["t1"]}, "average")
+    assert again.for_task("both").heads["classifier.weight"].shape == (3, 16)
+
+
+def test_a_second_load_onto_a_wrapped_base_is_refused_with_the_reason(adapters):
+    merged, base = merge_adapters(adapters, "average"), make_base(2)
+    merged.load(base, task="t1")
+    with pytest.raises(TypeError, match="carries an adapter already"):
+        merged.load(base, task="t1")
+
+
+def test_numbers_of_numpy_and_torch_are_taken(adapters, tmp_path):
+    numpy = pytest.importorskip("numpy")
+    options = {"rank": numpy.int64(3), "scale": numpy.float32(0.5), "mu_ratio": numpy.float64(0.5)}
+    merged = merge_adapters(adapters, "lore", weights=torch.tensor([1.0, 2.0]), **options)
+    merged.save_pretrained(tmp_path / "out")
+    assert json.loads((tmp_path / "out/osrm_peft.json").read_text())["options"]["mu_ratio"] == 0.5
+
+
+def test_an_overflow_of_the_file_s_dtype_is_refused(tmp_path):
+    make_adapter(tmp_path / "half", dtype=torch.float16)
+    merged = merge_adapters({"t": tmp_path / "half"}, "average", scale=1e7)
+    with pytest.raises(ValueError, match=r"overflows torch.float16: lower the scale"):
+        merged.save_pretrained(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"scale": float("nan")}, r"scale=nan must be a finite number"),
+        ({"scale": "0.5"}, r"scale='0.5' must be a finite number"),
+        ({"weights": "12"}, r"weights='12' must be a list"),
+        ({"weights": {5.0, 1.0}}, r"weights=.* must be a list"),
+        ({"rank": "8"}, r"rank='8' must be a whole number"),
+        ({"rank": 2.5}, r"rank=2.5 must be a whole number"),
+        ({"method": "ties", "density": "x"}, r"density='x' must lie in \(0, 1\]"),
+        ({"method": "lore", "tolerance": "1e-4"}, r"tolerance='1e-4' must be a finite number"),
+        ({"method": ["ties"]}, r"unknown merge method \['ties'\]"),
+        ({"adapters": {1: "a"}}, r"the task name 1 cannot be a file name"),
+        ({"adapters": {"a\0b": "a"}}, r"cannot be a file name"),
+    ],
+)
+def test_values_of_the_wrong_kind(adapters, change, message):
+    with pytest.raises(ValueError, match=message):
+        merge_adapters(**({"adapters": adapters, "method": "average"} | change))
+    with pytest.raises(ValueError, match="scale=inf"):
+        merge_adapters(adapters, "average").at_scale(float("inf"))

@@ -40,3 +40,9 @@ def test_exactly_k_of_distinct_entries_are_kept():
 def test_density_out_of_range(density):
     with pytest.raises(ValueError, match=r"density=.* must lie in \(0, 1\]"):
         magnitude_thresholds([torch.ones(1, 2, 2)], density)
+
+
+def test_a_count_above_float32_s_integers_is_exact():
+    tau = torch.rand(1, 1, 2**24 + 1) + 0.5
+    tau[0, 0, 77] = 0.01
+    assert magnitude_thresholds([tau], 1.0).item() == tau[0, 0, 77].item()

@@ -77,7 +77,7 @@ def test_opposite_task_vectors_cancel_and_weights_decide_the_election():
     [
         ({"density": 0}, r"density=0 must lie in \(0, 1\]"),
         ({"density": 1.5}, r"density=1.5 must lie in \(0, 1\]"),
-        ({"trim": "tensor"}, r"unknown trim 'tensor': 'model'"),
+        ({"trim": "tensor"}, r"unknown trim 'tensor': choose from model, layer"),
     ],
 )
 def test_options_are_checked_before_anything_is_read(options, message):
