@@ -165,16 +165,16 @@ def test_stock_peft_alone_loads_what_we_write(tmp_path, base_folder):
     model = make_adapter(tmp_path / "theirs", use_rslora=True)
     load_adapter(tmp_path / "theirs").save_pretrained(tmp_path / "ours")
     script = f"""
-import sys, torch
+import json, sys, torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForSequenceClassification
 base = AutoModelForSequenceClassification.from_pretrained({base_folder!r}, num_labels=3)
 model = PeftModel.from_pretrained(base, {str(tmp_path / "ours")!r}).eval()
-torch.save(model(input_ids=torch.arange(6)[None]).logits, {str(tmp_path / "logits.pt")!r})
+print(json.dumps(model(input_ids=torch.arange(6)[None]).logits.tolist()))
 assert "osrm_peft" not in sys.modules
 """
-    subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
-    logits = torch.load(tmp_path / "logits.pt", weights_only=True)
+    done = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
+    logits = torch.tensor(json.loads(done.stdout.splitlines()[-1]))
     torch.testing.assert_close(model(input_ids=torch.arange(6)[None]).logits, logits, rtol=1e-5, atol=1e-5)
 
 
