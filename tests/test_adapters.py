@@ -166,7 +166,7 @@ def test_stock_peft_alone_loads_what_we_write(tmp_path, base_folder):
     load_adapter(tmp_path / "theirs").save_pretrained(tmp_path / "ours")
     script = f"""
 import json, sys, torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from transformers import AutoModelForSequenceClassification
 base = AutoModelForSequenceClassification.from_pretrained({base_folder!r}, num_labels=3)
 model = PeftModel.from_pretrained(base, {str(tmp_path / "ours")!r}).eval()
