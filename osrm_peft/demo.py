@@ -11,9 +11,10 @@ from rich.console import Console
 from tqdm.auto import tqdm
 
 from osrm_peft.adapter_reader import load_adapter
+from osrm_peft.adapters import LoraAdapter
 from osrm_peft.evaluation import evaluate_task
 from osrm_peft.files import new_file, versions, write_json
-from osrm_peft.merging import MergedAdapter, merge_adapters
+from osrm_peft.merging import merge_adapters
 from osrm_peft.merging.registry import METHODS
 from osrm_peft.recipe import Recipe
 from osrm_peft.report import MultiTaskTable, Score, plot_scales
@@ -78,8 +79,8 @@ def run_demo(
     default = replace(table, rows=[row for row in table.rows if _is_default(row)])
     plot_scales(table, out / "scales.png")
     write_json(out / "scores.json", _provenance(recipe, osrm) | {"scores": [asdict(score) for score in scores]})
-    with new_file(out / "report.md") as partial:
-        partial.write_text(_report(table, default, recipe, osrm, seeds), encoding="utf-8")
+    with new_file(out / "report.md") as path:
+        path.write_text(_report(table, default, recipe, osrm, seeds), encoding="utf-8")
     spread = "one seed" if len(seeds) == 1 else f"mean ± sample standard deviation over {len(seeds)} seeds"
     console.print(default.terminal(f"Scores in percent on the packaged suite, each merge at its paper's λ ({spread})"))
     console.print(f"All scales, the plot and the adapters: {out}/report.md", soft_wrap=True)
@@ -96,6 +97,15 @@ def _run_seed(out: Path, recipe: Recipe, osrm: dict[str, Any], bar: tqdm) -> Non
             with_osrm.collect(name, progress=False).save(with_osrm.features_file(name))
         bar.update()
 
+    tasks, tokenizer = {name: recipe.task(name) for name in names}, load_tokenizer(recipe.model)
+
+    def evaluate(adapters: dict[str, LoraAdapter]) -> dict[str, float]:
+        scores = {}
+        for name, adapter in adapters.items():
+            model = adapter.attach(recipe.model).merge_and_unload()  # the same logits, without the adapter's cost
+            scores[name] = evaluate_task(model, tasks[name], tokenizer, max_length=recipe.max_length, progress=False)
+        return scores
+
     scores = Scores(folder / "scores.json")
     for init, one in (("plain LoRA", recipe), ("OSRM", with_osrm)):
         adapters = {name: folder / "adapters" / init.split()[0] / name for name in names}
@@ -104,20 +114,10 @@ def _run_seed(out: Path, recipe: Recipe, osrm: dict[str, Any], bar: tqdm) -> Non
                 bar.set_postfix_str(f"train {init} on {name}")
                 one.train(name, adapter)
             bar.update()
-        tokenizer = load_tokenizer(recipe.model)
         if not scores.has(init, "individual", None):
             bar.set_postfix_str(f"evaluate {init} alone")
-            found = {
-                name: evaluate_task(
-                    load_adapter(adapter).attach(recipe.model),
-                    recipe.task(name),
-                    tokenizer,
-                    max_length=recipe.max_length,
-                    progress=False,
-                )
-                for name, adapter in adapters.items()
-            }
-            scores.add(init, "individual", None, recipe.seed, found)
+            alone = {name: load_adapter(adapter) for name, adapter in adapters.items()}
+            scores.add(init, "individual", None, recipe.seed, evaluate(alone))
         bar.update()
         for method, scales in SCALES.items():
             missing = [scale for scale in scales if not scores.has(init, method, scale)]
@@ -129,21 +129,9 @@ def _run_seed(out: Path, recipe: Recipe, osrm: dict[str, Any], bar: tqdm) -> Non
                 merged.save_pretrained(saved)
             for scale in missing:
                 bar.set_postfix_str(f"evaluate {init}, {method}, λ = {scale:g}")
-                scores.add(init, method, scale, recipe.seed, _evaluate(merged.at_scale(scale), recipe, tokenizer))
+                scaled = {name: merged.at_scale(scale).for_task(name) for name in names}
+                scores.add(init, method, scale, recipe.seed, evaluate(scaled))
                 bar.update()
-
-
-def _evaluate(merged: MergedAdapter, recipe: Recipe, tokenizer) -> dict[str, float]:
-    return {
-        name: evaluate_task(
-            merged.load(recipe.model, task=name).merge_and_unload(),  # the same logits, without the adapter's cost
-            recipe.task(name),
-            tokenizer,
-            max_length=recipe.max_length,
-            progress=False,
-        )
-        for name in recipe.task_names()
-    }
 
 
 class Scores:

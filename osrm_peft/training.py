@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import LoraConfig, get_peft_model
 from transformers import (
     AutoModelForSequenceClassification,
@@ -97,6 +98,7 @@ def train_task(
         raise FileExistsError(f"{output_dir} holds a trained adapter: pass overwrite=True to train it anew")
     checkpoints = output_dir.with_name(output_dir.name + ".checkpoints")
     overrides = PAPER_TRAINING | {"report_to": "none", "save_strategy": "no", "logging_steps": 10} | (training or {})
+    overrides.setdefault("dataloader_pin_memory", torch.cuda.is_available())  # without a GPU torch warns of it
     # Under several processes the default multiplies the loss by their number (sequence classification).
     overrides.setdefault("average_tokens_across_devices", False)
     args = TrainingArguments(output_dir=str(checkpoints), seed=seed, **overrides)
