@@ -18,8 +18,8 @@ class OSRMCallback(TrainerCallback):
 
     * `on_init_end` sets A: before the optimizer exists and before any engine wraps or shards the model.
     * At the first step it checks that the A in the model is the A that it wrote.
-    * With every training log it adds `osrm/drift` (mean over layers) and `osrm/drift/<layer>`: the Procrustes
-      distance D/‖Ã‖ between A and its initial value Ã (OSRM paper, Fig. 3). They land in `trainer_state.json`.
+    * With every training log it adds `osrm/drift`, the Procrustes distance D/‖Ã‖ between A and its initial value Ã, mean
+      over layers (OSRM paper, Fig. 3), and to the log history (`trainer_state.json`) `osrm/drift/<layer>` besides.
     * On resume it checks nothing: the checkpoint's A has replaced the initial one, from which drift still counts.
 
     Args:
@@ -60,10 +60,11 @@ class OSRMCallback(TrainerCallback):
         if not logs or "loss" not in logs:
             return
         drift = {name: procrustes_drift(A, self.initial[name]) for name, A in self._current(model).items()}
-        values = {"osrm/drift": sum(drift.values()) / len(drift)}
-        values |= {f"osrm/drift/{name}": value for name, value in drift.items()}
-        logs.update(values)
-        state.log_history[-1].update(values)  # the Trainer has copied `logs` there already
+        logs["osrm/drift"] = sum(drift.values()) / len(drift)
+        # The Trainer has copied `logs` into its history already. The layers go there only: a console line of them all
+        # would drown the loss.
+        state.log_history[-1]["osrm/drift"] = logs["osrm/drift"]
+        state.log_history[-1].update({f"osrm/drift/{name}": value for name, value in drift.items()})
 
     def _current(self, model) -> dict[str, Tensor]:
         layers = lora_layers(model, self.adapter_name)
