@@ -18,7 +18,7 @@ class OSRMCallback(TrainerCallback):
 
     * `on_init_end` sets A: before the optimizer exists and before any engine wraps or shards the model.
     * At the first step it checks that the A in the model is the A that it wrote.
-    * With every training log it adds `osrm/drift`, the Procrustes distance D/‖Ã‖ between A and its initial value Ã, mean
+    * To every training log it adds `osrm/drift`, the Procrustes distance D/‖Ã‖ between A and its initial Ã, mean
       over layers (OSRM paper, Fig. 3), and to the log history (`trainer_state.json`) `osrm/drift/<layer>` besides.
     * On resume it checks nothing: the checkpoint's A has replaced the initial one, from which drift still counts.
 
