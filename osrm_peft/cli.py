@@ -155,7 +155,11 @@ def demo(
     warnings.filterwarnings("ignore", category=FutureWarning)  # transformers' own, about its own names
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    run_demo(out, seeds=range(42, 42 + seeds), osrm=OSRM | _values(osrm), console=console)
+    try:
+        run_demo(out, seeds=range(42, 42 + seeds), osrm=OSRM | _values(osrm), console=console)
+    except KeyboardInterrupt:
+        _say(f"interrupted; what is finished lies in {out}: run the same command to go on")
+        raise typer.Exit(130) from None
 
 
 def _chosen(tasks: list[str] | None, known: list[str]) -> list[str]:
@@ -193,6 +197,3 @@ def main() -> None:
     except (ValueError, TypeError, OSError, yaml.YAMLError) as error:
         Console(stderr=True).print(f"[bold red]error:[/bold red] {escape(str(error))}", soft_wrap=True)
         sys.exit(2)
-    except KeyboardInterrupt:
-        Console(stderr=True).print("interrupted: what was finished is kept, run the same command to go on")
-        sys.exit(130)

@@ -1,5 +1,9 @@
 import json
+import signal
 import statistics
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -90,3 +94,17 @@ def test_the_table_is_mean_and_spread_over_seeds():
 def test_the_plot_is_written(tmp_path):
     plot_scales(MultiTaskTable.of(scores()), tmp_path / "x.png")
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG") and len(list(tmp_path.iterdir())) == 1
+
+
+def test_ctrl_c_ends_the_command_with_a_word_on_how_to_go_on(tmp_path):
+    """A real SIGINT to the real command, once it has begun to work."""
+    command = [Path(sys.executable).with_name("osrm-peft"), "demo", "--out", tmp_path / "out"]
+    running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob("out/seed42/features/*.safetensors")) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    running.send_signal(signal.SIGINT)
+    printed, _ = running.communicate(timeout=60)
+    assert running.returncode == 130
+    assert "interrupted; what is finished lies in" in printed and "run the same command to go on" in printed
+    assert not list(tmp_path.rglob("*.partial"))
