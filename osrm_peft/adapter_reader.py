@@ -1,9 +1,11 @@
-"""load_adapter: what PEFT wrote, checked to be plain LoRA on linear layers; everything else refused by name."""
+"""load_adapter: what PEFT wrote, checked to be plain LoRA; everything else refused by name."""
 
 import hashlib
 import json
+import logging
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +15,16 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from peft import PeftModel, get_peft_model_state_dict
 from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import Tensor
 
-from osrm_peft.adapters import CONFIG, HEADS, PREFIX, WEIGHTS, Factors, LoraAdapter, below
+from osrm_peft.adapters import CONFIG, HEADS, PREFIX, WEIGHTS, Factors, FactorsOnDemand, LoraAdapter, below
 from osrm_peft.checks import number
+
+logger = logging.getLogger(__name__)
 
 _BAKE = "bake it into full weights with PEFT's merge_and_unload and merge the checkpoints"
 
-# LoraConfig fields under which an adapter is not just s·B·A on linear layers: {field: what to do}
+# LoraConfig fields under which an adapter is not just s·B·A: {field: what to do}
 _NOT_PLAIN = {
     "use_dora": f"DoRA rescales whole weight columns: {_BAKE}",
     "lora_bias": f"lora_B has a bias: {_BAKE}",
@@ -35,7 +38,7 @@ _NOT_PLAIN = {
     "kasa_config": f"KaSA changed the base weights: {_BAKE}",
     "monteclora_config": f"MonteCLoRA draws its weights: {_BAKE}",
 }
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 _BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
@@ -51,8 +54,7 @@ def load_adapter(
 
     Raises:
         FileNotFoundError: neither a folder nor a Hub repository that can be reached.
-        ValueError: not plain LoRA on linear layers (names what it is, and the way out), NaN or Inf in a layer, or no
-            such head.
+        ValueError: not plain LoRA (names what it is, and the way out), NaN or Inf in a layer, or no such head.
     """
     if isinstance(source, PeftModel):
         if adapter_name is None:
@@ -63,7 +65,10 @@ def load_adapter(
             key: value.detach().to("cpu", copy=True)  # a copy: the model may be trained on
             for key, value in get_peft_model_state_dict(source, adapter_name=adapter_name).items()
         }
-        return _parse(source.peft_config[adapter_name].to_dict(), tensors, f"live {type(source).__name__}", None)
+        config, name = source.peft_config[adapter_name].to_dict(), f"live {type(source).__name__}"
+        adapter = _parse(config, {key: _header(tensor) for key, tensor in tensors.items()}, tensors.__getitem__, name)
+        adapter.factors = dict(adapter.factors)
+        return adapter
     folder = _folder_of(str(source))
     if not (folder / CONFIG).is_file():
         raise FileNotFoundError(f"{source} holds no {CONFIG}: it is not a PEFT adapter")
@@ -81,7 +86,8 @@ def load_adapter(
         raise ValueError(f"{source} has no head {head!r}, only {', '.join(_heads_in(folder)) or 'none'}")
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        adapter = _parse(config, load_file(folder / WEIGHTS), str(source), _sha256(folder / WEIGHTS))
+        weights = folder / WEIGHTS
+        adapter = _parse(config, _headers(weights), _reader(weights), str(source), _sha256(weights))
         if head is not None:
             with safe_open(path, framework="pt") as file:
                 adapter.heads = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
@@ -109,44 +115,112 @@ def _folder_of(source: str) -> Path:
         ) from error
 
 
-def _parse(config: dict[str, Any], tensors: Mapping[str, Tensor], source: str, sha256: str | None) -> LoraAdapter:
+_Header = tuple[tuple[int, ...], torch.dtype | str]  # shape and dtype of a tensor in a file
+
+
+def _header(tensor: Tensor) -> _Header:
+    return tuple(tensor.shape), tensor.dtype
+
+
+def _headers(path: Path) -> dict[str, _Header]:
+    with safe_open(path, framework="pt") as file:
+        slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
+        return {
+            key: (tuple(part.get_shape()), _DTYPES.get(part.get_dtype(), part.get_dtype()))
+            for key, part in slices.items()
+        }
+
+
+def _reader(path: Path) -> Callable[[str], Tensor]:
+    """Reads one tensor at a time; the file is closed in between, so that its pages need not stay in memory."""
+    path = path.resolve()
+
+    def identity() -> tuple[int, int, int]:
+        stat = path.stat()
+        return stat.st_ino, stat.st_size, stat.st_mtime_ns
+
+    first = identity()
+
+    def read(key: str) -> Tensor:
+        if identity() != first:
+            raise ValueError(f"{path} was changed after the adapter was loaded: load it again")
+        with safe_open(path, framework="pt") as file:
+            return file.get_tensor(key).clone()
+
+    return read
+
+
+def _parse(
+    config: dict[str, Any],
+    headers: Mapping[str, _Header],
+    read: Callable[[str], Tensor],
+    source: str,
+    sha256: str | None = None,
+) -> LoraAdapter:
     _check_plain(config, source)
     config = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
-    halves: dict[str, dict[str, Tensor]] = {}
-    heads, unknown = {}, []
+    halves: dict[str, dict[str, str]] = {}  # {layer: {"A" or "B": its name in the file}}
+    heads, unknown, copies = {}, [], []
     saved = config.get("modules_to_save") or []
-    for key, tensor in tensors.items():
-        name = key.removeprefix(PREFIX)
-        match = re.fullmatch(r"(.+)\.lora_([AB])\.weight", name)
-        if match and tensor.dim() == 2:
-            halves.setdefault(match[1], {})[match[2]] = tensor
+    for key, (shape, _) in headers.items():
+        name = key.removeprefix(PREFIX).replace("_orig_mod.", "")  # torch.compile's wrapping
+        match = re.fullmatch(r"(.+)\.lora_(?:([AB])\.weight|embedding_([AB]))", name)
+        if match and len(shape) >= 2:
+            halves.setdefault(match[1], {})[match[2] or match[3]] = key
         elif any(below(module)(name) for module in saved):
-            heads[name] = tensor
+            heads[name] = read(key)
+        elif name.endswith(".base_layer.weight"):
+            copies.append(name)
         else:
-            unknown.append(f"{name} {tuple(tensor.shape)}")
-    broken = sorted(name for name, half in halves.items() if len(half) != 2 or len(half["A"]) != half["B"].shape[1])
+            unknown.append(f"{name} {shape}")
+    shapes = {name: (headers[half["B"]][0], headers[half["A"]][0]) for name, half in halves.items() if len(half) == 2}
+    broken = sorted(name for name in halves if name not in shapes or not _fits(*shapes[name]))
+    unknown += [name for name in copies if name.removesuffix(".base_layer.weight") not in halves]
     if unknown or broken:
         raise ValueError(
-            f"{source} is not plain LoRA on linear layers; not understood: {', '.join(sorted(unknown + broken)[:6])}"
-            f": merge adapters of linear layers, or {_BAKE}"
+            f"{source} is not plain LoRA; not understood: {', '.join(sorted(unknown + broken)[:6])}"
+            f": merge plain LoRA adapters, or {_BAKE}"
         )
     if not halves:
         raise ValueError(f"{source} holds no lora_A and lora_B: it is empty")
-    factors = {}
+    if copies:  # PEFT saves the frozen weights of adapted embeddings along
+        logger.info("%s: the copies of base weights (%s) are left out, the base model has them", source, copies[0])
     bad_heads = [name for name, tensor in heads.items() if not tensor.isfinite().all()]
     if bad_heads:
         raise ValueError(f"{source} has NaN or Inf in its head {bad_heads[0]!r}: the training run diverged")
+    scales = {}
     for name, half in halves.items():
-        if half["A"].dtype not in _DTYPES or half["B"].dtype not in _DTYPES or len(half["A"]) == 0:
-            raise ValueError(
-                f"{source} has {half['A'].dtype} factors of rank {len(half['A'])} in layer {name!r}: "
-                "adapters hold float16, bfloat16 or float32 factors of rank 1 or more"
-            )
-        if not (half["A"].isfinite().all() and half["B"].isfinite().all()):
-            raise ValueError(f"{source} has NaN or Inf in layer {name!r}: the training run diverged; train it again")
-        factors[name] = Factors(half["A"].float(), half["B"].float(), _scale_of(config, name, len(half["A"])))
-    dtype = next(iter(halves.values()))["A"].dtype
-    return LoraAdapter(factors, heads, config, dtype, source, sha256)
+        rank = shapes[name][1][0]
+        for key in half.values():
+            if headers[key][1] not in _DTYPES.values() or rank == 0:
+                raise ValueError(
+                    f"{source} has {headers[key][1]} factors of rank {rank} in layer {name!r}: "
+                    "adapters hold float16, bfloat16 or float32 factors of rank 1 or more"
+                )
+            if not read(key).isfinite().all():
+                raise ValueError(
+                    f"{source} has NaN or Inf in layer {name!r}: the training run diverged; train it again"
+                )
+        scales[name] = _scale_of(config, name, rank)
+
+    def factors_of(name: str) -> Factors:
+        A, B = (read(halves[name][half]).float().flatten(1) for half in "AB")
+        return Factors(A, B, scales[name])
+
+    sizes = {name: (B[0], A[0], math.prod(A[1:])) for name, (B, A) in shapes.items()}
+    layouts = {name: A[1:] if len(A) > 2 else () for name, (_, A) in shapes.items() if _kind(halves[name]["A"], A)}
+    dtype: Any = headers[next(iter(halves.values()))["A"]][1]
+    return LoraAdapter(FactorsOnDemand(sizes, factors_of), heads, config, dtype, source, sha256, layouts)
+
+
+def _fits(B: tuple[int, ...], A: tuple[int, ...]) -> bool:
+    """Whether B (o, r) or (o, r, 1, …) and A (r, n) or (r, channels, …) have a product."""
+    return B[1] == A[0] and math.prod(B[2:]) == 1 and len(B) == len(A)
+
+
+def _kind(key: str, A: tuple[int, ...]) -> bool:
+    """Whether it is an embedding or a convolution, by the name and shape of lora_A."""
+    return "lora_embedding_" in key or len(A) > 2
 
 
 def _check_plain(config: Mapping[str, Any], source: str) -> None:
@@ -174,4 +248,8 @@ def _scale_of(config: Mapping[str, Any], name: str, rank: int) -> float:
 
 
 def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()

@@ -2,8 +2,8 @@
 
 import json
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,11 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
 from osrm_peft.files import new_file
+from osrm_peft.layers import weight_shape
 from osrm_peft.packaged import resolve_model
 
 CONFIG, WEIGHTS, HEADS = "adapter_config.json", "adapter_model.safetensors", "heads"
@@ -26,7 +27,10 @@ _KEPT = ("base_model_name_or_path", "revision", "task_type", "fan_in_fan_out", *
 
 @dataclass(frozen=True)
 class Factors:
-    """LoRA on one linear layer: the task vector is τ = s·B·A of shape (o, n).
+    """LoRA on one layer: the task vector is τ = s·B·A of shape (o, n).
+
+    A convolution counts as the linear layer of its flattened kernel, n = channels · height · width, an embedding as that
+    of one-hot tokens, n = vocabulary.
 
     Attributes:
         A: (r, n). B: (o, r). Both float32 or float64.
@@ -47,25 +51,56 @@ class Factors:
         return self.s * self.B @ self.A
 
 
-@dataclass
-class LoraAdapter:
-    """A plain LoRA adapter on linear layers.
+class FactorsOnDemand(Mapping[str, Factors]):
+    """{layer: Factors} that are read from their file when asked for, and not kept.
 
     Attributes:
-        factors: {layer name in the base model: Factors}, float32.
+        shapes: {layer: (o, r, n)}, known without reading.
+    """
+
+    def __init__(self, shapes: dict[str, tuple[int, int, int]], read: Callable[[str], Factors]) -> None:
+        self.shapes, self._read = shapes, read
+
+    def __getitem__(self, name: str) -> Factors:
+        if name not in self.shapes:
+            raise KeyError(name)
+        return self._read(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+
+@dataclass
+class LoraAdapter:
+    """A plain LoRA adapter.
+
+    Attributes:
+        factors: {layer name in the base model: Factors}, float32; those of a folder are read when they are used.
         heads: {parameter name in the base model: tensor}: `modules_to_save`, such as a trained classifier.
         config: the fields of `adapter_config.json`.
         dtype: of the factors in the file; results are written in it.
         source: the folder, Hub id or model that it came from.
         sha256: of the weight file, None for a live model.
+        layouts: {layer: (channels, height, width) of a convolution's kernel, or () of an embedding}; no linear layers.
     """
 
-    factors: dict[str, Factors]
+    factors: Mapping[str, Factors]
     heads: dict[str, Tensor]
     config: dict[str, Any]
     dtype: torch.dtype = torch.float32
     source: str = ""
     sha256: str | None = None
+    layouts: dict[str, tuple[int, ...]] = field(default_factory=dict)
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, int, int]]:
+        """{layer: (o, r, n)}, without reading a tensor from a file."""
+        if isinstance(self.factors, FactorsOnDemand):
+            return self.factors.shapes
+        return {name: (len(f.B), f.rank, f.A.shape[1]) for name, f in self.factors.items()}
 
     @property
     def base_model(self) -> str | None:
@@ -96,19 +131,20 @@ class LoraAdapter:
     @property
     def rank(self) -> int:
         """The largest rank of any layer, at least 1."""
-        return max([1, *(factors.rank for factors in self.factors.values())])
+        return max([1, *(rank for _, rank, _ in self.shapes.values())])
 
     def state_dict(self) -> dict[str, Tensor]:
         """The tensors as PEFT names them, in the adapter's dtype; s is folded into B (alpha = r)."""
-        tensors, rank = {}, self.rank
+        tensors: dict[str, Tensor] = {}
+        rank = self.rank
         for name, factors in self.factors.items():
             pad = rank - factors.rank
             A = torch.nn.functional.pad(factors.A, (0, 0, 0, pad))
             B = torch.nn.functional.pad(factors.s * factors.B, (0, pad))
-            tensors[f"{PREFIX}{name}.lora_A.weight"] = A.to(self.dtype).contiguous()
-            tensors[f"{PREFIX}{name}.lora_B.weight"] = B.to(self.dtype).contiguous()
-            if not tensors[f"{PREFIX}{name}.lora_B.weight"].isfinite().all():
+            pair = {"A": A.to(self.dtype).contiguous(), "B": B.to(self.dtype).contiguous()}
+            if not pair["B"].isfinite().all():
                 raise ValueError(f"layer {name!r} overflows {self.dtype}: lower the scale, or set dtype=torch.float32")
+            tensors |= {f"{PREFIX}{name}.{key}": tensor for key, tensor in _as_peft(pair, self.layouts.get(name))}
         return tensors | {f"{PREFIX}{name}": tensor.clone().contiguous() for name, tensor in self.heads.items()}
 
     def attach(self, base: PreTrainedModel | str) -> PeftModel:
@@ -141,11 +177,11 @@ class LoraAdapter:
                 f"{type(model).__name__} lacks {len(missing)} of the {len(self.factors)} adapted layers: "
                 f"{', '.join(missing[:4])}; the adapter is of {self.base_model}"
             )
-        for name, factors in self.factors.items():
-            layer, shape = modules[name], (len(factors.B), factors.A.shape[1])
-            if isinstance(layer, nn.Linear) and (layer.out_features, layer.in_features) != shape:
+        for name, (o, _, n) in self.shapes.items():
+            shape, actual = (o, n), weight_shape(modules[name])
+            if actual not in (None, shape):
                 raise ValueError(
-                    f"layer {name!r} is {layer.out_features}×{layer.in_features}, the adapter's is "
+                    f"layer {name!r} is {actual[0]}×{actual[1]}, the adapter's is "
                     f"{shape[0]}×{shape[1]}; the adapter is of {self.base_model}"
                 )
         shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
@@ -175,9 +211,21 @@ class LoraAdapter:
 
 def save_head(heads: Mapping[str, Tensor], config: Mapping[str, Any], path: Path) -> None:
     """Write one task's head, with what PEFT must know to load it."""
-    notes = {key: config.get(key) for key in ("modules_to_save", "task_type")}
+    notes = {key: config.get(key) for key in ("modules_to_save", "task_type", "fan_in_fan_out")}
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file({key: value.clone().contiguous() for key, value in heads.items()}, path, {"osrm_peft": json.dumps(notes)})
+
+
+def _as_peft(pair: dict[str, Tensor], layout: tuple[int, ...] | None) -> Iterator[tuple[str, Tensor]]:
+    """(name after the layer's, tensor) as PEFT has them for this kind of layer."""
+    for half, tensor in pair.items():
+        if layout == ():
+            yield f"lora_embedding_{half}", tensor
+        elif layout is None:
+            yield f"lora_{half}.weight", tensor
+        else:
+            shape = (len(tensor), *layout) if half == "A" else (*tensor.shape, *[1] * (len(layout) - 1))
+            yield f"lora_{half}.weight", tensor.reshape(shape)
 
 
 def below(module: str) -> Callable[[str], bool]:

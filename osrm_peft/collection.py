@@ -1,4 +1,4 @@
-"""collect_features: the inputs of the target layers in the pre-trained model, summed up; the model left as it was."""
+"""collect_features, collect_gram: the inputs of the target layers, summed up; the model left as it was."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -48,11 +48,51 @@ def collect_features(
     choice("statistic", statistic, STATISTICS)
     if reference and statistic != "mean":
         raise ValueError(f"reference=True keeps one mean a task: use statistic='mean', not {statistic!r}")
+    return _collect(model, loader, task, target_modules, statistic, k, seed, reference, False, progress)
+
+
+def collect_gram(
+    model: nn.Module,
+    loader: Iterable[Mapping[str, Any]],
+    *,
+    task: str,
+    target_modules: list[str] | str | LoraConfig | None = None,
+    k: int = 1000,
+    seed: int | None = None,
+    progress: bool = True,
+) -> TaskFeatures:
+    """The Gram matrices of RegMean: second moments of the target layers' inputs, on the *fine-tuned* model.
+
+    The same object and file as `collect_features` gives, over every non-padding token, with the adapter on.
+
+    Args:
+        model: the fine-tuned model: a PeftModel with its adapter active, or full weights; runs on the device it is on.
+        loader, task, target_modules, seed, progress: see `collect_features`.
+        k: how many samples at most (the paper uses up to 1,000).
+
+    Raises:
+        ValueError: k below 1, no target layer, or a loader without a sample.
+    """
+    return _collect(model, loader, task, target_modules, "token", k, seed, False, True, progress)
+
+
+def _collect(
+    model: nn.Module,
+    loader: Iterable[Mapping[str, Any]],
+    task: str,
+    target_modules: list[str] | str | LoraConfig | None,
+    statistic: str,
+    k: int,
+    seed: int | None,
+    reference: bool,
+    adapted: bool,
+    progress: bool,
+) -> TaskFeatures:
     k = integer("k", k, 1)
     model = unwrapped(model)
     layers = target_layers(model, target_modules)
     merged = [name for name, module in layers.items() if getattr(module, "merged", False)]
-    if merged:
+    if merged and not adapted:
         raise ValueError(f"an adapter is merged into {merged[0]!r}: call unmerge_adapter() first")
     base = base_of(model)
     device = next(base.parameters()).device
@@ -60,13 +100,13 @@ def collect_features(
     seen = 0
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
-        stack.enter_context(_undisturbed(base))
-        if isinstance(model, PeftModel):
+        stack.enter_context(undisturbed(base))
+        if isinstance(model, PeftModel) and not adapted:
             stack.enter_context(model.disable_adapter())
         stack.enter_context(_watch_inputs(layers, collector.see))
         bar = stack.enter_context(tqdm(total=k, desc=f"features of {task}", unit="sample", disable=not progress))
         for batch in loader:
-            inputs, rows = _model_inputs(batch, k - seen, device)
+            inputs, rows, _ = model_inputs(batch, k - seen, device)
             if rows == 0:
                 continue
             collector.start(None if reference else inputs.get("attention_mask"))
@@ -82,18 +122,21 @@ def collect_features(
             raise ValueError(f"layer {name!r} receives NaN or Inf: is the model's checkpoint sound?")
     names = list(collector.moments)
     return TaskFeatures(
-        task, base_name(base), weight_hash(model, names), statistic, seen, seed, reference, collector.moments
+        task, base_name(base), weight_hash(model, names), statistic, seen, seed, reference, adapted, collector.moments
     )
 
 
-def _model_inputs(batch: Mapping[str, Any], most: int, device: torch.device) -> tuple[dict[str, Any], int]:
-    """The first `most` samples of a batch, without labels, on the device; and how many they are."""
+def model_inputs(
+    batch: Mapping[str, Any], most: int, device: torch.device
+) -> tuple[dict[str, Any], int, Tensor | None]:
+    """The first `most` samples of a batch, without labels, on the device; how many they are; and their labels."""
     if not isinstance(batch, Mapping):
         raise TypeError(f"the loader must give dicts as the model takes them, got a {type(batch).__name__}")
     tensors = {key: value for key, value in batch.items() if isinstance(value, Tensor) and value.dim() > 0}
     rows = max(map(len, tensors.values()), default=0)
     cut = {key: value[:most].to(device) if len(value) == rows else value.to(device) for key, value in tensors.items()}
-    return {key: value for key, value in {**batch, **cut}.items() if key not in ("label", "labels")}, min(rows, most)
+    inputs = {key: value for key, value in {**batch, **cut}.items() if key not in ("label", "labels")}
+    return inputs, min(rows, most), cut.get("labels", cut.get("label"))
 
 
 class _Collector:
@@ -155,7 +198,7 @@ def _watch_inputs(layers: Mapping[str, nn.Module], on_input) -> Iterator[None]:
 
 
 @contextmanager
-def _undisturbed(model: nn.Module) -> Iterator[None]:
+def undisturbed(model: nn.Module) -> Iterator[None]:
     """Eval mode inside; afterwards each submodule has its mode, and each parameter its requires_grad, again.
 
     (PEFT's disable_adapter switches requires_grad of an adapter's parameters back on when it ends.)

@@ -15,7 +15,7 @@ from osrm_peft.files import new_file
 from osrm_peft.layers import base_name, base_of, linear_layer, weight_hash
 from osrm_peft.moments import FeatureMoments
 
-_FORMAT = 1
+_FORMAT = 2  # 2 has `adapted`
 
 
 @dataclass
@@ -32,6 +32,7 @@ class TaskFeatures:
         k: how many samples were seen.
         seed: the seed that drew the samples, for the record.
         reference: padding was counted in, as the released OSRM code does.
+        adapted: the inputs of the fine-tuned model (`collect_gram`), not of the pre-trained one.
         layers: the moments, in model order.
     """
 
@@ -42,6 +43,7 @@ class TaskFeatures:
     k: int = 0
     seed: int | None = None
     reference: bool = False
+    adapted: bool = False
     layers: dict[str, FeatureMoments] = field(default_factory=dict)
 
     def save(self, path: str | Path) -> None:
@@ -103,6 +105,11 @@ class TaskFeatures:
         """
         layers = list(layers)
         base = base_of(model)
+        if self.adapted:
+            raise ValueError(
+                f"the features of task {self.task!r} are of its fine-tuned model (collect_gram, for RegMean): "
+                "collect them on the pre-trained model with collect_features"
+            )
         missing = sorted(set(layers) - set(self.layers))
         if missing:
             raise ValueError(

@@ -16,6 +16,7 @@ MANIFEST = "osrm_peft.json"  # in every merged folder: how it was made
 # {kind in the manifest: all names that such a folder of ours may hold}
 _CONTENTS = {
     "adapter": {"adapter_config.json", "adapter_model.safetensors", "README.md", ADAPTER_NOTES, MANIFEST},
+    "emr": {"emr.safetensors", "README.md", MANIFEST, "heads"},
     "merged": {"adapter_config.json", "adapter_model.safetensors", "README.md", MANIFEST, "heads"},
 }
 
@@ -38,7 +39,7 @@ def new_folder(path: str | Path, kind: str) -> Iterator[Path]:
     """A temporary folder beside `path`, renamed to it when the block ends without an error.
 
     Args:
-        kind: `"adapter"` or `"merged"`, as the manifest in the folder will say.
+        kind: `"adapter"`, `"merged"` or `"emr"`, as the manifest in the folder will say.
 
     Raises:
         FileExistsError: see `check_replaceable`.

@@ -9,7 +9,8 @@ from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-from torch import nn
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 HASHED_ENTRIES = 1024
 
@@ -82,6 +83,23 @@ def linear_layer(name: str, module: nn.Module) -> nn.Linear:
             "narrow target_modules, or list it in exclude_modules"
         )
     return layer
+
+
+def weight_shape(module: nn.Module) -> tuple[int, int] | None:
+    """(o, n) of the layer's task vectors; None for a kind of layer that we do not know."""
+    if isinstance(module, nn.Linear):
+        return module.out_features, module.in_features
+    if isinstance(module, (nn.Embedding, Conv1D)):  # their weights are (n, o)
+        return int(module.weight.shape[1]), int(module.weight.shape[0])
+    if isinstance(module, nn.modules.conv._ConvNd):
+        return len(module.weight), module.weight[0].numel()
+    return None
+
+
+def as_weight(module: nn.Module, delta: Tensor) -> Tensor:
+    """An (o, n) task vector in the shape of the layer's own weight, for each kind that `weight_shape` knows."""
+    weight: Any = module.weight
+    return delta.mT if isinstance(module, (nn.Embedding, Conv1D)) else delta.reshape(weight.shape)
 
 
 def weight_hash(model: nn.Module, names: Iterable[str]) -> str:

@@ -9,7 +9,14 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    ResNetConfig,
+    ResNetForImageClassification,
+)
 
 TINY = {
     "vocab_size": 50,
@@ -26,10 +33,17 @@ def _seed():
     torch.manual_seed(0)
 
 
-def make_base(num_labels=3, seed=0, **overrides):
+def make_base(num_labels=3, seed=0, kind="bert", **overrides):
+    """A tiny model: `"bert"` (Linear), `"gpt2"` (Conv1D) or `"resnet"` (Conv2d)."""
     torch.manual_seed(seed)
-    config = BertConfig(**(TINY | overrides), num_labels=num_labels, name_or_path="tiny")
-    return BertForSequenceClassification(config).eval()
+    common = {"num_labels": num_labels, "name_or_path": "tiny"}
+    if kind == "gpt2":
+        sizes = {"vocab_size": 50, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 32, "pad_token_id": 0}
+        return GPT2ForSequenceClassification(GPT2Config(**sizes, **common)).eval()
+    if kind == "resnet":
+        sizes = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"}
+        return ResNetForImageClassification(ResNetConfig(**sizes, **common)).eval()
+    return BertForSequenceClassification(BertConfig(**(TINY | overrides), **common)).eval()
 
 
 @pytest.fixture
@@ -44,8 +58,10 @@ def base_folder(tmp_path_factory):
     return str(folder)
 
 
-def make_batch(rows=4, length=7, seed=0, pads=(0, 2, 3, 1)):
+def make_batch(rows=4, length=7, seed=0, pads=(0, 2, 3, 1), kind="bert"):
     generator = torch.Generator().manual_seed(seed)
+    if kind == "resnet":
+        return {"pixel_values": torch.randn(rows, 3, 16, 16, generator=generator)}
     ids = torch.randint(0, 50, (rows, length), generator=generator)
     mask = torch.ones(rows, length, dtype=torch.long)
     for row, pad in zip(range(rows), pads, strict=False):
@@ -54,15 +70,15 @@ def make_batch(rows=4, length=7, seed=0, pads=(0, 2, 3, 1)):
     return {"input_ids": ids, "attention_mask": mask}
 
 
-def make_adapter(folder, *, seed=1, num_labels=3, base_seed=0, dtype=torch.float32, **config):
+def make_adapter(folder, *, seed=1, num_labels=3, base_seed=0, dtype=torch.float32, kind="bert", **config):
     """A stock PEFT adapter with random B and head, saved by PEFT; returns the live model."""
-    base = make_base(num_labels, base_seed)
+    base = make_base(num_labels, base_seed, kind)
     fields = {"r": 4, "lora_alpha": 8, "target_modules": ["query", "value"], "task_type": "SEQ_CLS"} | config
     torch.manual_seed(seed)
     model = get_peft_model(base, LoraConfig(**fields))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "lora_B" in name or "modules_to_save" in name:
+            if "lora_B" in name or "lora_embedding" in name or "modules_to_save" in name:
                 parameter.normal_(std=0.3)
     if dtype != torch.float32:
         model = model.to(dtype)

@@ -8,8 +8,10 @@ from torch import Tensor
 
 from osrm_peft.checks import choice, integer, number
 from osrm_peft.merging.registry import Merged, register
+from osrm_peft.merging.sparsify import check_density
+from osrm_peft.merging.ties import ties
 
-COMBINE = ("sum", "average")
+COMBINE = ("sum", "average", "ties")
 
 
 def check(
@@ -17,6 +19,7 @@ def check(
     mu_ratio: float | None,
     rank_ratio: float | None,
     combine: str,
+    density: float,
     max_iterations: int,
     tolerance: float,
 ) -> None:
@@ -31,6 +34,7 @@ def check(
     if rank_ratio is not None:
         number("rank_ratio", rank_ratio, 0, 1, open_low=True)
     choice("combine", combine, COMBINE)
+    check_density(density)
     integer("max_iterations", max_iterations, 1)
     number("tolerance", tolerance, 0)
 
@@ -49,12 +53,13 @@ def lore(
     mu_ratio: float | None = None,
     rank_ratio: float | None = None,
     combine: str = "sum",
+    density: float = 0.2,
     max_iterations: int = 200,
     tolerance: float = 1e-6,
 ) -> Merged:
     r"""Find θ₀ and low-rank δ_t with θ_t ≈ θ₀ + δ_t, then θ* = θ₀ + λ τ (Liu et al., Algorithm 1).
 
-        δ_t = 0;   repeat:   θ₀ = mean_t(θ_t − δ_t),   δ_t = SVT(θ_t − θ₀; μ);   then   τ = Σ_t δ_t  or  mean_t δ_t
+        δ_t = 0;   repeat:   θ₀ = mean_t(θ_t − δ_t),   δ_t = SVT(θ_t − θ₀; μ);   then   τ = Σ δ_t, mean δ_t or TIES(δ_t)
 
     SVT(X; μ) = U (Σ − μ)₊ Vᵀ is the exact minimiser for ½‖θ_t − θ₀ − δ‖_F² + μ‖δ‖_*, so these steps never raise
     Σ_t ½‖θ_t − θ₀ − δ_t‖_F² + μ_t‖δ_t‖_* (the paper's Eq. 1 prints ‖δ‖_*²; we follow its algorithm). A common base
@@ -67,13 +72,15 @@ def lore(
         mu_ratio: μ as a share of the mean top singular value of θ_t − mean θ. Default, with 0.1, if nothing is given.
         rank_ratio: instead of a threshold keep ⌈rank_ratio · min(o, n)⌉ singular values (the paper's dynamic rank).
             In the core space o = n ≤ T·r; a share of the layer's own width would keep everything there.
-        combine: `"sum"` (Algorithm 1, option 1) or `"average"`.
+        combine: `"sum"` (Algorithm 1, option 1), `"average"`, or `"ties"`: TIES selection of the δ_t, trimmed over each
+            layer, on the layer's own entries in any space.
+        density: of the TIES selection.
         max_iterations, tolerance: stop when no θ₀ or δ moves by more than tolerance · ‖θ‖_F.
 
     Returns:
         Merged(direction τ, offset θ₀ − W₀, report {iterations, converged, mu, objective}), both in the dtype of `tau`.
     """
-    check(mu, mu_ratio, rank_ratio, combine, max_iterations, tolerance)
+    check(mu, mu_ratio, rank_ratio, combine, density, max_iterations, tolerance)
     theta = weights.double()[:, None, None] * tau.double()
     if mu is None and rank_ratio is None:
         spread = torch.linalg.matrix_norm(theta - theta.mean(0), ord=2)  # (T,) top singular values
@@ -90,10 +97,12 @@ def lore(
         base, delta, iterations = new_base, new_delta, iterations + 1
         if size == 0:
             break
-    direction = delta.sum(0) if combine == "sum" else delta.mean(0)
     report: dict[str, Any] = {"iterations": iterations, "converged": moved <= tolerance * size or size == 0}
     report |= {"rank": rank} if rank is not None else {"mu": mu, "objective": objective(theta, base, delta, mu or 0.0)}
-    return Merged(direction.to(tau.dtype), base.to(tau.dtype), report)
+    offset = base.to(tau.dtype)
+    if combine == "ties":
+        return Merged(delta.to(tau.dtype), offset, report, lambda tau: ties(tau, torch.ones(len(tau)), density=density))
+    return Merged((delta.sum(0) if combine == "sum" else delta.mean(0)).to(tau.dtype), offset, report)
 
 
 def svt(X: Tensor, mu: float) -> Tensor:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from osrm_peft.adapters import Factors
+from osrm_peft.moments import FeatureMoments
 
 _EPS = torch.finfo(torch.float64).eps
 
@@ -41,9 +42,37 @@ def compress(B: Tensor, A: Tensor, rank: int | None = None) -> Compressed:
 
 def column_basis(parts: list[Tensor]) -> Tensor:
     """(o, p) orthonormal basis of the columns of all `parts` (o, k_t): left singular vectors of the stack."""
-    U, S, _ = torch.linalg.svd(torch.cat(parts, dim=1), full_matrices=False)
-    kept = _cutoff(S, U.shape) < S
-    return U[:, kept]
+    Q, R = torch.linalg.qr(torch.cat(parts, dim=1))  # first, so that the SVD is of a small matrix
+    U, S, _ = torch.linalg.svd(R, full_matrices=False)
+    kept = int((_cutoff(S, (len(Q), R.shape[1])) < S).sum())
+    return Q @ U[:, :kept]
+
+
+def cross_energies(products: list[tuple[Tensor, Tensor]], moments: FeatureMoments) -> Tensor:
+    """(P, P) E⟨X_j h, X_k h⟩ = tr(X_j S X_kᵀ) of P products X = B·A, without forming one.
+
+    Args:
+        products: (B (o, r_j), A (r_j, n)), any ranks.
+        moments: of the layer's inputs h; S = E hhᵀ (n, n).
+
+    Returns:
+        float64, symmetric and positive semidefinite; the diagonal holds E‖X_j h‖².
+    """
+    B = torch.cat([B.double() for B, _ in products], dim=1)  # (o, R)
+    A = torch.cat([A.double() for _, A in products])  # (R, n)
+    root = moments.root()
+    reads = A @ moments.second_moment() @ A.mT if root is None else (A @ root.mT) @ (root @ A.mT)  # (R, R) A S Aᵀ
+    owner = torch.repeat_interleave(torch.tensor([len(A) for _, A in products]))  # (R,)
+    rows = torch.zeros(len(products), len(A), dtype=torch.float64).index_add_(0, owner, (B.mT @ B) * reads)
+    return torch.zeros(len(products), len(products), dtype=torch.float64).index_add_(1, owner, rows)
+
+
+def numerical_rank(S: Tensor) -> int:
+    """How many singular values (descending) are more than rounding: above 10⁻⁶ of the largest.
+
+    A float32 o×n product of rank r has rounding of about 2⁻²⁴ √(r/n) of the largest, so both spaces agree.
+    """
+    return int((S > 1e-6 * S[0]).sum()) if len(S) else 0
 
 
 def _thin_svd(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor, Tensor]:

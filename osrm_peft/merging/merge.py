@@ -1,212 +1,199 @@
 """merge_adapters: every check first, then layer by layer; the base model is never loaded."""
 
+import hashlib
 import logging
-import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
-from functools import reduce
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, Literal, overload
 
 import torch
-from peft import PeftModel
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from osrm_peft.adapter_reader import load_adapter
-from osrm_peft.adapters import TARGETS, LoraAdapter
-from osrm_peft.checks import choice, integer, number
-from osrm_peft.files import versions
-from osrm_peft.merging.lowrank import compress
+from osrm_peft.adapters import Factors
+from osrm_peft.merging.guidance import best_scale, normal_equations, solve
+from osrm_peft.merging.inputs import Adapters, Statistics, Weights
+from osrm_peft.merging.lowrank import Compressed, compress
+from osrm_peft.merging.masked import MaskedAdapter, MaskedLayer
 from osrm_peft.merging.merged import MergedAdapter, MergedLayer
-from osrm_peft.merging.registry import Merged, Method, get_method
-from osrm_peft.merging.spaces import SPACES, Layer, enter
+from osrm_peft.merging.plan import MergePlan, pairs, plan_merge
+from osrm_peft.merging.registry import Merged, taken
+from osrm_peft.merging.spaces import Layer, enter
 
 logger = logging.getLogger(__name__)
 
-HEAD_POLICIES = ("per_task", "error")
 
-
+@overload
+def merge_adapters(adapters: Adapters, method: Literal["emr"], **arguments: Any) -> MaskedAdapter: ...
+@overload
+def merge_adapters(adapters: Adapters, method: str, **arguments: Any) -> MergedAdapter: ...
 def merge_adapters(
-    adapters: Mapping[str, str | Path | PeftModel | LoraAdapter],
+    adapters: Adapters,
     method: str,
     *,
-    weights: Mapping[str, float] | Sequence[float] | None = None,
-    scale: float | None = None,
+    weights: Weights | str = None,
+    scale: float | str | None = None,
     space: str = "auto",
     rank: int | None = None,
     heads: str = "per_task",
     base_model: str | None = None,
+    statistics: Statistics | None = None,
+    features: Statistics | None = None,
+    seed: int = 0,
     progress: bool = False,
     **options: Any,
-) -> MergedAdapter:
+) -> MergedAdapter | MaskedAdapter:
     """Merge LoRA adapters of one base model into one, from their own files.
 
     Args:
         adapters: {task: folder, Hub id, live PeftModel or LoraAdapter}. Their order does not matter. Ranks, alphas and
             target layers may differ; a layer that an adapter lacks counts as 0.
-        method: `"average"`, `"task_arithmetic"`, `"ties"` or `"lore"`.
-        weights: one a task, by name or in the order of `adapters`; 1 each by default, negative ones too.
-        scale: λ, what multiplies the merged direction; None: the paper's default of the method.
-        space: `"weight"`, `"core"`, or `"auto"`: the core where that is exact, else the weights as in the papers.
+        method: a name of `METHODS`, such as `"task_arithmetic"`, `"ties"` or `"lore"`.
+        weights: one a task, by name or in the order of `adapters`; 1 each by default, negative ones too. By name, a
+            weight may itself map layer name patterns to numbers, the first that matches counts:
+            `{"cola": 1, "sst2": {"*.layer.0.*": 0.5, "*": 1}}`. `"features"`: the weights of each layer (with
+            `"features_global"` of all layers) that minimise Σ_t E‖Σ_j w_j τ_j h_t − τ_t h_t‖² on the tasks' features,
+            for task_arithmetic and concat.
+        scale: λ, what multiplies the merged direction; None: the paper's default of the method, or 1 with weights from
+            features. `"features"`: of each layer the one that minimises Σ_t E‖(τ_merged − τ_t) h_t‖².
+        space: `"weight"`, `"core"`, `"knots"`, or `"auto"`: the core where that is exact, else as in the paper.
         rank: largest rank of the result, at least 1; None keeps it exact. The lost energy is in the manifest.
         heads: what becomes of trained heads: `"per_task"` keeps each, `"error"` refuses them.
         base_model: the base model of all adapters, where their configs name it differently (a local copy, say).
+        statistics: {task: file or object} for Fisher (`collect_fisher`) and RegMean (`collect_gram`).
+        features: {task: file or TaskFeatures} (`collect_features`) where weights or scale are `"features"`.
+        seed: of the methods that draw (DARE).
         progress: show a bar over the layers.
         **options: the method's own, such as TIES' `density` or LoRE's `mu_ratio`.
 
     Returns:
-        A MergedAdapter: `.load(base, task=…)`, `.save_pretrained(folder)`, `.at_scale(λ)`, `.for_task(task)`.
+        A MergedAdapter: `.load(base, task=…)`, `.save_pretrained(folder)`, `.at_scale(λ)`, `.for_task(task)`; for EMR,
+        whose result differs by task, a MaskedAdapter.
 
     Raises:
         TypeError: an option that the method does not have.
-        ValueError: an unknown method or space, a number out of range, other weights than adapters, different base
-            models, or an adapter that is not plain LoRA. Nothing was computed then.
+        ValueError: an unknown method or space, a number out of range, other weights or statistics than adapters,
+            different base models, or an adapter that is not plain LoRA. Nothing was computed then.
     """
-    chosen = get_method(method)
-    options = chosen.bind(options)
-    choice("space", space, ("auto", *SPACES))
-    choice("heads policy", heads, HEAD_POLICIES)
-    rank = None if rank is None else integer("rank", rank, 1)
-    scale = number("scale", chosen.scale if scale is None else scale)
-    if not isinstance(adapters, Mapping):
-        raise TypeError(f"adapters must map task names to adapters, got a {type(adapters).__name__}")
-    if not adapters:
-        raise ValueError("no adapters to merge: give at least one")
-    for name in adapters:
-        if not isinstance(name, str) or not re.fullmatch(r"(?!\.)[^/\\\0]{1,200}", name):
-            raise ValueError(f"the task name {name!r} cannot be a file name: its head is saved as heads/<task>")
-    weight = _weights(weights, list(adapters))
-    loaded = {
-        name: adapter if isinstance(adapter, LoraAdapter) else load_adapter(adapter, whole=True)
-        for name, adapter in adapters.items()
-    }
-    base = _common_base(loaded, base_model)
-    _check_heads(loaded, heads)
-    _check_shapes(loaded, rank)
-    space = ("core" if chosen.commutes else "weight") if space == "auto" else space
+    plan = plan_merge(
+        adapters, method, weights=weights, scale=scale, space=space, rank=rank, heads=heads, base_model=base_model,
+        statistics=statistics, features=features, seed=seed, **options,
+    )  # fmt: skip
+    return execute(plan, progress=progress)
 
-    stacks = _Stacks(list(loaded.values()), space)
+
+def execute(plan: MergePlan, *, progress: bool = False) -> MergedAdapter | MaskedAdapter:
+    """Merge as planned, one layer in memory at a time besides the result."""
+    names = tqdm(plan.inputs.shapes, desc=f"merge {plan.name}", disable=not progress)
+    if plan.method.per_task:
+        return _masked(plan, names)
+    stacks = _Stacks(plan)
     summary = {}
-    if chosen.summarise is not None:
-        summary["summary"] = chosen.summarise(stacks, weight, **options)
+    if plan.method.summarise is not None:
+        summary["summary"] = plan.method.summarise(stacks, **taken(plan.method.summarise, plan.options))
+    weights = _guided_weights(plan)
     layers, reports = {}, {}
-    for name, layer in tqdm(stacks.items(), total=len(stacks.names), desc=f"merge {method}", disable=not progress):
-        layers[name], reports[name] = _merge_layer(chosen, layer, weight, summary | options, rank)
-
-    manifest: dict[str, Any] = {
-        "kind": "merged",
-        "method": method,
-        "paper": chosen.paper,
-        "options": options,
-        "scale": scale,
-        "weights": dict(zip(loaded, weight.tolist(), strict=True)),
-        "space": space,
-        "rank": rank,
-        "base_model": base,
-        "inputs": {
-            name: {"source": adapter.source, "sha256": adapter.sha256, "rank": adapter.rank}
-            for name, adapter in loaded.items()
-        },
-        "report": {name: report for name, report in reports.items() if report},
-        "versions": versions(),
-    }
+    for name in names:
+        layers[name], reports[name] = _merge_layer(plan, stacks, name, weights[name], summary)
     stopped = [name for name, report in reports.items() if report.get("converged") is False]
     if stopped:
-        logger.warning("%s had not converged on %d of %d layers when it stopped", method, len(stopped), len(layers))
-    return MergedAdapter(
-        layers,
-        scale,
-        rank,
-        _templates(loaded, base, list(layers)),
-        reduce(torch.promote_types, (adapter.dtype for adapter in loaded.values())),
-        manifest,
-    )
+        logger.warning("%s had not converged on %d of %d layers when it stopped", plan.name, len(stopped), len(layers))
+    manifest = plan.manifest() | {"report": {name: report for name, report in reports.items() if report}}
+    if plan.guided_weights:
+        tasks = list(plan.inputs.adapters)
+        manifest["chosen_weights"] = {
+            name: dict(zip(tasks, weight.tolist(), strict=True)) for name, weight in weights.items()
+        }
+    return MergedAdapter(layers, plan.scale, plan.rank, plan.inputs.templates(), plan.dtype, manifest)
 
 
 class _Stacks:
-    """The layers of all adapters in a space, made one at a time; can be iterated again and again."""
+    """The layers of all adapters in the plan's space, made one at a time; can be iterated again and again."""
 
-    def __init__(self, adapters: list[LoraAdapter], space: str) -> None:
-        self.adapters, self.space = adapters, space
-        self.names = sorted({name for adapter in adapters for name in adapter.factors})
+    def __init__(self, plan: MergePlan) -> None:
+        self.plan = plan
 
-    def items(self) -> Iterator[tuple[str, Layer]]:
-        for name in self.names:
-            yield name, enter(self.space, [adapter.factors.get(name) for adapter in self.adapters])
+    def layer(self, name: str) -> Layer:
+        plan = self.plan
+        layer = enter(plan.space, plan.inputs.factors(name))
+        if plan.method.prepare is None:
+            return layer
+        generators = [_generator(plan.seed, task, name) for task in plan.inputs.adapters]
+        return layer._replace(
+            stack=plan.method.prepare(layer.stack, generators, **taken(plan.method.prepare, plan.options))
+        )
 
     def __iter__(self) -> Iterator[Tensor]:
-        return (layer.stack for _, layer in self.items())
+        return (self.layer(name).stack for name in self.plan.inputs.shapes)
+
+
+def _generator(seed: int, task: str, layer: str) -> torch.Generator:
+    """Of the names, so that neither the order of the adapters nor that of the layers changes a draw."""
+    digest = hashlib.sha256(f"{seed}\0{task}\0{layer}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
 def _merge_layer(
-    method: Method, layer: Layer, weights: Tensor, arguments: dict[str, Any], rank: int | None
+    plan: MergePlan, stacks: _Stacks, name: str, weights: Tensor, summary: dict[str, Any]
 ) -> tuple[MergedLayer, dict[str, Any]]:
-    out = method.fn(layer.stack, weights.to(layer.stack.dtype), **arguments)
-    merged = out if isinstance(out, Merged) else Merged(out)
-    if merged.offset is None:
-        return MergedLayer(compress(*layer.lift(merged.direction), rank), None), merged.report
-    direction, offset = compress(*layer.lift(merged.direction)), compress(*layer.lift(merged.offset))
-    return MergedLayer(direction, offset.factors), merged.report
+    arguments = summary | taken(plan.method.fn, plan.options)
+    if plan.statistics is not None and plan.method.needs is not None:
+        arguments[plan.method.needs] = plan.statistics(name)
+    report: dict[str, Any] = {}
+    offset: Factors | None = None
+    try:
+        if plan.space == "factors":
+            exact = plan.method.fn(plan.inputs.factors(name), weights, **arguments)
+            direction = Compressed(exact, 1.0) if plan.rank is None else compress(exact.B, exact.A, plan.rank)
+        else:
+            layer = stacks.layer(name)
+            out = plan.method.fn(layer.stack, weights.to(layer.stack.dtype), **arguments)
+            merged = out if isinstance(out, Merged) else Merged(out)
+            report = dict(merged.report)
+            if merged.offset is not None:
+                offset = compress(*layer.lift(merged.offset)).factors
+            if merged.finish is not None:
+                lifted = Layer(merged.direction[:0]).lift(merged.finish(layer.dense(merged.direction)))
+            else:
+                lifted = layer.lift(merged.direction)
+            direction = compress(*lifted, plan.rank if offset is None else None)
+    except ValueError as error:
+        raise ValueError(f"layer {name!r}: {error}") from error
+    if plan.guided_scale and plan.features is not None:
+        products = pairs(plan.inputs.factors(name), plan.inputs.shapes[name])
+        fixed = None if offset is None else (offset.B, offset.A)
+        found = direction.factors
+        scale = best_scale((found.s * found.B, found.A), fixed, products, plan.features(name))
+        direction = Compressed(Factors(found.A, scale * found.B, found.s), direction.energy_kept)
+        report["scale"] = scale
+    return MergedLayer(direction, offset), report
 
 
-def _weights(weights: Mapping[str, float] | Sequence[float] | None, tasks: list[str]) -> Tensor:
-    if weights is None:
-        return torch.ones(len(tasks), dtype=torch.float64)
-    if isinstance(weights, Mapping):
-        if set(weights) != set(tasks):
-            raise ValueError(f"weights name {sorted(weights)}, the adapters are {sorted(tasks)}: give one for each")
-        weights = [weights[task] for task in tasks]
-    weights = weights.tolist() if hasattr(weights, "tolist") else weights
-    if isinstance(weights, str) or not isinstance(weights, Sequence):
-        raise ValueError(
-            f"weights={weights!r} must be a list in the order of the adapters, or map task names to numbers"
-        )
-    if len(weights) != len(tasks):
-        raise ValueError(f"{len(weights)} weights for {len(tasks)} adapters: give one for each")
-    named = [number(f"weight of {task!r}", weight) for task, weight in zip(tasks, weights, strict=True)]
-    return torch.tensor(named, dtype=torch.float64)
+def _guided_weights(plan: MergePlan) -> dict[str, Tensor]:
+    """{layer: (T,) weights}: as given, or solved from the features."""
+    if plan.guided_weights is None or plan.features is None:
+        return plan.weights
+    equations = {
+        name: normal_equations(pairs(plan.inputs.factors(name), shape), plan.features(name))
+        for name, shape in plan.inputs.shapes.items()
+    }
+    if plan.guided_weights == "features":
+        return {name: solve(*equation) for name, equation in equations.items()}
+    normals, rights = zip(*equations.values(), strict=True)
+    shared = solve(sum(normals[1:], normals[0]), sum(rights[1:], rights[0]))
+    return dict.fromkeys(plan.inputs.shapes, shared)
 
 
-def _common_base(adapters: Mapping[str, LoraAdapter], base_model: str | None) -> str | None:
-    if base_model is not None:
-        return base_model
-    bases = {name: (adapter.base_model, adapter.config.get("revision")) for name, adapter in adapters.items()}
-    if len(set(bases.values())) > 1:
-        listed = ", ".join(f"{name}: {base}{f'@{rev}' if rev else ''}" for name, (base, rev) in bases.items())
-        raise ValueError(
-            f"the adapters have different base models ({listed}): they cannot be merged; "
-            "if these are names of one and the same model, say so with base_model=NAME"
-        )
-    return next(iter(bases.values()))[0]
-
-
-def _check_heads(adapters: Mapping[str, LoraAdapter], policy: str) -> None:
-    with_heads = [name for name, adapter in adapters.items() if adapter.heads]
-    if policy == "error" and with_heads:
-        raise ValueError(f"{', '.join(with_heads)} have trained heads and heads='error': use heads='per_task'")
-
-
-def _check_shapes(adapters: Mapping[str, LoraAdapter], rank: int | None) -> None:
-    shapes: dict[str, tuple[int, int]] = {}
-    for task, adapter in adapters.items():
-        for name, factors in adapter.factors.items():
-            shape = (len(factors.B), factors.A.shape[1])
-            if shapes.setdefault(name, shape) != shape:
-                raise ValueError(
-                    f"layer {name!r} is {shape[0]}×{shape[1]} in {task!r} and {shapes[name][0]}×{shapes[name][1]} in "
-                    "the adapters before it: they are of different base models and cannot be merged"
-                )
-    widest = min(min(shape) for shape in shapes.values())
-    if rank is not None and rank > widest:
-        raise ValueError(f"rank={rank} is above {widest}, the smallest layer's width: lower it, or None for exact")
-
-
-def _templates(adapters: Mapping[str, LoraAdapter], base: str | None, layers: list[str]) -> dict[str, LoraAdapter]:
-    """Each task's head and config; the targets by full layer names unless all adapters name the same ones."""
-    targets = [[adapter.config.get(key) for key in TARGETS] for adapter in adapters.values()]
-    same = all(target == targets[0] for target in targets)
-    config: dict[str, Any] = {"base_model_name_or_path": base}
-    if not same:
-        config |= dict.fromkeys(TARGETS) | {"target_modules": layers}
-    return {name: replace(adapter, factors={}, config=adapter.config | config) for name, adapter in adapters.items()}
+def _masked(plan: MergePlan, names) -> MaskedAdapter:
+    """A method whose result differs by task: shared vector and masks a layer, and the rescalers over all layers."""
+    layers = {}
+    full = torch.zeros(len(plan.inputs.adapters), dtype=torch.float64)  # Σ|w_t τ_t|
+    kept = torch.zeros_like(full)  # Σ|M_t ⊙ τ_uni|
+    for name in names:
+        stack, weights = enter(plan.space, plan.inputs.factors(name)).stack, plan.weights[name]
+        unified, masks = plan.method.fn(stack, weights.to(stack.dtype), **taken(plan.method.fn, plan.options))
+        full += weights.abs() * stack.abs().sum((1, 2), dtype=torch.float64)
+        kept += (masks * unified.abs()).sum((1, 2), dtype=torch.float64)
+        layers[name] = MaskedLayer.pack(unified.to(plan.dtype), masks)
+    scales = torch.where(kept > 0, full / kept.clamp_min(1e-300), 0).tolist()
+    tasks = plan.inputs.templates()
+    return MaskedAdapter(layers, dict(zip(tasks, scales, strict=True)), plan.scale, tasks, plan.manifest())

@@ -9,19 +9,25 @@ from torch import Tensor
 
 from osrm_peft.checks import choice
 
-_GIVEN = (
-    "tau",
-    "weights",
-    "summary",
-)  # what the engine passes; every other parameter is an option of the method
+# what the engine passes; every other parameter is an option of the method
+_GIVEN = ("tau", "factors", "weights", "summary", "stacks", "generators", "gram", "fisher")
 
 
 class Merged(NamedTuple):
-    """What a method may return instead of a bare direction: the layer's task vector is offset + scale · direction."""
+    """What a method may return instead of a bare direction: the layer's task vector is offset + scale · direction.
+
+    Attributes:
+        direction: (o, n); or, with `finish`, still one matrix a task (T, o, n).
+        offset: (o, n) what the scale does not touch.
+        report: for the manifest.
+        finish: of a method that commutes with rotations up to its last, element-wise step: that step. It is called
+            with the (T, o, n) directions back in the layer.
+    """
 
     direction: Tensor
     offset: Tensor | None = None
     report: dict[str, Any] = {}  # noqa: RUF012 (never written to)
+    finish: Callable[[Tensor], Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -29,24 +35,35 @@ class Method:
     """A registered merge method.
 
     Attributes:
-        fn: fn(tau (T, o, n), weights (T,), **options) → (o, n) or Merged; with `summary=` if `summarise` is set.
+        fn: fn(tau (T, o, n), weights (T,), **options) → (o, n) or Merged; with `summary=` if `summarise` is set, with
+            `gram=` or `fisher=` (a list, one a task) if `needs` says so. In the space "factors" it is
+            fn(factors, weights, …) → Factors, with None for an adapter that lacks the layer.
         paper: title and identifier, for manifests and cards.
         scale: the paper's default λ, by which the engine multiplies the direction.
         commutes: fn(U τ Vᵀ) = U fn(τ) Vᵀ for orthonormal U, V: runs in the core, exactly, by default.
+        spaces: where it can run; the first is the default of a method that does not commute.
         check: called with the options before anything is read; raises ValueError for a value out of range.
-        summarise: summarise(stacks, weights, **options) → the `summary` that fn needs of the whole model. `stacks` can
-            be iterated more than once and holds one layer in memory at a time.
+        summarise: summarise(stacks, **options) → the `summary` that fn needs of the whole model. `stacks` can be
+            iterated more than once and holds one layer in memory at a time.
+        prepare: prepare(tau, generators, **options) → tau, before all else; one generator a task.
+        needs: the statistic of each task that fn takes: "gram" (FeatureMoments) or "fisher" ((o, n) tensors).
+        per_task: fn returns (shared (o, n), masks (T, o, n)): a result that differs by task (EMR).
+        options: {name: default} of fn, prepare and summarise.
     """
 
-    fn: Callable[..., Tensor | Merged]
+    fn: Callable[..., Any]
     paper: str
     scale: float = 1.0
     commutes: bool = False
+    spaces: tuple[str, ...] = ("weight", "core", "knots")
     check: Callable[..., None] | None = None
     summarise: Callable[..., Any] | None = None
+    prepare: Callable[..., Tensor] | None = None
+    needs: str | None = None
+    per_task: bool = False
     options: dict[str, Any] = field(default_factory=dict)
 
-    def bind(self, options: Mapping[str, Any]) -> dict[str, Any]:
+    def bind(self, name: str, options: Mapping[str, Any]) -> dict[str, Any]:
         """The options with the defaults filled in.
 
         Raises:
@@ -55,14 +72,26 @@ class Method:
         """
         unknown = sorted(set(options) - set(self.options))
         if unknown:
-            known = ", ".join(f"{name}={value!r}" for name, value in self.options.items()) or "none"
-            raise TypeError(f"{self.fn.__name__} has no option {', '.join(unknown)}; its options are {known}")
+            known = ", ".join(f"{option}={value!r}" for option, value in self.options.items()) or "none"
+            raise TypeError(f"{name} has no option {', '.join(unknown)}; its options are {known}")
         # .item(): numbers of NumPy or torch become Python's, so the manifest can be written
-        given = {name: value.item() if hasattr(value, "item") else value for name, value in options.items()}
+        given = {option: value.item() if hasattr(value, "item") else value for option, value in options.items()}
         bound = self.options | given
         if self.check is not None:
             self.check(**bound)
         return bound
+
+    def space(self, name: str, asked: str) -> str:
+        """The space to run in when the user asked for this one.
+
+        Raises:
+            ValueError: the method cannot run there.
+        """
+        if asked == "auto":
+            return "core" if self.commutes else self.spaces[0]
+        if asked not in self.spaces:
+            raise ValueError(f"{name} runs in space {self.spaces[0]!r} only, not {asked!r}: leave space='auto'")
+        return asked
 
 
 METHODS: dict[str, Method] = {}
@@ -74,12 +103,22 @@ def register(name: str, **description: Any) -> Callable[[Callable], Callable]:
     def add(fn: Callable) -> Callable:
         if name in METHODS:
             raise ValueError(f"merge method {name!r} is already {METHODS[name].fn.__module__}")
-        parameters = inspect.signature(fn).parameters.values()
-        options = {parameter.name: parameter.default for parameter in parameters if parameter.name not in _GIVEN}
+        options = options_of(fn) | options_of(description.get("prepare"))
         METHODS[name] = Method(fn, options=options, **description)
         return fn
 
     return add
+
+
+def options_of(fn: Callable | None) -> dict[str, Any]:
+    """{name: default} of the parameters that are the user's to choose."""
+    parameters = [] if fn is None else inspect.signature(fn).parameters.values()
+    return {parameter.name: parameter.default for parameter in parameters if parameter.name not in _GIVEN}
+
+
+def taken(fn: Callable, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of `options` that `fn` has."""
+    return {name: value for name, value in options.items() if name in options_of(fn)}
 
 
 def get_method(name: str) -> Method:

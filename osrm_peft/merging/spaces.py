@@ -9,7 +9,7 @@ from torch import Tensor
 from osrm_peft.adapters import Factors
 from osrm_peft.merging.lowrank import balanced, column_basis
 
-SPACES = ("weight", "core")
+SPACES = ("weight", "core", "knots")
 
 
 class Layer(NamedTuple):
@@ -25,12 +25,18 @@ class Layer(NamedTuple):
     right: Tensor | None = None
 
     def lift(self, merged: Tensor) -> tuple[Tensor, Tensor]:
-        """A merged (p, q) matrix back in the layer: (B (o, p), A (p, n)) with the product left · merged · rightᵀ."""
-        if self.left is None or self.right is None:
-            o, n = merged.shape
-            eye = torch.eye(min(o, n), dtype=merged.dtype)
-            return (merged, eye) if n <= o else (eye, merged)
-        return self.left, merged @ self.right.mT
+        """A merged (p, q) matrix back in the layer: (B (o, k), A (k, n)) with the product left · merged · rightᵀ."""
+        A = merged if self.right is None else merged @ self.right.mT
+        if self.left is not None:
+            return self.left, A
+        o, n = A.shape
+        eye = torch.eye(min(o, n), dtype=A.dtype)
+        return (A, eye) if n <= o else (eye, A)
+
+    def dense(self, stack: Tensor) -> Tensor:
+        """(T, p, q) matrices as (T, o, n) ones of the layer, float32."""
+        stack = stack if self.left is None else self.left @ stack
+        return (stack if self.right is None else stack @ self.right.mT).float()
 
 
 def enter(space: str, adapters: Sequence[Factors | None]) -> Layer:
@@ -38,7 +44,10 @@ def enter(space: str, adapters: Sequence[Factors | None]) -> Layer:
 
     * `"weight"`: the o×n matrices themselves, float32.
     * `"core"`: (T, p, q) in orthonormal bases of all adapters' columns and rows, p, q ≤ Σ r, float64. The factors are
-      balanced first, so the bases do not depend on how an adapter splits its τ into B and A.
+      balanced first, so the bases do not depend on how an adapter splits its τ into B and A (Core Space, NeurIPS 2025,
+      arXiv:2509.17786, has them unbalanced).
+    * `"knots"`: (T, p, n) Σ V_tᵀ of the SVD [τ_1 … τ_T] = U Σ [V_1ᵀ … V_Tᵀ], p ≤ Σ r, float64 (KnOTS, ICLR 2025,
+      arXiv:2410.19735), from a QR of the stacked B and an SVD of Σr × Σr; the o×Tn matrix is never formed.
     At least one adapter must adapt the layer, and all that do must agree on its shape.
     """
     o, n = next((len(factors.B), factors.A.shape[1]) for factors in adapters if factors is not None)
@@ -46,6 +55,9 @@ def enter(space: str, adapters: Sequence[Factors | None]) -> Layer:
         return Layer(torch.stack([torch.zeros(o, n) if factors is None else factors.delta() for factors in adapters]))
     empty = torch.zeros(o, 0, dtype=torch.float64), torch.zeros(0, n, dtype=torch.float64)
     pairs = [empty if factors is None else balanced(factors) for factors in adapters]
+    if space == "knots":
+        left = column_basis([B * A.norm(dim=1) for B, A in pairs])  # balanced rows of A are orthogonal: same τ τᵀ
+        return Layer(torch.stack([(left.mT @ B) @ A for B, A in pairs]), left)
     left = column_basis([B for B, _ in pairs])  # (o, p)
     right = column_basis([A.mT for _, A in pairs])  # (n, q)
     return Layer(torch.stack([(left.mT @ B) @ (A @ right) for B, A in pairs]), left, right)

@@ -16,7 +16,7 @@ def check(density: float, trim: str) -> None:
     choice("trim", trim, TRIMS)
 
 
-def summarise(stacks: Stacks, weights: Tensor, *, density: float, trim: str) -> Tensor | None:
+def summarise(stacks: Stacks, *, density: float, trim: str) -> Tensor | None:
     """(T,) trimming thresholds over the whole model; None where each layer has its own."""
     return magnitude_thresholds(stacks, density) if trim == "model" else None
 

@@ -1,0 +1,218 @@
+"""What goes into a merge, read and checked before any work: adapters, weights and statistics."""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+
+from osrm_peft.adapter_reader import load_adapter
+from osrm_peft.adapters import TARGETS, Factors, FactorsOnDemand, LoraAdapter
+from osrm_peft.checks import choice, number
+from osrm_peft.features import TaskFeatures
+from osrm_peft.fisher import DiagonalFisher
+
+Adapters = Mapping[str, str | Path | PeftModel | LoraAdapter]
+Weights = Mapping[str, float | Mapping[str, float]] | Sequence[float] | None
+Statistics = Mapping[str, str | Path | TaskFeatures | DiagonalFisher]
+
+HEAD_POLICIES = ("per_task", "error")
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Adapters that can be merged.
+
+    Attributes:
+        adapters: {task: adapter}, layers named alike.
+        base: the base model's name.
+        shapes: {layer: (o, n)} of all layers that any adapter has, sorted by name.
+    """
+
+    adapters: dict[str, LoraAdapter]
+    base: str | None
+    shapes: dict[str, tuple[int, int]]
+
+    def factors(self, layer: str) -> list[Factors | None]:
+        """One layer of each adapter, read now; None where it has none."""
+        return [adapter.factors.get(layer) for adapter in self.adapters.values()]
+
+    def rank_sum(self, layer: str) -> int:
+        """Σ r: no linear combination of the task vectors has a larger rank."""
+        found = [adapter.shapes[layer][1] for adapter in self.adapters.values() if layer in adapter.shapes]
+        return min(sum(found), *self.shapes[layer])
+
+    def templates(self) -> dict[str, LoraAdapter]:
+        """Each task's head and config, for results; full layer names as targets unless all adapters name the same."""
+        targets = [[adapter.config.get(key) for key in TARGETS] for adapter in self.adapters.values()]
+        config: dict[str, Any] = {"base_model_name_or_path": self.base}
+        if any(target != targets[0] for target in targets):
+            config |= dict.fromkeys(TARGETS) | {"target_modules": list(self.shapes)}
+        layouts = {name: layout for adapter in self.adapters.values() for name, layout in adapter.layouts.items()}
+        return {
+            name: replace(adapter, factors={}, config=adapter.config | config, layouts=layouts)
+            for name, adapter in self.adapters.items()
+        }
+
+
+def gather(adapters: Adapters, *, base_model: str | None, heads: str, rank: int | None) -> Inputs:
+    """Load the adapters and check that they can be merged.
+
+    Raises:
+        TypeError, ValueError: see `merge_adapters`.
+    """
+    choice("heads policy", heads, HEAD_POLICIES)
+    if not isinstance(adapters, Mapping):
+        raise TypeError(f"adapters must map task names to adapters, got a {type(adapters).__name__}")
+    if not adapters:
+        raise ValueError("no adapters to merge: give at least one")
+    for name in adapters:
+        if not isinstance(name, str) or not re.fullmatch(r"(?!\.)[^/\\\0]{1,200}", name):
+            raise ValueError(f"the task name {name!r} cannot be a file name: its head is saved as heads/<task>")
+    loaded = {
+        name: adapter if isinstance(adapter, LoraAdapter) else load_adapter(adapter, whole=True)
+        for name, adapter in adapters.items()
+    }
+    base = _common_base(loaded, base_model)
+    with_heads = [name for name, adapter in loaded.items() if adapter.heads]
+    if heads == "error" and with_heads:
+        raise ValueError(f"{', '.join(with_heads)} have trained heads and heads='error': use heads='per_task'")
+    loaded = _named_alike(loaded)
+    shapes = _common_shapes(loaded)
+    widest = min(min(shape) for shape in shapes.values())
+    if rank is not None and rank > widest:
+        raise ValueError(f"rank={rank} is above {widest}, the smallest layer's width: lower it, or None for exact")
+    return Inputs(loaded, base, dict(sorted(shapes.items())))
+
+
+def weights_by_layer(weights: Weights, inputs: Inputs) -> dict[str, Tensor]:
+    """{layer: (T,) float64}; a task's weight is a number, or {layer name pattern: number} of which the first counts.
+
+    Raises:
+        ValueError: not one for each adapter, not finite, or a layer that no pattern matches.
+    """
+    tasks = list(inputs.adapters)
+    if weights is None:
+        weights = [1.0] * len(tasks)
+    if isinstance(weights, Mapping):
+        if set(weights) != set(tasks):
+            raise ValueError(f"weights name {sorted(weights)}, the adapters are {sorted(tasks)}: give one for each")
+        weights = [weights[task] for task in tasks]  # type: ignore[misc]  # numbers or mappings: told apart below
+    weights = weights.tolist() if hasattr(weights, "tolist") else weights
+    if isinstance(weights, str) or not isinstance(weights, Sequence):
+        raise ValueError(
+            f"weights={weights!r} must be a list in the order of the adapters, or map task names to numbers"
+        )
+    if len(weights) != len(tasks):
+        raise ValueError(f"{len(weights)} weights for {len(tasks)} adapters: give one for each")
+    named = dict(zip(tasks, weights, strict=True))
+    return {
+        layer: torch.tensor([_weight(task, weight, layer) for task, weight in named.items()], dtype=torch.float64)
+        for layer in inputs.shapes
+    }
+
+
+def statistics_of(
+    argument: str,
+    kind: type[TaskFeatures] | type[DiagonalFisher],
+    given: Statistics | None,
+    inputs: Inputs,
+    reason: str,
+) -> Callable[[str], list[Any]]:
+    """A function from a layer to that layer's statistic of each task; of the kind TaskFeatures or DiagonalFisher.
+
+    Raises:
+        ValueError: a task without, a statistic of the wrong kind, or one that lacks a layer or has another width.
+    """
+    collect = "collect_fisher" if kind is DiagonalFisher else "collect_gram or collect_features"
+    missing = sorted(set(inputs.adapters) - set(given or {}))
+    if given is None or missing:
+        raise ValueError(
+            f"{reason} needs {argument}={{task: file}} of every task, missing {', '.join(missing)}: make them with "
+            f"{collect}, or `osrm-peft statistics`"
+        )
+    loaded: dict[str, TaskFeatures | DiagonalFisher] = {}
+    for task in inputs.adapters:
+        value = given[task]
+        one = kind.load(value) if isinstance(value, (str, Path)) else value
+        if not isinstance(one, kind):
+            raise ValueError(f"{argument} of {task!r} is a {type(one).__name__}, {reason} needs a {kind.__name__}")
+        lacking = sorted(set(inputs.shapes) - set(one.layers))
+        if lacking:
+            raise ValueError(
+                f"{argument} of {task!r} lacks {len(lacking)} of the {len(inputs.shapes)} merged layers: "
+                f"{', '.join(lacking[:4])}; collect it on all of them (target_modules=…)"
+            )
+        for layer, (o, n) in inputs.shapes.items():
+            found = one.layers[layer]
+            shape = tuple(found.shape) if isinstance(found, Tensor) else (o, found.width)
+            if shape != (o, n):
+                raise ValueError(
+                    f"{argument} of {task!r} is {shape[0]}×{shape[1]} at {layer!r}, the layer is {o}×{n}: "
+                    "it is of another base model"
+                )
+        loaded[task] = one
+    return lambda layer: [one.layers[layer] for one in loaded.values()]
+
+
+def _weight(task: str, weight: Any, layer: str) -> float:
+    if not isinstance(weight, Mapping):
+        return number(f"weight of {task!r}", weight)
+    for pattern, value in weight.items():
+        if fnmatchcase(layer, pattern):
+            return number(f"weight of {task!r} at {pattern!r}", value)
+    raise ValueError(f"no pattern of task {task!r} ({', '.join(weight)}) matches layer {layer!r}: add '*' as the last")
+
+
+def _common_base(adapters: Mapping[str, LoraAdapter], base_model: str | None) -> str | None:
+    if base_model is not None:
+        return base_model
+    bases = {name: (adapter.base_model, adapter.config.get("revision")) for name, adapter in adapters.items()}
+    if len(set(bases.values())) > 1:
+        listed = ", ".join(f"{name}: {base}{f'@{rev}' if rev else ''}" for name, (base, rev) in bases.items())
+        raise ValueError(
+            f"the adapters have different base models ({listed}): they cannot be merged; "
+            "if these are names of one and the same model, say so with base_model=NAME"
+        )
+    return next(iter(bases.values()))[0]
+
+
+def _named_alike(adapters: dict[str, LoraAdapter]) -> dict[str, LoraAdapter]:
+    """The longer names where one adapter was trained on the bare model, another on it inside a task's model.
+
+    (`encoder.layer.0.…` of BertModel is `bert.encoder.layer.0.…` of BertForSequenceClassification.)
+    """
+    known = {name for adapter in adapters.values() for name in adapter.shapes}
+    alike = {}
+    for task, adapter in adapters.items():
+        first = next(iter(adapter.shapes))
+        prefixes = sorted({name.removesuffix(first) for name in known if name.endswith(f".{first}")})
+        prefix = next((p for p in prefixes if all(p + name in known for name in adapter.shapes)), "")
+        alike[task] = _renamed(adapter, prefix) if prefix else adapter
+    return alike
+
+
+def _renamed(adapter: LoraAdapter, prefix: str) -> LoraAdapter:
+    shapes = {prefix + name: shape for name, shape in adapter.shapes.items()}
+    factors = FactorsOnDemand(shapes, lambda name: adapter.factors[name.removeprefix(prefix)])
+    layouts = {prefix + name: layout for name, layout in adapter.layouts.items()}
+    return replace(adapter, factors=factors, layouts=layouts)
+
+
+def _common_shapes(adapters: Mapping[str, LoraAdapter]) -> dict[str, tuple[int, int]]:
+    shapes: dict[str, tuple[int, int]] = {}
+    layouts: dict[str, Any] = {}
+    for task, adapter in adapters.items():
+        for name, (o, _, n) in adapter.shapes.items():
+            layout = adapter.layouts.get(name)
+            if shapes.setdefault(name, (o, n)) != (o, n) or layouts.setdefault(name, layout) != layout:
+                raise ValueError(
+                    f"layer {name!r} is {o}×{n} in {task!r} and {shapes[name][0]}×{shapes[name][1]} in "
+                    "the adapters before it: they are of different base models and cannot be merged"
+                )
+    return shapes

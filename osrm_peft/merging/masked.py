@@ -1,0 +1,192 @@
+"""What EMR gives: one shared task vector, and a bit mask and a scale a task; switched on in a live model, or saved."""
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from osrm_peft.adapters import HEADS, LoraAdapter, save_head
+from osrm_peft.checks import number
+from osrm_peft.files import MANIFEST, new_folder, read_manifest, write_json
+from osrm_peft.layers import as_weight, weight_shape
+from osrm_peft.merging.lowrank import compress
+
+MASKS = "emr.safetensors"
+
+
+class MaskedLayer(NamedTuple):
+    """One layer.
+
+    Attributes:
+        unified: (o, n) τ_uni, in the adapters' dtype.
+        masks: (T, ⌈o·n/8⌉) uint8: the masks' bits, row by row.
+    """
+
+    unified: Tensor
+    masks: Tensor
+
+    @classmethod
+    def pack(cls, unified: Tensor, masks: Tensor) -> "MaskedLayer":
+        """From (o, n) and (T, o, n) bool."""
+        return cls(unified, torch.from_numpy(np.packbits(masks.flatten(1).numpy(), axis=1)))
+
+    def masked(self, task: int) -> Tensor:
+        """(o, n) M_t ⊙ τ_uni, float32."""
+        bits = np.unpackbits(self.masks[task].numpy(), count=self.unified.numel())
+        return self.unified.float() * torch.from_numpy(bits).view_as(self.unified)
+
+
+@dataclass(frozen=True)
+class MaskedAdapter:
+    """The result of `merge_adapters(…, method="emr")`: task t's task vector is λ · scales[t] · M_t ⊙ τ_uni.
+
+    Attributes:
+        layers: {layer name in the base model: MaskedLayer}.
+        scales: {task: λ_t}.
+        scale: λ for all tasks, 1 in the paper.
+        tasks: {task: its adapter with head and config, without factors}.
+        manifest: how it was made.
+    """
+
+    layers: dict[str, MaskedLayer]
+    scales: dict[str, float]
+    scale: float
+    tasks: dict[str, LoraAdapter]
+    manifest: dict[str, Any]
+
+    def at_scale(self, scale: float) -> "MaskedAdapter":
+        """The same merge at another λ."""
+        scale = number("scale", scale)
+        return replace(self, scale=scale, manifest=self.manifest | {"scale": scale})
+
+    def deltas(self, task: str) -> Mapping[str, Tensor]:
+        """{layer: (o, n) this task's vector}, float32.
+
+        Raises:
+            ValueError: no such task; lists those there are.
+        """
+        place = self._place(task)
+        return {name: self.scale * self.scales[task] * layer.masked(place) for name, layer in self.layers.items()}
+
+    @contextmanager
+    def for_task(self, task: str, model: PreTrainedModel) -> Iterator[PreTrainedModel]:
+        """Inside the block the live base `model` is task t's, head included; afterwards it is as it was, exactly.
+
+        Raises:
+            ValueError: no such task, or `model` lacks a layer or has another shape. Nothing was changed then.
+        """
+        changed = self._weights_of(task, model)
+        before = {parameter: parameter.detach().clone() for parameter in changed}
+        try:
+            _write(changed)
+            yield model
+        finally:
+            _write(before)
+
+    def load(self, base: PreTrainedModel, task: str) -> PreTrainedModel:
+        """`base` with this task's weights and head written into it for good."""
+        _write(self._weights_of(task, base))
+        return base
+
+    def adapter(self, task: str, rank: int | None = None) -> LoraAdapter:
+        """This task as an ordinary LoRA adapter with its head: of full rank, or the best of this rank."""
+        template = self.tasks[list(self.tasks)[self._place(task)]]
+        factors = {}
+        for name, delta in self.deltas(task).items():
+            eye = torch.eye(min(delta.shape))
+            pair = (delta, eye) if delta.shape[1] <= len(delta) else (eye, delta)
+            factors[name] = compress(*pair, rank).factors
+        return replace(template, factors=factors, source="merge", sha256=None)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write shared vector, packed masks and scales (`emr.safetensors`), heads and manifest, all or nothing.
+
+        Raises:
+            FileExistsError: the folder holds something that is not ours.
+        """
+        tensors = {"scales": torch.tensor(list(self.scales.values()), dtype=torch.float64)}
+        for name, layer in self.layers.items():
+            tensors |= {f"{name}.unified": layer.unified.contiguous(), f"{name}.masks": layer.masks.contiguous()}
+        notes = {"tasks": list(self.tasks), "layouts": next(iter(self.tasks.values())).layouts}
+        with new_folder(folder, "emr") as partial:
+            save_file(tensors, partial / MASKS, {"format": "pt", "osrm_peft": json.dumps(notes)})
+            for name, adapter in self.tasks.items():
+                save_head(adapter.heads, adapter.config, partial / HEADS / f"{name}.safetensors")
+            write_json(partial / MANIFEST, self.manifest)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> "MaskedAdapter":
+        """Read what `save_pretrained` wrote.
+
+        Raises:
+            FileNotFoundError: it is no such folder.
+            ValueError: a file in it is damaged.
+        """
+        folder, manifest = Path(folder), read_manifest(folder)
+        if not (folder / MASKS).is_file():
+            raise FileNotFoundError(f"{folder} holds no {MASKS}: it is not an EMR merge")
+        try:
+            with safe_open(folder / MASKS, framework="pt") as file:
+                notes = json.loads((file.metadata() or {})["osrm_peft"])
+            names, layouts = notes["tasks"], {name: tuple(kernel) for name, kernel in notes["layouts"].items()}
+            tensors = load_file(folder / MASKS)
+            scales = dict(zip(names, tensors.pop("scales").tolist(), strict=True))
+            layers = {
+                name: MaskedLayer(tensors[f"{name}.unified"], tensors[f"{name}.masks"])
+                for name in sorted({key.rpartition(".")[0] for key in tensors})
+            }
+            tasks = {}
+            for name in names:
+                with safe_open(folder / HEADS / f"{name}.safetensors", framework="pt") as file:
+                    heads = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
+                    config = json.loads((file.metadata() or {})["osrm_peft"])
+                config |= {"base_model_name_or_path": manifest.get("base_model"), "target_modules": list(layers)}
+                tasks[name] = LoraAdapter({}, heads, config, source=str(folder), layouts=layouts)
+            return cls(layers, scales, float(manifest["scale"]), tasks, manifest)
+        except (SafetensorError, json.JSONDecodeError, KeyError, OSError, TypeError) as error:
+            raise ValueError(f"{folder} is damaged: {type(error).__name__}: {error}") from error
+
+    def _place(self, task: str) -> int:
+        if task not in self.tasks:
+            raise ValueError(f"no task {task!r} was merged, only {', '.join(self.tasks)}")
+        return list(self.tasks).index(task)
+
+    def _weights_of(self, task: str, model: PreTrainedModel) -> dict[Tensor, Tensor]:
+        """{parameter: its value for this task}, checked against the model; tied layers add to their one weight."""
+        place, modules, parameters = self._place(task), dict(model.named_modules()), dict(model.named_parameters())
+        values: dict[Any, Tensor] = {}
+        for name, layer in self.layers.items():
+            found = weight_shape(modules[name]) if name in modules else None
+            if found != tuple(layer.unified.shape):
+                raise ValueError(
+                    f"{type(model).__name__} has {found or 'no such layer'} at {name!r}, the merge "
+                    f"{tuple(layer.unified.shape)}: pass the base model {self.manifest.get('base_model')}, "
+                    "without adapter"
+                )
+            weight: Any = modules[name].weight
+            delta = as_weight(modules[name], self.scale * self.scales[task] * layer.masked(place))
+            values[weight] = values.get(weight, weight.detach().float()) + delta.to(weight.device)
+        for name, tensor in self.tasks[task].heads.items():
+            actual = tuple(parameters[name].shape) if name in parameters else None
+            if actual != tuple(tensor.shape):
+                raise ValueError(
+                    f"the head {name!r} has shape {tuple(tensor.shape)}, the model's is {actual}: "
+                    f"load the base model with num_labels={len(tensor)}"
+                )
+            values[parameters[name]] = tensor
+        return values
+
+
+@torch.no_grad()
+def _write(values: Mapping[Tensor, Tensor]) -> None:
+    for parameter, value in values.items():
+        parameter.copy_(value)

@@ -1,0 +1,174 @@
+"""MergePlan: a merge with every choice made and checked, before any work."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import reduce
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from osrm_peft.adapters import Factors
+from osrm_peft.checks import choice, integer, number
+from osrm_peft.features import TaskFeatures
+from osrm_peft.files import versions
+from osrm_peft.fisher import DiagonalFisher
+from osrm_peft.merging.inputs import Adapters, Inputs, Statistics, Weights, gather, statistics_of, weights_by_layer
+from osrm_peft.merging.registry import Method, get_method
+from osrm_peft.merging.spaces import SPACES
+
+GUIDED = ("features", "features_global")
+_SUMS = ("task_arithmetic", "concat")  # methods whose result is Σ w τ: whose weights features can choose
+
+
+@dataclass(frozen=True)
+class MergePlan:
+    """What `merge_adapters` will do.
+
+    Attributes:
+        name: the method's.
+        method: its description.
+        options: its options, defaults filled in.
+        space: where it runs.
+        scale: λ; 1 where features choose it.
+        rank: largest rank of the result; None keeps it exact.
+        seed: of methods that draw.
+        inputs: the adapters.
+        weights: {layer: (T,)} as given; 1 each where features choose them.
+        guided_weights: None, `"features"` (for each layer) or `"features_global"`.
+        guided_scale: features choose the scale of each layer.
+        statistics: layer → that layer's statistic of each task, for methods that need one.
+        features: layer → that layer's FeatureMoments of each task, where features choose something.
+    """
+
+    name: str
+    method: Method
+    options: dict[str, Any]
+    space: str
+    scale: float
+    rank: int | None
+    seed: int
+    inputs: Inputs
+    weights: dict[str, Tensor]
+    guided_weights: str | None
+    guided_scale: bool
+    statistics: Callable[[str], list[Any]] | None
+    features: Callable[[str], list[Any]] | None
+
+    def manifest(self) -> dict[str, Any]:
+        """How the merge is made, for its folder."""
+        tasks = list(self.inputs.adapters)
+        by_layer = {layer: weight.tolist() for layer, weight in self.weights.items()}
+        first = next(iter(by_layer.values()))
+        same = all(weight == first for weight in by_layer.values())
+        weights = {
+            task: first[t] if same else {layer: weight[t] for layer, weight in by_layer.items()}
+            for t, task in enumerate(tasks)
+        }
+        return {
+            "kind": "emr" if self.method.per_task else "merged",
+            "method": self.name,
+            "paper": self.method.paper,
+            "options": self.options,
+            "scale": "features" if self.guided_scale else self.scale,
+            "weights": self.guided_weights or weights,
+            "space": self.space,
+            "rank": self.rank,
+            "base_model": self.inputs.base,
+            "inputs": {
+                name: {"source": adapter.source, "sha256": adapter.sha256, "rank": adapter.rank}
+                for name, adapter in self.inputs.adapters.items()
+            },
+            "versions": versions(),
+        } | ({"seed": self.seed} if self.method.prepare else {})
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the result: the adapters' own."""
+        return reduce(torch.promote_types, (adapter.dtype for adapter in self.inputs.adapters.values()))
+
+    def output_rank(self, layer: str) -> int:
+        """The largest rank that the layer's result can have."""
+        full = min(self.inputs.shapes[layer])
+        if self.space == "weight" or self.options.get("combine") == "ties":
+            exact = full
+        elif self.space == "knots" and not self.method.commutes:
+            exact = min(full, self.inputs.rank_sum(layer))
+        else:
+            exact = self.inputs.rank_sum(layer)
+        return exact if self.rank is None else min(exact, self.rank)
+
+    def output_bytes(self) -> int:
+        """Size of the result's weights, heads left out: every layer is padded to the largest rank; EMR stores dense."""
+        size, T = self.dtype.itemsize, len(self.inputs.adapters)
+        if self.method.per_task:
+            return sum(size * o * n + T * -(-o * n // 8) for o, n in self.inputs.shapes.values())
+        rank = max(map(self.output_rank, self.inputs.shapes))
+        return sum(size * rank * (o + n) for o, n in self.inputs.shapes.values())
+
+
+def plan_merge(
+    adapters: Adapters,
+    method: str,
+    *,
+    weights: Weights | str = None,
+    scale: float | str | None = None,
+    space: str = "auto",
+    rank: int | None = None,
+    heads: str = "per_task",
+    base_model: str | None = None,
+    statistics: Statistics | None = None,
+    features: Statistics | None = None,
+    seed: int = 0,
+    **options: Any,
+) -> MergePlan:
+    """Check everything about a merge and read what it needs; see `merge_adapters` for arguments and errors."""
+    chosen = get_method(method)
+    options = chosen.bind(method, options)
+    space = chosen.space(method, choice("space", space, ("auto", *SPACES)))
+    rank = None if rank is None else integer("rank", rank, 1)
+    seed = integer("seed", seed, 0)
+    guided = weights if isinstance(weights, str) and weights in GUIDED else None
+    if guided and method not in _SUMS:
+        raise ValueError(
+            f"weights={guided!r} chooses the weights of a sum ({', '.join(_SUMS)}), not of {method}: "
+            "use scale='features', which chooses how much of its result to take"
+        )
+    guided_scale = isinstance(scale, str) and scale == "features"
+    if guided and guided_scale:
+        raise ValueError(f"weights={guided!r} leaves no scale to choose: give scale a number, or leave it out")
+    if chosen.per_task and (rank is not None or guided_scale):
+        raise ValueError(
+            f"{method} gives a shared vector and masks, not one LoRA: it has no rank and no scale to choose"
+        )
+    if guided or guided_scale:
+        lam = 1.0 if guided_scale or scale is None else number("scale", scale)
+    else:
+        lam = number("scale", chosen.scale if scale is None else scale)
+    inputs = gather(adapters, base_model=base_model, heads=heads, rank=rank)
+    given = None if isinstance(weights, str) and guided else weights
+    kinds = {"gram": TaskFeatures, "fisher": DiagonalFisher}
+    if chosen.needs is None and statistics is not None:
+        raise ValueError(f"{method} takes no statistics: leave them out (for weights or scale='features': features=…)")
+    if not (guided or guided_scale) and features is not None:
+        raise ValueError(
+            "features are for weights='features' and scale='features': give one of them, or leave them out"
+        )
+    needs = (
+        statistics_of("statistics", kinds[chosen.needs], statistics, inputs, f"method {method!r}")
+        if chosen.needs
+        else None
+    )
+    moments = (
+        statistics_of("features", TaskFeatures, features, inputs, "'features'") if guided or guided_scale else None
+    )
+    by_layer = weights_by_layer(given, inputs)  # type: ignore[arg-type]  # a string that is no choice is refused there
+    return MergePlan(
+        method, chosen, options, space, lam, rank, seed, inputs, by_layer, guided, guided_scale, needs, moments
+    )
+
+
+def pairs(factors: list[Factors | None], shape: tuple[int, int]) -> list[tuple[Tensor, Tensor]]:
+    """[(s·B, A)] of a layer, with rank 0 for an adapter that lacks it."""
+    o, n = shape
+    return [(torch.zeros(o, 0), torch.zeros(0, n)) if f is None else (f.s * f.B, f.A) for f in factors]
