@@ -29,8 +29,8 @@ _KEPT = ("base_model_name_or_path", "revision", "task_type", "fan_in_fan_out", *
 class Factors:
     """LoRA on one layer: the task vector is τ = s·B·A of shape (o, n).
 
-    A convolution counts as the linear layer of its flattened kernel, n = channels · height · width, an embedding as that
-    of one-hot tokens, n = vocabulary.
+    A convolution counts as the linear layer of its flattened kernel, n = channels · height · width, an embedding as
+    that of one-hot tokens, n = vocabulary.
 
     Attributes:
         A: (r, n). B: (o, r). Both float32 or float64.

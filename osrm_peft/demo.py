@@ -1,24 +1,26 @@
-"""The demo: on the packaged model and tasks, plain-LoRA and OSRM adapters, four merges, one table. Resumable."""
+"""The demo: on the packaged model and tasks, plain-LoRA and OSRM adapters, every merge, one table. Resumable."""
 
 import json
-import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Console
+from torch import nn
 from tqdm.auto import tqdm
 
 from osrm_peft.adapter_reader import load_adapter
 from osrm_peft.adapters import LoraAdapter
+from osrm_peft.demo_results import Scores, read_scores, report
 from osrm_peft.evaluation import evaluate_task
 from osrm_peft.files import new_file, versions, write_json
-from osrm_peft.merging import merge_adapters
+from osrm_peft.interference import Interference, interference
+from osrm_peft.merging import MaskedAdapter, MergedAdapter, merge_adapters
 from osrm_peft.merging.registry import METHODS
 from osrm_peft.recipe import Recipe
-from osrm_peft.report import MultiTaskTable, Score, plot_scales
-from osrm_peft.training import load_tokenizer
+from osrm_peft.report import MultiTaskTable, plot_interference, plot_scales
+from osrm_peft.training import load_base, load_tokenizer
 
 RECIPE = Recipe(
     model="packaged",
@@ -35,13 +37,44 @@ RECIPE = Recipe(
     train_rows=384,
     validation_rows=120,
 )
+KINDS = ("gram", "fisher")
 OSRM = {"statistic": "token"}  # the rest are OSRMLoraConfig's defaults
-SCALES: dict[str, tuple[float, ...]] = {
-    "average": (1.0,),
-    "task_arithmetic": (0.3, 0.6, 1.0),
-    "ties": (0.3, 0.6, 1.0),
-    "lore": (0.3, 0.6, 1.0),
+
+
+class Merge(NamedTuple):
+    """One merge of the demo.
+
+    Attributes:
+        method: of `merge_adapters`.
+        scales: λ; the first row of the table is the method's default.
+        arguments: the others; features and statistics are filled in.
+    """
+
+    method: str
+    scales: tuple[float, ...] = (1.0,)
+    arguments: Mapping[str, Any] = {}
+
+    def default_scale(self) -> float:
+        """The λ that the method has where none is given."""
+        return 1.0 if "weights" in self.arguments else METHODS[self.method].scale
+
+
+MERGES: dict[str, Merge] = {
+    "average": Merge("average"),
+    "task_arithmetic": Merge("task_arithmetic", (0.3, 0.6, 1.0)),
+    "feature weights": Merge("task_arithmetic", (1.0,), {"weights": "features"}),
+    "ties": Merge("ties", (0.3, 0.6, 1.0)),
+    "knots ties": Merge("ties", (1.0,), {"space": "knots"}),
+    "dare": Merge("dare", (0.3,)),
+    "dare_ties": Merge("dare_ties"),
+    "fisher": Merge("fisher"),
+    "regmean": Merge("regmean"),
+    "emr": Merge("emr"),
+    "tsv": Merge("tsv"),
+    "iso": Merge("iso"),
+    "lore": Merge("lore", (0.3, 0.6, 1.0)),
 }
+STATISTICS_ROWS = 100  # training rows a task for Fisher and RegMean
 
 
 def run_demo(
@@ -52,7 +85,7 @@ def run_demo(
     osrm: dict[str, Any] = OSRM,
     console: Console | None = None,
 ) -> MultiTaskTable:
-    """Train, merge and evaluate; write `report.md`, `scores.json` and `scales.png` into `out` and print the table.
+    """Train, merge and evaluate; write `report.md`, `scores.json` and plots into `out` and print the table.
 
     Every adapter, merge and row of scores is written as it is made and not made again, so an interrupted run goes on
     where it stopped.
@@ -69,25 +102,34 @@ def run_demo(
     out, console = Path(out), console or Console()
     replace(recipe, osrm=osrm).lora_config(recipe.task_names()[0])  # an unknown option stops here
     _claim(out, recipe, osrm)
-    steps = len(seeds) * len(recipe.task_names()) * 3 + len(seeds) * 2 * (1 + sum(map(len, SCALES.values())))
-    with tqdm(total=steps, desc="demo", unit="step", dynamic_ncols=True) as bar:
-        for seed in seeds:
+    tasks, merges = len(recipe.task_names()), sum(len(merge.scales) for merge in MERGES.values())
+    with tqdm(total=len(seeds) * (tasks + 2 * (3 * tasks + 1 + merges)), desc="demo", unit="step") as bar:
+        measured = [
             _run_seed(out, replace(recipe, seed=seed, features=str(out / f"seed{seed}/features")), osrm, bar)
-    scores = [score for seed in seeds for score in _read_scores(out / f"seed{seed}/scores.json")]
+            for seed in seeds
+        ]
+    scores = [score for seed in seeds for score in read_scores(out / f"seed{seed}/scores.json")]
     scores.sort(key=lambda score: (score.init != "plain LoRA", seeds.index(score.seed)))
     table = MultiTaskTable.of(scores)
     default = replace(table, rows=[row for row in table.rows if _is_default(row)])
     plot_scales(table, out / "scales.png")
+    plot_interference(measured[0], out / "interference.png")
+    found = {
+        f"seed{seed}": {init: one.to_dict() for init, one in by.items()}
+        for seed, by in zip(seeds, measured, strict=True)
+    }
+    write_json(out / "interference.json", found | _provenance(recipe, osrm))
     write_json(out / "scores.json", _provenance(recipe, osrm) | {"scores": [asdict(score) for score in scores]})
     with new_file(out / "report.md") as path:
-        path.write_text(_report(table, default, recipe, osrm, seeds), encoding="utf-8")
+        path.write_text(report(table, default, measured, _settings(recipe, osrm), seeds), encoding="utf-8")
     spread = "one seed" if len(seeds) == 1 else f"mean ± sample standard deviation over {len(seeds)} seeds"
     console.print(default.terminal(f"Scores in percent on the packaged suite, each merge at its paper's λ ({spread})"))
-    console.print(f"All scales, the plot and the adapters: {out}/report.md", soft_wrap=True)
+    console.print(f"All scales, the plots and the adapters: {out}/report.md", soft_wrap=True)
     return table
 
 
-def _run_seed(out: Path, recipe: Recipe, osrm: dict[str, Any], bar: tqdm) -> None:
+def _run_seed(out: Path, recipe: Recipe, osrm: dict[str, Any], bar: tqdm) -> dict[str, Interference]:
+    """Everything of one seed; returns the interference of each kind of adapter."""
     folder = out / f"seed{recipe.seed}"
     names = recipe.task_names()
     with_osrm = replace(recipe, osrm=osrm)
@@ -96,63 +138,65 @@ def _run_seed(out: Path, recipe: Recipe, osrm: dict[str, Any], bar: tqdm) -> Non
             bar.set_postfix_str(f"features of {name}")
             with_osrm.collect(name, progress=False).save(with_osrm.features_file(name))
         bar.update()
+    features = {name: recipe.features_file(name) for name in names}
 
     tasks, tokenizer = {name: recipe.task(name) for name in names}, load_tokenizer(recipe.model)
 
-    def evaluate(adapters: dict[str, LoraAdapter]) -> dict[str, float]:
-        scores = {}
-        for name, adapter in adapters.items():
-            model = adapter.attach(recipe.model).merge_and_unload()  # the same logits, without the adapter's cost
-            scores[name] = evaluate_task(model, tasks[name], tokenizer, max_length=recipe.max_length, progress=False)
-        return scores
+    def evaluate(model_of: Callable[[str], nn.Module]) -> dict[str, float]:
+        options: dict[str, Any] = {"max_length": recipe.max_length, "progress": False}
+        return {name: evaluate_task(model_of(name), tasks[name], tokenizer, **options) for name in names}
 
-    scores = Scores(folder / "scores.json")
+    def baked(adapter: LoraAdapter) -> nn.Module:
+        return adapter.attach(recipe.model).merge_and_unload()  # the same logits, without the adapter's cost
+
+    def with_task(merged: MergedAdapter | MaskedAdapter, name: str) -> nn.Module:
+        if isinstance(merged, MaskedAdapter):
+            return merged.load(load_base(recipe.model, tasks[name].num_labels).eval(), name)
+        return baked(merged.for_task(name))
+
+    scores, measured = Scores(folder / "scores.json"), {}
     for init, one in (("plain LoRA", recipe), ("OSRM", with_osrm)):
-        adapters = {name: folder / "adapters" / init.split()[0] / name for name in names}
+        short = init.split()[0]
+        adapters = {name: folder / "adapters" / short / name for name in names}
         for name, adapter in adapters.items():
             if not adapter.exists():
                 bar.set_postfix_str(f"train {init} on {name}")
                 one.train(name, adapter)
             bar.update()
+        files = {kind: {n: folder / "statistics" / short / f"{n}.{kind}.safetensors" for n in names} for kind in KINDS}
+        for kind, paths in files.items():
+            for name, path in paths.items():
+                if not path.exists():
+                    bar.set_postfix_str(f"{kind} of {init} on {name}")
+                    recipe.collect_statistics(kind, name, adapters[name], k=STATISTICS_ROWS, progress=False).save(path)
+                bar.update()
+        measured[init] = interference(adapters, features, base=load_base(recipe.model, 2))
         if not scores.has(init, "individual", None):
             bar.set_postfix_str(f"evaluate {init} alone")
-            alone = {name: load_adapter(adapter) for name, adapter in adapters.items()}
-            scores.add(init, "individual", None, recipe.seed, evaluate(alone))
+            found = evaluate(lambda name, adapters=adapters: baked(load_adapter(adapters[name])))  # type: ignore[misc]
+            scores.add(init, "individual", None, recipe.seed, found)
         bar.update()
-        for method, scales in SCALES.items():
-            missing = [scale for scale in scales if not scores.has(init, method, scale)]
-            bar.update(len(scales) - len(missing))
+        for label, merge in MERGES.items():
+            missing = [scale for scale in merge.scales if not scores.has(init, label, scale)]
+            bar.update(len(merge.scales) - len(missing))
             if not missing:
                 continue
-            merged, saved = merge_adapters(adapters, method), folder / "merged" / init.split()[0] / method
+            arguments, saved = dict(merge.arguments), folder / "merged" / short / label.replace(" ", "_")
+            needs = METHODS[merge.method].needs
+            if needs is not None:
+                arguments["statistics"] = files[needs]
+            if "weights" in arguments:
+                arguments["features"] = features
+            merged = merge_adapters(adapters, merge.method, **arguments)
             if not saved.exists():
                 merged.save_pretrained(saved)
             for scale in missing:
-                bar.set_postfix_str(f"evaluate {init}, {method}, λ = {scale:g}")
-                scaled = {name: merged.at_scale(scale).for_task(name) for name in names}
-                scores.add(init, method, scale, recipe.seed, evaluate(scaled))
+                bar.set_postfix_str(f"evaluate {init}, {label}, λ = {scale:g}")
+                scaled = merged.at_scale(scale)
+                found = evaluate(lambda name, scaled=scaled: with_task(scaled, name))  # type: ignore[misc]
+                scores.add(init, label, scale, recipe.seed, found)
                 bar.update()
-
-
-class Scores:
-    """The rows of scores of one seed, in a file that is complete after every row."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.scores = _read_scores(path)
-
-    def has(self, init: str, method: str, scale: float | None) -> bool:
-        """Whether this row is there."""
-        return any((score.init, score.method, score.scale) == (init, method, scale) for score in self.scores)
-
-    def add(self, init: str, method: str, scale: float | None, seed: int, found: dict[str, float]) -> None:
-        """Append a row, {task: score}, and write."""
-        self.scores += [Score(init, method, scale, seed, task, value) for task, value in found.items()]
-        write_json(self.path, [asdict(score) for score in self.scores])
-
-
-def _read_scores(path: Path) -> list[Score]:
-    return [Score(**row) for row in json.loads(path.read_text(encoding="utf-8"))] if path.is_file() else []
+    return measured
 
 
 def _claim(out: Path, recipe: Recipe, osrm: dict[str, Any]) -> None:
@@ -170,7 +214,7 @@ def _claim(out: Path, recipe: Recipe, osrm: dict[str, Any]) -> None:
 
 def _settings(recipe: Recipe, osrm: dict[str, Any]) -> dict[str, Any]:
     made = {key: value for key, value in asdict(recipe).items() if key not in ("seed", "features", "osrm")}
-    return {"recipe": made, "osrm": osrm, "scales": SCALES}
+    return {"recipe": made, "osrm": osrm, "merges": {label: list(merge) for label, merge in MERGES.items()}}
 
 
 def _provenance(recipe: Recipe, osrm: dict[str, Any]) -> dict[str, Any]:
@@ -178,37 +222,4 @@ def _provenance(recipe: Recipe, osrm: dict[str, Any]) -> dict[str, Any]:
 
 
 def _is_default(row: dict[str, Any]) -> bool:
-    return row["method"] == "individual" or row["scale"] == METHODS[row["method"]].scale
-
-
-def _report(
-    table: MultiTaskTable, default: MultiTaskTable, recipe: Recipe, osrm: dict[str, Any], seeds: Sequence[int]
-) -> str:
-    made = ", ".join(f"{name} {version}" for name, version in versions().items())
-    settings = json.dumps(_settings(recipe, osrm), ensure_ascii=False)
-    listed = ", ".join(map(str, seeds))
-    return f"""# Demo: plain-LoRA and OSRM adapters, merged
-
-Scores in percent on {recipe.validation_rows or "all"} validation rows a task; seed {listed}{
-        "" if len(seeds) > 1 else " (one seed: differences of a few points are noise)"
-    }. Metrics: accuracy (questions, movie_reviews),
-Matthews correlation (sms_spam), mean of Pearson and Spearman correlation (tweets, product_reviews, editorials).
-
-## Each merge at its paper's scale
-
-{default.markdown()}
-
-## Every scale
-
-{table.markdown()}
-
-![average score against the scale](scales.png)
-
-## How it was made
-
-`osrm-peft demo --seeds {len(seeds)}` on {platform.system()} {platform.machine()}, {made}
-
-```json
-{settings}
-```
-"""
+    return row["method"] == "individual" or row["scale"] == MERGES[row["method"]].default_scale()

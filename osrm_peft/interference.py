@@ -43,6 +43,17 @@ class Interference:
         logs = torch.where(acts, stack, 1).log().sum(0) / acts.sum(0).clamp_min(1)
         return torch.where(acts.any(0), logs.exp(), 0)
 
+    def to_dict(self) -> dict[str, Any]:
+        """For a JSON file."""
+        layers = {name: matrix.tolist() for name, matrix in self.layers.items()}
+        return {
+            "tasks": self.tasks,
+            "relative_to": self.relative_to,
+            "off_diagonal": self.off_diagonal() if len(self.tasks) > 1 else None,
+            "mean": self.mean().tolist(),
+            "layers": layers,
+        }
+
     def off_diagonal(self) -> float:
         """The geometric mean over all pairs j ≠ t of `mean`: one number for a set of adapters (nan for one task)."""
         others = self.mean()[~torch.eye(len(self.tasks), dtype=torch.bool)]

@@ -1,37 +1,27 @@
 """A recipe: everything that makes one suite's adapters, as one YAML file."""
 
-import dataclasses
-import re
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
 from peft import LoraConfig
 from torch.utils.data import DataLoader
 from transformers import DataCollatorWithPadding
 
-from osrm_peft.checks import integer
-from osrm_peft.collection import collect_features
+from osrm_peft.adapter_reader import load_adapter
+from osrm_peft.checks import choice, integer
+from osrm_peft.collection import collect_features, collect_gram
 from osrm_peft.config import OSRMLoraConfig
 from osrm_peft.features import TaskFeatures
+from osrm_peft.fisher import DiagonalFisher, collect_fisher
 from osrm_peft.tasks import Task, list_tasks, load_task, tokenize
 from osrm_peft.training import PAPER_LORA, load_base, load_tokenizer, train_task
+from osrm_peft.yaml_io import fields_from_yaml
+
+STATISTICS = ("gram", "fisher")
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML 1.2's numbers: 1e-3 is one (PyYAML, of YAML 1.1, reads a string)."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+"), list("-+.0123456789")
-)
-
-
-def parse_yaml(text: str) -> Any:
-    """The value of a YAML text, with YAML 1.2's numbers."""
-    return yaml.load(text, Loader=_Loader)
+STATISTICS = ("gram", "fisher")
 
 
 @dataclass(frozen=True)
@@ -74,18 +64,7 @@ class Recipe:
             FileNotFoundError: no such file.
             ValueError: not a mapping, an unknown key or a missing one; lists the keys.
         """
-        path = Path(path)
-        if not path.is_file():
-            raise FileNotFoundError(f"no recipe {path}: see recipes/configs/ for examples")
-        try:
-            content = parse_yaml(path.read_text(encoding="utf-8"))
-        except yaml.YAMLError as error:
-            raise ValueError(f"{path} is not YAML: {error}") from error
-        known = {field.name for field in dataclasses.fields(cls)}
-        if not isinstance(content, Mapping) or set(content) - known or not {"model", "suite"} <= set(content):
-            found = sorted(map(str, content)) if isinstance(content, Mapping) else type(content).__name__
-            raise ValueError(f"{path}: a recipe needs model and suite and knows {sorted(known)}, found {found}")
-        return cls(**content)
+        return cls(**fields_from_yaml(path, cls, "recipe", ("model", "suite")))
 
     def __post_init__(self) -> None:
         for name, kind in _KINDS.items():
@@ -136,15 +115,11 @@ class Recipe:
 
     def collect(self, name: str, *, progress: bool = True) -> TaskFeatures:
         """Collect one task's features on k training rows."""
-        tokenizer = load_tokenizer(self.model)
-        task = load_task(self.suite, name).sample(train=self.k, seed=self.seed)
         options = {key: (self.osrm or {})[key] for key in ("statistic", "reference") if key in (self.osrm or {})}
-        rows = tokenize(task.train, tokenizer, self.max_length).remove_columns("labels")
         padding = "max_length" if options.get("reference") else "longest"  # the released code pads to a fixed length
-        collator = DataCollatorWithPadding(tokenizer, padding=padding, max_length=self.max_length)
         return collect_features(
             load_base(self.model, 2),
-            DataLoader(rows, batch_size=16, collate_fn=collator),
+            self._loader(name, self.k, padding),
             task=name,
             target_modules=LoraConfig(**(PAPER_LORA | self.lora)),
             k=self.k,
@@ -152,6 +127,25 @@ class Recipe:
             progress=progress,
             **options,
         )
+
+    def collect_statistics(
+        self, kind: str, name: str, adapter: str | Path, *, k: int = 1000, progress: bool = True
+    ) -> TaskFeatures | DiagonalFisher:
+        """What RegMean (`"gram"`) or Fisher merging (`"fisher"`) needs of one task's adapter, on up to k training rows.
+
+        Training rows, so that those that scores are computed on stay unseen.
+        """
+        choice("kind", kind, STATISTICS)
+        model = load_adapter(adapter).attach(self.model)
+        collect = collect_gram if kind == "gram" else collect_fisher
+        return collect(model, self._loader(name, k), task=name, k=k, seed=self.seed, progress=progress)
+
+    def _loader(self, name: str, k: int, padding: str = "longest") -> DataLoader:
+        """Batches of k training rows of a task, with labels, as the model takes them."""
+        tokenizer = load_tokenizer(self.model)
+        task = load_task(self.suite, name).sample(train=k, seed=self.seed)
+        collator = DataCollatorWithPadding(tokenizer, padding=padding, max_length=self.max_length)
+        return DataLoader(tokenize(task.train, tokenizer, self.max_length), batch_size=16, collate_fn=collator)
 
     def train(self, task: str, out: str | Path, *, overwrite: bool = False) -> Path:
         """Train one task's adapter (see `train_task`)."""

@@ -1,7 +1,7 @@
 """The multi-task table and the plot of score against λ, from tidy rows of scores."""
 
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from rich.box import HORIZONTALS
 from rich.table import Table
 
 from osrm_peft.files import new_file
+from osrm_peft.interference import Interference
 
 AVERAGE = "average over tasks"
 
@@ -160,3 +161,50 @@ def _scales(table: MultiTaskTable, method: str) -> set[float]:
 def _limits(table: MultiTaskTable, methods: Sequence[str]) -> tuple[float, float]:
     values = [row["scores"][AVERAGE] for row in table.rows if row["method"] in methods]
     return min(values) - 2, max(values) + 2
+
+
+def interference_table(found: Interference) -> Table:
+    """T×T shares in percent, for `rich` to print: the row's adapter on the column's features."""
+    table = Table(title=_interference_title(found), title_justify="left", box=HORIZONTALS, show_edge=False)
+    table.add_column("adapter of")
+    for task in found.tasks:
+        table.add_column(f"on {task}", justify="right")
+    for task, row in zip(found.tasks, found.mean().tolist(), strict=True):
+        table.add_row(task, *(f"{100 * share:.3g}" for share in row))
+    return table
+
+
+def plot_interference(panels: Mapping[str, Interference], path: str | Path) -> None:
+    """Heat maps side by side on one logarithmic colour scale: {title: Interference}; write a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    from matplotlib.colors import LogNorm
+
+    means = {title: 100 * found.mean() for title, found in panels.items()}
+    positive = [float(value) for mean in means.values() for value in mean.flatten() if value > 0] or [1.0]
+    norm = LogNorm(min(positive), max(max(positive), min(positive) * 10))
+    size = max(2.2, 0.62 * max(len(found.tasks) for found in panels.values()))
+    figure, axes = pyplot.subplots(1, len(panels), figsize=((size + 1.6) * len(panels), size + 1.4), squeeze=False)
+    dark = min(positive) ** 0.3 * max(max(positive), min(positive) * 10) ** 0.7  # above it a cell is bright
+    for axis, (title, found) in zip(axes[0], panels.items(), strict=True):
+        image = axis.imshow(means[title].clamp_min(min(positive)), norm=norm, cmap="viridis")
+        for row, values in enumerate(means[title].tolist()):
+            for column, value in enumerate(values):
+                color = "black" if value > dark else "white"
+                axis.text(column, row, f"{value:.2g}", ha="center", va="center", color=color, fontsize=8)
+        axis.set_xticks(range(len(found.tasks)), found.tasks, rotation=40, ha="right")
+        axis.set_yticks(range(len(found.tasks)), found.tasks if axis is axes[0][0] else [])
+        axis.set(title=title, xlabel="features of", ylabel="adapter of" if axis is axes[0][0] else None)
+    figure.suptitle(_interference_title(next(iter(panels.values()))), fontsize=9)
+    figure.tight_layout()
+    figure.colorbar(image, ax=axes[0].tolist(), shrink=0.8)
+    with new_file(path) as partial:
+        figure.savefig(partial, dpi=120, format="png", bbox_inches="tight")
+    pyplot.close(figure)
+
+
+def _interference_title(found: Interference) -> str:
+    below = "E‖W₀ h_t‖²" if found.relative_to == "base" else "E‖τ_t h_t‖²"
+    return f"E‖τ_j h_t‖² / {below} in percent, geometric mean over layers"

@@ -72,7 +72,7 @@ def numerical_rank(S: Tensor) -> int:
 
     A float32 o×n product of rank r has rounding of about 2⁻²⁴ √(r/n) of the largest, so both spaces agree.
     """
-    return int((S > 1e-6 * S[0]).sum()) if len(S) else 0
+    return int((1e-6 * S[0] < S).sum()) if len(S) else 0
 
 
 def _thin_svd(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor, Tensor]:

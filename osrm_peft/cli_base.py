@@ -1,0 +1,51 @@
+"""What the commands of `osrm-peft` share: the app, the console, options, and NAME=VALUE texts."""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Train LoRA adapters so that they can be merged (OSRM), and merge them (LoRE-Merging and the baselines).",
+)
+console = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 120)  # soft: a path is one word, to copy
+
+ConfigOption = Annotated[Path, typer.Option("--config", "-c", help="A recipe, see recipes/configs/.")]
+TaskOption = Annotated[list[str] | None, typer.Option("--task", "-t", help="A task; repeat it. Default: all.")]
+SuiteOption = Annotated[str, typer.Option(help="packaged, glue, or jsonl:FOLDER.")]
+
+
+def chosen(tasks: list[str] | None, known: list[str]) -> list[str]:
+    """The tasks asked for, checked against those there are; all by default."""
+    unknown = sorted(set(tasks or []) - set(known))
+    if unknown:
+        raise ValueError(f"unknown task {', '.join(unknown)}: the recipe has {', '.join(known)}")
+    return tasks or known
+
+
+def pair(text: str) -> tuple[str, str]:
+    """(NAME, VALUE) of a NAME=VALUE text."""
+    name, separator, value = text.partition("=")
+    if not (name and separator and value):
+        raise ValueError(f"{text!r}: expected NAME=VALUE")
+    return name, value
+
+
+def values(texts: list[str] | None) -> dict[str, Any]:
+    """{NAME: value} of NAME=VALUE texts."""
+    from osrm_peft.yaml_io import parse_yaml
+
+    pairs = [pair(text) for text in texts or []]
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError(f"{', '.join(texts or [])}: a name is given twice")
+    return {name: parse_yaml(value) for name, value in pairs}
+
+
+def say(text: str) -> None:
+    """Print a line as it is."""
+    console.print(text, markup=False, highlight=False)  # a path may hold brackets

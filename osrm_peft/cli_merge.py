@@ -1,0 +1,156 @@
+"""The commands around merging: merge, inspect, interference, statistics."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from osrm_peft.cli_base import ConfigOption, TaskOption, app, chosen, console, pair, say, values
+from osrm_peft.yaml_io import parse_yaml
+
+AdaptersArgument = Annotated[
+    list[str] | None, typer.Argument(help="Adapters, as TASK=FOLDER or TASK=user/name (or just FOLDER).")
+]
+StatisticsOption = Annotated[list[str] | None, typer.Option(help="TASK=FILE for fisher and regmean; repeat it.")]
+FeaturesOption = Annotated[list[str] | None, typer.Option(help="TASK=FILE of the pre-trained model; repeat it.")]
+
+
+@app.command()
+def merge(
+    adapters: AdaptersArgument = None,
+    out: Annotated[Path, typer.Option(help="Folder of the merged adapter.")] = Path("results/merged"),
+    config: Annotated[Path | None, typer.Option("--config", "-c", help="A merge recipe; flags go before it.")] = None,
+    method: Annotated[
+        str | None, typer.Option("--method", "-m", help="See the README's table. Default: average.")
+    ] = None,
+    weight: Annotated[list[str] | None, typer.Option(help="TASK=NUMBER; repeat it.")] = None,
+    weights: Annotated[str | None, typer.Option(help="features or features_global: chosen by --features.")] = None,
+    option: Annotated[list[str] | None, typer.Option("--option", "-o", help="NAME=VALUE of the method.")] = None,
+    scale: Annotated[
+        list[str] | None,
+        typer.Option(help="λ, or features. Default: the method's paper's. Repeat it for a sweep: OUT/scale_<λ>."),
+    ] = None,
+    space: Annotated[str | None, typer.Option(help="auto, weight, core or knots.")] = None,
+    rank: Annotated[int | None, typer.Option(help="Largest rank of the result. Default: exact.")] = None,
+    base_model: Annotated[
+        str | None, typer.Option(help="The base model, where the adapters name it differently.")
+    ] = None,
+    statistics: StatisticsOption = None,
+    features: FeaturesOption = None,
+    seed: Annotated[int | None, typer.Option(help="Of methods that draw (dare).")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything, say what would be merged, stop.")
+    ] = False,
+) -> None:
+    """Merge LoRA adapters into one, with each task's head beside it. The base model is not read."""
+    from osrm_peft.describe import plan_tables
+    from osrm_peft.files import check_replaceable
+    from osrm_peft.merging.masked import MaskedAdapter
+    from osrm_peft.merging.merge import execute
+    from osrm_peft.merging.recipe import MergeRecipe
+
+    if weight and weights:
+        raise ValueError("give --weight TASK=NUMBER or --weights features, not both")
+    recipe = MergeRecipe() if config is None else MergeRecipe.from_yaml(config)
+    scales = [parse_yaml(text) for text in scale or []]
+    flags: dict[str, Any] = {
+        "adapters": _named(adapters),
+        "method": method,
+        "options": recipe.options | values(option) if option else None,
+        "weights": values(weight) or weights,
+        "scale": scales[0] if len(scales) == 1 else scales or None,
+        "space": space,
+        "rank": rank,
+        "base_model": base_model,
+        "statistics": dict(map(pair, statistics or [])) or None,
+        "features": dict(map(pair, features or [])) or None,
+        "seed": seed,
+    }
+    recipe = replace(recipe, **{name: value for name, value in flags.items() if value not in (None, {})})
+    folders = {one: out if len(recipe.scales()) == 1 else out / f"scale_{one:g}" for one in recipe.scales()}
+    for folder in folders.values():
+        check_replaceable(folder, "emr" if recipe.method == "emr" else "merged")
+    plan = recipe.plan()
+    if dry_run:
+        for table in plan_tables(plan):
+            console.print(table)
+        return
+    merged = execute(plan, progress=True)
+    for one, folder in folders.items():
+        scaled = merged if len(folders) == 1 else merged.at_scale(one)
+        scaled.save_pretrained(folder)
+        if isinstance(scaled, MaskedAdapter):
+            say(f"wrote {folder}: one shared vector, masks and scales of {len(scaled.tasks)} tasks")
+        else:
+            kept = min(scaled.energy_kept().values())
+            say(f"wrote {folder}: rank {scaled.for_task(None).rank}, energy kept per layer at least {kept:.4f}")
+
+
+@app.command()
+def inspect(adapters: Annotated[list[str], typer.Argument(help="Adapters, as TASK=FOLDER or just FOLDER.")]) -> None:
+    """What adapters hold: layers, ranks, scales, norms, heads, base model."""
+    from osrm_peft.adapter_reader import load_adapter
+    from osrm_peft.describe import adapter_tables
+
+    for table in adapter_tables({name: load_adapter(source) for name, source in _named(adapters).items()}):
+        console.print(table)
+
+
+@app.command()
+def interference(
+    adapters: Annotated[list[str], typer.Argument(help="Adapters, as TASK=FOLDER or just FOLDER.")],
+    features: FeaturesOption = None,
+    base: Annotated[
+        str | None, typer.Option(help="Pre-trained model to compare with. Default: each task's own adapter.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for interference.json and .png.")] = Path("results/interference"),
+) -> None:
+    """Before merging: how strongly each adapter acts on the other tasks' features."""
+    from osrm_peft.files import versions, write_json
+    from osrm_peft.interference import interference as measure
+    from osrm_peft.report import interference_table, plot_interference
+    from osrm_peft.training import load_base
+
+    named, files = _named(adapters), dict(map(pair, features or []))
+    model = None if base is None else load_base(base, 2)
+    found = measure(named, files, base=model, progress=True)
+    settings = {"adapters": named, "features": files, "base": base}
+    write_json(out / "interference.json", found.to_dict() | {"settings": settings, "versions": versions()})
+    plot_interference({"adapters": found}, out / "interference.png")
+    console.print(interference_table(found))
+    say(f"wrote {out}/interference.json and {out}/interference.png")
+
+
+@app.command()
+def statistics(
+    config: ConfigOption,
+    kind: Annotated[str, typer.Option(help="gram (for regmean) or fisher.")],
+    adapters: Annotated[Path, typer.Option(help="Folder of the adapters: ADAPTERS/<task>.")] = Path("results/adapters"),
+    out: Annotated[Path, typer.Option(help="Folder of the files: OUT/<task>.<kind>.safetensors.")] = Path(
+        "results/statistics"
+    ),
+    task: TaskOption = None,
+    rows: Annotated[int, typer.Option(min=1, help="Training rows a task.")] = 1000,
+    overwrite: bool = False,
+) -> None:
+    """Collect what RegMean and Fisher merging need, on the fine-tuned models: one file a task."""
+    from osrm_peft.recipe import Recipe
+
+    recipe = Recipe.from_yaml(config)
+    for name in chosen(task, recipe.task_names()):
+        path = out / f"{name}.{kind}.safetensors"
+        if path.exists() and not overwrite:
+            say(f"{path} is there already (--overwrite makes it anew)")
+            continue
+        recipe.collect_statistics(kind, name, adapters / name, k=rows).save(path)
+        say(f"wrote {path}")
+
+
+def _named(adapters: list[str] | None) -> dict[str, str]:
+    """{task: source}; a folder's name is its task's where none is given."""
+    texts = adapters or []
+    named = [(Path(text).name, text) if Path(text).is_dir() or "=" not in text else pair(text) for text in texts]
+    if len(dict(named)) < len(named):
+        raise ValueError(f"two adapters have the same name among {[name for name, _ in named]}: write TASK=FOLDER")
+    return dict(named)

@@ -1,0 +1,93 @@
+"""Tables for a terminal of what lies in adapters, and of what a merge would do."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.box import HORIZONTALS
+from rich.table import Table
+
+from osrm_peft.adapters import LoraAdapter
+from osrm_peft.merging.plan import MergePlan
+
+_KINDS: dict[Any, str] = {None: "linear", (): "embedding"}
+
+
+def adapter_tables(adapters: Mapping[str, LoraAdapter]) -> list[Table]:
+    """One line an adapter, and one line a group of like layers with each adapter's rank r and scale s."""
+    summary = _table("Adapters", "adapter", "base model", "layers", "rank", "dtype", "heads", "source")
+    for name, adapter in adapters.items():
+        ranks = sorted({rank for _, rank, _ in adapter.shapes.values()})
+        heads = ", ".join(f"{head} {tuple(tensor.shape)}" for head, tensor in adapter.heads.items()) or "none"
+        dtype = str(adapter.dtype).removeprefix("torch.")
+        listed = ", ".join(map(str, ranks))
+        summary.add_row(name, str(adapter.base_model), str(len(adapter.shapes)), listed, dtype, heads, adapter.source)
+    layers = _table("Layers", "layers", "number", "shape", "kind", *(f"{name}: r, s, ‖τ‖" for name in adapters))
+    for (module, shape, kind), names in _groups(adapters).items():
+        cells = [_cell(adapter, names) for adapter in adapters.values()]
+        layers.add_row(module, str(len(names)), f"{shape[0]}×{shape[1]}", kind, *cells)
+    return [summary, layers]
+
+
+def plan_tables(plan: MergePlan) -> list[Table]:
+    """The adapters of a planned merge, and what it would write."""
+    shapes = plan.inputs.shapes
+    result = _table("The merge", "", "")
+    largest = max(map(plan.output_rank, shapes))
+    rank = "dense vector and 1-bit masks" if plan.method.per_task else f"at most {largest}"
+    scale = "chosen by features, a layer" if plan.guided_scale else f"{plan.scale:g}"
+    weights = plan.guided_weights and f"chosen by {plan.guided_weights}"
+    options = ", ".join(f"{name}={value}" for name, value in plan.options.items()) or "none"
+    heads = [name for name, adapter in plan.inputs.adapters.items() if adapter.heads]
+    manifest_weights = plan.manifest()["weights"]
+    for name, value in {
+        "method": f"{plan.name} ({plan.method.paper})",
+        "options": options,
+        "space": plan.space,
+        "weights": weights or ", ".join(f"{task} {_weight(value)}" for task, value in manifest_weights.items()),
+        "scale λ": scale,
+        "base model": str(plan.inputs.base),
+        "layers": str(len(shapes)),
+        "rank": rank,
+        "weights written": f"{plan.output_bytes() / 1e6:.2f} MB in {str(plan.dtype).removeprefix('torch.')}",
+        "heads": f"one a task: {', '.join(heads)}" if heads else "none",
+    }.items():
+        result.add_row(name, value)
+    return [*adapter_tables(plan.inputs.adapters), result]
+
+
+def _weight(value: object) -> str:
+    return f"{value:g}" if isinstance(value, float) else "by layer"
+
+
+def _groups(adapters: Mapping[str, LoraAdapter]) -> dict[tuple[str, tuple[int, int], str], list[str]]:
+    """{(last part of the name, shape, kind): layer names}."""
+    groups: dict[tuple[str, tuple[int, int], str], list[str]] = {}
+    known = {name: (adapter, shape) for adapter in adapters.values() for name, shape in adapter.shapes.items()}
+    for name in sorted(known):
+        adapter, (o, _, n) = known[name]
+        kind = _KINDS.get(adapter.layouts.get(name), "convolution")
+        groups.setdefault((name.rpartition(".")[2], (o, n), kind), []).append(name)
+    return groups
+
+
+def _cell(adapter: LoraAdapter, names: list[str]) -> str:
+    """Ranks, scales and norms of one adapter over like layers, one number where they agree."""
+    present = [adapter.factors[name] for name in names if name in adapter.shapes]
+    if not present:
+        return "absent"
+    ranks, scales = {factors.rank for factors in present}, {round(factors.s, 4) for factors in present}
+    squares = [f.s**2 * float(((f.B.mT @ f.B) * (f.A @ f.A.mT)).sum()) for f in present]  # ‖s·B·A‖_F²
+    norm = sum(squares) ** 0.5
+    missing = "" if len(present) == len(names) else f" ({len(present)} of {len(names)})"
+    return f"{_span(ranks)}, {_span(scales)}, {norm:.3g}{missing}"
+
+
+def _span(values: set) -> str:
+    return f"{min(values):g}" if len(values) == 1 else f"{min(values):g}…{max(values):g}"
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left", box=HORIZONTALS, show_edge=False)
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    return table
