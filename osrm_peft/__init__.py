@@ -10,18 +10,18 @@ if TYPE_CHECKING:
     from osrm_peft.callback import OSRMCallback
     from osrm_peft.collection import collect_features, collect_gram
     from osrm_peft.config import OSRMLoraConfig
+    from osrm_peft.crosstalk import Interference, interference
     from osrm_peft.evaluation import evaluate_task
     from osrm_peft.features import TaskFeatures
     from osrm_peft.fisher import DiagonalFisher, collect_fisher
     from osrm_peft.initialization import initialize_osrm_weights
-    from osrm_peft.interference import Interference, interference
     from osrm_peft.merging import MaskedAdapter, MergedAdapter, merge_adapters
     from osrm_peft.tasks import Task, list_tasks, load_task
     from osrm_peft.training import train_task
 
 _HOMES = {
     "DiagonalFisher": "fisher",
-    "Interference": "interference",
+    "Interference": "crosstalk",
     "LoraAdapter": "adapters",
     "MaskedAdapter": "merging",
     "MergedAdapter": "merging",
@@ -34,7 +34,7 @@ _HOMES = {
     "collect_gram": "collection",
     "evaluate_task": "evaluation",
     "initialize_osrm_weights": "initialization",
-    "interference": "interference",
+    "interference": "crosstalk",
     "list_tasks": "tasks",
     "load_adapter": "adapter_reader",
     "load_task": "tasks",

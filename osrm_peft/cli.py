@@ -2,7 +2,7 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 import yaml
@@ -77,7 +77,7 @@ def evaluate(
         rows_of_task = load_task(suite, name).sample(validation=rows)
         if masked is not None:
             base = model or manifest["base_model"] or ""
-            with_task = masked.load(load_base(base, rows_of_task.num_labels).eval(), name)
+            with_task: Any = masked.load(load_base(base, rows_of_task.num_labels).eval(), name)
         else:
             loaded = load_adapter(adapter, head=name if merged else None)
             base = model or loaded.base_model or ""

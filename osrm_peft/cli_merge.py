@@ -107,8 +107,8 @@ def interference(
     out: Annotated[Path, typer.Option(help="Folder for interference.json and .png.")] = Path("results/interference"),
 ) -> None:
     """Before merging: how strongly each adapter acts on the other tasks' features."""
+    from osrm_peft.crosstalk import interference as measure
     from osrm_peft.files import versions, write_json
-    from osrm_peft.interference import interference as measure
     from osrm_peft.report import interference_table, plot_interference
     from osrm_peft.training import load_base
 

@@ -12,10 +12,10 @@ from tqdm.auto import tqdm
 
 from osrm_peft.adapter_reader import load_adapter
 from osrm_peft.adapters import LoraAdapter
+from osrm_peft.crosstalk import Interference, interference
 from osrm_peft.demo_results import Scores, read_scores, report
 from osrm_peft.evaluation import evaluate_task
 from osrm_peft.files import new_file, versions, write_json
-from osrm_peft.interference import Interference, interference
 from osrm_peft.merging import MaskedAdapter, MergedAdapter, merge_adapters
 from osrm_peft.merging.registry import METHODS
 from osrm_peft.recipe import Recipe
@@ -114,11 +114,11 @@ def run_demo(
     default = replace(table, rows=[row for row in table.rows if _is_default(row)])
     plot_scales(table, out / "scales.png")
     plot_interference(measured[0], out / "interference.png")
-    found = {
+    shares = {
         f"seed{seed}": {init: one.to_dict() for init, one in by.items()}
         for seed, by in zip(seeds, measured, strict=True)
     }
-    write_json(out / "interference.json", found | _provenance(recipe, osrm))
+    write_json(out / "interference.json", _provenance(recipe, osrm) | {"interference": shares})
     write_json(out / "scores.json", _provenance(recipe, osrm) | {"scores": [asdict(score) for score in scores]})
     with new_file(out / "report.md") as path:
         path.write_text(report(table, default, measured, _settings(recipe, osrm), seeds), encoding="utf-8")

@@ -7,8 +7,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from osrm_peft.crosstalk import Interference
 from osrm_peft.files import versions, write_json
-from osrm_peft.interference import Interference
 from osrm_peft.report import MultiTaskTable, Score
 
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from rich.box import HORIZONTALS
+from rich.filesize import decimal
 from rich.table import Table
 
 from osrm_peft.adapters import LoraAdapter
@@ -48,7 +49,7 @@ def plan_tables(plan: MergePlan) -> list[Table]:
         "base model": str(plan.inputs.base),
         "layers": str(len(shapes)),
         "rank": rank,
-        "weights written": f"{plan.output_bytes() / 1e6:.2f} MB in {str(plan.dtype).removeprefix('torch.')}",
+        "weights written": f"{decimal(plan.output_bytes())} in {str(plan.dtype).removeprefix('torch.')}",
         "heads": f"one a task: {', '.join(heads)}" if heads else "none",
     }.items():
         result.add_row(name, value)

@@ -9,8 +9,8 @@ from typing import Any
 from rich.box import HORIZONTALS
 from rich.table import Table
 
+from osrm_peft.crosstalk import Interference
 from osrm_peft.files import new_file
-from osrm_peft.interference import Interference
 
 AVERAGE = "average over tasks"
 

@@ -5,10 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from osrm_peft import list_tasks, load_adapter, merge_adapters
+from osrm_peft import list_tasks
 from osrm_peft.cli import main
 from osrm_peft.recipe import Recipe
-from tests.conftest import make_adapter
 from tests.test_recipes import write
 
 COMMAND = [str(Path(sys.executable).with_name("osrm-peft"))]
@@ -20,7 +19,22 @@ def run(*arguments, code=0):
     return done.stdout if code == 0 else " ".join(done.stderr.split())
 
 
-def test_features_train_merge_evaluate(tmp_path):
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """The command in this process: importing torch and transformers anew takes seconds."""
+
+    def called(*arguments):
+        monkeypatch.setattr(sys, "argv", ["osrm-peft", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        printed = capsys.readouterr()
+        assert not stopped.value.code, printed.err
+        return printed.out
+
+    return called
+
+
+def test_features_train_merge_evaluate(tmp_path, call):
     """The commands one after the other, on the packaged model and two of its tasks."""
     recipe = write(tmp_path, tasks=["tweets", "sms_spam"], osrm={"statistic": "sample"})
     assert "tweets.features.safetensors" in run("features", "-c", recipe)
@@ -43,25 +57,18 @@ def test_features_train_merge_evaluate(tmp_path):
     found = json.loads(scores.read_text())
     assert set(found["scores"]) == {"tweets", "sms_spam"} and found["settings"]["rows"] == 8
     assert "individual" in run("evaluate", tmp_path / "ad/tweets", "--rows", 8, "--max-length", 16)
-
-
-def test_the_command_merges_as_the_function_does(tmp_path):
-    for seed in (1, 2):
-        make_adapter(tmp_path / f"t{seed}", seed=seed)
-    run(
-        "merge",
-        tmp_path / "t1",
-        tmp_path / "t2",
-        "--out",
-        tmp_path / "out",
-        "-m",
-        "ties",
-        "-o",
-        "density=0.3",
-    )
-    ours = merge_adapters({"t1": tmp_path / "t1", "t2": tmp_path / "t2"}, "ties", density=0.3).deltas()
-    for name, factors in load_adapter(tmp_path / "out").factors.items():
-        assert float((factors.delta() - ours[name]).abs().max()) < 1e-5
+    for kind, method in (("gram", "regmean"), ("fisher", "fisher")):
+        printed = call(
+            "statistics", "-c", recipe, "--kind", kind, "--adapters", tmp_path / "ad", "--out", tmp_path, "--rows", 8
+        )
+        assert f"tweets.{kind}.safetensors" in printed
+        given = [f"--statistics={name}={tmp_path}/{name}.{kind}.safetensors" for name in ("tweets", "sms_spam")]
+        call(
+            "merge", tmp_path / "ad/tweets", tmp_path / "ad/sms_spam", "--out", tmp_path / method, "-m", method, *given
+        )
+        assert json.loads((tmp_path / method / "osrm_peft.json").read_text())["method"] == method
+    call("merge", tmp_path / "ad/tweets", tmp_path / "ad/sms_spam", "--out", tmp_path / "emr", "-m", "emr")
+    assert "emr 1" in call("evaluate", tmp_path / "emr", "--rows", 8, "--max-length", 16)
 
 
 @pytest.mark.parametrize(
@@ -74,6 +81,12 @@ def test_the_command_merges_as_the_function_does(tmp_path):
         (["merge", "a=x", "--out", "o", "-o", "mu=1"], "average has no option mu; its options are none"),
         (["merge", "a=x", "--out", "o", "--weight", "a=much"], "weight of 'a'='much' must be a finite number"),
         (["merge", "a=x", "--out", "o", "--weight", "a=1", "--weight", "a=2"], "a name is given twice"),
+        (["merge", "a=x", "--out", "o", "--weight", "a=1", "--weights", "features"], "give --weight TASK=NUMBER or"),
+        (["merge", "a=x", "--out", "o", "--scale", "1", "--scale", "1"], "a sweep needs different numbers"),
+        (["merge", "a=x", "--out", "o", "--scale", "1", "--scale", "x"], "scale='x' must be a finite number"),
+        (["merge", "--out", "o"], "no adapters to merge"),
+        (["merge", "-c", "none.yaml", "--out", "o"], "no merge recipe none.yaml"),
+        (["inspect", "none"], "'none' is neither a folder nor a Hub repository"),
         (["merge", "[/red]zz", "--out", "o"], "error: '[/red]zz' is neither a folder"),
         (["train", "-c", "none.yaml"], "no recipe none.yaml"),
         (["evaluate", "none", "--suite", "x"], "none does not say which task it is for: name it with --task"),
@@ -94,7 +107,10 @@ def test_an_output_that_is_not_ours_is_refused_before_any_work(tmp_path):
 
 def test_help_names_every_command():
     printed = run("--help")
-    assert all(name in printed for name in ("features", "train", "merge", "evaluate", "demo"))
+    assert all(
+        name in printed
+        for name in ("features", "train", "merge", "evaluate", "demo", "inspect", "interference", "statistics")
+    )
 
 
 def test_recipe_tasks_default_to_the_suite(tmp_path):

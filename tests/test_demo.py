@@ -46,19 +46,24 @@ def test_the_demo_runs_stops_goes_on_and_reports(tmp_path, monkeypatch):
     with Console(record=True, width=200) as console:
         table = demo.run_demo(out, recipe=SMALL, console=console)
     assert files(out).items() >= before.items()  # nothing that was there was made again
-    rows = 2 * (1 + sum(map(len, demo.SCALES.values())))
+    rows = 2 * (1 + sum(len(merge.scales) for merge in demo.MERGES.values()))
     assert len(table.rows) == rows and len(calls) == 2 * rows + 1
 
     report = (out / "report.md").read_text()
-    for name in ("plain LoRA", "OSRM", "individual", *demo.SCALES):
+    for name in ("plain LoRA", "OSRM", "individual", *demo.MERGES):
         assert f"| {name} |" in report
     assert "one seed" in report and "one seed" in console.export_text() and '"train_rows": 32' in report
-    assert (out / "scales.png").read_bytes().startswith(b"\x89PNG")
+    for plot in ("scales.png", "interference.png"):
+        assert (out / plot).read_bytes().startswith(b"\x89PNG")
+    shares = json.loads((out / "interference.json").read_text())["interference"]["seed42"]
+    assert set(shares) == {"plain LoRA", "OSRM"} and len(shares["OSRM"]["mean"]) == 2
     written = json.loads((out / "scores.json").read_text())
     assert len(written["scores"]) == 2 * rows and written["versions"]["peft"] and written["settings"]["osrm"]
     for init in ("plain", "OSRM"):
         assert (out / f"seed42/adapters/{init}/tweets/adapter_model.safetensors").is_file()
         assert (out / f"seed42/merged/{init}/lore/heads/tweets.safetensors").is_file()
+        assert (out / f"seed42/merged/{init}/emr/emr.safetensors").is_file()
+        assert (out / f"seed42/statistics/{init}/tweets.fisher.safetensors").is_file()
 
     demo.run_demo(out, recipe=SMALL)
     assert len(calls) == 2 * rows + 1  # a finished demo evaluates nothing

@@ -80,16 +80,18 @@ def test_maths_sees_no_path_config_or_model():
 
 
 def method_file(method):
-    return f"merging/{method}"
+    return f"merging/{'dare' if method == 'dare_ties' else method}"
 
 
 def test_the_example_runs_as_it_stands(tmp_path):
     script = tmp_path / "example.py"
-    script.write_text(block("python", "OSRMCallback"), encoding="utf-8")
+    script.write_text(block("python", "OSRMCallback") + block("python", "collect_gram"), encoding="utf-8")
     done = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert re.search(r"tweets: -?0\.\d+", done.stdout)
+    assert re.search(r"EMR, tweets: -?0\.\d+", done.stdout) and "tensor([[" in done.stdout
     assert (tmp_path / "merged/heads/tweets.safetensors").is_file()
+    assert (tmp_path / "statistics/tweets.fisher.safetensors").is_file()
 
 
 def test_every_public_name_exists_and_is_documented():
@@ -111,7 +113,7 @@ def test_commands_and_files_that_the_readme_names_exist():
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), flags=re.M))
     assert set(re.findall(r"(?:^|`)make ([a-z]+)", README, flags=re.M)) <= targets
     commands = set(re.findall(r"osrm-peft ([a-z]+)", README))
-    assert {"features", "train", "merge", "evaluate", "demo"} <= commands
+    assert {"features", "train", "merge", "evaluate", "demo", "inspect", "interference", "statistics"} <= commands
     printed = subprocess.run(
         [Path(sys.executable).with_name("osrm-peft"), "--help"], capture_output=True, text=True, check=True
     ).stdout

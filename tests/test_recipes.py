@@ -9,8 +9,9 @@ from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
 
 from osrm_peft import OSRMLoraConfig
-from osrm_peft.recipe import Recipe, parse_yaml
+from osrm_peft.recipe import Recipe
 from osrm_peft.training import load_base
+from osrm_peft.yaml_io import parse_yaml
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "recipes/configs").glob("*.yaml"))
@@ -34,8 +35,9 @@ def write(folder, **changes):
 
 
 def test_every_recipe_parses_and_builds_its_lora_config():
-    assert len(CONFIGS) == 3
-    for path in CONFIGS:
+    training = [path for path in CONFIGS if not path.name.startswith("merge")]
+    assert len(training) == 3 and len(CONFIGS) == 4
+    for path in training:
         recipe = Recipe.from_yaml(path)
         for task in recipe.task_names():
             config = recipe.lora_config(task)

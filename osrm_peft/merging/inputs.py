@@ -1,7 +1,7 @@
 """What goes into a merge, read and checked before any work: adapters, weights and statistics."""
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -60,13 +60,12 @@ class Inputs:
         }
 
 
-def gather(adapters: Adapters, *, base_model: str | None, heads: str, rank: int | None) -> Inputs:
-    """Load the adapters and check that they can be merged.
+def check_names(adapters: Any) -> list[str]:
+    """The tasks' names, checked.
 
     Raises:
         TypeError, ValueError: see `merge_adapters`.
     """
-    choice("heads policy", heads, HEAD_POLICIES)
     if not isinstance(adapters, Mapping):
         raise TypeError(f"adapters must map task names to adapters, got a {type(adapters).__name__}")
     if not adapters:
@@ -74,6 +73,17 @@ def gather(adapters: Adapters, *, base_model: str | None, heads: str, rank: int 
     for name in adapters:
         if not isinstance(name, str) or not re.fullmatch(r"(?!\.)[^/\\\0]{1,200}", name):
             raise ValueError(f"the task name {name!r} cannot be a file name: its head is saved as heads/<task>")
+    return list(adapters)
+
+
+def gather(adapters: Adapters, *, base_model: str | None, heads: str, rank: int | None) -> Inputs:
+    """Load the adapters and check that they can be merged.
+
+    Raises:
+        TypeError, ValueError: see `merge_adapters`.
+    """
+    choice("heads policy", heads, HEAD_POLICIES)
+    check_names(adapters)
     loaded = {
         name: adapter if isinstance(adapter, LoraAdapter) else load_adapter(adapter, whole=True)
         for name, adapter in adapters.items()
@@ -90,13 +100,12 @@ def gather(adapters: Adapters, *, base_model: str | None, heads: str, rank: int 
     return Inputs(loaded, base, dict(sorted(shapes.items())))
 
 
-def weights_by_layer(weights: Weights, inputs: Inputs) -> dict[str, Tensor]:
-    """{layer: (T,) float64}; a task's weight is a number, or {layer name pattern: number} of which the first counts.
+def weights_by_task(weights: Weights, tasks: list[str]) -> dict[str, Mapping[str, float]]:
+    """{task: {layer name pattern: number}}; `"*"` where the weight is one number.
 
     Raises:
-        ValueError: not one for each adapter, not finite, or a layer that no pattern matches.
+        ValueError: not one for each adapter, or not finite.
     """
-    tasks = list(inputs.adapters)
     if weights is None:
         weights = [1.0] * len(tasks)
     if isinstance(weights, Mapping):
@@ -110,10 +119,25 @@ def weights_by_layer(weights: Weights, inputs: Inputs) -> dict[str, Tensor]:
         )
     if len(weights) != len(tasks):
         raise ValueError(f"{len(weights)} weights for {len(tasks)} adapters: give one for each")
-    named = dict(zip(tasks, weights, strict=True))
+    named: dict[str, Mapping[str, float]] = {}
+    for task, weight in zip(tasks, weights, strict=True):
+        patterns = weight if isinstance(weight, Mapping) else {"*": weight}
+        named[task] = {
+            pattern: number(f"weight of {task!r}" + ("" if patterns is not weight else f" at {pattern!r}"), value)
+            for pattern, value in patterns.items()
+        }
+    return named
+
+
+def weights_by_layer(weights: Mapping[str, Mapping[str, float]], layers: Iterable[str]) -> dict[str, Tensor]:
+    """{layer: (T,) float64}, of each task's patterns the first that matches.
+
+    Raises:
+        ValueError: a layer that no pattern matches.
+    """
     return {
-        layer: torch.tensor([_weight(task, weight, layer) for task, weight in named.items()], dtype=torch.float64)
-        for layer in inputs.shapes
+        layer: torch.tensor([_weight(task, weight, layer) for task, weight in weights.items()], dtype=torch.float64)
+        for layer in layers
     }
 
 
@@ -160,13 +184,13 @@ def statistics_of(
     return lambda layer: [one.layers[layer] for one in loaded.values()]
 
 
-def _weight(task: str, weight: Any, layer: str) -> float:
-    if not isinstance(weight, Mapping):
-        return number(f"weight of {task!r}", weight)
-    for pattern, value in weight.items():
+def _weight(task: str, patterns: Mapping[str, float], layer: str) -> float:
+    for pattern, value in patterns.items():
         if fnmatchcase(layer, pattern):
-            return number(f"weight of {task!r} at {pattern!r}", value)
-    raise ValueError(f"no pattern of task {task!r} ({', '.join(weight)}) matches layer {layer!r}: add '*' as the last")
+            return value
+    raise ValueError(
+        f"no pattern of task {task!r} ({', '.join(patterns)}) matches layer {layer!r}: add '*' as the last"
+    )
 
 
 def _common_base(adapters: Mapping[str, LoraAdapter], base_model: str | None) -> str | None:

@@ -13,7 +13,17 @@ from osrm_peft.checks import choice, integer, number
 from osrm_peft.features import TaskFeatures
 from osrm_peft.files import versions
 from osrm_peft.fisher import DiagonalFisher
-from osrm_peft.merging.inputs import Adapters, Inputs, Statistics, Weights, gather, statistics_of, weights_by_layer
+from osrm_peft.merging.inputs import (
+    Adapters,
+    Inputs,
+    Statistics,
+    Weights,
+    check_names,
+    gather,
+    statistics_of,
+    weights_by_layer,
+    weights_by_task,
+)
 from osrm_peft.merging.registry import Method, get_method
 from osrm_peft.merging.spaces import SPACES
 
@@ -70,7 +80,7 @@ class MergePlan:
             "method": self.name,
             "paper": self.method.paper,
             "options": self.options,
-            "scale": "features" if self.guided_scale else self.scale,
+            "scale": self.scale,
             "weights": self.guided_weights or weights,
             "space": self.space,
             "rank": self.rank,
@@ -80,7 +90,9 @@ class MergePlan:
                 for name, adapter in self.inputs.adapters.items()
             },
             "versions": versions(),
-        } | ({"seed": self.seed} if self.method.prepare else {})
+            **({"seed": self.seed} if self.method.prepare else {}),
+            **({"scale_of_layers": "chosen by features, see report"} if self.guided_scale else {}),
+        }
 
     @property
     def dtype(self) -> torch.dtype:
@@ -145,8 +157,6 @@ def plan_merge(
         lam = 1.0 if guided_scale or scale is None else number("scale", scale)
     else:
         lam = number("scale", chosen.scale if scale is None else scale)
-    inputs = gather(adapters, base_model=base_model, heads=heads, rank=rank)
-    given = None if isinstance(weights, str) and guided else weights
     kinds = {"gram": TaskFeatures, "fisher": DiagonalFisher}
     if chosen.needs is None and statistics is not None:
         raise ValueError(f"{method} takes no statistics: leave them out (for weights or scale='features': features=…)")
@@ -154,6 +164,9 @@ def plan_merge(
         raise ValueError(
             "features are for weights='features' and scale='features': give one of them, or leave them out"
         )
+    # a string that is no choice is refused there, like any other value that is not a list or mapping
+    named = weights_by_task(None if guided else weights, check_names(adapters))  # type: ignore[arg-type]
+    inputs = gather(adapters, base_model=base_model, heads=heads, rank=rank)
     needs = (
         statistics_of("statistics", kinds[chosen.needs], statistics, inputs, f"method {method!r}")
         if chosen.needs
@@ -162,7 +175,7 @@ def plan_merge(
     moments = (
         statistics_of("features", TaskFeatures, features, inputs, "'features'") if guided or guided_scale else None
     )
-    by_layer = weights_by_layer(given, inputs)  # type: ignore[arg-type]  # a string that is no choice is refused there
+    by_layer = weights_by_layer(named, inputs.shapes)
     return MergePlan(
         method, chosen, options, space, lam, rank, seed, inputs, by_layer, guided, guided_scale, needs, moments
     )

@@ -1,0 +1,138 @@
+"""The commands around merging, in this process, on tiny adapters."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from osrm_peft import TaskFeatures, load_adapter, merge_adapters
+from osrm_peft.cli import main
+from osrm_peft.merging.recipe import MergeRecipe
+from tests.conftest import make_adapter
+from tests.merging.test_contract import statistic
+
+EXAMPLE = Path(__file__).parent.parent / "recipes/configs/merge_packaged.yaml"
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    def called(*arguments, code=0):
+        monkeypatch.setattr(sys, "argv", ["osrm-peft", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        printed = capsys.readouterr()
+        assert (stopped.value.code or 0) == code, printed.err
+        return " ".join((printed.out if code == 0 else printed.err).split())
+
+    return called
+
+
+@pytest.fixture
+def adapters(tmp_path):
+    for seed, name in ((1, "tweets"), (2, "sms_spam")):
+        make_adapter(tmp_path / name, seed=seed, num_labels=seed)
+    return {name: str(tmp_path / name) for name in ("tweets", "sms_spam")}
+
+
+def close(folder, deltas):
+    found = load_adapter(folder).factors
+    assert set(found) == set(deltas)
+    return all(float((found[name].delta() - delta).abs().max()) < 1e-5 for name, delta in deltas.items())
+
+
+def recipe_file(tmp_path, text):
+    path = tmp_path / "merge.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_flags_merge_as_the_function_does(adapters, tmp_path, call):
+    out = tmp_path / "out"
+    call("merge", *adapters.values(), "--out", out, "-m", "ties", "-o", "density=0.3", "--space", "knots", "--rank", 3)
+    assert close(out, merge_adapters(adapters, "ties", density=0.3, space="knots", rank=3).deltas())
+
+
+def test_the_example_recipe_is_a_recipe_and_its_header_names_it(adapters):
+    recipe = MergeRecipe.from_yaml(EXAMPLE)
+    assert recipe.scales() == [0.6, 1.0] and recipe.options == {"density": 0.3}
+    assert f"--config recipes/configs/{EXAMPLE.name}" in EXAMPLE.read_text().splitlines()[1]
+    plan = MergeRecipe(**(vars(recipe) | {"adapters": adapters})).plan()
+    assert {tuple(weight.tolist()) for weight in plan.weights.values()} == {(1.0, 0.5), (1.0, 1.0)}
+
+
+def test_a_recipe_is_a_sweep_from_one_merge_and_flags_go_before_it(adapters, tmp_path, call):
+    config = recipe_file(tmp_path, f"adapters: {adapters}\nmethod: ties\noptions: {{density: 0.5}}\nscale: [0.3, 1]\n")
+    call("merge", "-c", config, "--out", tmp_path / "sweep")
+    for scale in (0.3, 1.0):
+        expected = merge_adapters(adapters, "ties", density=0.5, scale=scale).deltas()
+        assert close(tmp_path / f"sweep/scale_{scale:g}", expected)
+    call("merge", "-c", config, "--out", tmp_path / "flags", "--scale", "0.7", "-o", "trim=layer", "--weight",
+         "tweets=2", "--weight", "sms_spam=1")  # fmt: skip
+    ours = merge_adapters(adapters, "ties", density=0.5, trim="layer", scale=0.7, weights={"tweets": 2, "sms_spam": 1})
+    assert close(tmp_path / "flags", ours.deltas())
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("adaptors: {}", "a merge recipe knows ['adapters',"),
+        ("- 1", "found list"),
+        ("options: 3", "options=3 in the merge recipe must map names to values"),
+        ("options: {scale: 3}", "scale in the merge recipe's options: write it beside them"),
+        ("scale: []", "a sweep needs different numbers"),
+        ("method: best", "unknown merge method 'best'"),
+    ],
+)
+def test_a_wrong_recipe_is_one_clear_error(tmp_path, call, text, message):
+    assert message in call("merge", "-c", recipe_file(tmp_path, text), "--out", tmp_path / "out", code=2)
+
+
+def test_a_dry_run_says_what_would_be_merged_and_writes_nothing(adapters, tmp_path, call):
+    out = tmp_path / "out"
+    printed = call("merge", *adapters.values(), "--out", out, "-m", "lore", "--dry-run")
+    assert not out.exists()
+    for part in ("LoRE-Merging", "mu_ratio=None", "space core", "tweets 1, sms_spam 1", "rank at most 8",
+                 "one a task: tweets, sms_spam", "query 2 16×16 linear 4, 2,", "float32"):  # fmt: skip
+        assert part in printed, part
+    call("merge", *adapters.values(), "--out", out, "-m", "lore")
+    written = (out / "adapter_model.safetensors").stat().st_size
+    assert "weights written 4.1 kB in float32" in printed  # 4 layers, rank 8, 16 + 16 wide, 4 bytes
+    assert 4 * 8 * (16 + 16) * 4 < written < 2 * 4 * 8 * (16 + 16) * 4  # and safetensors' header
+    assert "dense vector and 1-bit masks" in call("merge", *adapters.values(), "-m", "emr", "--dry-run")
+    text = call("merge", "a=no/such", "--dry-run", code=2)
+    assert "neither a folder nor a Hub repository" in text
+
+
+def test_inspect_shows_layers_ranks_scales_and_heads(adapters, tmp_path, call):
+    make_adapter(tmp_path / "mixed", rank_pattern={"value": 2}, use_rslora=True, layers_to_transform=[1])
+    printed = call("inspect", adapters["tweets"], f"other={tmp_path / 'mixed'}")
+    norm = sum(
+        float(f.delta().square().sum()) for n, f in load_adapter(adapters["tweets"]).factors.items() if "query" in n
+    )
+    assert f"query 2 16×16 linear 4, 2, {norm**0.5:.3g} 4, 4," in printed and "(1 of 2)" in printed
+    assert "2, 4" in printed and "classifier.bias (1,)" in printed and "float32" in printed
+
+
+def test_interference_and_weights_from_features(adapters, tmp_path, call):
+    given = []
+    for task, folder in adapters.items():
+        features = statistic("gram", task, load_adapter(folder).shapes)
+        assert isinstance(features, TaskFeatures)
+        features.save(tmp_path / f"{task}.safetensors")
+        given.append(f"--features={task}={tmp_path / task}.safetensors")
+    printed = call("interference", *adapters.values(), *given, "--out", tmp_path / "found")
+    assert "E‖τ_j h_t‖² / E‖τ_t h_t‖²" in printed and "on sms_spam" in printed
+    found = json.loads((tmp_path / "found/interference.json").read_text())
+    assert found["mean"][0][0] == pytest.approx(1) and found["settings"]["adapters"] == adapters and found["versions"]
+    assert (tmp_path / "found/interference.png").read_bytes().startswith(b"\x89PNG")
+
+    out = tmp_path / "out"
+    call("merge", *adapters.values(), "--out", out, "-m", "task_arithmetic", "--weights", "features", *given)
+    files = {task: tmp_path / f"{task}.safetensors" for task in adapters}
+    assert close(out, merge_adapters(adapters, "task_arithmetic", weights="features", features=files).deltas())
+    call("merge", *adapters.values(), "--out", out, "-m", "ties", "--scale", "features", *given)
+    assert "scale" in next(iter(json.loads((out / "osrm_peft.json").read_text())["report"].values()))
+    assert "missing sms_spam" in call(
+        "merge", *adapters.values(), "--weights", "features", "-m", "concat", given[0], code=2
+    )
