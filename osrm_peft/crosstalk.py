@@ -1,5 +1,6 @@
 """interference: before merging, how strongly each adapter acts on the other tasks' features."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,8 +45,11 @@ class Interference:
         return torch.where(acts.any(0), logs.exp(), 0)
 
     def to_dict(self) -> dict[str, Any]:
-        """For a JSON file."""
-        layers = {name: matrix.tolist() for name, matrix in self.layers.items()}
+        """For a JSON file; None where a task's own adapter does nothing, so that nothing is relative to it."""
+        layers = {
+            name: [[share if math.isfinite(share) else None for share in row] for row in matrix.tolist()]
+            for name, matrix in self.layers.items()
+        }
         return {
             "tasks": self.tasks,
             "relative_to": self.relative_to,

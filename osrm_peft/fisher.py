@@ -151,10 +151,10 @@ def _scores(logits: Tensor, truth: Tensor | None, labels: str) -> list[tuple[Ten
     logits = logits.float()
     if logits.shape[1] == 1:  # ∂ log N(y; f, 1) = (y − f) ∂f, and E(y − f)² = 1
         f = logits[:, 0]
-        return [(f, torch.ones_like(f) if truth is None else (truth.to(f) - f).detach().square())]
+        return [(f, torch.ones_like(f) if truth is None else (truth.to(f).reshape(len(f)) - f).detach().square())]
     log_p = logits.log_softmax(1)
     if truth is not None:
-        return [(log_p.gather(1, truth.long()[:, None])[:, 0], torch.ones(len(log_p), device=log_p.device))]
+        return [(log_p.gather(1, truth.long().reshape(-1, 1))[:, 0], torch.ones(len(log_p), device=log_p.device))]
     return [(log_p[:, y], log_p[:, y].detach().exp()) for y in range(log_p.shape[1])]
 
 

@@ -139,7 +139,6 @@ def test_labels_may_be_called_label_and_are_not_shown_to_the_model(tuned):
     close(collect(model, nonsense).layers, collect(model, loader).layers, 0)
 
 
-@pytest.mark.xfail(strict=True, reason="(b, 1) labels broadcast against (b,) predictions")
 @pytest.mark.parametrize("rows", [4, 16])  # 16 is also the width of the layers: no error there, other numbers
 def test_labels_of_a_regression_may_have_a_column_of_their_own(rows):
     model, batch, labels = make_base(1), make_batch(rows, pads=()), torch.randn(rows)

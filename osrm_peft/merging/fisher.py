@@ -31,5 +31,6 @@ def fisher(tau: Tensor, weights: Tensor, fisher: Sequence[Tensor]) -> Tensor:
     for w, F, one in zip(weights, fisher, tau, strict=True):
         top += w * F.double() * one
         bottom += w.abs() * F.double()
-    plain = torch.einsum("t,ton->on", weights.double(), tau.double()) / weights.abs().sum().clamp_min(1e-300)
+    w = weights.double()
+    plain = torch.einsum("t,ton->on", w, tau.double()) / w.abs().sum().clamp_min(1e-300)
     return torch.where(bottom > 0, top / bottom.clamp_min(1e-300), plain).to(tau.dtype)

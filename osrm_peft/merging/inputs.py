@@ -177,7 +177,7 @@ def statistics_of(
             shape = tuple(found.shape) if isinstance(found, Tensor) else (o, found.width)
             if shape != (o, n):
                 raise ValueError(
-                    f"{argument} of {task!r} is {shape[0]}×{shape[1]} at {layer!r}, the layer is {o}×{n}: "
+                    f"{argument} of {task!r} is {'×'.join(map(str, shape))} at {layer!r}, the layer is {o}×{n}: "
                     "it is of another base model"
                 )
         loaded[task] = one
@@ -211,12 +211,11 @@ def _named_alike(adapters: dict[str, LoraAdapter]) -> dict[str, LoraAdapter]:
 
     (`encoder.layer.0.…` of BertModel is `bert.encoder.layer.0.…` of BertForSequenceClassification.)
     """
-    known = {name for adapter in adapters.values() for name in adapter.shapes}
+    known = sorted({name for adapter in adapters.values() for name in adapter.shapes})
     alike = {}
     for task, adapter in adapters.items():
-        first = next(iter(adapter.shapes))
-        prefixes = sorted({name.removesuffix(first) for name in known if name.endswith(f".{first}")})
-        prefix = next((p for p in prefixes if all(p + name in known for name in adapter.shapes)), "")
+        longer = (other.removesuffix(name) for name in adapter.shapes for other in known if other.endswith(f".{name}"))
+        prefix = next(longer, "")
         alike[task] = _renamed(adapter, prefix) if prefix else adapter
     return alike
 

@@ -33,11 +33,14 @@ def compress(B: Tensor, A: Tensor, rank: int | None = None) -> Compressed:
     Returns:
         Factors with s = 1 and BᵀB = AAᵀ diagonal, float64.
     """
-    U, S, Vh = _thin_svd(B.double(), A.double())
-    kept = S[:rank]
-    energy = float(kept.square().sum() / S.square().sum()) if len(S) else 1.0
-    root = kept.sqrt()
-    return Compressed(Factors(root[:, None] * Vh[: len(kept)], U[:, : len(kept)] * root), energy)
+    return _cut(*_thin_svd(B.double(), A.double()), rank)
+
+
+def compress_matrix(X: Tensor, rank: int | None = None) -> Compressed:
+    """The same of a matrix (o, n) that is there: an SVD of it."""
+    U, S, Vh = torch.linalg.svd(X.double(), full_matrices=False)
+    k = int((_cutoff(S, X.shape) < S).sum())
+    return _cut(U[:, :k], S[:k], Vh[:k], rank)
 
 
 def column_basis(parts: list[Tensor]) -> Tensor:
@@ -73,6 +76,13 @@ def numerical_rank(S: Tensor) -> int:
     A float32 o×n product of rank r has rounding of about 2⁻²⁴ √(r/n) of the largest, so both spaces agree.
     """
     return int((1e-6 * S[0] < S).sum()) if len(S) else 0
+
+
+def _cut(U: Tensor, S: Tensor, Vh: Tensor, rank: int | None) -> Compressed:
+    kept = S[:rank]
+    energy = float(kept.square().sum() / S.square().sum()) if len(S) else 1.0
+    root = kept.sqrt()
+    return Compressed(Factors(root[:, None] * Vh[: len(kept)], U[:, : len(kept)] * root), energy)
 
 
 def _thin_svd(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor, Tensor]:

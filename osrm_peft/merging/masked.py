@@ -18,7 +18,7 @@ from osrm_peft.adapters import HEADS, LoraAdapter, save_head
 from osrm_peft.checks import number
 from osrm_peft.files import MANIFEST, new_folder, read_manifest, write_json
 from osrm_peft.layers import as_weight, weight_shape
-from osrm_peft.merging.lowrank import compress
+from osrm_peft.merging.lowrank import compress_matrix
 
 MASKS = "emr.safetensors"
 
@@ -102,9 +102,7 @@ class MaskedAdapter:
         template = self.tasks[list(self.tasks)[self._place(task)]]
         factors = {}
         for name, delta in self.deltas(task).items():
-            eye = torch.eye(min(delta.shape))
-            pair = (delta, eye) if delta.shape[1] <= len(delta) else (eye, delta)
-            factors[name] = compress(*pair, rank).factors
+            factors[name] = compress_matrix(delta, rank).factors
         return replace(template, factors=factors, source="merge", sha256=None)
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -144,6 +142,9 @@ class MaskedAdapter:
                 name: MaskedLayer(tensors[f"{name}.unified"], tensors[f"{name}.masks"])
                 for name in sorted({key.rpartition(".")[0] for key in tensors})
             }
+            for name, layer in layers.items():
+                if layer.unified.dim() != 2 or layer.masks.shape != (len(names), -(-layer.unified.numel() // 8)):
+                    raise ValueError(f"{name}: masks {tuple(layer.masks.shape)} of {tuple(layer.unified.shape)}")
             tasks = {}
             for name in names:
                 with safe_open(folder / HEADS / f"{name}.safetensors", framework="pt") as file:
@@ -152,7 +153,7 @@ class MaskedAdapter:
                 config |= {"base_model_name_or_path": manifest.get("base_model"), "target_modules": list(layers)}
                 tasks[name] = LoraAdapter({}, heads, config, source=str(folder), layouts=layouts)
             return cls(layers, scales, float(manifest["scale"]), tasks, manifest)
-        except (SafetensorError, json.JSONDecodeError, KeyError, OSError, TypeError) as error:
+        except (SafetensorError, ValueError, KeyError, OSError, TypeError) as error:
             raise ValueError(f"{folder} is damaged: {type(error).__name__}: {error}") from error
 
     def _place(self, task: str) -> int:

@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 from osrm_peft.adapters import Factors
 from osrm_peft.merging.guidance import best_scale, normal_equations, solve
 from osrm_peft.merging.inputs import Adapters, Statistics, Weights
-from osrm_peft.merging.lowrank import Compressed, compress
+from osrm_peft.merging.lowrank import Compressed, compress, compress_matrix
 from osrm_peft.merging.masked import MaskedAdapter, MaskedLayer
 from osrm_peft.merging.merged import MergedAdapter, MergedLayer
 from osrm_peft.merging.plan import MergePlan, pairs, plan_merge
@@ -150,12 +150,12 @@ def _merge_layer(
             merged = out if isinstance(out, Merged) else Merged(out)
             report = dict(merged.report)
             if merged.offset is not None:
-                offset = compress(*layer.lift(merged.offset)).factors
-            if merged.finish is not None:
-                lifted = Layer(merged.direction[:0]).lift(merged.finish(layer.dense(merged.direction)))
+                offset = layer.compress(merged.offset).factors
+            rank = plan.rank if offset is None else None  # with an offset, the rank is of their sum
+            if merged.finish is None:
+                direction = layer.compress(merged.direction, rank)
             else:
-                lifted = layer.lift(merged.direction)
-            direction = compress(*lifted, plan.rank if offset is None else None)
+                direction = compress_matrix(merged.finish(layer.dense(merged.direction)), rank)
     except ValueError as error:
         raise ValueError(f"layer {name!r}: {error}") from error
     if plan.guided_scale and plan.features is not None:
@@ -165,7 +165,12 @@ def _merge_layer(
         scale = best_scale((found.s * found.B, found.A), fixed, products, plan.features(name))
         direction = Compressed(Factors(found.A, scale * found.B, found.s), direction.energy_kept)
         report["scale"] = scale
-    return MergedLayer(direction, offset), report
+    factors = _float32(direction.factors)  # solved in float64, kept as it will be written at most
+    return MergedLayer(direction._replace(factors=factors), offset and _float32(offset)), report
+
+
+def _float32(factors: Factors) -> Factors:
+    return Factors(factors.A.float(), factors.B.float(), factors.s)
 
 
 def _guided_weights(plan: MergePlan) -> dict[str, Tensor]:

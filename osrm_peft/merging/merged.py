@@ -61,7 +61,8 @@ class MergedAdapter:
 
     def deltas(self) -> dict[str, Tensor]:
         """{layer: (o, n) merged task vector}, float64: what is added to the base weights."""
-        return {name: layer.at(self.scale, self.rank).factors.delta().double() for name, layer in self.layers.items()}
+        at = {name: layer.at(self.scale, self.rank).factors for name, layer in self.layers.items()}
+        return {name: factors.B.double() @ factors.A.double() for name, factors in at.items()}
 
     def energy_kept(self) -> dict[str, float]:
         """{layer: share of the merged task vector's squared norm that `rank` keeps}; 1 where it is exact."""

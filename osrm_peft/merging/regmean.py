@@ -59,10 +59,19 @@ def regmean(
         total += w.abs() * G
         reads.append(None if f is None else float(w) * f.s * (G @ f.A.double().mT))
     L, info = torch.linalg.cholesky_ex(total)
-    if int(info) or float(L.diagonal().min()) ** 2 < n * torch.finfo(torch.float64).eps * float(total.diagonal().max()):
+    rounding = 4 * n**0.5 * 2**-24  # of sums in float32
+    if int(info) or (ridge == 0 and _least_eigenvalue(total.diagonal().sqrt(), L) < rounding):
         raise ValueError(
             f"the tasks' Gram matrices are singular together (width {n}): collect more rows, lower "
             f"off_diagonal={off_diagonal:g}, or give ridge=1e-6"
         )
     A = [torch.cholesky_solve(read, L).mT for read in reads if read is not None]
     return Factors(torch.cat(A), torch.cat([f.B.double() for f in factors if f is not None], dim=1))
+
+
+def _least_eigenvalue(size: Tensor, L: Tensor) -> float:
+    """Of the matrix LLᵀ scaled to a diagonal of ones (size: the roots of its diagonal), by inverse iteration."""
+    x = torch.linspace(1, 2, len(L), dtype=L.dtype)[:, None]
+    for _ in range(5):
+        x = size[:, None] * torch.cholesky_solve(size[:, None] * x / x.norm(), L)
+    return 1 / float(x.norm())

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from osrm_peft.adapters import Factors
-from osrm_peft.merging.lowrank import balanced, column_basis
+from osrm_peft.merging.lowrank import Compressed, balanced, column_basis, compress_matrix
 
 SPACES = ("weight", "core", "knots")
 
@@ -24,14 +24,12 @@ class Layer(NamedTuple):
     left: Tensor | None = None
     right: Tensor | None = None
 
-    def lift(self, merged: Tensor) -> tuple[Tensor, Tensor]:
-        """A merged (p, q) matrix back in the layer: (B (o, k), A (k, n)) with the product left · merged · rightᵀ."""
-        A = merged if self.right is None else merged @ self.right.mT
-        if self.left is not None:
-            return self.left, A
-        o, n = A.shape
-        eye = torch.eye(min(o, n), dtype=A.dtype)
-        return (A, eye) if n <= o else (eye, A)
+    def compress(self, merged: Tensor, rank: int | None = None) -> Compressed:
+        """A merged (p, q) matrix as factors in the layer, of at most `rank`; the bases are orthonormal, so cut here."""
+        factors, energy = compress_matrix(merged, rank)
+        A, B = factors.A, factors.B
+        A = A if self.right is None else A @ self.right.mT
+        return Compressed(Factors(A, B if self.left is None else self.left @ B), energy)
 
     def dense(self, stack: Tensor) -> Tensor:
         """(T, p, q) matrices as (T, o, n) ones of the layer, float32."""

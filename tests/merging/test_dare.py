@@ -19,7 +19,7 @@ def dropped(adapters, task, seed=0, drop_rate=0.5):
     """{layer: (o, n) float32} what DARE leaves of one task; recompression's rounding back to exact zeros."""
     weights = {name: float(name == task) for name in adapters}
     found = merge_adapters(adapters, "dare", weights=weights, scale=1, seed=seed, drop_rate=drop_rate).deltas()
-    return {name: torch.where(d.abs() > 1e-9 * d.abs().max(), d, 0).float() for name, d in found.items()}
+    return {name: torch.where(d.abs() > 1e-6 * d.abs().max(), d, 0).float() for name, d in found.items()}
 
 
 @settings(deadline=None, max_examples=25)

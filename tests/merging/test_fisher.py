@@ -82,7 +82,6 @@ def test_one_task_is_itself_whatever_its_information_and_zeros_are_zeros():
     assert not fisher(torch.zeros(2, 3, 3), torch.ones(2), [torch.zeros(3, 3)] * 2).any()
 
 
-@pytest.mark.xfail(strict=True, reason="clamp_min(1e-300) is 0 in float32: 0/0, and LinAlgError from the SVD")
 def test_weights_of_0_give_0():
     adapters, weights = {"s": lora(1), "t": lora(2)}, [{"a": 0, "b": 1}] * 2
     statistics = {"s": information("s", 1), "t": information("t", 2)}
@@ -131,10 +130,9 @@ def test_a_merge_takes_each_task_s_own_file(tmp_path):
             {"s": information("s", 1), "t": information("t", 2, {"a": (6, 5, 1)})},
             r"statistics of 't' lacks 1 of the 2 merged layers: b",
         ),
-        pytest.param(
+        (
             {"s": information("s", 1), "t": DiagonalFisher("t", "tiny", 1, "true", layers=dict.fromkeys("ab", ONES))},
-            r"statistics of 't'",
-            marks=pytest.mark.xfail(raises=IndexError, strict=True, reason="the message takes two dimensions"),
+            r"statistics of 't' is 5 at 'a', the layer is",
         ),
         (
             {"s": information("s", 1), "t": information("t", 2, LAYERS | {"b": (7, 4, 1)})},
