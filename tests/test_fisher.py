@@ -190,6 +190,12 @@ def test_the_model_is_left_as_it_was(tuned, fails):
     assert all(torch.equal(tensor, values[name]) for name, tensor in model.state_dict().items())
 
 
+def test_a_model_in_training_is_measured_without_dropout(tuned):
+    model, loader = tuned()[0], batches()
+    expected = collect(model, loader).layers
+    close(collect(model.train(), loader).layers, expected, 0)
+
+
 def test_gradients_of_a_training_step_stay(tuned):
     model, _ = tuned()
     model(**batches()[0]).loss.backward()

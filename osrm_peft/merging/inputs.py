@@ -211,11 +211,11 @@ def _named_alike(adapters: dict[str, LoraAdapter]) -> dict[str, LoraAdapter]:
 
     (`encoder.layer.0.…` of BertModel is `bert.encoder.layer.0.…` of BertForSequenceClassification.)
     """
-    known = sorted({name for adapter in adapters.values() for name in adapter.shapes})
     alike = {}
     for task, adapter in adapters.items():
-        longer = (other.removesuffix(name) for name in adapter.shapes for other in known if other.endswith(f".{name}"))
-        prefix = next(longer, "")
+        others = sorted({name for other, one in adapters.items() if other != task for name in one.shapes})
+        longer = (other.removesuffix(name) for name in adapter.shapes for other in others if other.endswith(f".{name}"))
+        prefix = "" if set(others) & set(adapter.shapes) else next(longer, "")
         alike[task] = _renamed(adapter, prefix) if prefix else adapter
     return alike
 

@@ -89,7 +89,9 @@ def execute(plan: MergePlan, *, progress: bool = False) -> MergedAdapter | Maske
     stacks = _Stacks(plan)
     summary = {}
     if plan.method.summarise is not None:
-        summary["summary"] = plan.method.summarise(stacks, **taken(plan.method.summarise, plan.options))
+        # in the core a layer is small: all of them are kept for the passes over the model, in float32
+        passes = [stack.float() for stack in stacks] if plan.space == "core" else stacks
+        summary["summary"] = plan.method.summarise(passes, **taken(plan.method.summarise, plan.options))
     weights = _guided_weights(plan)
     layers, reports = {}, {}
     for name in names:
@@ -149,13 +151,16 @@ def _merge_layer(
             out = plan.method.fn(layer.stack, weights.to(layer.stack.dtype), **arguments)
             merged = out if isinstance(out, Merged) else Merged(out)
             report = dict(merged.report)
-            if merged.offset is not None:
+            cut = plan.rank if merged.offset is None else None  # with an offset, the rank is of their sum
+            if merged.finish is not None:
+                direction = compress_matrix(merged.finish(layer.dense(merged.direction)), cut)
+            elif merged.offset is None or layer.left is None or layer.right is None:
+                direction = layer.compress(merged.direction, cut)
+            else:  # both in the same bases: A is shared
+                direction = Compressed(Factors(layer.right.mT.float(), layer.left @ merged.direction), 1.0)
+                offset = Factors(direction.factors.A, layer.left @ merged.offset)
+            if merged.offset is not None and offset is None:
                 offset = layer.compress(merged.offset).factors
-            rank = plan.rank if offset is None else None  # with an offset, the rank is of their sum
-            if merged.finish is None:
-                direction = layer.compress(merged.direction, rank)
-            else:
-                direction = compress_matrix(merged.finish(layer.dense(merged.direction)), rank)
     except ValueError as error:
         raise ValueError(f"layer {name!r}: {error}") from error
     if plan.guided_scale and plan.features is not None:

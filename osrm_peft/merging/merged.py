@@ -20,7 +20,8 @@ class MergedLayer(NamedTuple):
 
     Attributes:
         direction: the compressed merged direction, at scale 1.
-        offset: what the scale does not touch (LoRE's implicit base), or None.
+        offset: what the scale does not touch (LoRE's implicit base), or None. It may share A, the very tensor, with the
+            direction: their sum then has no larger rank than one of them.
     """
 
     direction: Compressed
@@ -31,6 +32,8 @@ class MergedLayer(NamedTuple):
         B, A = self.direction.factors.B, self.direction.factors.A
         if self.offset is None:
             return Compressed(Factors(A, scale * B), self.direction.energy_kept)
+        if self.offset.A is A:
+            return compress(self.offset.B + scale * B, A, rank)
         return compress(torch.cat([self.offset.B, scale * B], dim=1), torch.cat([self.offset.A, A]), rank)
 
 
@@ -61,12 +64,11 @@ class MergedAdapter:
 
     def deltas(self) -> dict[str, Tensor]:
         """{layer: (o, n) merged task vector}, float64: what is added to the base weights."""
-        at = {name: layer.at(self.scale, self.rank).factors for name, layer in self.layers.items()}
-        return {name: factors.B.double() @ factors.A.double() for name, factors in at.items()}
+        return {name: found.factors.B.double() @ found.factors.A.double() for name, found in self._found().items()}
 
     def energy_kept(self) -> dict[str, float]:
         """{layer: share of the merged task vector's squared norm that `rank` keeps}; 1 where it is exact."""
-        return {name: layer.at(self.scale, self.rank).energy_kept for name, layer in self.layers.items()}
+        return {name: found.energy_kept for name, found in self._found().items()}
 
     def for_task(self, task: str | None) -> LoraAdapter:
         """One ordinary adapter: the shared LoRA with this task's head (None: without any).
@@ -74,11 +76,7 @@ class MergedAdapter:
         Raises:
             ValueError: no such task; lists those there are.
         """
-        if task is not None and task not in self.tasks:
-            raise ValueError(f"no task {task!r} was merged, only {', '.join(self.tasks)}")
-        template = self.tasks[task] if task is not None else replace(next(iter(self.tasks.values())), heads={})
-        factors = {name: layer.at(self.scale, self.rank).factors for name, layer in self.layers.items()}
-        return replace(template, factors=factors, dtype=self.dtype, source="merge", sha256=None)
+        return self._adapter(task, self._found())
 
     def load(self, base: PreTrainedModel | str, task: str | None = None) -> PeftModel:
         """A PeftModel of `base` with the shared LoRA and this task's head, in eval mode.
@@ -96,9 +94,21 @@ class MergedAdapter:
         Raises:
             FileExistsError: the folder holds something that is not ours.
         """
+        found = self._found()
         with new_folder(folder, "merged") as partial:
-            self.for_task(None).save_pretrained(partial)
+            self._adapter(None, found).save_pretrained(partial)
             for name, adapter in self.tasks.items():
                 if adapter.heads:
                     save_head(adapter.heads, adapter.config, partial / HEADS / f"{name}.safetensors")
-            write_json(partial / MANIFEST, self.manifest | {"energy_kept": self.energy_kept()})
+            energy = {name: one.energy_kept for name, one in found.items()}
+            write_json(partial / MANIFEST, self.manifest | {"energy_kept": energy})
+
+    def _found(self) -> dict[str, Compressed]:
+        return {name: layer.at(self.scale, self.rank) for name, layer in self.layers.items()}
+
+    def _adapter(self, task: str | None, found: dict[str, Compressed]) -> LoraAdapter:
+        if task is not None and task not in self.tasks:
+            raise ValueError(f"no task {task!r} was merged, only {', '.join(self.tasks)}")
+        template = self.tasks[task] if task is not None else replace(next(iter(self.tasks.values())), heads={})
+        factors = {name: one.factors for name, one in found.items()}
+        return replace(template, factors=factors, dtype=self.dtype, source="merge", sha256=None)

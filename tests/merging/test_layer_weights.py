@@ -188,3 +188,10 @@ def test_other_layers_are_no_prefix():
     """`a` is the last part of neither `b` nor `ba`."""
     adapters = {"s": lora(1), "t": lora(2, {"ba": LAYERS["a"]})}
     assert list(merge_adapters(adapters, "concat").layers) == ["a", "b", "ba"]
+
+
+def test_an_adapter_with_a_layer_whose_name_ends_another_s_keeps_both():
+    own = lora(1, {"proj": (4, 5, 2), "vision.proj": (4, 5, 2)})
+    assert list(merge_adapters({"s": own}, "concat").layers) == ["proj", "vision.proj"]
+    other = lora(2, {"vision.proj": (4, 5, 1)})
+    assert list(merge_adapters({"s": own, "t": other}, "concat").layers) == ["proj", "vision.proj"]
