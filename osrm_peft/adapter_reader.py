@@ -17,7 +17,7 @@ from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from osrm_peft.adapters import CONFIG, HEADS, PREFIX, WEIGHTS, Factors, FactorsOnDemand, LoraAdapter, below
+from osrm_peft.adapters import CONFIG, HEADS, PREFIX, TARGETS, WEIGHTS, Factors, FactorsOnDemand, LoraAdapter, below
 from osrm_peft.checks import number
 
 logger = logging.getLogger(__name__)
@@ -202,6 +202,9 @@ def _parse(
                     f"{source} has NaN or Inf in layer {name!r}: the training run diverged; train it again"
                 )
         scales[name] = _scale_of(config, name, rank)
+
+    if config.get("ensure_weight_tying"):  # PEFT then adapts a layer besides those that its config names
+        config |= dict.fromkeys(TARGETS) | {"target_modules": sorted(halves)}
 
     def factors_of(name: str) -> Factors:
         A, B = (read(halves[name][half]).float().flatten(1) for half in "AB")

@@ -56,13 +56,17 @@ class Merge(NamedTuple):
 
     def default_scale(self) -> float:
         """The λ that the method has where none is given."""
-        return 1.0 if "weights" in self.arguments else METHODS[self.method].scale
+        return 1.0 if self.guided() else METHODS[self.method].scale
+
+    def guided(self) -> bool:
+        """Whether features choose its weights or its scale."""
+        return "features" in self.arguments.values()
 
 
 MERGES: dict[str, Merge] = {
     "average": Merge("average"),
     "task_arithmetic": Merge("task_arithmetic", (0.3, 0.6, 1.0)),
-    "feature weights": Merge("task_arithmetic", (1.0,), {"weights": "features"}),
+    "TA features": Merge("task_arithmetic", (1.0,), {"weights": "features"}),
     "ties": Merge("ties", (0.3, 0.6, 1.0)),
     "knots ties": Merge("ties", (1.0,), {"space": "knots"}),
     "dare": Merge("dare", (0.3,)),
@@ -73,6 +77,7 @@ MERGES: dict[str, Merge] = {
     "tsv": Merge("tsv"),
     "iso": Merge("iso"),
     "lore": Merge("lore", (0.3, 0.6, 1.0)),
+    "lore features": Merge("lore", (1.0,), {"scale": "features"}),
 }
 STATISTICS_ROWS = 100  # training rows a task for Fisher and RegMean
 
@@ -185,7 +190,7 @@ def _run_seed(out: Path, recipe: Recipe, osrm: dict[str, Any], bar: tqdm) -> dic
             needs = METHODS[merge.method].needs
             if needs is not None:
                 arguments["statistics"] = files[needs]
-            if "weights" in arguments:
+            if merge.guided():
                 arguments["features"] = features
             merged = merge_adapters(adapters, merge.method, **arguments)
             if not saved.exists():

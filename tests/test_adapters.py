@@ -7,8 +7,9 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import save_file
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from osrm_peft import load_adapter
+from osrm_peft import load_adapter, merge_adapters
 from osrm_peft.layers import as_weight, lora_layers
 from tests.conftest import make_adapter, make_base, make_batch, tensors_of
 
@@ -243,3 +244,40 @@ def test_a_base_by_name_needs_a_task_type_that_tells_its_class(tmp_path, base_fo
     edit_config(tmp_path, task_type="TOKEN_CLS")
     with pytest.raises(ValueError, match=r"needs for task_type='TOKEN_CLS': pass the loaded base model"):
         load_adapter(tmp_path).attach(base_folder)
+
+
+@pytest.mark.parametrize("tying", [False, True])
+@pytest.mark.parametrize("targets", [["embed_tokens", "q_proj"], ["lm_head", "q_proj"], ["embed_tokens", "lm_head"]])
+def test_tied_embeddings(tmp_path, targets, tying):
+    """Head and embedding share a weight, not an adapter, unless PEFT is told to tie that too."""
+
+    def tied_base():
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+        return LlamaForCausalLM(
+            LlamaConfig(vocab_size=50, tie_word_embeddings=True, name_or_path="tiny", **sizes)
+        ).eval()
+
+    config = LoraConfig(r=2, lora_alpha=4, target_modules=targets, task_type="CAUSAL_LM", ensure_weight_tying=tying)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = get_peft_model(tied_base(), config)
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                torch.nn.init.normal_(parameter, std=0.3)
+        model.eval().save_pretrained(tmp_path / "theirs")
+        assert any("base_layer" in name for name in tensors_of(tmp_path / "theirs")) or tying  # the base's, left out
+        merged = merge_adapters({"t": tmp_path / "theirs"}, "average")
+        merged.save_pretrained(tmp_path / "ours")
+        assert not any("base_layer" in name for name in tensors_of(tmp_path / "ours"))
+        again = PeftModel.from_pretrained(tied_base(), str(tmp_path / "ours")).eval()
+    with torch.no_grad():
+        expected = model(torch.arange(8)[None]).logits
+        torch.testing.assert_close(again(torch.arange(8)[None]).logits, expected, rtol=1e-4, atol=1e-5)
+        emr = merge_adapters({"t": tmp_path / "theirs"}, "emr")
+        if tying:  # one weight changed once
+            with emr.for_task("t", tied_base()) as switched:
+                torch.testing.assert_close(switched(torch.arange(8)[None]).logits, expected, rtol=1e-4, atol=1e-4)
+        elif len(set(targets) & {"embed_tokens", "lm_head"}) == 2:
+            with pytest.raises(ValueError, match="shares its weight with another adapted layer"):
+                emr.load(tied_base(), "t")

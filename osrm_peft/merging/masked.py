@@ -162,7 +162,7 @@ class MaskedAdapter:
         return list(self.tasks).index(task)
 
     def _weights_of(self, task: str, model: PreTrainedModel) -> dict[Tensor, Tensor]:
-        """{parameter: its value for this task}, checked against the model; tied layers add to their one weight."""
+        """{parameter: its value for this task}, checked against the model."""
         place, modules, parameters = self._place(task), dict(model.named_modules()), dict(model.named_parameters())
         values: dict[Any, Tensor] = {}
         for name, layer in self.layers.items():
@@ -175,7 +175,13 @@ class MaskedAdapter:
                 )
             weight: Any = modules[name].weight
             delta = as_weight(modules[name], self.scale * self.scales[task] * layer.masked(place))
-            values[weight] = values.get(weight, weight.detach().float()) + delta.to(weight.device)
+            value = weight.detach().float() + delta.to(weight.device)
+            if weight in values and not torch.allclose(values[weight], value, rtol=1e-4, atol=1e-6):
+                raise ValueError(
+                    f"layer {name!r} shares its weight with another adapted layer, and this task changes the two "
+                    "differently: one weight cannot hold both; use .adapter(task), whose layers are apart"
+                )
+            values[weight] = value
         for name, tensor in self.tasks[task].heads.items():
             actual = tuple(parameters[name].shape) if name in parameters else None
             if actual != tuple(tensor.shape):
