@@ -114,7 +114,7 @@ def llama(blocks: int) -> None:
     table = Table("method", "read, merge, write [s]", "of it merge [s]", "peak memory [GiB]",
                   title=f"{T} adapters of Llama-3-8B's q and v, {blocks} blocks, to rank {R}")  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
-        _write_adapters(Path(folder), blocks)
+        write_adapters(Path(folder), blocks)
         for method in METHODS:
             done = _in_process(method, folder)
             table.add_row(method, f"{done['seconds']:.1f}", f"{done['merge']:.1f}", f"{done['peak'] / 2**30:.2f}")
@@ -127,8 +127,8 @@ def memory() -> None:
     table = Table("method", "8 blocks [GiB]", "32 blocks [GiB]", "growth", "of it the result",
                   title="Peak memory, adapters of 16 and of 64 layers")  # fmt: skip
     with tempfile.TemporaryDirectory() as few, tempfile.TemporaryDirectory() as many:
-        _write_adapters(Path(few), 8)
-        _write_adapters(Path(many), 32)
+        write_adapters(Path(few), 8)
+        write_adapters(Path(many), 32)
         for method in ("task_arithmetic", "ties (core)"):
             small, large = (_in_process(method, folder) for folder in (few, many))
             growth = large["peak"] - small["peak"]
@@ -224,7 +224,7 @@ def _random_factors(o: int, n: int, seed: int) -> Factors:
     return Factors(A, torch.randn(o, R, generator=generator) / 100, 2.0)
 
 
-def _write_adapters(folder: Path, blocks: int) -> None:
+def write_adapters(folder: Path, blocks: int) -> None:
     """8 adapters as PEFT would have saved them for Llama-3-8B (q: 4096×4096, v: 1024×4096)."""
     config = LoraConfig(r=R, lora_alpha=2 * R, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
     config.base_model_name_or_path = "made-up/Llama-3-8B"

@@ -3,12 +3,14 @@
 from typing import NamedTuple
 
 import torch
+from scipy.sparse.linalg import svds
 from torch import Tensor
 
 from osrm_peft.adapters import Factors
 from osrm_peft.moments import FeatureMoments
 
 _EPS = torch.finfo(torch.float64).eps
+_WIDE = 1024
 
 
 class Compressed(NamedTuple):
@@ -37,10 +39,28 @@ def compress(B: Tensor, A: Tensor, rank: int | None = None) -> Compressed:
 
 
 def compress_matrix(X: Tensor, rank: int | None = None) -> Compressed:
-    """The same of a matrix (o, n) that is there: an SVD of it."""
-    U, S, Vh = torch.linalg.svd(X.double(), full_matrices=False)
-    k = int((_cutoff(S, X.shape) < S).sum())
-    return _cut(U[:, :k], S[:k], Vh[:k], rank)
+    """The same of a matrix (o, n) that is there, whose full SVD takes minutes where it is wide.
+
+    Above a width of 1,024 a small `rank` is found by Lanczos iterations to rounding (ARPACK), and without `rank` X is
+    returned as it is, X·I, at full rank.
+    """
+    X, narrow = X.double(), min(X.shape)
+    if narrow <= _WIDE:
+        U, S, Vh = torch.linalg.svd(X, full_matrices=False)
+        k = int((_cutoff(S, X.shape) < S).sum())
+        return _cut(U[:, :k], S[:k], Vh[:k], rank)
+    square = float(X.square().sum())
+    if rank is None or square == 0:
+        eye = torch.eye(narrow, dtype=X.dtype)
+        return Compressed(Factors(eye, X) if X.shape[1] == narrow else Factors(X, eye), 1.0)
+    if rank > narrow // 8:
+        U, S, Vh = torch.linalg.svd(X, full_matrices=False)
+        return _cut(U, S, Vh, rank)
+    start = torch.linspace(1, 2, narrow, dtype=X.dtype).numpy()  # fixed: ARPACK would draw one
+    U, S, Vh = (torch.from_numpy(found.copy()) for found in svds(X.numpy(), k=rank, v0=start))
+    U, S, Vh = U.flip(1), S.flip(0), Vh.flip(0)  # the largest first
+    cut = _cut(U, S, Vh, rank)
+    return cut._replace(energy_kept=float(S.square().sum()) / square)
 
 
 def column_basis(parts: list[Tensor]) -> Tensor:

@@ -1,9 +1,11 @@
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from osrm_peft.adapters import Factors
-from osrm_peft.merging.lowrank import balanced, column_basis, compress
+from osrm_peft.merging import lowrank
+from osrm_peft.merging.lowrank import balanced, column_basis, compress, compress_matrix
 from osrm_peft.merging.spaces import enter
 
 shapes = st.tuples(st.integers(1, 9), st.integers(1, 9), st.integers(1, 12))  # o, n, and a rank that may exceed both
@@ -60,3 +62,19 @@ def test_shared_directions_make_the_core_smaller():
     twice = enter("core", [one, Factors(2 * one.A, one.B, -1.0)])
     assert twice.stack.shape == (2, 3, 3)
     assert column_basis([torch.ones(4, 2, dtype=torch.float64)]).shape == (4, 1)
+
+
+@pytest.mark.parametrize("shape", [(60, 90), (90, 60)])
+def test_a_wide_matrix_is_cut_as_by_its_svd_without_one(shape, monkeypatch):
+    X = torch.randn(*shape, dtype=torch.float64)  # a flat spectrum: the hardest for iterations
+    U, S, Vh = torch.linalg.svd(X, full_matrices=False)
+    monkeypatch.setattr(lowrank, "_WIDE", 10)
+    for rank in (1, 5, 30):  # by Lanczos, by Lanczos, by the SVD
+        factors, energy = compress_matrix(X, rank)
+        torch.testing.assert_close(factors.delta(), (U[:, :rank] * S[:rank]) @ Vh[:rank], rtol=0, atol=1e-10)
+        assert energy == pytest.approx(float(S[:rank].square().sum() / S.square().sum()), rel=1e-10)
+        torch.testing.assert_close(factors.B.mT @ factors.B, S[:rank].diag(), rtol=0, atol=1e-10)  # balanced
+    exact = compress_matrix(X)
+    assert torch.equal(exact.factors.delta(), X) and exact == (exact.factors, 1.0) and exact.factors.rank == 60
+    assert not compress_matrix(0 * X, 5).factors.delta().any()
+    assert torch.equal(compress_matrix(X, 5).factors.B, compress_matrix(X, 5).factors.B)  # no random start
