@@ -1,7 +1,7 @@
 """The same merges by mergekit and here, in one run: times and the difference of the results.
 
     python -m venv mergekit-env && mergekit-env/bin/pip install mergekit      # an environment of its own
-    python benchmarks/beside_mergekit.py --mergekit mergekit-env/bin/mergekit-yaml    # a few minutes, 2 GB of disk
+    python benchmarks/beside_mergekit.py --mergekit mergekit-env/bin/mergekit-yaml     # minutes, 2 GB of disk
 
 mergekit merges checkpoints: 8 adapters (r = 16, alpha = 32) on q and v of one made-up Llama block of width 4096 are
 baked into full weights first, which is not timed. Here the adapters themselves are read, merged, and written.

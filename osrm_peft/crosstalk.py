@@ -61,7 +61,7 @@ class Interference:
     def off_diagonal(self) -> float:
         """The geometric mean over all pairs j ≠ t of `mean`: one number for a set of adapters (nan for one task)."""
         others = self.mean()[~torch.eye(len(self.tasks), dtype=torch.bool)]
-        return float(others.clamp_min(1e-300).log().mean().exp())
+        return float(others.log().mean().exp())
 
 
 def interference(
@@ -90,6 +90,9 @@ def interference(
     inputs = gather(adapters, base_model=base_model, heads="per_task", rank=None)
     moments_of = statistics_of("features", TaskFeatures, features, inputs, "interference")
     modules: dict[str, Any] = dict(base_of(base).named_modules()) if base is not None else {}
+    merged = [name for name in inputs.shapes if getattr(modules.get(name), "merged", False)]
+    if merged:
+        raise ValueError(f"an adapter is merged into {merged[0]!r} of the base: call unmerge_adapter() first")
     wrong = [name for name, shape in inputs.shapes.items() if modules and _shape_in(modules, name) != shape]
     if base is not None and wrong:
         raise ValueError(f"the base model has {_shape_in(modules, wrong[0])} at {wrong[0]!r}, the adapters "

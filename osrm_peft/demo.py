@@ -114,7 +114,8 @@ def run_demo(
             for seed in seeds
         ]
     scores = [score for seed in seeds for score in read_scores(out / f"seed{seed}/scores.json")]
-    scores.sort(key=lambda score: (score.init != "plain LoRA", seeds.index(score.seed)))
+    order = ["individual", *MERGES]
+    scores.sort(key=lambda score: (score.init != "plain LoRA", order.index(score.method), seeds.index(score.seed)))
     table = MultiTaskTable.of(scores)
     default = replace(table, rows=[row for row in table.rows if _is_default(row)])
     plot_scales(table, out / "scales.png")

@@ -5,7 +5,18 @@ from torch import Tensor
 from osrm_peft.merging.registry import register
 
 
-@register("average", paper="Model soups (Wortsman et al., ICML 2022), arXiv:2203.05482", commutes=True)
+def check_weights(weights: Tensor) -> None:
+    """Raise ValueError for weights that sum to 0."""
+    if weights.sum().abs() <= 1e-12 * weights.abs().sum():
+        raise ValueError(f"the weights {weights.tolist()} sum to 0, so they have no average: use task_arithmetic")
+
+
+@register(
+    "average",
+    paper="Model soups (Wortsman et al., ICML 2022), arXiv:2203.05482",
+    commutes=True,
+    check_weights=check_weights,
+)
 def average(tau: Tensor, weights: Tensor) -> Tensor:
     """Σ_t w_t τ_t / Σ_t w_t.
 
@@ -16,7 +27,5 @@ def average(tau: Tensor, weights: Tensor) -> Tensor:
     Returns:
         (o, n) in the dtype of `tau`.
     """
-    total = weights.sum()
-    if total.abs() <= 1e-12 * weights.abs().sum():
-        raise ValueError(f"the weights {weights.tolist()} sum to 0, so they have no average: use task_arithmetic")
-    return (weights[:, None, None] * tau).sum(0) / total
+    check_weights(weights)
+    return (weights[:, None, None] * tau).sum(0) / weights.sum()

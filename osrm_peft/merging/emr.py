@@ -30,4 +30,4 @@ def emr(tau: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     theta = weights[:, None, None] * tau
     sign = theta.sum(0).sign()  # (o, n) γ
     unified = sign * torch.where(theta.sign() == sign, theta.abs(), 0).amax(0)
-    return unified, theta * unified > 0
+    return unified, (theta.sign() == unified.sign()) & (unified != 0)

@@ -32,11 +32,13 @@ class Inputs:
         adapters: {task: adapter}, layers named alike.
         base: the base model's name.
         shapes: {layer: (o, n)} of all layers that any adapter has, sorted by name.
+        prefixes: {task: what was put before its layers' names}, of adapters of the bare model.
     """
 
     adapters: dict[str, LoraAdapter]
     base: str | None
     shapes: dict[str, tuple[int, int]]
+    prefixes: dict[str, str]
 
     def factors(self, layer: str) -> list[Factors | None]:
         """One layer of each adapter, read now; None where it has none."""
@@ -92,12 +94,13 @@ def gather(adapters: Adapters, *, base_model: str | None, heads: str, rank: int 
     with_heads = [name for name, adapter in loaded.items() if adapter.heads]
     if heads == "error" and with_heads:
         raise ValueError(f"{', '.join(with_heads)} have trained heads and heads='error': use heads='per_task'")
-    loaded = _named_alike(loaded)
+    prefixes = _prefixes(loaded)
+    loaded = {task: _renamed(adapter, prefixes[task]) for task, adapter in loaded.items()}
     shapes = _common_shapes(loaded)
     widest = min(min(shape) for shape in shapes.values())
     if rank is not None and rank > widest:
         raise ValueError(f"rank={rank} is above {widest}, the smallest layer's width: lower it, or None for exact")
-    return Inputs(loaded, base, dict(sorted(shapes.items())))
+    return Inputs(loaded, base, dict(sorted(shapes.items())), prefixes)
 
 
 def weights_by_task(weights: Weights, tasks: list[str]) -> dict[str, Mapping[str, float]]:
@@ -166,6 +169,15 @@ def statistics_of(
         one = kind.load(value) if isinstance(value, (str, Path)) else value
         if not isinstance(one, kind):
             raise ValueError(f"{argument} of {task!r} is a {type(one).__name__}, {reason} needs a {kind.__name__}")
+        if argument == "features" and getattr(one, "adapted", False):
+            raise ValueError(
+                f"features of {task!r} are of its fine-tuned model (collect_gram): {reason} needs those of the "
+                "pre-trained model (collect_features)"
+            )
+        prefix = inputs.prefixes[task]
+        if prefix and not set(inputs.shapes) & set(one.layers):  # collected on the bare model, like its adapter
+            renamed: Any = {prefix + layer: found for layer, found in one.layers.items()}
+            one = replace(one, layers=renamed)
         lacking = sorted(set(inputs.shapes) - set(one.layers))
         if lacking:
             raise ValueError(
@@ -206,21 +218,22 @@ def _common_base(adapters: Mapping[str, LoraAdapter], base_model: str | None) ->
     return next(iter(bases.values()))[0]
 
 
-def _named_alike(adapters: dict[str, LoraAdapter]) -> dict[str, LoraAdapter]:
-    """The longer names where one adapter was trained on the bare model, another on it inside a task's model.
+def _prefixes(adapters: dict[str, LoraAdapter]) -> dict[str, str]:
+    """What to put before layer names where one adapter was trained on the bare model, another inside a task's model.
 
     (`encoder.layer.0.…` of BertModel is `bert.encoder.layer.0.…` of BertForSequenceClassification.)
     """
-    alike = {}
+    prefixes = {}
     for task, adapter in adapters.items():
         others = sorted({name for other, one in adapters.items() if other != task for name in one.shapes})
         longer = (other.removesuffix(name) for name in adapter.shapes for other in others if other.endswith(f".{name}"))
-        prefix = "" if set(others) & set(adapter.shapes) else next(longer, "")
-        alike[task] = _renamed(adapter, prefix) if prefix else adapter
-    return alike
+        prefixes[task] = "" if set(others) & set(adapter.shapes) else next(longer, "")
+    return prefixes
 
 
 def _renamed(adapter: LoraAdapter, prefix: str) -> LoraAdapter:
+    if not prefix:
+        return adapter
     shapes = {prefix + name: shape for name, shape in adapter.shapes.items()}
     factors = FactorsOnDemand(shapes, lambda name: adapter.factors[name.removeprefix(prefix)])
     layouts = {prefix + name: layout for name, layout in adapter.layouts.items()}

@@ -145,13 +145,13 @@ class MaskedAdapter:
             for name, layer in layers.items():
                 if layer.unified.dim() != 2 or layer.masks.shape != (len(names), -(-layer.unified.numel() // 8)):
                     raise ValueError(f"{name}: masks {tuple(layer.masks.shape)} of {tuple(layer.unified.shape)}")
-            tasks = {}
+            tasks, dtype = {}, next(iter(layers.values())).unified.dtype
             for name in names:
                 with safe_open(folder / HEADS / f"{name}.safetensors", framework="pt") as file:
                     heads = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
                     config = json.loads((file.metadata() or {})["osrm_peft"])
                 config |= {"base_model_name_or_path": manifest.get("base_model"), "target_modules": list(layers)}
-                tasks[name] = LoraAdapter({}, heads, config, source=str(folder), layouts=layouts)
+                tasks[name] = LoraAdapter({}, heads, config, dtype, source=str(folder), layouts=layouts)
             return cls(layers, scales, float(manifest["scale"]), tasks, manifest)
         except (SafetensorError, ValueError, KeyError, OSError, TypeError) as error:
             raise ValueError(f"{folder} is damaged: {type(error).__name__}: {error}") from error
@@ -165,6 +165,7 @@ class MaskedAdapter:
         """{parameter: its value for this task}, checked against the model."""
         place, modules, parameters = self._place(task), dict(model.named_modules()), dict(model.named_parameters())
         values: dict[Any, Tensor] = {}
+        deltas: dict[Any, Tensor] = {}
         for name, layer in self.layers.items():
             found = weight_shape(modules[name]) if name in modules else None
             if found != tuple(layer.unified.shape):
@@ -175,13 +176,14 @@ class MaskedAdapter:
                 )
             weight: Any = modules[name].weight
             delta = as_weight(modules[name], self.scale * self.scales[task] * layer.masked(place))
-            value = weight.detach().float() + delta.to(weight.device)
-            if weight in values and not torch.allclose(values[weight], value, rtol=1e-4, atol=1e-6):
+            sharing = {other for other, module in modules.items() if getattr(module, "weight", None) is weight}
+            first = deltas.setdefault(weight, delta)
+            if sharing - set(self.layers) or float((first - delta).norm()) > 1e-4 * float(delta.norm()):
                 raise ValueError(
-                    f"layer {name!r} shares its weight with another adapted layer, and this task changes the two "
-                    "differently: one weight cannot hold both; use .adapter(task), whose layers are apart"
+                    f"layer {name!r} shares its weight with {', '.join(sorted(sharing - {name}))}, which this task "
+                    "does not change alike: one weight cannot hold both; use .adapter(task), whose layers are apart"
                 )
-            values[weight] = value
+            values[weight] = weight.detach().float() + delta.to(weight.device)
         for name, tensor in self.tasks[task].heads.items():
             actual = tuple(parameters[name].shape) if name in parameters else None
             if actual != tuple(tensor.shape):

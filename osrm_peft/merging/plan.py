@@ -176,6 +176,12 @@ def plan_merge(
         statistics_of("features", TaskFeatures, features, inputs, "'features'") if guided or guided_scale else None
     )
     by_layer = weights_by_layer(named, inputs.shapes)
+    if chosen.check_weights is not None:
+        for layer, weight in by_layer.items():
+            try:
+                chosen.check_weights(weight)
+            except ValueError as error:
+                raise ValueError(f"layer {layer!r}: {error}") from error
     return MergePlan(
         method, chosen, options, space, lam, rank, seed, inputs, by_layer, guided, guided_scale, needs, moments
     )

@@ -43,6 +43,7 @@ class Method:
         commutes: fn(U τ Vᵀ) = U fn(τ) Vᵀ for orthonormal U, V: runs in the core, exactly, by default.
         spaces: where it can run; the first is the default of a method that does not commute.
         check: called with the options before anything is read; raises ValueError for a value out of range.
+        check_weights: the same for the (T,) weights of a layer.
         summarise: summarise(stacks, **options) → the `summary` that fn needs of the whole model. `stacks` can be
             iterated more than once and holds one layer in memory at a time.
         prepare: prepare(tau, generators, **options) → tau, before all else; one generator a task.
@@ -57,6 +58,7 @@ class Method:
     commutes: bool = False
     spaces: tuple[str, ...] = ("weight", "core", "knots")
     check: Callable[..., None] | None = None
+    check_weights: Callable[[Tensor], None] | None = None
     summarise: Callable[..., Any] | None = None
     prepare: Callable[..., Tensor] | None = None
     needs: str | None = None

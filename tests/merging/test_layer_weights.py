@@ -5,10 +5,11 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import BertConfig, BertModel
 
-from osrm_peft import load_adapter, merge_adapters
+from osrm_peft import interference, load_adapter, merge_adapters
+from osrm_peft.merging.plan import plan_merge
 from tests.conftest import TINY, make_adapter, make_base, make_batch
 from tests.merging.test_concat import LAYERS, close, dense, lora
-from tests.merging.test_contract import merge
+from tests.merging.test_contract import merge, statistic
 from tests.merging.test_ties import paper
 
 NAMES = ["h.0.attn.q", "h.0.attn.v", "h.1.attn.q", "h.1.attn.v"]
@@ -195,3 +196,29 @@ def test_an_adapter_with_a_layer_whose_name_ends_another_s_keeps_both():
     assert list(merge_adapters({"s": own}, "concat").layers) == ["proj", "vision.proj"]
     other = lora(2, {"vision.proj": (4, 5, 1)})
     assert list(merge_adapters({"s": own, "t": other}, "concat").layers) == ["proj", "vision.proj"]
+
+
+def test_statistics_of_the_bare_model_are_renamed_with_its_adapter(tmp_path):
+    make_bare(tmp_path / "bare")
+    make_adapter(tmp_path / "whole", seed=1)
+    adapters = {name: tmp_path / name for name in ("bare", "whole")}
+    statistics = {name: statistic("gram", name, load_adapter(folder).shapes) for name, folder in adapters.items()}
+    merged = merge_adapters(adapters, "regmean", statistics=statistics)
+    assert list(merged.layers) == sorted(load_adapter(tmp_path / "whole").factors)
+
+
+def test_average_refuses_weights_that_sum_to_0_on_any_layer_before_any_work():
+    adapters = {"s": lora(1), "t": lora(2)}
+    with pytest.raises(ValueError, match=r"the weights \[1.0, -1.0\] sum to 0, so they have no average"):
+        plan_merge(adapters, "average", weights={"s": 1, "t": {"b": -1, "*": 1}})
+
+
+def test_features_of_a_fine_tuned_model_are_no_features():
+    adapters = {"s": lora(1)}
+    gram = {"s": statistic("gram", "s", adapters["s"].shapes)}
+    for call in (
+        lambda: merge_adapters(adapters, "ties", scale="features", features=gram),
+        lambda: interference(adapters, gram),
+    ):
+        with pytest.raises(ValueError, match=r"features of 's' are of its fine-tuned model \(collect_gram\)"):
+            call()
