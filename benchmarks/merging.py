@@ -10,7 +10,6 @@ Adapters are made up (random factors, r = 16, alpha = 32). Ratios matter, not se
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -177,7 +176,12 @@ def _one(method: str, folder: str) -> dict[str, float]:
         merged.save_pretrained(Path(out) / "merged")
         seconds = time.perf_counter() - start
         written = (Path(out) / "merged/adapter_model.safetensors").stat().st_size
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    # of this program: getrusage would count what the parent had held, too
+    peak = next(
+        1024 * int(line.split()[1])
+        for line in Path("/proc/self/status").read_text().splitlines()
+        if line.startswith("VmHWM")
+    )
     return {"seconds": seconds, "merge": merge, "peak": peak, "written": written}
 
 

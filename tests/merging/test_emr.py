@@ -256,7 +256,7 @@ def test_layers_that_share_a_weight_and_differ_are_refused_with_nothing_changed(
     adapters["s"].factors["lm_head"].B.mul_(1.5)
     merged = merge_adapters(adapters, "emr")
     for use in (lambda: merged.for_task("s", model).__enter__(), lambda: merged.load(model, "s")):
-        with pytest.raises(ValueError, match=r"shares its weight with .*, which this task does not change alike: one weight cannot hold"):
+        with pytest.raises(ValueError, match=r"shares its weight with .*, .* one weight cannot hold"):
             use()
         assert same_bits(model, before)
 
