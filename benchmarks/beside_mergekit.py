@@ -47,7 +47,7 @@ def main() -> None:
     mergekit = Path(parser.parse_args().mergekit).absolute()
     if not mergekit.is_file():
         parser.error(f"--mergekit {mergekit} is not a file: install mergekit in an environment of its own")
-    table = Table("merge", "here [s]", "mergekit [s]", "ratio", "relative difference",
+    table = Table("merge", "here (s)", "mergekit (s)", "ratio", "relative difference",
                   title=f"Beside mergekit: {T} adapters, q and v of one block of width 4096")  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)

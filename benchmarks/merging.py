@@ -67,7 +67,7 @@ def main() -> None:
 
 def layer() -> None:
     """One 4096×4096 layer: the core against the dense algorithm of each paper."""
-    table = Table("what", "here [s]", "the usual way [s]", "ratio", "relative difference", title="One 4096×4096 layer")
+    table = Table("what", "here (s)", "the usual way (s)", "ratio", "relative difference", title="One 4096×4096 layer")
     adapters = [_random_factors(WIDTH, WIDTH, seed) for seed in range(T)]
     dense = torch.stack([factors.delta() for factors in adapters])
 
@@ -105,7 +105,7 @@ def layer() -> None:
 
 def llama(blocks: int) -> None:
     """8 adapters on disk → one adapter of rank 16 on disk; a process a method; PEFT beside it on one layer."""
-    table = Table("method", "read, merge, write [s]", "of it merge [s]", "peak memory [GiB]",
+    table = Table("method", "read, merge, write (s)", "of it merge (s)", "peak memory (GiB)",
                   title=f"{T} adapters of Llama-3-8B's q and v, {blocks} blocks, to rank {R}")  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         write_adapters(Path(folder), blocks)
@@ -118,7 +118,7 @@ def llama(blocks: int) -> None:
 
 def memory() -> None:
     """Peak memory of one merge at 8 and at 32 blocks."""
-    table = Table("method", "8 blocks [GiB]", "32 blocks [GiB]", "growth", "of it the result",
+    table = Table("method", "8 blocks (GiB)", "32 blocks (GiB)", "growth", "of it the result",
                   title="Peak memory, adapters of 16 and of 64 layers")  # fmt: skip
     with tempfile.TemporaryDirectory() as few, tempfile.TemporaryDirectory() as many:
         write_adapters(Path(few), 8)
@@ -135,7 +135,7 @@ def memory() -> None:
 
 def _beside_peft() -> None:
     """PEFT's add_weighted_adapter on one 4096×4096 layer, and ours on the same adapters."""
-    table = Table("merge of one layer", "here [s]", "PEFT [s]", "ratio", "relative difference",
+    table = Table("merge of one layer", "here (s)", "PEFT (s)", "ratio", "relative difference",
                   title="Beside PEFT's add_weighted_adapter")  # fmt: skip
     model = nn.ModuleDict({"q_proj": nn.Linear(WIDTH, WIDTH, bias=False)})
     config = LoraConfig(r=R, lora_alpha=2 * R, target_modules=["q_proj"])
