@@ -16,7 +16,6 @@ from osrm_peft.features import TaskFeatures
 from osrm_peft.layers import as_weight, base_of, weight_shape
 from osrm_peft.merging.inputs import gather, statistics_of
 from osrm_peft.merging.lowrank import cross_energies
-from osrm_peft.merging.plan import pairs
 
 
 @dataclass(frozen=True)
@@ -99,7 +98,7 @@ def interference(
                          f"{inputs.shapes[wrong[0]]}: it is another model")  # fmt: skip
     layers = {}
     for name, shape in tqdm(inputs.shapes.items(), desc="interference", disable=not progress):
-        products, moments = pairs(inputs.factors(name), shape), moments_of(name)
+        products, moments = inputs.products(name), moments_of(name)
         energies = torch.stack([cross_energies(products, moment).diagonal() for moment in moments], 1)  # (j, t)
         if base is None:
             below = energies.diagonal()

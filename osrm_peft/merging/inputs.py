@@ -44,6 +44,12 @@ class Inputs:
         """One layer of each adapter, read now; None where it has none."""
         return [adapter.factors.get(layer) for adapter in self.adapters.values()]
 
+    def products(self, layer: str) -> list[tuple[Tensor, Tensor]]:
+        """(s·B, A) of each adapter, of rank 0 where it has none of the layer."""
+        o, n = self.shapes[layer]
+        nothing = torch.zeros(o, 0), torch.zeros(0, n)
+        return [nothing if f is None else (f.s * f.B, f.A) for f in self.factors(layer)]
+
     def rank_sum(self, layer: str) -> int:
         """Σ r: no linear combination of the task vectors has a larger rank."""
         found = [adapter.shapes[layer][1] for adapter in self.adapters.values() if layer in adapter.shapes]

@@ -15,7 +15,7 @@ from osrm_peft.merging.inputs import Adapters, Statistics, Weights
 from osrm_peft.merging.lowrank import Compressed, compress, compress_matrix
 from osrm_peft.merging.masked import MaskedAdapter, MaskedLayer
 from osrm_peft.merging.merged import MergedAdapter, MergedLayer
-from osrm_peft.merging.plan import MergePlan, pairs, plan_merge
+from osrm_peft.merging.plan import MergePlan, plan_merge
 from osrm_peft.merging.registry import Merged, taken
 from osrm_peft.merging.spaces import Layer, enter
 
@@ -164,10 +164,9 @@ def _merge_layer(
     except ValueError as error:
         raise ValueError(f"layer {name!r}: {error}") from error
     if plan.guided_scale and plan.features is not None:
-        products = pairs(plan.inputs.factors(name), plan.inputs.shapes[name])
         fixed = None if offset is None else (offset.B, offset.A)
         found = direction.factors
-        scale = best_scale((found.s * found.B, found.A), fixed, products, plan.features(name))
+        scale = best_scale((found.s * found.B, found.A), fixed, plan.inputs.products(name), plan.features(name))
         direction = Compressed(Factors(found.A, scale * found.B, found.s), direction.energy_kept)
         report["scale"] = scale
     factors = _float32(direction.factors)  # solved in float64, kept as it will be written at most
@@ -182,10 +181,7 @@ def _guided_weights(plan: MergePlan) -> dict[str, Tensor]:
     """{layer: (T,) weights}: as given, or solved from the features."""
     if plan.guided_weights is None or plan.features is None:
         return plan.weights
-    equations = {
-        name: normal_equations(pairs(plan.inputs.factors(name), shape), plan.features(name))
-        for name, shape in plan.inputs.shapes.items()
-    }
+    equations = {name: normal_equations(plan.inputs.products(name), plan.features(name)) for name in plan.inputs.shapes}
     if plan.guided_weights == "features":
         return {name: solve(*equation) for name, equation in equations.items()}
     normals, rights = zip(*equations.values(), strict=True)

@@ -3,12 +3,12 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import reduce
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from osrm_peft.adapters import Factors
 from osrm_peft.checks import choice, integer, number
 from osrm_peft.features import TaskFeatures
 from osrm_peft.files import versions
@@ -49,6 +49,7 @@ class MergePlan:
         guided_scale: features choose the scale of each layer.
         statistics: layer → that layer's statistic of each task, for methods that need one.
         features: layer → that layer's FeatureMoments of each task, where features choose something.
+        sources: {"statistics" or "features": {task: file}}, for the manifest.
     """
 
     name: str
@@ -64,6 +65,7 @@ class MergePlan:
     guided_scale: bool
     statistics: Callable[[str], list[Any]] | None
     features: Callable[[str], list[Any]] | None
+    sources: dict[str, dict[str, str]]
 
     def manifest(self) -> dict[str, Any]:
         """How the merge is made, for its folder."""
@@ -90,6 +92,7 @@ class MergePlan:
                 for name, adapter in self.inputs.adapters.items()
             },
             "versions": versions(),
+            **self.sources,
             **({"seed": self.seed} if self.method.prepare else {}),
             **({"scale_of_layers": "chosen by features, see report"} if self.guided_scale else {}),
         }
@@ -140,54 +143,66 @@ def plan_merge(
     space = chosen.space(method, choice("space", space, ("auto", *SPACES)))
     rank = None if rank is None else integer("rank", rank, 1)
     seed = integer("seed", seed, 0)
-    guided = weights if isinstance(weights, str) and weights in GUIDED else None
-    if guided and method not in _SUMS:
-        raise ValueError(
-            f"weights={guided!r} chooses the weights of a sum ({', '.join(_SUMS)}), not of {method}: "
-            "use scale='features', which chooses how much of its result to take"
-        )
-    guided_scale = isinstance(scale, str) and scale == "features"
-    if guided and guided_scale:
-        raise ValueError(f"weights={guided!r} leaves no scale to choose: give scale a number, or leave it out")
+    guided, guided_scale, scale = _guidance(method, chosen, weights, scale)
     if chosen.per_task and (rank is not None or guided_scale):
-        raise ValueError(
-            f"{method} gives a shared vector and masks, not one LoRA: it has no rank and no scale to choose"
-        )
-    if guided or guided_scale:
-        lam = 1.0 if guided_scale or scale is None else number("scale", scale)
-    else:
-        lam = number("scale", chosen.scale if scale is None else scale)
-    kinds = {"gram": TaskFeatures, "fisher": DiagonalFisher}
+        raise ValueError(f"{method} gives a shared vector and masks, not one LoRA: it has no rank, no scale to choose")
     if chosen.needs is None and statistics is not None:
         raise ValueError(f"{method} takes no statistics: leave them out (for weights or scale='features': features=…)")
-    if not (guided or guided_scale) and features is not None:
-        raise ValueError(
-            "features are for weights='features' and scale='features': give one of them, or leave them out"
-        )
+    uses_features = guided is not None or guided_scale
+    if not uses_features and features is not None:
+        raise ValueError("features are for weights='features' and scale='features': give one of them, or no features")
     # a string that is no choice is refused there, like any other value that is not a list or mapping
     named = weights_by_task(None if guided else weights, check_names(adapters))  # type: ignore[arg-type]
+
     inputs = gather(adapters, base_model=base_model, heads=heads, rank=rank)
-    needs = (
-        statistics_of("statistics", kinds[chosen.needs], statistics, inputs, f"method {method!r}")
-        if chosen.needs
-        else None
-    )
-    moments = (
-        statistics_of("features", TaskFeatures, features, inputs, "'features'") if guided or guided_scale else None
-    )
     by_layer = weights_by_layer(named, inputs.shapes)
-    if chosen.check_weights is not None:
-        for layer, weight in by_layer.items():
-            try:
-                chosen.check_weights(weight)
-            except ValueError as error:
-                raise ValueError(f"layer {layer!r}: {error}") from error
+    for layer, weight in by_layer.items():
+        try:
+            chosen.check_weights(weight)
+        except ValueError as error:
+            raise ValueError(f"layer {layer!r}: {error}") from error
+    needs = moments = None
+    if chosen.needs is not None:
+        kind = {"gram": TaskFeatures, "fisher": DiagonalFisher}[chosen.needs]
+        needs = statistics_of("statistics", kind, statistics, inputs, f"method {method!r}")
+    if uses_features:
+        moments = statistics_of("features", TaskFeatures, features, inputs, "'features'")
+    sources = {
+        name: {task: str(one) if isinstance(one, (str, Path)) else "in memory" for task, one in given.items()}
+        for name, given in (("statistics", statistics), ("features", features))
+        if given is not None
+    }
     return MergePlan(
-        method, chosen, options, space, lam, rank, seed, inputs, by_layer, guided, guided_scale, needs, moments
+        method,
+        chosen,
+        options,
+        space,
+        scale,
+        rank,
+        seed,
+        inputs,
+        by_layer,
+        guided,
+        guided_scale,
+        needs,
+        moments,
+        sources,
     )
 
 
-def pairs(factors: list[Factors | None], shape: tuple[int, int]) -> list[tuple[Tensor, Tensor]]:
-    """[(s·B, A)] of a layer, with rank 0 for an adapter that lacks it."""
-    o, n = shape
-    return [(torch.zeros(o, 0), torch.zeros(0, n)) if f is None else (f.s * f.B, f.A) for f in factors]
+def _guidance(
+    name: str, method: Method, weights: Weights | str, scale: float | str | None
+) -> tuple[str | None, bool, float]:
+    """What features choose (weights: None or the word; scale: whether), and λ."""
+    guided = weights if isinstance(weights, str) and weights in GUIDED else None
+    guided_scale = isinstance(scale, str) and scale == "features"
+    if guided and name not in _SUMS:
+        raise ValueError(
+            f"weights={guided!r} chooses the weights of a sum ({', '.join(_SUMS)}), not of {name}: "
+            "use scale='features', which chooses how much of its result to take"
+        )
+    if guided and guided_scale:
+        raise ValueError(f"weights={guided!r} leaves no scale to choose: give scale a number, or leave it out")
+    if guided_scale or (guided and scale is None):
+        return guided, guided_scale, 1.0
+    return guided, guided_scale, number("scale", method.scale if scale is None else scale)

@@ -58,7 +58,7 @@ class Method:
     commutes: bool = False
     spaces: tuple[str, ...] = ("weight", "core", "knots")
     check: Callable[..., None] | None = None
-    check_weights: Callable[[Tensor], None] | None = None
+    check_weights: Callable[[Tensor], None] = lambda weights: None
     summarise: Callable[..., Any] | None = None
     prepare: Callable[..., Tensor] | None = None
     needs: str | None = None
