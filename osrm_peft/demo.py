@@ -65,9 +65,9 @@ class Merge(NamedTuple):
 
 MERGES: dict[str, Merge] = {
     "average": Merge("average"),
-    "task_arithmetic": Merge("task_arithmetic", (0.3, 0.6, 1.0)),
+    "task_arithmetic": Merge("task_arithmetic", (0.3, 0.6)),
     "TA features": Merge("task_arithmetic", (1.0,), {"weights": "features"}),
-    "ties": Merge("ties", (0.3, 0.6, 1.0)),
+    "ties": Merge("ties", (0.6, 1.0)),
     "knots ties": Merge("ties", (1.0,), {"space": "knots"}),
     "dare": Merge("dare", (0.3,)),
     "dare_ties": Merge("dare_ties"),
@@ -76,7 +76,7 @@ MERGES: dict[str, Merge] = {
     "emr": Merge("emr"),
     "tsv": Merge("tsv"),
     "iso": Merge("iso"),
-    "lore": Merge("lore", (0.3, 0.6, 1.0)),
+    "lore": Merge("lore", (0.3, 1.0)),
     "lore features": Merge("lore", (1.0,), {"scale": "features"}),
 }
 STATISTICS_ROWS = 100  # training rows a task for Fisher and RegMean
