@@ -143,7 +143,9 @@ class LoraAdapter:
             B = torch.nn.functional.pad(factors.s * factors.B, (0, pad))
             pair = {"A": A.to(self.dtype).contiguous(), "B": B.to(self.dtype).contiguous()}
             if not pair["B"].isfinite().all():
-                raise ValueError(f"layer {name!r} overflows {self.dtype}: lower the scale, or set dtype=torch.float32")
+                raise ValueError(
+                    f"layer {name!r} overflows {self.dtype}: lower the scale, or give the adapters the dtype float32"
+                )
             tensors |= {f"{PREFIX}{name}.{key}": tensor for key, tensor in _as_peft(pair, self.layouts.get(name))}
         return tensors | {f"{PREFIX}{name}": tensor.clone().contiguous() for name, tensor in self.heads.items()}
 

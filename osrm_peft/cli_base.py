@@ -36,14 +36,19 @@ def pair(text: str) -> tuple[str, str]:
     return name, value
 
 
+def pairs(texts: list[str] | None) -> dict[str, str]:
+    """{NAME: VALUE} of NAME=VALUE texts, each name once."""
+    found = [pair(text) for text in texts or []]
+    if len(dict(found)) < len(found):
+        raise ValueError(f"{', '.join(texts or [])}: a name is given twice")
+    return dict(found)
+
+
 def values(texts: list[str] | None) -> dict[str, Any]:
     """{NAME: value} of NAME=VALUE texts."""
     from osrm_peft.yaml_io import parse_yaml
 
-    pairs = [pair(text) for text in texts or []]
-    if len(dict(pairs)) < len(pairs):
-        raise ValueError(f"{', '.join(texts or [])}: a name is given twice")
-    return {name: parse_yaml(value) for name, value in pairs}
+    return {name: parse_yaml(value) for name, value in pairs(texts).items()}
 
 
 def say(text: str) -> None:

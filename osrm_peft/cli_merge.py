@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from osrm_peft.cli_base import ConfigOption, TaskOption, app, chosen, console, pair, say, values
+from osrm_peft.cli_base import ConfigOption, TaskOption, app, chosen, console, pair, pairs, say, values
 from osrm_peft.yaml_io import parse_yaml
 
 AdaptersArgument = Annotated[
@@ -45,7 +45,7 @@ def merge(
 ) -> None:
     """Merge LoRA adapters into one, with each task's head beside it. The base model is not read."""
     from osrm_peft.describe import plan_tables
-    from osrm_peft.files import check_replaceable
+    from osrm_peft.files import check_replaceable, read_manifest
     from osrm_peft.merging.masked import MaskedAdapter
     from osrm_peft.merging.merge import execute
     from osrm_peft.merging.recipe import MergeRecipe
@@ -63,18 +63,25 @@ def merge(
         "space": space,
         "rank": rank,
         "base_model": base_model,
-        "statistics": dict(map(pair, statistics or [])) or None,
-        "features": dict(map(pair, features or [])) or None,
+        "statistics": pairs(statistics) or None,
+        "features": pairs(features) or None,
         "seed": seed,
     }
     recipe = replace(recipe, **{name: value for name, value in flags.items() if value not in (None, {})})
-    folders = {one: out if len(recipe.scales()) == 1 else out / f"scale_{one:g}" for one in recipe.scales()}
+    scales_to_write = recipe.scales()
+    sweep = len(scales_to_write) > 1
+    foreign = [entry.name for entry in out.glob("*") if not entry.name.startswith("scale_")] if sweep else []
+    if foreign:
+        raise FileExistsError(f"{out} holds {foreign[0]}, so no sweep is written into it: name a new folder")
+    folders = {one: out / f"scale_{one!r}" if sweep else out for one in scales_to_write}
     for folder in folders.values():
         check_replaceable(folder, "emr" if recipe.method == "emr" else "merged")
     plan = recipe.plan()
     if dry_run:
         for table in plan_tables(plan):
             console.print(table)
+        for one, folder in folders.items():
+            say(f"would write {folder}" + (f" at λ = {one!r}" if sweep else ""))
         return
     merged = execute(plan, progress=True)
     for one, folder in folders.items():
@@ -83,8 +90,9 @@ def merge(
         if isinstance(scaled, MaskedAdapter):
             say(f"wrote {folder}: one shared vector, masks and scales of {len(scaled.tasks)} tasks")
         else:
-            kept = min(scaled.energy_kept().values())
-            say(f"wrote {folder}: rank {scaled.for_task(None).rank}, energy kept per layer at least {kept:.4f}")
+            written = read_manifest(folder)
+            kept = min(written["energy_kept"].values())
+            say(f"wrote {folder}: rank {written['written_rank']}, energy kept per layer at least {kept:.4f}")
 
 
 @app.command()
@@ -112,7 +120,7 @@ def interference(
     from osrm_peft.report import interference_table, plot_interference
     from osrm_peft.training import load_base
 
-    named, files = _named(adapters), dict(map(pair, features or []))
+    named, files = _named(adapters), pairs(features)
     model = None if base is None else load_base(base, 2)
     found = measure(named, files, base=model, progress=True)
     settings = {"adapters": named, "features": files, "base": base}
@@ -149,8 +157,11 @@ def statistics(
 
 def _named(adapters: list[str] | None) -> dict[str, str]:
     """{task: source}; a folder's name is its task's where none is given."""
-    texts = adapters or []
-    named = [(Path(text).name, text) if Path(text).is_dir() or "=" not in text else pair(text) for text in texts]
+    named = []
+    for text in adapters or []:
+        task, separator, _ = text.partition("=")
+        alone = Path(text).is_dir() or not separator or "/" in task  # a task's name has no /, a folder's may have =
+        named.append((Path(text).name, text) if alone else pair(text))
     if len(dict(named)) < len(named):
         raise ValueError(f"two adapters have the same name among {[name for name, _ in named]}: write TASK=FOLDER")
     return dict(named)

@@ -122,8 +122,9 @@ def _collect(
             raise ValueError(f"layer {name!r} receives NaN or Inf: is the model's checkpoint sound?")
     names = list(collector.moments)
     return TaskFeatures(
-        task, base_name(base), weight_hash(model, names), statistic, seen, seed, reference, adapted, collector.moments
-    )
+        task, base_name(base), weight_hash(model, names), statistic, seen, seed, reference, adapted,
+        layers=collector.moments,
+    )  # fmt: skip
 
 
 def model_inputs(

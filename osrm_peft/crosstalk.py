@@ -14,8 +14,9 @@ from tqdm.auto import tqdm
 from osrm_peft.adapters import LoraAdapter
 from osrm_peft.features import TaskFeatures
 from osrm_peft.layers import as_weight, base_of, weight_shape
-from osrm_peft.merging.inputs import gather, statistics_of
+from osrm_peft.merging.inputs import gather
 from osrm_peft.merging.lowrank import cross_energies
+from osrm_peft.merging.statistics import statistics_of
 
 
 @dataclass(frozen=True)

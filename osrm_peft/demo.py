@@ -18,7 +18,7 @@ from osrm_peft.evaluation import evaluate_task
 from osrm_peft.files import new_file, versions, write_json
 from osrm_peft.merging import MaskedAdapter, MergedAdapter, merge_adapters
 from osrm_peft.merging.registry import METHODS
-from osrm_peft.recipe import Recipe
+from osrm_peft.recipe import STATISTIC_KINDS, Recipe
 from osrm_peft.report import MultiTaskTable, plot_interference, plot_scales
 from osrm_peft.training import load_base, load_tokenizer
 
@@ -37,7 +37,6 @@ RECIPE = Recipe(
     train_rows=384,
     validation_rows=120,
 )
-KINDS = ("gram", "fisher")
 OSRM = {"statistic": "token"}  # the rest are OSRMLoraConfig's defaults
 
 
@@ -169,7 +168,10 @@ def _run_seed(out: Path, recipe: Recipe, osrm: dict[str, Any], bar: tqdm) -> dic
                 bar.set_postfix_str(f"train {init} on {name}")
                 one.train(name, adapter)
             bar.update()
-        files = {kind: {n: folder / "statistics" / short / f"{n}.{kind}.safetensors" for n in names} for kind in KINDS}
+        files = {
+            kind: {n: folder / "statistics" / short / f"{n}.{kind}.safetensors" for n in names}
+            for kind in STATISTIC_KINDS
+        }
         for kind, paths in files.items():
             for name, path in paths.items():
                 if not path.exists():
@@ -220,7 +222,12 @@ def _claim(out: Path, recipe: Recipe, osrm: dict[str, Any]) -> None:
 
 def _settings(recipe: Recipe, osrm: dict[str, Any]) -> dict[str, Any]:
     made = {key: value for key, value in asdict(recipe).items() if key not in ("seed", "features", "osrm")}
-    return {"recipe": made, "osrm": osrm, "merges": {label: list(merge) for label, merge in MERGES.items()}}
+    return {
+        "recipe": made,
+        "osrm": osrm,
+        "statistics_rows": STATISTICS_ROWS,
+        "merges": {label: list(merge) for label, merge in MERGES.items()},
+    }
 
 
 def _provenance(recipe: Recipe, osrm: dict[str, Any]) -> dict[str, Any]:

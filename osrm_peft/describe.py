@@ -5,6 +5,7 @@ from typing import Any
 
 from rich.box import HORIZONTALS
 from rich.filesize import decimal
+from rich.markup import escape
 from rich.table import Table
 
 from osrm_peft.adapters import LoraAdapter
@@ -21,8 +22,9 @@ def adapter_tables(adapters: Mapping[str, LoraAdapter]) -> list[Table]:
         heads = ", ".join(f"{head} {tuple(tensor.shape)}" for head, tensor in adapter.heads.items()) or "none"
         dtype = str(adapter.dtype).removeprefix("torch.")
         listed = ", ".join(map(str, ranks))
-        summary.add_row(name, str(adapter.base_model), str(len(adapter.shapes)), listed, dtype, heads, adapter.source)
-    layers = _table("Layers", "layers", "number", "shape", "kind", *(f"{name}: r, s, ‖τ‖" for name in adapters))
+        cells = [name, str(adapter.base_model), str(len(adapter.shapes)), listed, dtype, heads, adapter.source]
+        summary.add_row(*map(escape, cells))
+    layers = _table("Layers", "layers", "number", "shape", "kind", *(f"{escape(name)}: r, s, ‖τ‖" for name in adapters))
     for (module, shape, kind), names in _groups(adapters).items():
         cells = [_cell(adapter, names) for adapter in adapters.values()]
         layers.add_row(module, str(len(names)), f"{shape[0]}×{shape[1]}", kind, *cells)
@@ -52,7 +54,7 @@ def plan_tables(plan: MergePlan) -> list[Table]:
         "weights written": f"{decimal(plan.output_bytes())} in {str(plan.dtype).removeprefix('torch.')}",
         "heads": f"one a task: {', '.join(heads)}" if heads else "none",
     }.items():
-        result.add_row(name, value)
+        result.add_row(name, escape(value))
     return [*adapter_tables(plan.inputs.adapters), result]
 
 

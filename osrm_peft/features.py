@@ -33,6 +33,7 @@ class TaskFeatures:
         seed: the seed that drew the samples, for the record.
         reference: padding was counted in, as the released OSRM code does.
         adapted: the inputs of the fine-tuned model (`collect_gram`), not of the pre-trained one.
+        adapter_sha256: of the weight file of the adapter that the fine-tuned model had, where it is known.
         layers: the moments, in model order.
     """
 
@@ -44,6 +45,7 @@ class TaskFeatures:
     seed: int | None = None
     reference: bool = False
     adapted: bool = False
+    adapter_sha256: str | None = None
     layers: dict[str, FeatureMoments] = field(default_factory=dict)
 
     def save(self, path: str | Path) -> None:

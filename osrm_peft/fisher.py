@@ -33,6 +33,7 @@ class DiagonalFisher:
         k: how many samples it is the mean of.
         labels: `"expected"` or `"true"`, see `collect_fisher`.
         seed: the seed that drew the samples, for the record.
+        adapter_sha256: of the weight file of the model's adapter, where it is known.
         layers: {layer name in the base model: (o, n) float32, ≥ 0}.
     """
 
@@ -41,6 +42,7 @@ class DiagonalFisher:
     k: int
     labels: str
     seed: int | None = None
+    adapter_sha256: str | None = None
     layers: dict[str, Tensor] = field(default_factory=dict)
 
     def save(self, path: str | Path) -> None:
@@ -139,7 +141,7 @@ def collect_fisher(
     for name, F in found.items():
         if not F.isfinite().all():
             raise ValueError(f"the Fisher information of layer {name!r} has NaN or Inf: is the adapter sound?")
-    return DiagonalFisher(task, base_name(base), seen, labels, seed, found)
+    return DiagonalFisher(task, base_name(base), seen, labels, seed, layers=found)
 
 
 def _scores(logits: Tensor, truth: Tensor | None, labels: str) -> list[tuple[Tensor, Tensor]]:

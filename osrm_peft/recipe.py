@@ -1,6 +1,6 @@
 """A recipe: everything that makes one suite's adapters, as one YAML file."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,7 @@ from osrm_peft.tasks import Task, list_tasks, load_task, tokenize
 from osrm_peft.training import PAPER_LORA, load_base, load_tokenizer, train_task
 from osrm_peft.yaml_io import fields_from_yaml
 
-STATISTICS = ("gram", "fisher")
-
-
-STATISTICS = ("gram", "fisher")
+STATISTIC_KINDS = ("gram", "fisher")
 
 
 @dataclass(frozen=True)
@@ -135,10 +132,12 @@ class Recipe:
 
         Training rows, so that those that scores are computed on stay unseen.
         """
-        choice("kind", kind, STATISTICS)
-        model = load_adapter(adapter).attach(self.model)
+        choice("kind", kind, STATISTIC_KINDS)
+        loaded = load_adapter(adapter)
         collect = collect_gram if kind == "gram" else collect_fisher
-        return collect(model, self._loader(name, k), task=name, k=k, seed=self.seed, progress=progress)
+        model, loader = loaded.attach(self.model), self._loader(name, k)
+        found = collect(model, loader, task=name, k=k, seed=self.seed, progress=progress)
+        return replace(found, adapter_sha256=loaded.sha256)
 
     def _loader(self, name: str, k: int, padding: str = "longest") -> DataLoader:
         """Batches of k training rows of a task, with labels, as the model takes them."""

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.box import HORIZONTALS
+from rich.markup import escape
 from rich.table import Table
 
 from osrm_peft.crosstalk import Interference
@@ -168,9 +169,9 @@ def interference_table(found: Interference) -> Table:
     table = Table(title=_interference_title(found), title_justify="left", box=HORIZONTALS, show_edge=False)
     table.add_column("adapter of")
     for task in found.tasks:
-        table.add_column(f"on {task}", justify="right")
+        table.add_column(f"on {escape(task)}", justify="right")
     for task, row in zip(found.tasks, found.mean().tolist(), strict=True):
-        table.add_row(task, *(f"{100 * share:.3g}" for share in row))
+        table.add_row(escape(task), *(f"{100 * share:.3g}" for share in row))
     return table
 
 

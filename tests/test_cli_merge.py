@@ -67,7 +67,7 @@ def test_a_recipe_is_a_sweep_from_one_merge_and_flags_go_before_it(adapters, tmp
     call("merge", "-c", config, "--out", tmp_path / "sweep")
     for scale in (0.3, 1.0):
         expected = merge_adapters(adapters, "ties", density=0.5, scale=scale).deltas()
-        assert close(tmp_path / f"sweep/scale_{scale:g}", expected)
+        assert close(tmp_path / f"sweep/scale_{scale!r}", expected)
     call("merge", "-c", config, "--out", tmp_path / "flags", "--scale", "0.7", "-o", "trim=layer", "--weight",
          "tweets=2", "--weight", "sms_spam=1")  # fmt: skip
     ours = merge_adapters(adapters, "ties", density=0.5, trim="layer", scale=0.7, weights={"tweets": 2, "sms_spam": 1})
@@ -136,3 +136,35 @@ def test_interference_and_weights_from_features(adapters, tmp_path, call):
     assert "missing sms_spam" in call(
         "merge", *adapters.values(), "--weights", "features", "-m", "concat", given[0], code=2
     )
+
+
+def test_a_sweep_is_not_written_into_a_folder_with_anything_else(adapters, tmp_path, call):
+    out = tmp_path / "out"
+    sweep = ["merge", *adapters.values(), "--out", out, "--scale", "0.1234567", "--scale", "0.1234568"]
+    printed = call(*sweep, "--dry-run")
+    assert f"would write {out}/scale_0.1234567 at λ = 0.1234567" in printed and not out.exists()
+    call(*sweep)
+    call(*sweep)  # over itself
+    assert sorted(folder.name for folder in out.iterdir()) == ["scale_0.1234567", "scale_0.1234568"]
+    before = sorted(Path(adapters["tweets"]).rglob("*"))
+    text = call("merge", *adapters.values(), "--out", adapters["tweets"], "--scale", "0.5", "--scale", "1", code=2)
+    assert "so no sweep is written into it: name a new folder" in text
+    assert sorted(Path(adapters["tweets"]).rglob("*")) == before
+
+
+def test_brackets_and_equal_signs_in_names(tmp_path, call):
+    make_adapter(tmp_path / "lr=0.1[ok]")
+    assert "lr=0.1[ok]" in call("inspect", tmp_path / "lr=0.1[ok]")
+    assert "'runs/lr=0.1/x' is neither a folder nor a Hub repository" in call("inspect", "runs/lr=0.1/x", code=2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--scale", "[1]", "--scale", "2"], "scale=[1] must be a finite number"),
+        (["-o", "method=ties"], "method in the merge recipe's options: write it beside them"),
+        (["--features", "tweets=x", "--features", "tweets=y"], "a name is given twice"),
+    ],
+)
+def test_odd_flags_are_one_clear_error(adapters, tmp_path, call, arguments, message):
+    assert message in call("merge", *adapters.values(), "--out", tmp_path / "out", *arguments, code=2)

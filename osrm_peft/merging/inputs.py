@@ -1,7 +1,7 @@
-"""What goes into a merge, read and checked before any work: adapters, weights and statistics."""
+"""What goes into a merge, read and checked before any work: adapters and weights."""
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -14,12 +14,9 @@ from torch import Tensor
 from osrm_peft.adapter_reader import load_adapter
 from osrm_peft.adapters import TARGETS, Factors, FactorsOnDemand, LoraAdapter
 from osrm_peft.checks import choice, number
-from osrm_peft.features import TaskFeatures
-from osrm_peft.fisher import DiagonalFisher
 
 Adapters = Mapping[str, str | Path | PeftModel | LoraAdapter]
 Weights = Mapping[str, float | Mapping[str, float]] | Sequence[float] | None
-Statistics = Mapping[str, str | Path | TaskFeatures | DiagonalFisher]
 
 HEAD_POLICIES = ("per_task", "error")
 
@@ -51,9 +48,8 @@ class Inputs:
         return [nothing if f is None else (f.s * f.B, f.A) for f in self.factors(layer)]
 
     def rank_sum(self, layer: str) -> int:
-        """Σ r: no linear combination of the task vectors has a larger rank."""
-        found = [adapter.shapes[layer][1] for adapter in self.adapters.values() if layer in adapter.shapes]
-        return min(sum(found), *self.shapes[layer])
+        """Σ r of the adapters that have the layer."""
+        return sum(adapter.shapes[layer][1] for adapter in self.adapters.values() if layer in adapter.shapes)
 
     def templates(self) -> dict[str, LoraAdapter]:
         """Each task's head and config, for results; full layer names as targets unless all adapters name the same."""
@@ -148,58 +144,6 @@ def weights_by_layer(weights: Mapping[str, Mapping[str, float]], layers: Iterabl
         layer: torch.tensor([_weight(task, weight, layer) for task, weight in weights.items()], dtype=torch.float64)
         for layer in layers
     }
-
-
-def statistics_of(
-    argument: str,
-    kind: type[TaskFeatures] | type[DiagonalFisher],
-    given: Statistics | None,
-    inputs: Inputs,
-    reason: str,
-) -> Callable[[str], list[Any]]:
-    """A function from a layer to that layer's statistic of each task; of the kind TaskFeatures or DiagonalFisher.
-
-    Raises:
-        ValueError: a task without, a statistic of the wrong kind, or one that lacks a layer or has another width.
-    """
-    collect = "collect_fisher" if kind is DiagonalFisher else "collect_gram or collect_features"
-    missing = sorted(set(inputs.adapters) - set(given or {}))
-    if given is None or missing:
-        raise ValueError(
-            f"{reason} needs {argument}={{task: file}} of every task, missing {', '.join(missing)}: make them with "
-            f"{collect}, or `osrm-peft statistics`"
-        )
-    loaded: dict[str, TaskFeatures | DiagonalFisher] = {}
-    for task in inputs.adapters:
-        value = given[task]
-        one = kind.load(value) if isinstance(value, (str, Path)) else value
-        if not isinstance(one, kind):
-            raise ValueError(f"{argument} of {task!r} is a {type(one).__name__}, {reason} needs a {kind.__name__}")
-        if argument == "features" and getattr(one, "adapted", False):
-            raise ValueError(
-                f"features of {task!r} are of its fine-tuned model (collect_gram): {reason} needs those of the "
-                "pre-trained model (collect_features)"
-            )
-        prefix = inputs.prefixes[task]
-        if prefix and not set(inputs.shapes) & set(one.layers):  # collected on the bare model, like its adapter
-            renamed: Any = {prefix + layer: found for layer, found in one.layers.items()}
-            one = replace(one, layers=renamed)
-        lacking = sorted(set(inputs.shapes) - set(one.layers))
-        if lacking:
-            raise ValueError(
-                f"{argument} of {task!r} lacks {len(lacking)} of the {len(inputs.shapes)} merged layers: "
-                f"{', '.join(lacking[:4])}; collect it on all of them (target_modules=…)"
-            )
-        for layer, (o, n) in inputs.shapes.items():
-            found = one.layers[layer]
-            shape = tuple(found.shape) if isinstance(found, Tensor) else (o, found.width)
-            if shape != (o, n):
-                raise ValueError(
-                    f"{argument} of {task!r} is {'×'.join(map(str, shape))} at {layer!r}, the layer is {o}×{n}: "
-                    "it is of another base model"
-                )
-        loaded[task] = one
-    return lambda layer: [one.layers[layer] for one in loaded.values()]
 
 
 def _weight(task: str, patterns: Mapping[str, float], layer: str) -> float:

@@ -1,5 +1,6 @@
 """Exact algebra on products B·A without forming them: balancing, bases, recompression. All in float64."""
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -51,7 +52,8 @@ def compress_matrix(X: Tensor, rank: int | None = None) -> Compressed:
         return _cut(U[:, :k], S[:k], Vh[:k], rank)
     square = float(X.square().sum())
     if rank is None or square == 0:
-        eye = torch.eye(narrow, dtype=X.dtype)
+        half = 2.0 ** round(math.log2(float(X.abs().max())) / 2) if square else 1.0  # both factors alike, for float16
+        eye, X = half * torch.eye(narrow, dtype=X.dtype), X / half
         return Compressed(Factors(eye, X) if X.shape[1] == narrow else Factors(X, eye), 1.0)
     if rank > narrow // 8:
         U, S, Vh = torch.linalg.svd(X, full_matrices=False)

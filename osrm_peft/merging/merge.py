@@ -11,13 +11,14 @@ from tqdm.auto import tqdm
 
 from osrm_peft.adapters import Factors
 from osrm_peft.merging.guidance import best_scale, normal_equations, solve
-from osrm_peft.merging.inputs import Adapters, Statistics, Weights
+from osrm_peft.merging.inputs import Adapters, Weights
 from osrm_peft.merging.lowrank import Compressed, compress, compress_matrix
 from osrm_peft.merging.masked import MaskedAdapter, MaskedLayer
 from osrm_peft.merging.merged import MergedAdapter, MergedLayer
 from osrm_peft.merging.plan import MergePlan, plan_merge
 from osrm_peft.merging.registry import Merged, taken
 from osrm_peft.merging.spaces import Layer, enter
+from osrm_peft.merging.statistics import Statistics
 
 logger = logging.getLogger(__name__)
 
@@ -145,6 +146,7 @@ def _merge_layer(
     try:
         if plan.space == "factors":
             exact = plan.method.fn(plan.inputs.factors(name), weights, **arguments)
+            exact = Factors(exact.A, exact.s * exact.B)
             direction = Compressed(exact, 1.0) if plan.rank is None else compress(exact.B, exact.A, plan.rank)
         else:
             layer = stacks.layer(name)
@@ -199,7 +201,9 @@ def _masked(plan: MergePlan, names) -> MaskedAdapter:
         unified, masks = plan.method.fn(stack, weights.to(stack.dtype), **taken(plan.method.fn, plan.options))
         full += weights.abs() * stack.abs().sum((1, 2), dtype=torch.float64)
         kept += (masks * unified.abs()).sum((1, 2), dtype=torch.float64)
-        layers[name] = MaskedLayer.pack(unified.to(plan.dtype), masks)
+        # float16 holds the factors of a small task vector, not its entries
+        kept_as = torch.float32 if plan.dtype == torch.float16 else plan.dtype
+        layers[name] = MaskedLayer.pack(unified.to(kept_as), masks)
     scales = torch.where(kept > 0, full / kept.clamp_min(1e-300), 0).tolist()
     tasks = plan.inputs.templates()
     return MaskedAdapter(layers, dict(zip(tasks, scales, strict=True)), plan.scale, tasks, plan.manifest())

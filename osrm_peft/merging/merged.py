@@ -96,12 +96,13 @@ class MergedAdapter:
         """
         found = self._found()
         with new_folder(folder, "merged") as partial:
-            self._adapter(None, found).save_pretrained(partial)
+            shared = self._adapter(None, found)
+            shared.save_pretrained(partial)
             for name, adapter in self.tasks.items():
                 if adapter.heads:
                     save_head(adapter.heads, adapter.config, partial / HEADS / f"{name}.safetensors")
             energy = {name: one.energy_kept for name, one in found.items()}
-            write_json(partial / MANIFEST, self.manifest | {"energy_kept": energy})
+            write_json(partial / MANIFEST, self.manifest | {"written_rank": shared.rank, "energy_kept": energy})
 
     def _found(self) -> dict[str, Compressed]:
         return {name: layer.at(self.scale, self.rank) for name, layer in self.layers.items()}

@@ -16,16 +16,15 @@ from osrm_peft.fisher import DiagonalFisher
 from osrm_peft.merging.inputs import (
     Adapters,
     Inputs,
-    Statistics,
     Weights,
     check_names,
     gather,
-    statistics_of,
     weights_by_layer,
     weights_by_task,
 )
 from osrm_peft.merging.registry import Method, get_method
 from osrm_peft.merging.spaces import SPACES
+from osrm_peft.merging.statistics import Statistics, statistics_of
 
 GUIDED = ("features", "features_global")
 _SUMS = ("task_arithmetic", "concat")  # methods whose result is Σ w τ: whose weights features can choose
@@ -42,6 +41,7 @@ class MergePlan:
         space: where it runs.
         scale: λ; 1 where features choose it.
         rank: largest rank of the result; None keeps it exact.
+        heads: what becomes of trained heads.
         seed: of methods that draw.
         inputs: the adapters.
         weights: {layer: (T,)} as given; 1 each where features choose them.
@@ -58,6 +58,7 @@ class MergePlan:
     space: str
     scale: float
     rank: int | None
+    heads: str
     seed: int
     inputs: Inputs
     weights: dict[str, Tensor]
@@ -86,6 +87,7 @@ class MergePlan:
             "weights": self.guided_weights or weights,
             "space": self.space,
             "rank": self.rank,
+            "heads": self.heads,
             "base_model": self.inputs.base,
             "inputs": {
                 name: {"source": adapter.source, "sha256": adapter.sha256, "rank": adapter.rank}
@@ -104,13 +106,11 @@ class MergePlan:
 
     def output_rank(self, layer: str) -> int:
         """The largest rank that the layer's result can have."""
-        full = min(self.inputs.shapes[layer])
+        full, summed = min(self.inputs.shapes[layer]), self.inputs.rank_sum(layer)
         if self.space == "weight" or self.options.get("combine") == "ties":
             exact = full
-        elif self.space == "knots" and not self.method.commutes:
-            exact = min(full, self.inputs.rank_sum(layer))
         else:
-            exact = self.inputs.rank_sum(layer)
+            exact = summed if self.space == "factors" else min(full, summed)
         return exact if self.rank is None else min(exact, self.rank)
 
     def output_bytes(self) -> int:
@@ -179,6 +179,7 @@ def plan_merge(
         space,
         scale,
         rank,
+        heads,
         seed,
         inputs,
         by_layer,

@@ -46,6 +46,16 @@ class MergeRecipe:
         """
         return cls(**fields_from_yaml(path, cls, "merge recipe"))
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.options, Mapping):
+            raise ValueError(f"options={self.options!r} in the merge recipe must map names to values")
+        for name in ("statistics", "features"):
+            if not isinstance(getattr(self, name), Mapping | None):
+                raise ValueError(f"{name}={getattr(self, name)!r} in the merge recipe must map tasks to files")
+        if isinstance(self.scale, (list, tuple)):
+            for scale in self.scale:
+                number("scale", scale)
+
     def scales(self) -> list[Any]:
         """The scales to write: one, or those of a sweep."""
         if not isinstance(self.scale, (list, tuple)):
@@ -57,10 +67,8 @@ class MergeRecipe:
     def plan(self) -> MergePlan:
         """All checks of the merge, at the first of the scales."""
         given = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        adapters, method, options = given.pop("adapters"), given.pop("method"), given.pop("options")
-        if not isinstance(options, Mapping):
-            raise ValueError(f"options={options!r} in the merge recipe must map names to values")
-        clash = sorted(set(options) & set(given))
+        clash = sorted(set(self.options) & set(given))
         if clash:
             raise ValueError(f"{', '.join(clash)} in the merge recipe's options: write it beside them, not among them")
+        adapters, method, options = given.pop("adapters"), given.pop("method"), given.pop("options")
         return plan_merge(adapters, method, **(given | {"scale": self.scales()[0]}), **options)

@@ -17,11 +17,18 @@ def check(off_diagonal: float, ridge: float) -> None:
     number("ridge", ridge, 0)
 
 
+def check_weights(weights: Tensor) -> None:
+    """Raise ValueError for weights that are all 0."""
+    if not weights.any():
+        raise ValueError("all weights are 0, so no task's error counts: give one of them another weight")
+
+
 @register(
     "regmean",
     paper="RegMean (Jin et al., ICLR 2023), arXiv:2212.09849",
     spaces=("factors",),
     check=check,
+    check_weights=check_weights,
     needs="gram",
 )
 def regmean(

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -222,3 +223,30 @@ def test_features_of_a_fine_tuned_model_are_no_features():
     ):
         with pytest.raises(ValueError, match=r"features of 's' are of its fine-tuned model \(collect_gram\)"):
             call()
+
+
+def test_statistics_of_another_adapter_or_without_a_gram_are_refused(tmp_path, caplog):
+    for seed in (1, 2):
+        make_adapter(tmp_path / f"t{seed}", seed=seed)
+    adapters = {f"t{seed}": tmp_path / f"t{seed}" for seed in (1, 2)}
+    loaded = {task: load_adapter(folder) for task, folder in adapters.items()}
+    made = {task: statistic("gram", task, adapter.shapes) for task, adapter in loaded.items()}
+    own = {task: replace(one, adapter_sha256=loaded[task].sha256) for task, one in made.items()}
+    assert merge_adapters(adapters, "regmean", statistics=own).manifest["statistics"] == dict.fromkeys(own, "in memory")
+    with pytest.raises(ValueError, match=r"statistics of 't1' are of another adapter, or of it before a training"):
+        merge_adapters(adapters, "regmean", statistics={"t1": own["t2"], "t2": own["t1"]})
+    with pytest.raises(ValueError, match=r"statistics of 't2' hold one mean vector, no Gram matrix"):
+        merge_adapters(adapters, "regmean", statistics=own | {"t2": replace(own["t2"], statistic="mean")})
+    features = {task: replace(one, adapted=False, weight_hash=task) for task, one in made.items()}
+    with pytest.raises(ValueError, match="features are of different base models"):
+        merge_adapters(adapters, "concat", weights="features", features=features)
+    merge_adapters(adapters, "regmean", statistics={"t1": made["t2"], "t2": made["t1"]})
+    assert "statistics of 't1' were collected as those of 't2'" in caplog.text
+
+
+def test_a_float16_merge_keeps_entries_below_float16_s_smallest():
+    small = lora(1, {"a": (6, 5, 2)}, s=1e-9)
+    half = replace(small, dtype=torch.float16)
+    emr = merge_adapters({"s": half}, "emr")
+    close(emr.deltas("s")["a"], dense({"s": small}, "a")[0], 1e-6)
+    assert emr.layers["a"].unified.dtype == torch.float32
