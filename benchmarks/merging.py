@@ -208,7 +208,7 @@ def _timed(work: Callable[[], Any], repeat: int = 1) -> _Timed:
 
 def _row(table: Table, what: str, here: float, usual: float, ours: Tensor, theirs: Tensor) -> None:
     apart = float((ours.double() - theirs.double()).norm() / theirs.double().norm())
-    table.add_row(what, f"{here:.3f}", f"{usual:.3g}", f"{usual / here:.0f}×", f"{apart:.1e}")
+    table.add_row(what, f"{here:.3f}", f"{usual:.1f}", f"{usual / here:.0f}×", f"{apart:.1e}")
 
 
 def _published_knots(dense: Tensor) -> tuple[Tensor, list[Tensor]]:

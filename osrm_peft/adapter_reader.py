@@ -17,7 +17,18 @@ from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from osrm_peft.adapters import CONFIG, HEADS, PREFIX, TARGETS, WEIGHTS, Factors, FactorsOnDemand, LoraAdapter, below
+from osrm_peft.adapters import (
+    CONFIG,
+    HEADS,
+    PREFIX,
+    TARGETS,
+    WEIGHTS,
+    Factors,
+    FactorsOnDemand,
+    LoraAdapter,
+    below,
+    load_head,
+)
 from osrm_peft.checks import number
 
 logger = logging.getLogger(__name__)
@@ -66,7 +77,8 @@ def load_adapter(
             for key, value in get_peft_model_state_dict(source, adapter_name=adapter_name).items()
         }
         config, name = source.peft_config[adapter_name].to_dict(), f"live {type(source).__name__}"
-        adapter = _parse(config, {key: _header(tensor) for key, tensor in tensors.items()}, tensors.__getitem__, name)
+        headers: dict[str, _Header] = {key: (tuple(tensor.shape), tensor.dtype) for key, tensor in tensors.items()}
+        adapter = _parse(config, headers, tensors.__getitem__, name)
         adapter.factors = dict(adapter.factors)
         return adapter
     folder = _folder_of(str(source))
@@ -89,9 +101,8 @@ def load_adapter(
         weights = folder / WEIGHTS
         adapter = _parse(config, _headers(weights), _reader(weights), str(source), _sha256(weights))
         if head is not None:
-            with safe_open(path, framework="pt") as file:
-                adapter.heads = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
-                adapter.config |= json.loads((file.metadata() or {})["osrm_peft"])
+            adapter.heads, notes = load_head(path)
+            adapter.config |= notes
     except (SafetensorError, json.JSONDecodeError, UnicodeDecodeError, KeyError) as error:
         raise ValueError(f"{source} is damaged: {type(error).__name__}: {error}") from error
     return adapter
@@ -118,17 +129,11 @@ def _folder_of(source: str) -> Path:
 _Header = tuple[tuple[int, ...], torch.dtype | str]  # shape and dtype of a tensor in a file
 
 
-def _header(tensor: Tensor) -> _Header:
-    return tuple(tensor.shape), tensor.dtype
-
-
 def _headers(path: Path) -> dict[str, _Header]:
     with safe_open(path, framework="pt") as file:
-        slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
-        return {
-            key: (tuple(part.get_shape()), _DTYPES.get(part.get_dtype(), part.get_dtype()))
-            for key, part in slices.items()
-        }
+        parts = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
+        dtypes = {key: part.get_dtype() for key, part in parts.items()}
+        return {key: (tuple(part.get_shape()), _DTYPES.get(dtypes[key], dtypes[key])) for key, part in parts.items()}
 
 
 def _reader(path: Path) -> Callable[[str], Tensor]:
@@ -211,7 +216,8 @@ def _parse(
         return Factors(A, B, scales[name])
 
     sizes = {name: (B[0], A[0], math.prod(A[1:])) for name, (B, A) in shapes.items()}
-    layouts = {name: A[1:] if len(A) > 2 else () for name, (_, A) in shapes.items() if _kind(halves[name]["A"], A)}
+    layouts = {name: A[1:] for name, (_, A) in shapes.items() if len(A) > 2}
+    layouts |= {name: () for name, half in halves.items() if "lora_embedding_" in half["A"]}
     dtype: Any = headers[next(iter(halves.values()))["A"]][1]
     return LoraAdapter(FactorsOnDemand(sizes, factors_of), heads, config, dtype, source, sha256, layouts)
 
@@ -219,11 +225,6 @@ def _parse(
 def _fits(B: tuple[int, ...], A: tuple[int, ...]) -> bool:
     """Whether B (o, r) or (o, r, 1, …) and A (r, n) or (r, channels, …) have a product."""
     return B[1] == A[0] and math.prod(B[2:]) == 1 and len(B) == len(A)
-
-
-def _kind(key: str, A: tuple[int, ...]) -> bool:
-    """Whether it is an embedding or a convolution, by the name and shape of lora_A."""
-    return "lora_embedding_" in key or len(A) > 2
 
 
 def _check_plain(config: Mapping[str, Any], source: str) -> None:

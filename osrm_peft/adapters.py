@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
@@ -216,6 +217,17 @@ def save_head(heads: Mapping[str, Tensor], config: Mapping[str, Any], path: Path
     notes = {key: config.get(key) for key in ("modules_to_save", "task_type", "fan_in_fan_out")}
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file({key: value.clone().contiguous() for key, value in heads.items()}, path, {"osrm_peft": json.dumps(notes)})
+
+
+def load_head(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What `save_head` wrote: the tensors, and the config fields that PEFT needs for them.
+
+    Raises:
+        SafetensorError, KeyError, json.JSONDecodeError: it is damaged.
+    """
+    with safe_open(path, framework="pt") as file:
+        heads = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
+        return heads, json.loads((file.metadata() or {})["osrm_peft"])
 
 
 def _as_peft(pair: dict[str, Tensor], layout: tuple[int, ...] | None) -> Iterator[tuple[str, Tensor]]:

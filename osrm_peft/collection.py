@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 
 from osrm_peft.checks import choice, integer
 from osrm_peft.features import TaskFeatures
-from osrm_peft.layers import base_name, base_of, linear_layer, target_layers, unwrapped, weight_hash
+from osrm_peft.layers import base_name, base_of, check_unmerged, linear_layer, target_layers, unwrapped, weight_hash
 from osrm_peft.moments import STATISTICS, FeatureMoments
 
 
@@ -48,7 +48,9 @@ def collect_features(
     choice("statistic", statistic, STATISTICS)
     if reference and statistic != "mean":
         raise ValueError(f"reference=True keeps one mean a task: use statistic='mean', not {statistic!r}")
-    return _collect(model, loader, task, target_modules, statistic, k, seed, reference, False, progress)
+    return _collect(
+        model, loader, task, target_modules, k, seed, progress, statistic=statistic, reference=reference, adapted=False
+    )
 
 
 def collect_gram(
@@ -73,7 +75,9 @@ def collect_gram(
     Raises:
         ValueError: k below 1, no target layer, or a loader without a sample.
     """
-    return _collect(model, loader, task, target_modules, "token", k, seed, False, True, progress)
+    return _collect(
+        model, loader, task, target_modules, k, seed, progress, statistic="token", reference=False, adapted=True
+    )
 
 
 def _collect(
@@ -81,19 +85,19 @@ def _collect(
     loader: Iterable[Mapping[str, Any]],
     task: str,
     target_modules: list[str] | str | LoraConfig | None,
-    statistic: str,
     k: int,
     seed: int | None,
+    progress: bool,
+    *,
+    statistic: str,
     reference: bool,
     adapted: bool,
-    progress: bool,
 ) -> TaskFeatures:
     k = integer("k", k, 1)
     model = unwrapped(model)
     layers = target_layers(model, target_modules)
-    merged = [name for name, module in layers.items() if getattr(module, "merged", False)]
-    if merged and not adapted:
-        raise ValueError(f"an adapter is merged into {merged[0]!r}: call unmerge_adapter() first")
+    if not adapted:
+        check_unmerged(layers)
     base = base_of(model)
     device = next(base.parameters()).device
     collector = _Collector({name: linear_layer(name, module).in_features for name, module in layers.items()}, statistic)
@@ -104,19 +108,10 @@ def _collect(
         if isinstance(model, PeftModel) and not adapted:
             stack.enter_context(model.disable_adapter())
         stack.enter_context(_watch_inputs(layers, collector.see))
-        bar = stack.enter_context(tqdm(total=k, desc=f"features of {task}", unit="sample", disable=not progress))
-        for batch in loader:
-            inputs, rows, _ = model_inputs(batch, k - seen, device)
-            if rows == 0:
-                continue
+        for inputs, rows, _ in samples(loader, k, device, task=task, what="features", progress=progress):
             collector.start(None if reference else inputs.get("attention_mask"))
             base(**inputs)
             seen += rows
-            bar.update(rows)
-            if seen >= k:
-                break
-    if seen == 0:
-        raise ValueError(f"the loader of task {task!r} gave no sample: is its dataset empty?")
     for name, moments in collector.moments.items():
         if not moments.mean().isfinite().all():
             raise ValueError(f"layer {name!r} receives NaN or Inf: is the model's checkpoint sound?")
@@ -127,7 +122,30 @@ def _collect(
     )  # fmt: skip
 
 
-def model_inputs(
+def samples(
+    loader: Iterable[Mapping[str, Any]], k: int, device: torch.device, *, task: str, what: str, progress: bool
+) -> Iterator[tuple[dict[str, Any], int, Tensor | None]]:
+    """Batches of at most k samples together: (inputs of the model on the device, how many, their labels).
+
+    Raises:
+        ValueError: at the end, if there was none.
+    """
+    seen = 0
+    with tqdm(total=k, desc=f"{what} of {task}", unit="sample", disable=not progress) as bar:
+        for batch in loader:
+            inputs, rows, labels = _model_inputs(batch, k - seen, device)
+            if rows == 0:
+                continue
+            yield inputs, rows, labels
+            seen += rows
+            bar.update(rows)
+            if seen >= k:
+                break
+    if seen == 0:
+        raise ValueError(f"the loader of task {task!r} gave no sample: is its dataset empty?")
+
+
+def _model_inputs(
     batch: Mapping[str, Any], most: int, device: torch.device
 ) -> tuple[dict[str, Any], int, Tensor | None]:
     """The first `most` samples of a batch, without labels, on the device; how many they are; and their labels."""

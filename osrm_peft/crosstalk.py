@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from osrm_peft.adapters import LoraAdapter
 from osrm_peft.features import TaskFeatures
-from osrm_peft.layers import as_weight, base_of, weight_shape
+from osrm_peft.layers import as_weight, base_layer, base_of, check_unmerged, weight_shape
 from osrm_peft.merging.inputs import gather
 from osrm_peft.merging.lowrank import cross_energies
 from osrm_peft.merging.statistics import statistics_of
@@ -90,9 +90,7 @@ def interference(
     inputs = gather(adapters, base_model=base_model, heads="per_task", rank=None)
     moments_of = statistics_of("features", TaskFeatures, features, inputs, "interference")
     modules: dict[str, Any] = dict(base_of(base).named_modules()) if base is not None else {}
-    merged = [name for name in inputs.shapes if getattr(modules.get(name), "merged", False)]
-    if merged:
-        raise ValueError(f"an adapter is merged into {merged[0]!r} of the base: call unmerge_adapter() first")
+    check_unmerged({name: modules.get(name) for name in inputs.shapes})
     wrong = [name for name, shape in inputs.shapes.items() if modules and _shape_in(modules, name) != shape]
     if base is not None and wrong:
         raise ValueError(f"the base model has {_shape_in(modules, wrong[0])} at {wrong[0]!r}, the adapters "
@@ -104,7 +102,7 @@ def interference(
         if base is None:
             below = energies.diagonal()
         else:
-            module = _layer(modules[name])
+            module = base_layer(modules[name])
             W = as_weight(module, module.weight.detach().cpu()).reshape(shape).double()
             below = torch.stack([((W @ moment.second_moment()) * W).sum() for moment in moments])
         layers[name] = energies / below
@@ -112,8 +110,4 @@ def interference(
 
 
 def _shape_in(modules: Mapping[str, Any], name: str) -> tuple[int, int] | None:
-    return weight_shape(_layer(modules[name])) if name in modules else None
-
-
-def _layer(module: Any) -> Any:
-    return module.get_base_layer() if hasattr(module, "get_base_layer") else module
+    return weight_shape(base_layer(modules[name])) if name in modules else None

@@ -12,10 +12,9 @@ from peft import LoraConfig
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from osrm_peft.checks import choice, integer
-from osrm_peft.collection import model_inputs, undisturbed
+from osrm_peft.collection import samples, undisturbed
 from osrm_peft.files import new_file
 from osrm_peft.layers import base_name, base_of, target_layers, unwrapped
 
@@ -123,20 +122,11 @@ def collect_fisher(
         stack.enter_context(undisturbed(base))
         stack.enter_context(torch.enable_grad())
         passes = stack.enter_context(_watch(layers))
-        bar = stack.enter_context(tqdm(total=k, desc=f"Fisher of {task}", unit="sample", disable=not progress))
-        for batch in loader:
-            inputs, rows, truth = model_inputs(batch, k - seen, device)
-            if rows == 0:
-                continue
+        for inputs, rows, truth in samples(loader, k, device, task=task, what="Fisher", progress=progress):
             passes.clear()
             scores = _scores(base(**inputs).logits, truth if labels == "true" else None, labels)
             _add_squares(total, scores, passes)
             seen += rows
-            bar.update(rows)
-            if seen >= k:
-                break
-    if seen == 0:
-        raise ValueError(f"the loader of task {task!r} gave no sample: is its dataset empty?")
     found = {name: (squares / seen).cpu() for name, squares in total.items()}
     for name, F in found.items():
         if not F.isfinite().all():

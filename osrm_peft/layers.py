@@ -1,7 +1,7 @@
 """Which layers an adapter targets, by their names in the base model, and a hash of those layers' weights."""
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -70,13 +70,25 @@ def lora_layers(model: nn.Module, adapter_name: str) -> dict[str, Any]:
     }
 
 
+def base_layer(module: Any) -> Any:
+    """The layer that a LoRA layer wraps; any other module as it is."""
+    return module.get_base_layer() if isinstance(module, LoraLayer) else module
+
+
+def check_unmerged(layers: Mapping[str, Any]) -> None:
+    """Raise ValueError if an adapter is merged into the weights of one of the layers."""
+    merged = [name for name, module in layers.items() if getattr(module, "merged", False)]
+    if merged:
+        raise ValueError(f"an adapter is merged into {merged[0]!r}: call unmerge_adapter() first")
+
+
 def linear_layer(name: str, module: nn.Module) -> nn.Linear:
     """The `nn.Linear` that `module` is, or that its LoRA layer wraps.
 
     Raises:
         ValueError: it is another kind of layer; names it.
     """
-    layer = module.get_base_layer() if isinstance(module, LoraLayer) else module
+    layer = base_layer(module)
     if not isinstance(layer, nn.Linear):
         raise ValueError(
             f"layer {name!r} is a {type(layer).__name__}; OSRM features are of nn.Linear layers: "

@@ -122,11 +122,7 @@ class MultiTaskTable:
 
 def plot_scales(table: MultiTaskTable, path: str | Path) -> None:
     """Plot the average over tasks against λ, a panel a merge method, a line a kind of adapter; write a PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")  # no display needed
-    from matplotlib import pyplot
-
+    pyplot = _pyplot()
     swept = [method for method in _methods(table) if len(_scales(table, method)) > 1]
     figure, axes = pyplot.subplots(1, max(1, len(swept)), figsize=(3.6 * max(1, len(swept)), 3.2), squeeze=False)
     for axis, method in zip(axes[0], swept, strict=False):
@@ -177,12 +173,9 @@ def interference_table(found: Interference) -> Table:
 
 def plot_interference(panels: Mapping[str, Interference], path: str | Path) -> None:
     """Heat maps side by side on one logarithmic colour scale: {title: Interference}; write a PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
     from matplotlib.colors import LogNorm
 
+    pyplot = _pyplot()
     means = {title: 100 * found.mean() for title, found in panels.items()}
     positive = [float(value) for mean in means.values() for value in mean.flatten() if value > 0] or [1.0]
     norm = LogNorm(min(positive), max(max(positive), min(positive) * 10))
@@ -209,3 +202,13 @@ def plot_interference(panels: Mapping[str, Interference], path: str | Path) -> N
 def _interference_title(found: Interference) -> str:
     below = "E‖W₀ h_t‖²" if found.relative_to == "base" else "E‖τ_t h_t‖²"
     return f"E‖τ_j h_t‖² / {below} in percent, geometric mean over layers"
+
+
+def _pyplot() -> Any:
+    """matplotlib, which is slow to import, set to draw without a display."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot

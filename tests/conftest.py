@@ -1,6 +1,7 @@
 """A tiny BERT made in memory, adapters of it, and no network."""
 
 import os
+import sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported: no test may reach for the Hub
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -88,3 +89,22 @@ def make_adapter(folder, *, seed=1, num_labels=3, base_seed=0, dtype=torch.float
 
 def tensors_of(folder):
     return load_file(f"{folder}/adapter_model.safetensors")
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """The command `osrm-peft` in this process: importing torch and transformers anew takes seconds.
+
+    call(*arguments, code=0) → what it printed (with another code, its error), white space as single spaces.
+    """
+    from osrm_peft.cli import main
+
+    def called(*arguments, code=0):
+        monkeypatch.setattr(sys, "argv", ["osrm-peft", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        printed = capsys.readouterr()
+        assert (stopped.value.code or 0) == code, printed.err
+        return " ".join((printed.out if code == 0 else printed.err).split())
+
+    return called

@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 
 from osrm_peft import list_tasks
-from osrm_peft.cli import main
 from osrm_peft.recipe import Recipe
 from tests.test_recipes import write
 
@@ -17,21 +16,6 @@ def run(*arguments, code=0):
     done = subprocess.run([*COMMAND, *map(str, arguments)], capture_output=True, text=True)
     assert done.returncode == code, done.stdout + done.stderr
     return done.stdout if code == 0 else " ".join(done.stderr.split())
-
-
-@pytest.fixture
-def call(monkeypatch, capsys):
-    """The command in this process: importing torch and transformers anew takes seconds."""
-
-    def called(*arguments):
-        monkeypatch.setattr(sys, "argv", ["osrm-peft", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        printed = capsys.readouterr()
-        assert not stopped.value.code, printed.err
-        return printed.out
-
-    return called
 
 
 def test_features_train_merge_evaluate(tmp_path, call):
@@ -92,12 +76,8 @@ def test_features_train_merge_evaluate(tmp_path, call):
         (["evaluate", "none", "--suite", "x"], "none does not say which task it is for: name it with --task"),
     ],
 )
-def test_an_error_is_one_line_and_exit_code_2(arguments, message, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["osrm-peft", *arguments])
-    with pytest.raises(SystemExit) as stopped:
-        main()
-    assert stopped.value.code == 2
-    assert message in " ".join(capsys.readouterr().err.split())
+def test_an_error_is_one_line_and_exit_code_2(arguments, message, call):
+    assert message in call(*arguments, code=2)
 
 
 def test_an_output_that_is_not_ours_is_refused_before_any_work(tmp_path):

@@ -1,32 +1,17 @@
 """The commands around merging, in this process, on tiny adapters."""
 
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from osrm_peft import load_adapter, merge_adapters
-from osrm_peft.cli import main
 from osrm_peft.merging.recipe import MergeRecipe
 from tests.conftest import make_adapter
 from tests.merging.test_contract import statistic
 
 EXAMPLE = Path(__file__).parent.parent / "recipes/configs/merge_packaged.yaml"
-
-
-@pytest.fixture
-def call(monkeypatch, capsys):
-    def called(*arguments, code=0):
-        monkeypatch.setattr(sys, "argv", ["osrm-peft", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        printed = capsys.readouterr()
-        assert (stopped.value.code or 0) == code, printed.err
-        return " ".join((printed.out if code == 0 else printed.err).split())
-
-    return called
 
 
 @pytest.fixture

@@ -46,18 +46,17 @@ def compress_matrix(X: Tensor, rank: int | None = None) -> Compressed:
     returned as it is, X·I, at full rank.
     """
     X, narrow = X.double(), min(X.shape)
-    if narrow <= _WIDE:
-        U, S, Vh = torch.linalg.svd(X, full_matrices=False)
-        k = int((_cutoff(S, X.shape) < S).sum())
-        return _cut(U[:, :k], S[:k], Vh[:k], rank)
     square = float(X.square().sum())
-    if rank is None or square == 0:
-        half = 2.0 ** round(math.log2(float(X.abs().max())) / 2) if square else 1.0  # both factors alike, for float16
+    if square == 0:
+        return Compressed(Factors(X[:0], X[:, :0]), 1.0)
+    if narrow <= _WIDE or (rank is not None and rank > narrow // 8):
+        U, S, Vh = torch.linalg.svd(X, full_matrices=False)
+        k = _exact_rank(S, X.shape)
+        return _cut(U[:, :k], S[:k], Vh[:k], rank)
+    if rank is None:
+        half = 2.0 ** round(math.log2(float(X.abs().max())) / 2)  # both factors alike, for float16
         eye, X = half * torch.eye(narrow, dtype=X.dtype), X / half
         return Compressed(Factors(eye, X) if X.shape[1] == narrow else Factors(X, eye), 1.0)
-    if rank > narrow // 8:
-        U, S, Vh = torch.linalg.svd(X, full_matrices=False)
-        return _cut(U, S, Vh, rank)
     start = torch.linspace(1, 2, narrow, dtype=X.dtype).numpy()  # fixed: ARPACK would draw one
     U, S, Vh = (torch.from_numpy(found.copy()) for found in svds(X.numpy(), k=rank, v0=start))
     U, S, Vh = U.flip(1), S.flip(0), Vh.flip(0)  # the largest first
@@ -69,8 +68,7 @@ def column_basis(parts: list[Tensor]) -> Tensor:
     """(o, p) orthonormal basis of the columns of all `parts` (o, k_t): left singular vectors of the stack."""
     Q, R = torch.linalg.qr(torch.cat(parts, dim=1))  # first, so that the SVD is of a small matrix
     U, S, _ = torch.linalg.svd(R, full_matrices=False)
-    kept = int((_cutoff(S, (len(Q), R.shape[1])) < S).sum())
-    return Q @ U[:, :kept]
+    return Q @ U[:, : _exact_rank(S, (len(Q), R.shape[1]))]
 
 
 def cross_energies(products: list[tuple[Tensor, Tensor]], moments: FeatureMoments) -> Tensor:
@@ -112,9 +110,10 @@ def _thin_svd(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     Q_B, R_B = torch.linalg.qr(B)
     Q_A, R_A = torch.linalg.qr(A.mT)
     U, S, Vh = torch.linalg.svd(R_B @ R_A.mT, full_matrices=False)
-    k = int((_cutoff(S, (len(B), A.shape[1])) < S).sum())
+    k = _exact_rank(S, (len(B), A.shape[1]))
     return Q_B @ U[:, :k], S[:k], Vh[:k] @ Q_A.mT
 
 
-def _cutoff(S: Tensor, shape: torch.Size | tuple[int, ...]) -> float:
-    return max(shape) * _EPS * float(S.max()) if len(S) else 0.0
+def _exact_rank(S: Tensor, shape: torch.Size | tuple[int, ...]) -> int:
+    """How many singular values of a matrix of this shape are above float64's rounding."""
+    return int((max(shape) * _EPS * S.max() < S).sum()) if len(S) else 0

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from osrm_peft.adapters import HEADS, LoraAdapter, save_head
+from osrm_peft.adapters import HEADS, LoraAdapter, load_head, save_head
 from osrm_peft.checks import number
 from osrm_peft.files import MANIFEST, new_folder, read_manifest, write_json
 from osrm_peft.layers import as_weight, weight_shape
@@ -99,11 +99,8 @@ class MaskedAdapter:
 
     def adapter(self, task: str, rank: int | None = None) -> LoraAdapter:
         """This task as an ordinary LoRA adapter with its head: of full rank, or the best of this rank."""
-        template = self.tasks[list(self.tasks)[self._place(task)]]
-        factors = {}
-        for name, delta in self.deltas(task).items():
-            factors[name] = compress_matrix(delta, rank).factors
-        return replace(template, factors=factors, source="merge", sha256=None)
+        factors = {name: compress_matrix(delta, rank).factors for name, delta in self.deltas(task).items()}
+        return replace(self.tasks[task], factors=factors, source="merge", sha256=None)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write shared vector, packed masks and scales (`emr.safetensors`), heads and manifest, all or nothing.
@@ -147,9 +144,7 @@ class MaskedAdapter:
                     raise ValueError(f"{name}: masks {tuple(layer.masks.shape)} of {tuple(layer.unified.shape)}")
             tasks, dtype = {}, next(iter(layers.values())).unified.dtype
             for name in names:
-                with safe_open(folder / HEADS / f"{name}.safetensors", framework="pt") as file:
-                    heads = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
-                    config = json.loads((file.metadata() or {})["osrm_peft"])
+                heads, config = load_head(folder / HEADS / f"{name}.safetensors")
                 config |= {"base_model_name_or_path": manifest.get("base_model"), "target_modules": list(layers)}
                 tasks[name] = LoraAdapter({}, heads, config, dtype, source=str(folder), layouts=layouts)
             return cls(layers, scales, float(manifest["scale"]), tasks, manifest)

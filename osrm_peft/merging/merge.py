@@ -201,9 +201,7 @@ def _masked(plan: MergePlan, names) -> MaskedAdapter:
         unified, masks = plan.method.fn(stack, weights.to(stack.dtype), **taken(plan.method.fn, plan.options))
         full += weights.abs() * stack.abs().sum((1, 2), dtype=torch.float64)
         kept += (masks * unified.abs()).sum((1, 2), dtype=torch.float64)
-        # float16 holds the factors of a small task vector, not its entries
-        kept_as = torch.float32 if plan.dtype == torch.float16 else plan.dtype
-        layers[name] = MaskedLayer.pack(unified.to(kept_as), masks)
+        layers[name] = MaskedLayer.pack(unified.to(plan.dtype), masks)
     scales = torch.where(kept > 0, full / kept.clamp_min(1e-300), 0).tolist()
     tasks = plan.inputs.templates()
     return MaskedAdapter(layers, dict(zip(tasks, scales, strict=True)), plan.scale, tasks, plan.manifest())

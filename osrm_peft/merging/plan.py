@@ -101,8 +101,9 @@ class MergePlan:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the result: the adapters' own."""
-        return reduce(torch.promote_types, (adapter.dtype for adapter in self.inputs.adapters.values()))
+        """Of the result: the adapters' own; float16 holds the factors of a small task vector, not EMR's entries."""
+        own = reduce(torch.promote_types, (adapter.dtype for adapter in self.inputs.adapters.values()))
+        return torch.float32 if self.method.per_task and own == torch.float16 else own
 
     def output_rank(self, layer: str) -> int:
         """The largest rank that the layer's result can have."""
@@ -173,21 +174,21 @@ def plan_merge(
         if given is not None
     }
     return MergePlan(
-        method,
-        chosen,
-        options,
-        space,
-        scale,
-        rank,
-        heads,
-        seed,
-        inputs,
-        by_layer,
-        guided,
-        guided_scale,
-        needs,
-        moments,
-        sources,
+        name=method,
+        method=chosen,
+        options=options,
+        space=space,
+        scale=scale,
+        rank=rank,
+        heads=heads,
+        seed=seed,
+        inputs=inputs,
+        weights=by_layer,
+        guided_weights=guided,
+        guided_scale=guided_scale,
+        statistics=needs,
+        features=moments,
+        sources=sources,
     )
 
 

@@ -52,17 +52,15 @@ class MergeRecipe:
         for name in ("statistics", "features"):
             if not isinstance(getattr(self, name), Mapping | None):
                 raise ValueError(f"{name}={getattr(self, name)!r} in the merge recipe must map tasks to files")
-        if isinstance(self.scale, (list, tuple)):
-            for scale in self.scale:
-                number("scale", scale)
 
     def scales(self) -> list[Any]:
         """The scales to write: one, or those of a sweep."""
         if not isinstance(self.scale, (list, tuple)):
             return [self.scale]
-        if not self.scale or len(set(self.scale)) < len(self.scale):
+        scales = [number("scale", scale) for scale in self.scale]
+        if not scales or len(set(scales)) < len(scales):
             raise ValueError(f"scale={self.scale!r}: a sweep needs different numbers")
-        return [number("scale", scale) for scale in self.scale]
+        return scales
 
     def plan(self) -> MergePlan:
         """All checks of the merge, at the first of the scales."""

@@ -120,7 +120,8 @@ def options_of(fn: Callable | None) -> dict[str, Any]:
 
 def taken(fn: Callable, options: Mapping[str, Any]) -> dict[str, Any]:
     """Those of `options` that `fn` has."""
-    return {name: value for name, value in options.items() if name in options_of(fn)}
+    known = options_of(fn)
+    return {name: value for name, value in options.items() if name in known}
 
 
 def get_method(name: str) -> Method:

@@ -77,4 +77,5 @@ def test_a_wide_matrix_is_cut_as_by_its_svd_without_one(shape, monkeypatch):
     exact = compress_matrix(X)
     assert torch.equal(exact.factors.delta(), X) and exact == (exact.factors, 1.0) and exact.factors.rank == 60
     assert not compress_matrix(0 * X, 5).factors.delta().any()
+    assert compress_matrix(0 * X, 5).factors.rank == compress_matrix(0 * X).factors.rank == 0
     assert torch.equal(compress_matrix(X, 5).factors.B, compress_matrix(X, 5).factors.B)  # no random start
