@@ -9,12 +9,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from peft import PeftModel, get_peft_model_state_dict
 from peft.utils.other import get_pattern_key
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
 from osrm_peft.adapters import (
@@ -30,6 +27,8 @@ from osrm_peft.adapters import (
     load_head,
 )
 from osrm_peft.checks import number
+from osrm_peft.hub import local_folder
+from osrm_peft.tensor_files import Header, tensor_headers, tensor_reader
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +48,6 @@ _NOT_PLAIN = {
     "kasa_config": f"KaSA changed the base weights: {_BAKE}",
     "monteclora_config": f"MonteCLoRA draws its weights: {_BAKE}",
 }
-_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 _BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
@@ -77,11 +75,11 @@ def load_adapter(
             for key, value in get_peft_model_state_dict(source, adapter_name=adapter_name).items()
         }
         config, name = source.peft_config[adapter_name].to_dict(), f"live {type(source).__name__}"
-        headers: dict[str, _Header] = {key: (tuple(tensor.shape), tensor.dtype) for key, tensor in tensors.items()}
+        headers: dict[str, Header] = {key: (tuple(tensor.shape), tensor.dtype) for key, tensor in tensors.items()}
         adapter = _parse(config, headers, tensors.__getitem__, name)
         adapter.factors = dict(adapter.factors)
         return adapter
-    folder = _folder_of(str(source))
+    folder = local_folder(str(source), [CONFIG, WEIGHTS, f"{HEADS}/*.safetensors", "*.json"])
     if not (folder / CONFIG).is_file():
         raise FileNotFoundError(f"{source} holds no {CONFIG}: it is not a PEFT adapter")
     if not (folder / WEIGHTS).is_file():
@@ -99,7 +97,7 @@ def load_adapter(
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         weights = folder / WEIGHTS
-        adapter = _parse(config, _headers(weights), _reader(weights), str(source), _sha256(weights))
+        adapter = _parse(config, tensor_headers(weights), tensor_reader(weights), str(source), _sha256(weights))
         if head is not None:
             adapter.heads, notes = load_head(path)
             adapter.config |= notes
@@ -112,52 +110,9 @@ def _heads_in(folder: Path) -> list[str]:
     return sorted(file.stem for file in (folder / HEADS).glob("*.safetensors"))
 
 
-def _folder_of(source: str) -> Path:
-    if Path(source).is_dir():
-        return Path(source)
-    repo, _, revision = source.partition("@")
-    try:
-        patterns = [CONFIG, WEIGHTS, f"{HEADS}/*.safetensors", "*.json"]
-        return Path(snapshot_download(repo, revision=revision or None, allow_patterns=patterns))
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise FileNotFoundError(
-            f"{source!r} is neither a folder nor a Hub repository that can be reached ({reason})"
-        ) from error
-
-
-_Header = tuple[tuple[int, ...], torch.dtype | str]  # shape and dtype of a tensor in a file
-
-
-def _headers(path: Path) -> dict[str, _Header]:
-    with safe_open(path, framework="pt") as file:
-        parts = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
-        dtypes = {key: part.get_dtype() for key, part in parts.items()}
-        return {key: (tuple(part.get_shape()), _DTYPES.get(dtypes[key], dtypes[key])) for key, part in parts.items()}
-
-
-def _reader(path: Path) -> Callable[[str], Tensor]:
-    """Reads one tensor at a time; the file is closed in between, so that its pages need not stay in memory."""
-    path = path.resolve()
-
-    def identity() -> tuple[int, int, int]:
-        stat = path.stat()
-        return stat.st_ino, stat.st_size, stat.st_mtime_ns
-
-    first = identity()
-
-    def read(key: str) -> Tensor:
-        if identity() != first:
-            raise ValueError(f"{path} was changed after the adapter was loaded: load it again")
-        with safe_open(path, framework="pt") as file:
-            return file.get_tensor(key).clone()
-
-    return read
-
-
 def _parse(
     config: dict[str, Any],
-    headers: Mapping[str, _Header],
+    headers: Mapping[str, Header],
     read: Callable[[str], Tensor],
     source: str,
     sha256: str | None = None,
@@ -197,7 +152,7 @@ def _parse(
     for name, half in halves.items():
         rank = shapes[name][1][0]
         for key in half.values():
-            if headers[key][1] not in _DTYPES.values() or rank == 0:
+            if isinstance(headers[key][1], str) or rank == 0:
                 raise ValueError(
                     f"{source} has {headers[key][1]} factors of rank {rank} in layer {name!r}: "
                     "adapters hold float16, bfloat16 or float32 factors of rank 1 or more"

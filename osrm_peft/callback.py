@@ -1,13 +1,16 @@
-"""OSRMCallback: sets A when a Trainer is built, checks that no engine undid it, and logs how far A drifts."""
+"""OSRMCallback: sets A when a Trainer is built, checks that no engine undid it, and logs what training does to it."""
 
+import inspect
 import logging
 
 import torch
 from torch import Tensor
 from transformers import TrainerCallback
+from transformers.trainer_callback import CallbackHandler
 
-from osrm_peft.initialization import initialize_osrm_weights
+from osrm_peft.initialization import OutOfTask, initialize_osrm_weights, load_out_of_task
 from osrm_peft.layers import lora_layers
+from osrm_peft.spectrum import Pool
 from osrm_peft.subspace import procrustes_drift
 
 logger = logging.getLogger(__name__)
@@ -18,27 +21,42 @@ class OSRMCallback(TrainerCallback):
 
     * `on_init_end` sets A: before the optimizer exists and before any engine wraps or shards the model.
     * At the first step it checks that the A in the model is the A that it wrote.
-    * To every training log it adds `osrm/drift`, the Procrustes distance D/‖Ã‖ between A and its initial Ã, mean
-      over layers (OSRM paper, Fig. 3), and to the log history (`trainer_state.json`) `osrm/drift/<layer>` besides.
+    * To every training log (console, history, TensorBoard, W&B, …) it adds means over layers: `osrm/drift`, the
+      Procrustes distance D/‖Ã‖ between A and its initial Ã (OSRM paper, Fig. 3), and `osrm/out_of_task_energy`,
+      tr(A S_¬t Aᵀ) / tr S_¬t. The log history (`trainer_state.json`) has `osrm/drift/<layer>` besides.
     * On resume it checks nothing: the checkpoint's A has replaced the initial one, from which drift still counts.
 
     Args:
         adapter_name: the adapter to initialise.
+        log_energy: log the out-of-task energy. Keeps for each distinct input the vectors (statistics `"mean"` and
+            `"sample"`) or n×n float32 of S_¬t (`"token"`: 2.1 GB for q and v of 32 layers of width 4096).
 
     Raises:
         TypeError, ValueError: see `initialize_osrm_weights`.
         RuntimeError: at the first step, A is not the one that was written.
     """
 
-    def __init__(self, adapter_name: str = "default") -> None:
-        self.adapter_name = adapter_name
+    def __init__(self, adapter_name: str = "default", log_energy: bool = True) -> None:
+        self.adapter_name, self.log_energy = adapter_name, log_energy
         self.checked = False  # a second train() goes on from the trained A
-        self.initial: dict[str, Tensor] = {}  # {layer: (r, n)} copy of Ã, float32 on the CPU
+        self.initial: dict[str, Tensor] = {}  # {layer: (r, n) copy of Ã, float32 on the CPU}
+        self.pools: dict[str, Pool] = {}  # {layer: the other tasks' pooled moments}
 
-    def on_init_end(self, args, state, control, model=None, **kwargs) -> None:
+    def on_init_end(self, args, state, control, model=None, processing_class=None, **kwargs) -> None:
         """Set A."""
-        initialize_osrm_weights(model, adapter_name=self.adapter_name)
+        _go_first(self)
+        progress = not args.disable_tqdm and state.is_local_process_zero
+        others = load_out_of_task(model, self.adapter_name)
+        initialize_osrm_weights(
+            model, others, adapter_name=self.adapter_name, tokenizer=processing_class, progress=progress
+        )
         self.initial = self._current(model)
+        if self.log_energy:
+            out, kept = OutOfTask(others), {}
+            for name in self.initial:
+                if out.input_of(name) not in kept:
+                    kept[out.input_of(name)] = out.pool(name).float()
+                self.pools[name] = kept[out.input_of(name)]
 
     def on_step_begin(self, args, state, control, model=None, **kwargs) -> None:
         """Before the first step of a fresh run: is A still ours?"""
@@ -56,15 +74,19 @@ class OSRMCallback(TrainerCallback):
                 )
 
     def on_log(self, args, state, control, logs=None, model=None, **kwargs) -> None:
-        """Add the drift to training logs."""
+        """Add drift and out-of-task energy to training logs."""
         if not logs or "loss" not in logs:
             return
-        drift = {name: procrustes_drift(A, self.initial[name]) for name, A in self._current(model).items()}
-        logs["osrm/drift"] = sum(drift.values()) / len(drift)
+        current = self._current(model)
+        drift = {name: procrustes_drift(A, self.initial[name]) for name, A in current.items()}
+        found = {"osrm/drift": sum(drift.values()) / len(drift)}
+        if self.pools:
+            energy = [self.pools[name].share(A) for name, A in current.items()]
+            found["osrm/out_of_task_energy"] = sum(energy) / len(energy)
+        logs.update(found)
         # The Trainer has copied `logs` into its history already. The layers go there only: a console line of them all
         # would drown the loss.
-        state.log_history[-1]["osrm/drift"] = logs["osrm/drift"]
-        state.log_history[-1].update({f"osrm/drift/{name}": value for name, value in drift.items()})
+        state.log_history[-1].update(found | {f"osrm/drift/{name}": value for name, value in drift.items()})
 
     def _current(self, model) -> dict[str, Tensor]:
         layers = lora_layers(model, self.adapter_name)
@@ -72,3 +94,18 @@ class OSRMCallback(TrainerCallback):
             name: layer.lora_A[self.adapter_name].weight.detach().to("cpu", torch.float32, copy=True)
             for name, layer in layers.items()
         }
+
+
+def _go_first(callback: TrainerCallback) -> None:
+    """Move the callback before those that report to TensorBoard, W&B, …: these write what is in `logs` when they run.
+
+    The Trainer puts a user's callbacks last and gives them no way to its list, so it is found in the calling frame.
+    Where it is not there, only those reports lack our numbers.
+    """
+    frame = inspect.currentframe()
+    while frame is not None and not isinstance(frame.f_locals.get("self"), CallbackHandler):
+        frame = frame.f_back
+    callbacks = frame.f_locals["self"].callbacks if frame is not None else []
+    if callback in callbacks:
+        callbacks.remove(callback)
+        callbacks.insert(0, callback)

@@ -10,7 +10,7 @@ from peft import LoraConfig
 from osrm_peft.checks import choice, integer, number
 from osrm_peft.files import ADAPTER_NOTES, versions, write_json
 from osrm_peft.moments import STATISTICS
-from osrm_peft.subspace import IN_TASK, NULL_SPACES
+from osrm_peft.subspace import IN_TASK, NULL_SPACES, check_protect
 
 
 @dataclass
@@ -31,6 +31,8 @@ class OSRMLoraConfig(LoraConfig):
         in_task_features: this task's own features file, for the two options above.
         in_task_weight: β in [0, 1] of `"difference"`; 0 is the paper.
         ridge: ρ > 0 of `"ratio"`, relative to the mean energy of a direction.
+        protect: how much of the other tasks' energy A must avoid: the p strongest directions (a whole number), or as
+            many as hold that share of the energy (a float in [0, 1]); the rest counts as free. None: all.
         freeze_a: train B only (paper §4.4).
         reference: choose as the released code does (needs features collected with `reference=True`).
         osrm_seed: seed of the random choice in a null space.
@@ -46,6 +48,7 @@ class OSRMLoraConfig(LoraConfig):
     in_task_features: str | None = None
     in_task_weight: float = 0.5
     ridge: float = 0.1
+    protect: int | float | None = None
     freeze_a: bool = False
     reference: bool = False
     osrm_seed: int = 0
@@ -59,10 +62,13 @@ class OSRMLoraConfig(LoraConfig):
             raise ValueError(f"out_of_task={self.out_of_task!r}: give a list of features files")
         self.in_task_weight = number("in_task_weight", self.in_task_weight, 0, 1)
         self.ridge = number("ridge", self.ridge, 0, open_low=True)
+        self.protect = check_protect(self.protect)
         self.osrm_seed = integer("osrm_seed", self.osrm_seed, 0)
-        if self.reference and (self.statistic, self.null_space, self.in_task) != ("mean", "random", "none"):
+        paper = (self.statistic, self.null_space, self.in_task, self.protect) == ("mean", "random", "none", None)
+        if self.reference and not paper:
             raise ValueError(
-                "reference=True is the released code: it needs statistic='mean', null_space='random', in_task='none'"
+                "reference=True is the released code: it needs statistic='mean', null_space='random', in_task='none' "
+                "and protect=None"
             )
         if self.needs_own_features and self.in_task_features is None:
             raise ValueError(

@@ -1,21 +1,23 @@
 """TaskFeatures: what one task shows the others, its safetensors file, and whether it fits a model."""
 
+import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 
-from osrm_peft.checks import integer
 from osrm_peft.files import new_file
-from osrm_peft.layers import base_name, base_of, linear_layer, weight_hash
+from osrm_peft.layers import base_name, base_of, input_width, weight_hash
+from osrm_peft.moment_files import JoinedMoments, MomentsOnDemand, features_file, part_shapes, parts_of
 from osrm_peft.moments import FeatureMoments
+from osrm_peft.tensor_files import write_tensors
 
-_FORMAT = 2  # 2 has `adapted`
+_FORMAT = 3  # 2 has `adapted`; 3 the tokenizer, and second moments as triangles
 
 
 @dataclass
@@ -34,7 +36,8 @@ class TaskFeatures:
         reference: padding was counted in, as the released OSRM code does.
         adapted: the inputs of the fine-tuned model (`collect_gram`), not of the pre-trained one.
         adapter_sha256: of the weight file of the adapter that the fine-tuned model had, where it is known.
-        layers: the moments, in model order.
+        tokenizer, tokenizer_hash: name of the tokenizer that made the samples, and `tokenizer_hash` of it, if known.
+        layers: the moments, in model order; those of a file are read when they are used.
     """
 
     task: str
@@ -46,67 +49,87 @@ class TaskFeatures:
     reference: bool = False
     adapted: bool = False
     adapter_sha256: str | None = None
-    layers: dict[str, FeatureMoments] = field(default_factory=dict)
+    tokenizer: str | None = None
+    tokenizer_hash: str | None = None
+    layers: Mapping[str, FeatureMoments] = field(default_factory=dict)
 
-    def save(self, path: str | Path) -> None:
-        """Write one safetensors file: per distinct input its mean and, as collected, second moment or sample means."""
-        tensors: dict[str, Tensor] = {}
+    def same_input(self) -> dict[str, str]:
+        """{layer: the first layer that receives the same tensor}, without reading a file's tensors."""
+        if isinstance(self.layers, (MomentsOnDemand, JoinedMoments)):
+            return self.layers.same_input
         leaders: dict[int, str] = {}
-        same_input: dict[str, str] = {}
-        for name, moments in self.layers.items():
-            leader = leaders.setdefault(id(moments), name)
-            same_input[name] = leader
-            if leader == name:
-                tensors[f"{name}.mean"] = moments.mean().float()
-                if moments.second is not None:
-                    tensors[f"{name}.second_moment"] = moments.second / moments.count
-                if moments.rows is not None:
-                    tensors[f"{name}.samples"] = moments.rows
-        header = {key: value for key, value in vars(self).items() if key != "layers"} | {
-            "format": _FORMAT,
-            "counts": {name: self.layers[name].count for name in leaders.values()},
-            "same_input": same_input,
-        }
-        with new_file(path) as partial:
-            save_file({key: value.contiguous() for key, value in tensors.items()}, partial, _metadata(header))
+        return {name: leaders.setdefault(id(moments), name) for name, moments in self.layers.items()}
 
-    @classmethod
-    def load(cls, path: str | Path) -> "TaskFeatures":
-        """Read a file written by `save`.
+    def widths(self) -> dict[str, int]:
+        """{layer: n, its input width}, without reading a file's tensors."""
+        if isinstance(self.layers, (MomentsOnDemand, JoinedMoments)):
+            return {name: self.layers.widths[leader] for name, leader in self.layers.same_input.items()}
+        return {name: moments.width for name, moments in self.layers.items()}
+
+    def save(self, path: str | Path, dtype: torch.dtype = torch.float32) -> None:
+        """Write one safetensors file, a layer at a time.
+
+        Per distinct input: the mean and, as collected, the sample means, or the lower triangle of the second moment.
+
+        Args:
+            dtype: float32, or bfloat16 for half the size: 8 bits a number, so directions with less than about a
+                thousandth of the strongest one's energy are lost in rounding.
 
         Raises:
-            FileNotFoundError: no such file.
+            ValueError: another dtype.
+        """
+        if dtype not in (torch.float32, torch.bfloat16):
+            raise ValueError(f"dtype={dtype} of a features file must be torch.float32 or torch.bfloat16")
+        same_input, counts = self.same_input(), {}
+        shapes: dict[str, tuple[int, ...]] = {}
+        leaders = list(dict.fromkeys(same_input.values()))
+        for name in leaders:
+            moments = self.layers[name]
+            counts[name] = moments.count
+            shapes |= {f"{name}.{part}": shape for part, shape in part_shapes(moments).items()}
+        header = {key: value for key, value in vars(self).items() if key != "layers"}
+        header |= {"format": _FORMAT, "counts": counts, "same_input": same_input}
+        tensors = (
+            (f"{name}.{part}", tensor) for name in leaders for part, tensor in parts_of(self.layers[name]).items()
+        )
+        with new_file(path) as partial:
+            write_tensors(partial, shapes, dtype, tensors, {"format": "pt", "osrm_peft": json.dumps(header)})
+
+    @classmethod
+    def load(cls, source: str | Path) -> "TaskFeatures":
+        """Read a file written by `save`, here or on the Hub; its tensors are read when they are used.
+
+        Args:
+            source: a file; or on the Hub `owner/name`, `owner/name@revision`, and where that repository holds
+                several features files, `owner/name[@revision]:FILE`.
+
+        Raises:
+            FileNotFoundError: neither a file nor a Hub repository with one.
             ValueError: not a features file, or of a newer format.
         """
-        path = Path(path)
-        if not path.is_file():
-            raise FileNotFoundError(f"no features file {path}: write it with `osrm-peft features`")
+        path = features_file(source)
         try:
             with safe_open(path, framework="pt") as file:
                 header = json.loads((file.metadata() or {}).get("osrm_peft", "null"))
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
             if header["format"] > _FORMAT:
                 raise ValueError(f"format {header['format']}, this osrm_peft reads up to {_FORMAT}: upgrade it")
             counts, same_input = header.pop("counts"), header.pop("same_input")
             del header["format"]
-            moments = {
-                leader: _moments(tensors, leader, header["statistic"], count) for leader, count in counts.items()
-            }
-            return cls(**header, layers={name: moments[leader] for name, leader in same_input.items()})
+            return cls(**header, layers=MomentsOnDemand(path, header["statistic"], counts, same_input))
         except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(
-                f"{path} is not a features file, or damaged ({type(error).__name__}: {error}): "
+                f"{source} is not a features file, or damaged ({type(error).__name__}: {error}): "
                 "write it with `osrm-peft features`"
             ) from error
 
-    def check_fits(self, model: nn.Module, layers: Iterable[str]) -> None:
-        """Check that these features are of `model` and hold all of `layers`, at the right widths.
+    def check_fits(self, model: nn.Module, layers: Iterable[str], tokenizer: Any = None) -> None:
+        """Check that these features are of `model` (and `tokenizer`) and hold all of `layers`, at the right widths.
 
         Raises:
-            ValueError: names the task, all layers that are missing or differ in width, or both base models.
+            ValueError: names the task, all layers that are missing or differ in width, or both models or tokenizers.
         """
         layers = list(layers)
-        base = base_of(model)
+        base, whose = base_of(model), f"the features of task {self.task!r} (of {self.base_model})"
         if self.adapted:
             raise ValueError(
                 f"the features of task {self.task!r} are of its fine-tuned model (collect_gram, for RegMean): "
@@ -115,16 +138,16 @@ class TaskFeatures:
         missing = sorted(set(layers) - set(self.layers))
         if missing:
             raise ValueError(
-                f"the features of task {self.task!r} (of {self.base_model}) lack {len(missing)} of the {len(layers)} "
-                f"adapted layers: {', '.join(missing[:4])}{' …' if len(missing) > 4 else ''}; "
+                f"{whose} lack {len(missing)} of the {len(layers)} adapted layers: "
+                f"{', '.join(missing[:4])}{' …' if len(missing) > 4 else ''}; "
                 "collect them again with the adapter's target_modules"
             )
-        widths = {name: linear_layer(name, base.get_submodule(name)).in_features for name in layers}
-        wrong = [name for name in layers if self.layers[name].width != widths[name]]
+        widths, actual_widths = self.widths(), {name: input_width(name, base.get_submodule(name)) for name in layers}
+        wrong = [name for name in layers if widths[name] != actual_widths[name]]
         if wrong:
             raise ValueError(
-                f"the features of task {self.task!r} (of {self.base_model}) have width {self.layers[wrong[0]].width} "
-                f"at {wrong[0]!r}, the model has {widths[wrong[0]]}: they are of another base model"
+                f"{whose} have width {widths[wrong[0]]} "
+                f"at {wrong[0]!r}, the model has {actual_widths[wrong[0]]}: they are of another base model"
             )
         try:
             actual = weight_hash(model, self.layers)
@@ -137,23 +160,18 @@ class TaskFeatures:
                 f"the features of task {self.task!r} were collected on {self.base_model} (weights {self.weight_hash}), "
                 f"but this model is {base_name(base)} (weights {actual}): collect them on the same pre-trained model"
             )
+        given = None if tokenizer is None else tokenizer_hash(tokenizer)
+        if None not in (given, self.tokenizer_hash) and given != self.tokenizer_hash:
+            raise ValueError(
+                f"the features of task {self.task!r} were collected with the tokenizer {self.tokenizer} "
+                f"({self.tokenizer_hash}), but this one is {tokenizer.name_or_path} ({given}): "
+                "collect them with the tokenizer that the adapter is trained with"
+            )
 
 
-def _metadata(header: dict[str, Any]) -> dict[str, str]:
-    return {"format": "pt", "osrm_peft": json.dumps(header)}
-
-
-def _moments(tensors: Mapping[str, Tensor], layer: str, statistic: str, count: int) -> FeatureMoments:
-    """One layer's moments from its tensors in the file, their shapes and signs checked."""
-    integer(f"count of {layer!r}", count, 1)
-    mean, second = tensors[f"{layer}.mean"], tensors.get(f"{layer}.second_moment")
-    rows, n = tensors.get(f"{layer}.samples"), len(mean)
-    kept = {"mean": None, "token": second, "sample": second if rows is None else rows}[statistic]
-    shapes = {"mean": (n,), "second_moment": (n, n), "samples": (count, n)}
-    for name, shape in shapes.items():
-        tensor = tensors.get(f"{layer}.{name}")
-        if tensor is not None and (tuple(tensor.shape) != shape or not tensor.isfinite().all()):
-            raise ValueError(f"{layer}.{name} must be {shape} finite numbers, got shape {tuple(tensor.shape)}")
-    if (statistic != "mean" and kept is None) or (second is not None and bool((second.diagonal() < 0).any())):
-        raise ValueError(f"{layer} has no second moment of the statistic {statistic!r}")
-    return FeatureMoments(statistic, n, count, mean * count, None if second is None else second * count, rows)
+def tokenizer_hash(tokenizer: Any) -> str | None:
+    """16 hexadecimal digits over the vocabulary and special tokens; None for what is no tokenizer."""
+    if not hasattr(tokenizer, "get_vocab"):
+        return None
+    content = [sorted(tokenizer.get_vocab().items()), sorted(map(str, tokenizer.all_special_tokens))]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]

@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from osrm_peft.checks import choice, integer
-from osrm_peft.collection import samples, undisturbed
 from osrm_peft.files import new_file
+from osrm_peft.layer_inputs import samples, undisturbed
 from osrm_peft.layers import base_name, base_of, target_layers, unwrapped
 
 LABELS = ("expected", "true")
@@ -122,11 +122,13 @@ def collect_fisher(
         stack.enter_context(undisturbed(base))
         stack.enter_context(torch.enable_grad())
         passes = stack.enter_context(_watch(layers))
-        for inputs, rows, truth in samples(loader, k, device, task=task, what="Fisher", progress=progress):
+        for batch in samples(loader, k, device, task=task, what=f"Fisher of {task}", progress=progress):
+            if batch.positions.samples is not None:
+                raise ValueError("Fisher squares the gradient of each sample: give rows of one sample, not packed ones")
             passes.clear()
-            scores = _scores(base(**inputs).logits, truth if labels == "true" else None, labels)
+            scores = _scores(base(**batch.inputs).logits, batch.labels if labels == "true" else None, labels)
             _add_squares(total, scores, passes)
-            seen += rows
+            seen += batch.count
     found = {name: (squares / seen).cpu() for name, squares in total.items()}
     for name, F in found.items():
         if not F.isfinite().all():

@@ -8,11 +8,15 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from torch import Tensor
+from tqdm.auto import tqdm
 
 from osrm_peft.config import OSRMLoraConfig
 from osrm_peft.features import TaskFeatures
 from osrm_peft.layers import linear_layer, lora_layers, unwrapped, weight_hash
-from osrm_peft.subspace import choose_directions, energy_share
+from osrm_peft.moments import FeatureMoments
+from osrm_peft.spectrum import Pool, Spectrum
+from osrm_peft.subspace import choose_directions, reference_directions
 
 logger = logging.getLogger(__name__)
 
@@ -23,6 +27,8 @@ def initialize_osrm_weights(
     *,
     in_task: TaskFeatures | str | Path | None = None,
     adapter_name: str = "default",
+    tokenizer: Any = None,
+    progress: bool = False,
 ) -> dict[str, float]:
     """Set A of one LoRA adapter to the directions chosen by its `OSRMLoraConfig`. B must be 0: outputs do not change.
 
@@ -31,42 +37,36 @@ def initialize_osrm_weights(
         out_of_task: features of the other tasks, loaded or as files; None: the config's `out_of_task`.
         in_task: the task's own features; None: the config's `in_task_features`.
         adapter_name: the adapter to set; no other is touched.
+        tokenizer: that with which the adapter will be trained, to be compared with that of the features.
 
     Returns:
         {layer: tr(A S_¬t Aᵀ) / tr S_¬t}, the share of the other tasks' energy that A lets through.
 
     Raises:
         TypeError: not a PeftModel with an OSRMLoraConfig.
-        ValueError: no features; features of another model, layer or width; B is not 0. Nothing was changed then.
+        ValueError: no features; features of another model, layer, width or tokenizer; B is not 0. Nothing was changed
+            then.
     """
     model = unwrapped(model)
     config = _config_of(model, adapter_name)
     layers = lora_layers(model, adapter_name)
     if isinstance(out_of_task, (str, Path, TaskFeatures)):
         raise ValueError(f"out_of_task must be a list of features or files, got a {type(out_of_task).__name__}")
-    others = [_load(features) for features in (config.out_of_task or [] if out_of_task is None else out_of_task)]
+    others = load_out_of_task(model, adapter_name) if out_of_task is None else [_load(one) for one in out_of_task]
     own = config.in_task_features if in_task is None else in_task
     own_features = _load(own) if own is not None and config.needs_own_features else None
     _check_features(config, others, own_features)
     _check_layers(layers, adapter_name)
     for features in [*others, *([own_features] if own_features else [])]:
-        features.check_fits(model, layers)
+        features.check_fits(model, layers, tokenizer)
 
     directions, shares = {}, {}
-    for name, layer in layers.items():
-        moments = [features.layers[name] for features in others]
-        directions[name] = choose_directions(
-            moments,
-            layer.r[adapter_name],
-            generator=_generator(config.osrm_seed, name),
-            own=own_features.layers[name] if own_features else None,
-            null_space=config.null_space,
-            in_task=config.in_task,
-            in_task_weight=config.in_task_weight,
-            ridge=config.ridge,
-            reference=config.reference,
-        )
-        shares[name] = energy_share(directions[name], moments)
+    out = OutOfTask(others)
+    for name, layer in tqdm(layers.items(), desc="OSRM", unit="layer", disable=not progress):
+        moments, pool, spectrum = out.at(name)
+        own_moments = own_features.layers[name] if own_features else None
+        directions[name] = choose(config, spectrum, moments, own_moments, layer.r[adapter_name], name)
+        shares[name] = pool.share(directions[name])
 
     with torch.no_grad():
         for name, layer in layers.items():
@@ -86,6 +86,60 @@ def initialize_osrm_weights(
         ", ".join(features.task for features in others),
     )
     return shares
+
+
+def load_out_of_task(model: PeftModel, adapter_name: str = "default") -> list[TaskFeatures]:
+    """The features that the adapter's `OSRMLoraConfig` names; raises as `initialize_osrm_weights` does."""
+    return [_load(source) for source in _config_of(unwrapped(model), adapter_name).out_of_task or []]
+
+
+class OutOfTask:
+    """The other tasks' moments, layer by layer; layers with the same input, one after another, share what is made."""
+
+    def __init__(self, features: Sequence[TaskFeatures]) -> None:
+        self.features, self._inputs = features, [one.same_input() for one in features]
+        self._last: tuple[list[str], list[FeatureMoments], Pool, Spectrum] | None = None
+
+    def input_of(self, name: str) -> tuple[str, ...]:
+        """What tells the layer's input from others."""
+        return tuple(same_input[name] for same_input in self._inputs)
+
+    def pool(self, name: str) -> Pool:
+        """The tasks' moments of one layer, pooled."""
+        return Pool.of([one.layers[name] for one in self.features])
+
+    def at(self, name: str) -> tuple[list[FeatureMoments], Pool, Spectrum]:
+        """The tasks' moments of one layer, pooled, and their spectrum."""
+        leaders = list(self.input_of(name))
+        if self._last is None or self._last[0] != leaders:
+            moments = [one.layers[name] for one in self.features]
+            pool = Pool.of(moments)
+            self._last = (leaders, moments, pool, Spectrum.of(pool))
+        return self._last[1:]
+
+
+def choose(
+    config: OSRMLoraConfig,
+    spectrum: Spectrum,
+    moments: Sequence[FeatureMoments],
+    own: FeatureMoments | None,
+    r: int,
+    layer: str,
+) -> Tensor:
+    """(r, n) float64, the layer's A as the config says; `spectrum` is that of the other tasks' `moments`."""
+    if config.reference:
+        return reference_directions(moments, r)
+    return choose_directions(
+        spectrum,
+        r,
+        generator=_generator(config.osrm_seed, layer),
+        own=own,
+        null_space=config.null_space,
+        in_task=config.in_task,
+        in_task_weight=config.in_task_weight,
+        ridge=config.ridge,
+        protect=config.protect,
+    )
 
 
 def _config_of(model: PeftModel, adapter_name: str) -> OSRMLoraConfig:

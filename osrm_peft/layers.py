@@ -43,7 +43,7 @@ def target_layers(model: nn.Module, target_modules: list[str] | str | LoraConfig
             count too). None: the layers that carry LoRA in a PeftModel, else PEFT's default for the model type.
 
     Raises:
-        ValueError: nothing matches, or a match is not an `nn.Linear`.
+        ValueError: nothing matches, or a match is no linear layer.
     """
     base = base_of(model)
     if target_modules is None and isinstance(model, PeftModel):
@@ -82,19 +82,25 @@ def check_unmerged(layers: Mapping[str, Any]) -> None:
         raise ValueError(f"an adapter is merged into {merged[0]!r}: call unmerge_adapter() first")
 
 
-def linear_layer(name: str, module: nn.Module) -> nn.Linear:
-    """The `nn.Linear` that `module` is, or that its LoRA layer wraps.
+def linear_layer(name: str, module: nn.Module) -> nn.Linear | Conv1D:
+    """The linear layer that `module` is, or that its LoRA layer wraps; bitsandbytes' quantised ones are `nn.Linear`s.
 
     Raises:
         ValueError: it is another kind of layer; names it.
     """
     layer = base_layer(module)
-    if not isinstance(layer, nn.Linear):
+    if not isinstance(layer, (nn.Linear, Conv1D)):
         raise ValueError(
-            f"layer {name!r} is a {type(layer).__name__}; OSRM features are of nn.Linear layers: "
+            f"layer {name!r} is a {type(layer).__name__}; OSRM features are of linear layers (nn.Linear, Conv1D): "
             "narrow target_modules, or list it in exclude_modules"
         )
     return layer
+
+
+def input_width(name: str, module: nn.Module) -> int:
+    """n of a linear layer; raises as `linear_layer` does."""
+    layer = linear_layer(name, module)
+    return int(layer.weight.shape[0]) if isinstance(layer, Conv1D) else layer.in_features
 
 
 def weight_shape(module: nn.Module) -> tuple[int, int] | None:

@@ -44,23 +44,27 @@ class FeatureMoments:
             elif self.statistic == "sample":
                 self.rows = torch.zeros(0, self.width)
 
-    def add_(self, x: Tensor, keep: Tensor | None) -> None:
+    def add_(self, x: Tensor, keep: Tensor | None = None, samples: Tensor | None = None) -> None:
         """Add a batch of layer inputs.
 
         Args:
             x: (b, s, n) inputs, or (b, n) where each sample has one vector.
             keep: (b, s) bool, False at padding; None keeps everything.
+            samples: (b, s) which sample a position belongs to, in packed rows; None: each row is one sample.
         """
         if x.dim() == 2:
             x, keep = x[:, None], None
-        if keep is None:
-            keep = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+        kept = (x.flatten(0, 1) if keep is None else x[keep]).float()  # (N', n): padding never reaches a sum
         if self.statistic == "token":
-            h = x[keep].float()  # (N', n): padding never reaches a sum
+            h = kept
+        elif keep is None and samples is None:
+            h = x.float().mean(1)
         else:
-            tokens = keep.sum(1)  # (b,)
-            kept = torch.where(keep[..., None], x, 0).float()  # where, not times: 0 · NaN is NaN
-            h = (kept.sum(1) / tokens[:, None])[tokens > 0]  # (b', n) mean over each sample's tokens
+            rows = torch.arange(len(x), device=x.device)[:, None].expand(x.shape[:2]) if samples is None else samples
+            _, owner, tokens = (
+                rows[keep if keep is not None else ...].flatten().unique(return_inverse=True, return_counts=True)
+            )
+            h = kept.new_zeros(len(tokens), self.width).index_add_(0, owner, kept) / tokens[:, None]
         self._add_vectors(h.to(self.total.device))
 
     def merge_(self, other: "FeatureMoments") -> None:

@@ -117,6 +117,7 @@ class Recipe:
         return collect_features(
             load_base(self.model, 2),
             self._loader(name, self.k, padding),
+            tokenizer=load_tokenizer(self.model),
             task=name,
             target_modules=LoraConfig(**(PAPER_LORA | self.lora)),
             k=self.k,

@@ -1,12 +1,13 @@
-"""Choosing A: pool the other tasks' moments, take the directions of least energy. Pure: tensors in, tensors out."""
+"""Choosing A: the directions in which the other tasks have the least energy. Pure: tensors in, tensors out."""
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from osrm_peft.checks import choice
+from osrm_peft.checks import choice, integer
 from osrm_peft.moments import FeatureMoments
+from osrm_peft.spectrum import Spectrum, check_protect
 
 NULL_SPACES = ("random", "in_task")
 IN_TASK = ("none", "difference", "ratio")
@@ -14,7 +15,7 @@ _EPS = torch.finfo(torch.float64).eps
 
 
 def choose_directions(
-    others: Sequence[FeatureMoments],
+    others: Spectrum,
     r: int,
     *,
     generator: torch.Generator,
@@ -23,88 +24,68 @@ def choose_directions(
     in_task: str = "none",
     in_task_weight: float = 0.5,
     ridge: float = 0.1,
-    reference: bool = False,
+    protect: int | float | None = None,
 ) -> Tensor:
     r"""OSRM's A for one layer (Zhang & Zhou, ACL 2025, Eq. 2–4): argmin over AAᵀ = I of tr(A S_¬t Aᵀ).
 
-    S_¬t = mean_t' S_t' over the other tasks, so each weighs the same. Where S_¬t has a null space wider than r the
-    minimum is not unique: `null_space` chooses, never LAPACK. `in_task` trades the minimum for energy of task t:
+    Where S_¬t has a null space wider than r the minimum is not unique: `null_space` chooses, never LAPACK. `protect`
+    widens it: only the strongest directions of S_¬t count. `in_task` trades the minimum for energy of task t:
 
         "difference":  top eigenvectors of  β S_t / tr S_t − (1 − β) S_¬t / tr S_¬t          (β = `in_task_weight`)
         "ratio":       top generalised eigenvectors of  S_t a = κ (S_¬t + ρ tr(S_¬t)/n I) a   (ρ = `ridge`)
 
     Args:
-        others: moments of the same layer for the other tasks.
+        others: the spectrum of S_¬t, pooled from the other tasks' moments of the same layer.
         r: number of directions.
         generator: CPU generator for the free choice in a null space; the same seed gives the same A on any device.
         own: task t's own moments; needed for `null_space="in_task"` and `in_task` other than `"none"`.
-        reference: what the released code does: the last r right singular vectors of the stacked task means.
+        protect: the p strongest directions (int), or as many as hold this share of the energy (float); None: all.
     Returns:
         (r, n) float64 with orthonormal rows.
     Raises:
-        ValueError: r above n, no moments, unequal widths, or `own` missing where it is needed.
+        ValueError: r above n, unequal widths, or `own` missing where it is needed.
     """
     _check(others, own, r, null_space, in_task)
-    if reference:
-        means = torch.stack([moments.mean() for moments in others])
-        return torch.linalg.svd(means, full_matrices=True).Vh[-r:]
+    others = others.strongest(check_protect(protect))
     if in_task == "difference" and in_task_weight == 0:
         in_task = "none"  # the paper is this setting's limit
-    if in_task == "none" and null_space == "random":
+    if in_task == "none" and (null_space == "random" or others.width - others.rank <= r):
         return quietest_directions(others, r, generator)
-
     assert own is not None
-    S_others, S_own = pool_second_moments(others), own.second_moment()
     if in_task == "difference":
-        return _top_eigenvectors(
-            in_task_weight * _unit_trace(S_own) - (1 - in_task_weight) * _unit_trace(S_others), r, generator
-        )
-    if in_task == "ratio":
-        n = S_others.shape[0]
-        M = S_others + ridge * S_others.trace() / n * torch.eye(n, dtype=S_others.dtype)
-        found = _generalised_eigenvectors(S_own, M, r)
-    else:
-        null = _null_space(S_others, sum(moments.rank_bound() for moments in others))  # (n, d)
-        if null.shape[1] <= r:
-            return quietest_directions(others, r, generator)
-        energy, vectors = torch.linalg.eigh(null.mT @ S_own @ null)
-        found = (null @ vectors[:, -r:][:, energy[-r:] > _EPS * len(energy) * S_own.trace()]).mT
+        S = others.root().mT @ others.root()
+        M = in_task_weight * _unit_trace(own.second_moment()) - (1 - in_task_weight) * _unit_trace(S)
+        values, vectors = torch.linalg.eigh(M)
+        return _top(values, vectors, r, generator)
+    found = _free_directions(others, own, r) if in_task == "none" else _ratio_directions(others, own, r, ridge)
     if len(found) == r:
         return found
     # Task t's own features span fewer than r directions: the rest is the paper's choice, orthogonal to those found.
-    out = torch.eye(found.shape[1], dtype=found.dtype) - found.mT @ found
-    walled = out @ S_others @ out + (1 + S_others.trace()) * found.mT @ found
-    return torch.cat([found, _top_eigenvectors(-walled, r - len(found), generator)])
+    return torch.cat([found, quietest_directions(others, r - len(found), generator, beside=found)])
 
 
-def quietest_directions(others: Sequence[FeatureMoments], r: int, generator: torch.Generator) -> Tensor:
-    """(r, n) orthonormal rows A with the least tr(A S Aᵀ), S the pooled second moment; ties go to `generator`.
-
-    From vectors (statistics "mean" and "sample") in O(m²n) without an n×n matrix while m ≤ n − r, m their number.
-    """
-    n = others[0].width
-    roots = [moments.root() for moments in others]
-    if all(root is not None for root in roots):
-        R = torch.cat(roots)  # type: ignore[arg-type]
-        rows = _row_space(R)  # (m, n) orthonormal
-        if len(rows) <= n - r:
-            G = torch.randn(r, n, generator=generator, dtype=torch.float64)
-            for _ in range(2):  # twice is enough (Kahan): the first pass leaves rounding, the second removes it
-                G = G - (G @ rows.mT) @ rows
-            return _orthonormal_rows(G)
-    S = pool_second_moments(others)
-    return _top_eigenvectors(-S, r, generator, zeros=n - sum(moments.rank_bound() for moments in others))
-
-
-def pool_second_moments(moments: Sequence[FeatureMoments]) -> Tensor:
-    """(n, n) mean of the tasks' second moments, float64: every task weighs the same, whatever its count."""
-    return torch.stack([task.second_moment() for task in moments]).mean(0)
+def quietest_directions(
+    others: Spectrum, r: int, generator: torch.Generator, *, beside: Tensor | None = None
+) -> Tensor:
+    """(r, n) orthonormal rows A with the least tr(A S Aᵀ), orthogonal to the rows `beside`; ties go to `generator`."""
+    n, m, V = others.width, others.rank, others.vectors
+    found = V.new_zeros(0, n) if beside is None else beside
+    if m + len(found) <= n - r:
+        G = torch.randn(r, n, generator=generator, dtype=V.dtype)
+        walls = V.mT if len(found) == 0 else _row_space(torch.cat([V.mT, found]))
+        return _orthonormal_rows(_project_off(G, walls))
+    if len(found) == 0:
+        values, vectors = torch.cat([others.energy, V.new_zeros(n - m)]), torch.cat([V, _complement(V)], 1)
+        return _top(-values, vectors, r, generator)
+    C = _complement(found.mT)  # (n, n − q)
+    values, vectors = torch.linalg.eigh((others.root() @ C).mT @ (others.root() @ C))
+    values[: max(0, C.shape[1] - m)] = 0
+    return _top(-values, C @ vectors, r, generator)
 
 
-def energy_share(A: Tensor, moments: Sequence[FeatureMoments]) -> float:
-    """tr(A S Aᵀ) / tr S for the pooled S: the share of the features' energy that A lets through, in [0, 1]."""
-    S = pool_second_moments(moments)
-    return float((A.double() @ S * A.double()).sum() / S.trace().clamp_min(torch.finfo(torch.float64).tiny))
+def reference_directions(others: Sequence[FeatureMoments], r: int) -> Tensor:
+    """(r, n) float64, what the released OSRM code does: the last r right singular vectors of the stacked task means."""
+    return torch.linalg.svd(torch.stack([task.mean() for task in others]), full_matrices=True).Vh[-r:]
 
 
 def procrustes_drift(A: Tensor, A_init: Tensor) -> float:
@@ -118,14 +99,12 @@ def procrustes_drift(A: Tensor, A_init: Tensor) -> float:
     return float(squared.clamp_min(0).sqrt() / A_init.norm())
 
 
-def _check(others: Sequence[FeatureMoments], own: FeatureMoments | None, r: int, null_space: str, in_task: str) -> None:
-    if not others:
-        raise ValueError("no out-of-task moments: give the features of at least one other task")
-    widths = sorted({moments.width for moments in [*others, *([own] if own else [])]})
-    if len(widths) > 1:
-        raise ValueError(f"the tasks' features have different widths {widths}: they are of different layers or models")
-    if not 1 <= r <= widths[0]:
-        raise ValueError(f"rank r={r} must lie in 1 … {widths[0]}, the layer's input width: lower r")
+def _check(others: Spectrum, own: FeatureMoments | None, r: int, null_space: str, in_task: str) -> None:
+    if own is not None and own.width != others.width:
+        raise ValueError(f"the tasks' features have different widths {sorted([own.width, others.width])}: "
+                         "they are of different layers or models")  # fmt: skip
+    if integer("rank r", r, 1) > others.width:
+        raise ValueError(f"rank r={r} must lie in 1 … {others.width}, the layer's input width: lower r")
     choice("null_space", null_space, NULL_SPACES)
     choice("in_task", in_task, IN_TASK)
     if own is None and (in_task != "none" or null_space == "in_task"):
@@ -133,6 +112,58 @@ def _check(others: Sequence[FeatureMoments], own: FeatureMoments | None, r: int,
             f"in_task={in_task!r}, null_space={null_space!r} look at the task's own features: give them, "
             "or use in_task='none' and null_space='random'"
         )
+
+
+def _free_directions(others: Spectrum, own: FeatureMoments, r: int) -> Tensor:
+    """(≤ r, n) orthonormal, of the directions that `others` leave free those with most of the own energy."""
+    V, R = others.vectors, own.root()
+    if R is not None:
+        _, singular, Vh = torch.linalg.svd(_project_off(R, V.mT), full_matrices=False)
+        energy, rows, total = singular.square(), Vh, R.square().sum()
+    else:
+        S = own.second_moment()
+        energy, vectors = torch.linalg.eigh(_project_off(_project_off(S, V.mT).mT, V.mT))
+        energy, rows, total = energy.flip(0), vectors.mT.flip(0), S.trace()
+    rows = rows[:r][energy[:r] > others.width * _EPS * total]
+    return _orthonormal_rows(_project_off(rows, V.mT))
+
+
+def _ratio_directions(others: Spectrum, own: FeatureMoments, r: int, ridge: float) -> Tensor:
+    """(≤ r, n) orthonormal basis of the top eigenvectors of S_t a = κ M a with κ > 0, M = S_¬t + ρ tr(S_¬t)/n I.
+
+    With a = M^-½ u they are those of M^-½ S_t M^-½ u = κ u.
+    """
+    V, e = others.vectors, others.energy
+    floor = ridge * e.sum() / others.width if len(e) else e.new_ones(())  # nothing to protect: the own energy alone
+
+    def whiten(X: Tensor) -> Tensor:  # X M^-½
+        return X * floor**-0.5 + (X @ V * ((e + floor) ** -0.5 - floor**-0.5)) @ V.mT
+
+    R = own.root()
+    if R is not None:
+        _, singular, rows = torch.linalg.svd(whiten(R), full_matrices=False)
+        kappa = singular.square()
+    else:
+        kappa, vectors = torch.linalg.eigh(whiten(whiten(own.second_moment()).mT))
+        kappa, rows = kappa.flip(0), vectors.mT.flip(0)
+    return _orthonormal_rows(whiten(rows[:r][kappa[:r] > others.width * _EPS * kappa[0]]))
+
+
+def _top(values: Tensor, vectors: Tensor, r: int, generator: torch.Generator) -> Tensor:
+    """(r, n) of the orthonormal columns `vectors` those with the largest `values`, as rows.
+
+    Where the r-th value is repeated, `generator` picks.
+    """
+    tolerance = len(vectors) * _EPS * values.abs().max()
+    cut = values.sort().values[-r]
+    above = vectors[:, values > cut + tolerance]  # (n, q), q < r: surely in
+    tied = vectors[:, (values - cut).abs() <= tolerance]  # (n, d), d ≥ r − q: which of these is free
+    missing = r - above.shape[1]
+    if missing == tied.shape[1]:
+        return torch.cat([above, tied], dim=1).mT
+    # Projecting an n-vector makes the pick depend on the tied space alone, not on LAPACK's basis of it.
+    G = torch.randn(missing, len(vectors), generator=generator, dtype=vectors.dtype) @ tied @ tied.mT
+    return torch.cat([above.mT, _orthonormal_rows(G)])
 
 
 def _unit_trace(S: Tensor) -> Tensor:
@@ -145,44 +176,16 @@ def _row_space(R: Tensor) -> Tensor:
     return Vh[singular > max(R.shape) * _EPS * singular.max()]
 
 
-def _null_space(S: Tensor, rank_bound: int) -> Tensor:
-    """(n, d) orthonormal basis of the null space of S, at least n − rank_bound wide."""
-    energy, vectors = torch.linalg.eigh(S)
-    below = int((energy <= len(S) * _EPS * energy[-1]).sum())
-    return vectors[:, : max(below, len(S) - rank_bound)]
+def _complement(V: Tensor) -> Tensor:
+    """(n, n − m) orthonormal basis of what (n, m) orthonormal V leaves."""
+    return torch.linalg.qr(V, mode="complete").Q[:, V.shape[1] :]
 
 
-def _top_eigenvectors(M: Tensor, r: int, generator: torch.Generator, zeros: int = 0) -> Tensor:
-    """(r, n) top eigenvectors of symmetric M as rows. Where the r-th eigenvalue is repeated, `generator` picks.
-
-    Args:
-        zeros: how many of the largest eigenvalues are known to be exactly zero (M = −S with S of known rank): the
-            sums of S were rounded to float32, so its null space shows as tiny, all different eigenvalues.
-    """
-    values, vectors = torch.linalg.eigh(M)
-    if zeros > 0:
-        values[-zeros:] = 0
-    tolerance = len(M) * _EPS * values.abs().max()
-    cut = values[-r]
-    above = vectors[:, values > cut + tolerance]  # (n, q), q < r: surely in
-    tied = vectors[:, (values - cut).abs() <= tolerance]  # (n, d), d ≥ r − q: which of these is free
-    missing = r - above.shape[1]
-    if missing == tied.shape[1]:
-        return torch.cat([above, tied], dim=1).mT
-    # Projecting an n-vector makes the pick depend on the tied space alone, not on LAPACK's basis of it.
-    G = torch.randn(missing, len(M), generator=generator, dtype=M.dtype) @ tied @ tied.mT
-    return torch.cat([above.mT, _orthonormal_rows(G)])
-
-
-def _generalised_eigenvectors(S: Tensor, M: Tensor, r: int) -> Tensor:
-    """(≤ r, n) orthonormal basis of the top eigenvectors of S a = κ M a with κ > 0, M positive definite."""
-    L, info = torch.linalg.cholesky_ex(M)
-    if info:
-        raise ValueError("S_¬t + ρ tr(S_¬t)/n I is not positive definite: give a ridge above 0")
-    half = torch.linalg.solve_triangular(L, S, upper=False)  # L⁻¹ S
-    values, vectors = torch.linalg.eigh(torch.linalg.solve_triangular(L, half.mT, upper=False))  # of L⁻¹ S L⁻ᵀ
-    top = vectors[:, -r:][:, values[-r:] > len(S) * _EPS * values[-1]]
-    return _orthonormal_rows(torch.linalg.solve_triangular(L.mT, top, upper=True).mT)
+def _project_off(X: Tensor, rows: Tensor) -> Tensor:
+    """X without its part in the span of orthonormal `rows`."""
+    for _ in range(2):  # twice is enough (Kahan): the first pass leaves rounding, the second removes it
+        X = X - (X @ rows.mT) @ rows
+    return X
 
 
 def _orthonormal_rows(G: Tensor) -> Tensor:

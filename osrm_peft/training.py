@@ -2,6 +2,7 @@
 
 import copy
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from transformers import (
     PreTrainedModel,
     PrinterCallback,
     Trainer,
+    TrainerCallback,
     TrainingArguments,
     set_seed,
 )
@@ -68,6 +70,7 @@ def train_task(
     lora: LoraConfig,
     model: str = "packaged",
     training: dict[str, Any] | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
     max_length: int = 128,
     seed: int = 42,
     overwrite: bool = False,
@@ -81,6 +84,7 @@ def train_task(
         lora: the adapter's LoraConfig; with an `OSRMLoraConfig`, `OSRMCallback` sets A. It is not changed.
         model: Hub id, folder, or `"packaged"`.
         training: `transformers.TrainingArguments`, over the paper's settings (`PAPER_TRAINING`).
+        callbacks: more callbacks for the Trainer.
         max_length: tokens a row is cut to.
         seed: seeds the head, the order of rows and the dropout.
         overwrite: replace an adapter that is there already.
@@ -112,7 +116,8 @@ def train_task(
         train_dataset=tokenize(task.train, tokenizer, max_length),
         eval_dataset=tokenize(task.validation, tokenizer, max_length),
         data_collator=DataCollatorWithPadding(tokenizer),
-        callbacks=[OSRMCallback()] if isinstance(lora, OSRMLoraConfig) else None,
+        processing_class=tokenizer,
+        callbacks=[*([OSRMCallback()] if isinstance(lora, OSRMLoraConfig) else []), *callbacks],
     )
     trainer.remove_callback(PrinterCallback)  # with disable_tqdm the Trainer prints every log; ours go to the manifest
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None)

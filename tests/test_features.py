@@ -217,7 +217,7 @@ def test_features_of_another_model_are_refused(base):
             {"target_modules": ["q_proj"]},
             r"target_modules=\{'q_proj'\} match no layer of BertForSequenceClassification",
         ),
-        ({"target_modules": ["LayerNorm"]}, r"is a LayerNorm; OSRM features are of nn.Linear layers"),
+        ({"target_modules": ["LayerNorm"]}, r"is a LayerNorm; OSRM features are of linear layers"),
         ({"statistic": "token", "reference": True}, r"use statistic='mean', not 'token'"),
     ],
 )
@@ -267,7 +267,7 @@ def saved(base, tmp_path, **options):
         ("tensors", lambda tensors: tensors.update({k: -v for k, v in tensors.items() if "second" in k})),
         (
             "tensors",
-            lambda tensors: tensors.update({k: v[:5, :5].clone() for k, v in tensors.items() if "second" in k}),
+            lambda tensors: tensors.update({k: v[:5].clone() for k, v in tensors.items() if "second" in k}),
         ),
         ("tensors", lambda tensors: tensors.update({k: v * torch.nan for k, v in tensors.items()})),
         ("tensors", lambda tensors: [tensors.pop(k) for k in list(tensors) if "second" in k]),
@@ -280,8 +280,8 @@ def test_damaged_features_are_refused_with_the_file_s_name(base, tmp_path, what,
     if header["statistic"] == "sample":
         tensors = {key: tensor for key, tensor in tensors.items() if "second" not in key}
     save_file(tensors, path, {"osrm_peft": json.dumps(header)})
-    with pytest.raises(ValueError, match=r"t.safetensors is not a features file, or damaged \("):
-        TaskFeatures.load(path)
+    with pytest.raises(ValueError, match=r"t.safetensors is (not a features file, or damaged \(|damaged: )"):
+        list(TaskFeatures.load(path).layers.values())  # numbers are read, and checked, when they are used
 
 
 def test_what_peft_does_to_requires_grad_is_undone():

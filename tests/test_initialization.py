@@ -8,7 +8,7 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 
 from osrm_peft import OSRMLoraConfig, collect_features, initialize_osrm_weights
 from osrm_peft.layers import lora_layers
-from osrm_peft.subspace import pool_second_moments
+from osrm_peft.spectrum import Pool
 from tests.conftest import make_base, make_batch
 
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["query", "value"], "task_type": "SEQ_CLS"}
@@ -46,7 +46,7 @@ def test_a_becomes_the_least_energy_frame_and_the_logits_stay(others):
     for name, layer in layers.items():
         A = layer.lora_A["default"].weight.detach().double()
         torch.testing.assert_close(A @ A.T, torch.eye(4, dtype=A.dtype), rtol=0, atol=1e-6)
-        S = pool_second_moments([features.layers[name] for features in others])
+        S = Pool.of([features.layers[name] for features in others]).second_moment()
         energy, least = float(torch.trace(A @ S @ A.T)), float(torch.linalg.eigvalsh(S)[:4].sum())
         assert energy <= least + 1e-6 * float(S.trace())
         assert shares[name] == pytest.approx(least / float(S.trace()), rel=1e-3, abs=1e-9)

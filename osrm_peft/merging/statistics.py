@@ -6,8 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from osrm_peft.adapters import LoraAdapter
 from osrm_peft.features import TaskFeatures
 from osrm_peft.fisher import DiagonalFisher
@@ -66,9 +64,9 @@ def statistics_of(
                 f"{argument} of {task!r} lacks {len(lacking)} of the {len(inputs.shapes)} merged layers: "
                 f"{', '.join(lacking[:4])}; collect it on all of them (target_modules=…)"
             )
+        widths = one.widths() if isinstance(one, TaskFeatures) else {}
         for layer, (o, n) in inputs.shapes.items():
-            found = one.layers[layer]
-            shape = tuple(found.shape) if isinstance(found, Tensor) else (o, found.width)
+            shape = tuple(one.layers[layer].shape) if isinstance(one, DiagonalFisher) else (o, widths[layer])
             if shape != (o, n):
                 raise ValueError(
                     f"{argument} of {task!r} is {'×'.join(map(str, shape))} at {layer!r}, the layer is {o}×{n}: "

@@ -1,0 +1,252 @@
+"""Which A to train from: plain LoRA, the released OSRM code, the paper's statistics and our choices, side by side.
+
+    python benchmarks/osrm_study.py                        # everything, hours on 2 cores; resumable
+    python benchmarks/osrm_study.py --inits token ratio    # some of it, into the same folder
+    python benchmarks/osrm_study.py --table                # the tables of what is there
+
+Packaged MiniLM and its six tasks. For each init the learning rate is tuned on held-out training rows, over the same
+grid and by one seed that is not among those reported; then each seed trains six adapters, and they are scored alone and
+merged. Fair play: A with orthonormal rows is longer than PEFT's (√3 times), so plain LoRA also runs with its A scaled.
+"""
+
+import argparse
+import json
+import os
+import statistics
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from rich.console import Console
+from transformers import TrainerCallback
+
+from osrm_peft import MaskedAdapter, TaskFeatures, evaluate_task, load_adapter, merge_adapters
+from osrm_peft.demo import RECIPE as DEMO
+from osrm_peft.files import versions, write_json
+from osrm_peft.layers import lora_layers
+from osrm_peft.recipe import Recipe
+from osrm_peft.spectrum import Pool
+from osrm_peft.subspace import procrustes_drift
+from osrm_peft.tasks import Task, load_task
+from osrm_peft.training import load_base, load_tokenizer, train_task
+
+INITS: dict[str, dict[str, Any] | None] = {  # OSRMLoraConfig fields; None: PEFT's own A
+    "plain": None,
+    "plain_scaled": None,  # A × √3: as long as one with orthonormal rows
+    "random": {"statistic": "token", "protect": 0},  # orthonormal, blind to every task
+    "released": {"statistic": "mean", "reference": True},
+    "mean": {"statistic": "mean"},
+    "sample": {"statistic": "sample"},
+    "token": {"statistic": "token"},
+    "sample_own": {"statistic": "sample", "null_space": "in_task"},
+    "token_p90": {"statistic": "token", "protect": 0.9},
+    "token_p90_own": {"statistic": "token", "protect": 0.9, "null_space": "in_task"},
+    "own": {"statistic": "token", "protect": 0, "null_space": "in_task"},  # the task's own principal directions
+    "difference": {"statistic": "token", "in_task": "difference"},
+    "ratio": {"statistic": "token", "in_task": "ratio"},
+    "ratio_1": {"statistic": "token", "in_task": "ratio", "ridge": 1.0},
+    "token_frozen": {"statistic": "token", "freeze_a": True},
+    "ratio_frozen": {"statistic": "token", "in_task": "ratio", "freeze_a": True},
+}
+SEEDS, TUNING_SEED, RATES = (42, 43, 44), 41, (2e-3, 4e-3, 8e-3)
+TUNING_TASKS = ("questions", "movie_reviews", "editorials")  # six classes, two classes, regression
+HELD_OUT, GRAM_ROWS = 128, 100
+RECIPE = replace(
+    DEMO, training=DEMO.training | {"per_device_train_batch_size": 8}, max_length=32, train_rows=256
+)  # 96 steps a task
+MERGES: dict[str, tuple[str, float]] = {  # column: (method, λ)
+    "average": ("average", 1.0),
+    "TA 0.3": ("task_arithmetic", 0.3),
+    "TA 0.6": ("task_arithmetic", 0.6),
+    "TIES": ("ties", 1.0),
+    "RegMean": ("regmean", 1.0),
+    "EMR": ("emr", 1.0),
+    "LoRE 0.3": ("lore", 0.3),
+}
+TABLE_1, TABLE_2 = ["alone", *MERGES, "merged"], ["rate", "drift", "before", "after"]
+
+
+class Watch(TrainerCallback):
+    """Scales A where asked, and measures what training does to it: drift, and the others' energy before and after."""
+
+    def __init__(self, scale: float, others: list[TaskFeatures]) -> None:
+        self.scale, self.others, self.found = scale, others, {}
+
+    def on_init_end(self, args, state, control, model=None, **kwargs) -> None:
+        """After OSRMCallback has set A."""
+        for layer in lora_layers(model, "default").values():
+            layer.lora_A["default"].weight.data.mul_(self.scale)
+        self.initial = self._current(model)
+        self.found["before"] = self._energy(self.initial)
+
+    def on_train_end(self, args, state, control, model=None, **kwargs) -> None:
+        """Drift of A, and the share of the others' energy that its row space lets through, means over layers."""
+        A = self._current(model)
+        self.found["drift"] = statistics.fmean(procrustes_drift(A[name], self.initial[name]) for name in A)
+        self.found["after"] = self._energy(A)
+
+    def _energy(self, A: dict[str, torch.Tensor]) -> float:
+        shares = []
+        for name, rows in A.items():
+            pool = Pool.of([features.layers[name] for features in self.others])
+            shares.append(pool.share(torch.linalg.qr(rows.double().mT).Q.mT))
+        return statistics.fmean(shares)
+
+    def _current(self, model) -> dict[str, torch.Tensor]:
+        return {name: x.lora_A["default"].weight.detach().clone() for name, x in lora_layers(model, "default").items()}
+
+
+class Study:
+    """The study in one folder: every adapter and every result is a file, and is not made again."""
+
+    def __init__(self, out: Path, console: Console) -> None:
+        self.out, self.console = out, console
+        self.tokenizer = load_tokenizer(RECIPE.model)
+        self.names = RECIPE.task_names()
+
+    def run(self, init: str) -> None:
+        """Tune, train, merge and score one init."""
+        rate = self._tuned(init)
+        for seed in SEEDS:
+            file = self.out / f"seed{seed}" / f"{init}.json"
+            if not file.exists():
+                recipe = self._recipe(init, seed)
+                adapters = {name: self._train(recipe, init, name, rate, recipe.task(name)) for name in self.names}
+                notes = {name: json.loads((adapters[name][1]).read_text()) for name in self.names}
+                scores = self._scores(recipe, {name: adapters[name][0] for name in self.names})
+                write_json(file, {"init": init, "seed": seed, "rate": rate, "scores": scores, "notes": notes})
+            self.console.print(f"{init}, seed {seed}: {file}")
+
+    def _recipe(self, init: str, seed: int) -> Recipe:
+        fields = INITS[init] or {"statistic": "token"}
+        variant = "reference" if fields.get("reference") else str(fields["statistic"])
+        recipe = replace(RECIPE, seed=seed, osrm=fields, features=str(self.out / f"seed{seed}/features/{variant}"))
+        for name in self.names:
+            if not recipe.features_file(name).exists():
+                recipe.collect(name, progress=False).save(recipe.features_file(name))
+        return recipe
+
+    def _train(self, recipe: Recipe, init: str, name: str, rate: float, task: Task) -> tuple[Path, Path]:
+        """One adapter and the notes of its training."""
+        folder = self.out / f"seed{recipe.seed}" / "adapters" / f"{init} {rate:g}"
+        notes = folder / f"{name}.json"
+        if not notes.exists():
+            token = replace(self._recipe("token", recipe.seed))
+            others = [TaskFeatures.load(token.features_file(other)) for other in self.names if other != name]
+            watch = Watch(3**0.5 if init == "plain_scaled" else 1.0, others)
+            plain = INITS[init] is None
+            lora = (replace(recipe, osrm=None) if plain else recipe).lora_config(name)
+            training = RECIPE.training | {"learning_rate": rate}
+            options: dict[str, Any] = {"max_length": RECIPE.max_length, "seed": recipe.seed, "overwrite": True}
+            train_task(task, folder / name, lora=lora, training=training, callbacks=[watch], **options)
+            write_json(notes, watch.found)
+        return folder / name, notes
+
+    def _tuned(self, init: str) -> float:
+        """The learning rate with the best mean score on training rows that were not trained on."""
+        file = self.out / "tuning" / f"{init}.json"
+        if not file.exists():
+            recipe, found = self._recipe(init, TUNING_SEED), {}
+            for rate in RATES:
+                scores = {}
+                for name in TUNING_TASKS:
+                    assert RECIPE.train_rows is not None
+                    drawn = load_task("packaged", name).sample(train=RECIPE.train_rows + HELD_OUT, seed=TUNING_SEED)
+                    last = range(RECIPE.train_rows, RECIPE.train_rows + HELD_OUT)
+                    held = drawn.train.select(last)
+                    task = replace(drawn, train=drawn.train.select(range(RECIPE.train_rows)), validation=held)
+                    adapter, _ = self._train(recipe, init, name, rate, task)
+                    scores[name] = self._score(lambda _, adapter=adapter: _alone(adapter), task)  # type: ignore[misc]
+                found[f"{rate:g}"] = {"mean": statistics.fmean(scores.values())} | scores
+            write_json(file, found)
+        found = json.loads(file.read_text())
+        return float(max(found, key=lambda rate: found[rate]["mean"]))
+
+    def _scores(self, recipe: Recipe, adapters: dict[str, Path]) -> dict[str, dict[str, float]]:
+        tasks = {name: recipe.task(name) for name in self.names}
+        grams = {
+            name: recipe.collect_statistics("gram", name, adapters[name], k=GRAM_ROWS, progress=False)
+            for name in self.names
+        }
+        scores = {"alone": {name: self._score(lambda n: _alone(adapters[n]), tasks[name]) for name in self.names}}
+        for column, (method, scale) in MERGES.items():
+            options = {"statistics": grams} if method == "regmean" else {}
+            merged = merge_adapters(adapters, method, scale=scale, **options)  # type: ignore[arg-type]
+            scores[column] = {
+                name: self._score(lambda n, merged=merged: _merged(merged, n, tasks[n].num_labels), tasks[name])  # type: ignore[misc]
+                for name in self.names
+            }
+        return scores
+
+    def _score(self, model_of: Callable[[str], torch.nn.Module], task: Task) -> float:
+        return evaluate_task(model_of(task.name), task, self.tokenizer, max_length=RECIPE.max_length, progress=False)
+
+
+def _alone(adapter: Path) -> torch.nn.Module:
+    return load_adapter(adapter).attach(RECIPE.model).merge_and_unload()
+
+
+def _merged(merged: Any, name: str, num_labels: int) -> torch.nn.Module:
+    if isinstance(merged, MaskedAdapter):
+        return merged.load(load_base(RECIPE.model, num_labels).eval(), name)
+    return merged.for_task(name).attach(RECIPE.model).merge_and_unload()
+
+
+def tables(out: Path) -> str:
+    """Both tables in Markdown: scores in percent, and what training did to A; mean ± sample std over seeds."""
+    lines = {1: [["init", *TABLE_1]], 2: [["init", *TABLE_2]]}
+    for init in INITS:
+        found = [json.loads(file.read_text()) for file in sorted(out.glob(f"seed*/{init}.json"))]
+        if len(found) < len(SEEDS):
+            continue
+        columns: dict[str, list[float]] = {}
+        for one in found:
+            means = {column: 100 * statistics.fmean(by_task.values()) for column, by_task in one["scores"].items()}
+            means["merged"] = statistics.fmean(value for column, value in means.items() if column != "alone")
+            for column, value in means.items():
+                columns.setdefault(column, []).append(value)
+            for column in ("drift", "before", "after"):
+                factor = 1 if column == "drift" else 100
+                mean = factor * statistics.fmean(notes[column] for notes in one["notes"].values())
+                columns.setdefault(column, []).append(mean)
+        lines[1].append([init, *(_cell(columns[column], 1) for column in TABLE_1)])
+        measured = [_cell(columns[column], 2 if column == "drift" else 3) for column in TABLE_2[1:]]
+        lines[2].append([init, f"{found[0]['rate']:g}", *measured])
+    rendered = []
+    for rows in lines.values():
+        rule = ["---", *["--:"] * (len(rows[0]) - 1)]
+        rendered.append("\n".join("| " + " | ".join(cells) + " |" for cells in [rows[0], rule, *rows[1:]]))
+    return "\n\n".join(rendered) + "\n"
+
+
+def _cell(values: list[float], digits: int) -> str:
+    return f"{statistics.fmean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
+
+
+def main() -> None:
+    """Run what is asked for, and print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("results/osrm_study"))
+    parser.add_argument("--inits", nargs="+", choices=list(INITS), default=list(INITS))
+    parser.add_argument("--table", action="store_true", help="run nothing")
+    arguments = parser.parse_args()
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    console = Console(soft_wrap=True)
+    if not arguments.table:
+        study = Study(arguments.out, console)
+        for init in arguments.inits:
+            study.run(init)
+    report = tables(arguments.out)
+    settings = {"inits": INITS, "seeds": SEEDS, "rates": RATES, "tuning_seed": TUNING_SEED, "merges": MERGES}
+    write_json(arguments.out / "how.json", settings | {"recipe": vars(RECIPE), "versions": versions()})
+    (arguments.out / f"tables.{os.getpid()}.partial").write_text(report, encoding="utf-8")
+    (arguments.out / f"tables.{os.getpid()}.partial").replace(arguments.out / "tables.md")
+    console.print(report, markup=False)
+
+
+if __name__ == "__main__":
+    main()

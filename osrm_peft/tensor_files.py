@@ -1,0 +1,72 @@
+"""Safetensors files read and written one tensor at a time: a file may be larger than what memory should hold."""
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+Header = tuple[tuple[int, ...], torch.dtype | str]  # shape and dtype of a tensor in a file
+
+
+def tensor_headers(path: Path) -> dict[str, Header]:
+    """{name: (shape, dtype)} without reading a tensor; a dtype that is no float is its name in the file."""
+    with safe_open(path, framework="pt") as file:
+        parts = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
+        dtypes = {key: part.get_dtype() for key, part in parts.items()}
+        return {key: (tuple(part.get_shape()), _DTYPES.get(dtypes[key], dtypes[key])) for key, part in parts.items()}
+
+
+def tensor_reader(path: Path) -> Callable[[str], Tensor]:
+    """Reads one tensor at a time; the file is closed in between, so that its pages need not stay in memory.
+
+    The returned function raises ValueError once the file has changed.
+    """
+    path = path.resolve()
+
+    def identity() -> tuple[int, int, int]:
+        stat = path.stat()
+        return stat.st_ino, stat.st_size, stat.st_mtime_ns
+
+    first = identity()
+
+    def read(key: str) -> Tensor:
+        if identity() != first:
+            raise ValueError(f"{path} was changed after it was loaded: load it again")
+        with safe_open(path, framework="pt") as file:
+            return file.get_tensor(key).clone()
+
+    return read
+
+
+def write_tensors(
+    path: Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    dtype: torch.dtype,
+    tensors: Iterable[tuple[str, Tensor]],
+    metadata: Mapping[str, str],
+) -> None:
+    """Write a safetensors file from tensors that are made one after the other.
+
+    Args:
+        shapes: {name: shape} of all of them, in the order in which they come.
+        dtype: of all of them; they are converted.
+        tensors: (name, tensor) pairs.
+    """
+    header: dict[str, object] = {"__metadata__": dict(metadata)}
+    end = 0
+    for name, shape in shapes.items():
+        start, end = end, end + dtype.itemsize * torch.Size(shape).numel()
+        header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header, ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # the data are aligned to 8 bytes
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for (name, tensor), (expected, shape) in zip(tensors, shapes.items(), strict=True):
+            assert (name, tuple(tensor.shape)) == (expected, shape)
+            file.write(tensor.to("cpu", dtype).contiguous().view(torch.uint8).numpy().data)
