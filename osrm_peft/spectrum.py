@@ -68,9 +68,8 @@ class Pool:
 
     def float(self) -> "Pool":
         """The same in float32, to be kept."""
-        return Pool(
-            *(None if tensor is None else tensor.float() for tensor in (self.root, self.second)), self.rank_bound
-        )
+        root, second = (None if tensor is None else tensor.float() for tensor in (self.root, self.second))
+        return Pool(root, second, self.rank_bound)
 
 
 @dataclass(frozen=True)
