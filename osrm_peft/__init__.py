@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from osrm_peft.fisher import DiagonalFisher, collect_fisher
     from osrm_peft.initialization import initialize_osrm_weights
     from osrm_peft.merging import MaskedAdapter, MergedAdapter, merge_adapters
+    from osrm_peft.projection import Projection, project_adapter
     from osrm_peft.tasks import Task, list_tasks, load_task
     from osrm_peft.training import train_task
 
@@ -27,6 +28,7 @@ _HOMES = {
     "MergedAdapter": "merging",
     "OSRMCallback": "callback",
     "OSRMLoraConfig": "config",
+    "Projection": "projection",
     "Task": "tasks",
     "TaskFeatures": "features",
     "collect_features": "collection",
@@ -39,6 +41,7 @@ _HOMES = {
     "load_adapter": "adapter_reader",
     "load_task": "tasks",
     "merge_adapters": "merging",
+    "project_adapter": "projection",
     "train_task": "training",
 }
 

@@ -9,23 +9,8 @@ import yaml
 from rich.console import Console
 from rich.markup import escape
 
-from osrm_peft import cli_merge  # noqa: F401 (its commands)
+from osrm_peft import cli_features, cli_merge  # noqa: F401 (their commands)
 from osrm_peft.cli_base import ConfigOption, SuiteOption, TaskOption, app, chosen, console, say, values
-
-
-@app.command()
-def features(config: ConfigOption, task: TaskOption = None, overwrite: bool = False) -> None:
-    """Collect the tasks' features on the pre-trained model: one file a task, in the recipe's `features` folder."""
-    from osrm_peft.recipe import Recipe
-
-    recipe = Recipe.from_yaml(config)
-    for name in chosen(task, recipe.task_names()):
-        path = recipe.features_file(name)
-        if path.exists() and not overwrite:
-            say(f"{path} is there already (--overwrite makes it anew)")
-            continue
-        recipe.collect(name).save(path)
-        say(f"wrote {path}")
 
 
 @app.command()

@@ -1,6 +1,7 @@
 """Tables for a terminal of what lies in adapters, and of what a merge would do."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from rich.box import HORIZONTALS
@@ -9,7 +10,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from osrm_peft.adapters import LoraAdapter
+from osrm_peft.features import TaskFeatures
 from osrm_peft.merging.plan import MergePlan
+from osrm_peft.spectrum import Pool
 
 _KINDS: dict[Any, str] = {None: "linear", (): "embedding"}
 
@@ -56,6 +59,41 @@ def plan_tables(plan: MergePlan) -> list[Table]:
     }.items():
         result.add_row(name, escape(value))
     return [*adapter_tables(plan.inputs.adapters), result]
+
+
+REVEALS = {
+    "mean": "one vector an input, the average over all samples: no sample",
+    "sample": "one vector an input and sample (its average over tokens), or, once these are as many as the input is "
+    "wide, their second moment only",
+    "token": "the second moment of an input over all tokens: their principal directions, no token",
+}
+
+
+def features_tables(features: TaskFeatures, path: Path) -> list[Table]:
+    """What a features file is of, and one line for each distinct input in it."""
+    result = _table(f"Features of {features.task}", "", "")
+    second = next(iter(features.layers.values())).second is not None
+    of = "the fine-tuned model (for RegMean)" if features.adapted else "the pre-trained model"
+    for name, value in {
+        "file": f"{path} ({decimal(path.stat().st_size)})",
+        "base model": f"{features.base_model} (weights {features.weight_hash}); inputs of {of}",
+        "tokenizer": f"{features.tokenizer} ({features.tokenizer_hash})" if features.tokenizer_hash else "not recorded",
+        "statistic": features.statistic + (", padding counted in (reference)" if features.reference else ""),
+        "samples": f"{features.k}, drawn with seed {features.seed}",
+        "reveals": REVEALS["token" if features.statistic == "sample" and second else features.statistic],
+    }.items():
+        result.add_row(name, escape(value))
+    inputs = _table("Inputs", "of layers", "width", "vectors", "E‖h‖²", "‖E h‖² of it")
+    names: dict[str, list[str]] = {}
+    for name, leader in features.same_input().items():
+        names.setdefault(leader, []).append(name)
+    for leader, sharing in names.items():
+        moments = features.layers[leader]
+        energy, mean = float(Pool.of([moments]).trace()), float(moments.mean().square().sum())
+        share = f"{mean / energy:.1%}" if energy else "–"
+        rest = [name.rpartition(".")[2] for name in sharing[1:]]
+        inputs.add_row(", ".join([leader, *rest]), str(moments.width), str(moments.count), f"{energy:.4g}", share)
+    return [result, inputs]
 
 
 def _weight(value: object) -> str:

@@ -132,7 +132,7 @@ def choose(
     return choose_directions(
         spectrum,
         r,
-        generator=_generator(config.osrm_seed, layer),
+        generator=layer_generator(config.osrm_seed, layer),
         own=own,
         null_space=config.null_space,
         in_task=config.in_task,
@@ -157,17 +157,39 @@ def _load(features: TaskFeatures | str | Path) -> TaskFeatures:
     return features if isinstance(features, TaskFeatures) else TaskFeatures.load(features)
 
 
-def _check_features(config: OSRMLoraConfig, others: list[TaskFeatures], own: TaskFeatures | None) -> None:
+def check_tasks(others: Sequence[TaskFeatures], own: TaskFeatures | None) -> None:
+    """Are these features of different tasks, and made alike?
+
+    Raises:
+        ValueError: there are none, a task comes twice, or two tasks' statistics or tokenizers differ; names them.
+    """
     if not others:
         raise ValueError("no out-of-task features: give OSRMLoraConfig(out_of_task=[files of the other tasks])")
-    if config.needs_own_features and own is None:
-        raise ValueError(f"in_task={config.in_task!r}, null_space={config.null_space!r} need in_task features")
     tasks = [features.task for features in others]
     twice = sorted({task for task in tasks if tasks.count(task) > 1})
     if twice:
         raise ValueError(f"out_of_task names {', '.join(twice)} more than once: one features file a task")
     if own is not None and own.task in tasks:
         raise ValueError(f"task {own.task!r} is both in_task and out_of_task: leave it out of out_of_task")
+    first, *more = [*others, *([own] if own else [])]
+    for one in more:
+        if one.statistic != first.statistic:
+            raise ValueError(
+                f"the features of {first.task!r} hold the statistic {first.statistic!r}, those of {one.task!r} "
+                f"{one.statistic!r}: collect them alike"
+            )
+        if None not in (first.tokenizer_hash, one.tokenizer_hash) and first.tokenizer_hash != one.tokenizer_hash:
+            raise ValueError(
+                f"the features of {first.task!r} were collected with the tokenizer {first.tokenizer} "
+                f"({first.tokenizer_hash}), those of {one.task!r} with {one.tokenizer} ({one.tokenizer_hash}): "
+                "collect them with one tokenizer"
+            )
+
+
+def _check_features(config: OSRMLoraConfig, others: list[TaskFeatures], own: TaskFeatures | None) -> None:
+    check_tasks(others, own)
+    if config.needs_own_features and own is None:
+        raise ValueError(f"in_task={config.in_task!r}, null_space={config.null_space!r} need in_task features")
     for features in [*others, *([own] if own else [])]:
         if features.statistic != config.statistic:
             raise ValueError(
@@ -196,7 +218,7 @@ def _check_layers(layers: dict[str, Any], adapter_name: str) -> None:
             )
 
 
-def _generator(seed: int, layer: str) -> torch.Generator:
+def layer_generator(seed: int, layer: str) -> torch.Generator:
     """One stream a layer, whatever the order or number of the layers."""
     digest = hashlib.sha256(f"{seed}/{layer}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))

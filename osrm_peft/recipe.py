@@ -110,7 +110,7 @@ class Recipe:
         }
         return OSRMLoraConfig(**(fields | files | self.osrm))
 
-    def collect(self, name: str, *, progress: bool = True) -> TaskFeatures:
+    def collect(self, name: str, *, group_size: int | None = None, progress: bool = True) -> TaskFeatures:
         """Collect one task's features on k training rows."""
         options = {key: (self.osrm or {})[key] for key in ("statistic", "reference") if key in (self.osrm or {})}
         padding = "max_length" if options.get("reference") else "longest"  # the released code pads to a fixed length
@@ -122,6 +122,7 @@ class Recipe:
             target_modules=LoraConfig(**(PAPER_LORA | self.lora)),
             k=self.k,
             seed=self.seed,
+            group_size=group_size,
             progress=progress,
             **options,
         )

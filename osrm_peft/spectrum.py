@@ -56,15 +56,24 @@ class Pool:
         assert self.second is not None
         return self.second
 
-    def share(self, A: Tensor) -> float:
-        """tr(A S Aᵀ) / tr S: the share of the energy that (r, n) A lets through, in [0, 1] for orthonormal rows."""
+    def energy(self, A: Tensor) -> Tensor:
+        """tr(A S Aᵀ), float64: E‖A h‖² of (r, n) A."""
         A = A.double()
         if self.root is not None:
-            through, total = (A @ self.root.mT.double()).square().sum(), self.root.double().square().sum()
-        else:
-            S = self.second_moment().double()
-            through, total = (A @ S * A).sum(), S.trace()
-        return float(through / total.clamp_min(torch.finfo(torch.float64).tiny))
+            return (A @ self.root.mT.double()).square().sum()
+        return (A @ self.second_moment().double() * A).sum()
+
+    def share(self, A: Tensor) -> float:
+        """tr(A S Aᵀ) / tr S: the share of the energy that (r, n) A lets through, in [0, 1] for orthonormal rows."""
+        return float(self.energy(A) / self.trace().clamp_min(torch.finfo(torch.float64).tiny))
+
+    def trace(self) -> Tensor:
+        """tr S = E‖h‖², float64."""
+        return self.second_moment().double().trace() if self.root is None else self.root.double().square().sum()
+
+    def times(self, V: Tensor) -> Tensor:
+        """(n, m) S V."""
+        return self.second_moment() @ V if self.root is None else self.root.mT @ (self.root @ V)
 
     def float(self) -> "Pool":
         """The same in float32, to be kept."""

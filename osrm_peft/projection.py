@@ -1,0 +1,225 @@
+"""OSRM after the fact (paper §5.4): an adapter that is trained already, kept away from the other tasks' features."""
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from osrm_peft.adapter_reader import load_adapter
+from osrm_peft.adapters import Factors, LoraAdapter
+from osrm_peft.checks import number
+from osrm_peft.features import TaskFeatures
+from osrm_peft.files import MANIFEST, new_folder, read_manifest, versions, write_json
+from osrm_peft.initialization import OutOfTask, check_tasks, layer_generator
+from osrm_peft.spectrum import Pool, Spectrum
+from osrm_peft.subspace import choose_directions
+
+
+@dataclass(frozen=True)
+class LayerProjection:
+    """What one layer's projection from ΔW to ΔŴ kept; shares in [0, 1], 1 where there was nothing to lose.
+
+    Attributes:
+        energy_kept: ‖ΔŴ‖² / ‖ΔW‖².
+        out_of_task_kept: E‖ΔŴ h‖² / E‖ΔW h‖² on the other tasks' features, each task weighing the same.
+        in_task_kept: the same on the task's own features (it can also rise); None where they were not given.
+        protected: how many of the strongest out-of-task directions ΔŴ leaves alone; None for the paper's projection.
+    """
+
+    energy_kept: float
+    out_of_task_kept: float
+    in_task_kept: float | None
+    protected: int | None
+
+
+@dataclass(frozen=True)
+class Projection:
+    """A projected adapter, and what the projection cost.
+
+    Attributes:
+        adapter: plain LoRA of the same ranks, with the same heads.
+        layers: {layer: LayerProjection}.
+        settings: how it was made.
+    """
+
+    adapter: LoraAdapter
+    layers: dict[str, LayerProjection]
+    settings: dict[str, Any]
+
+    def mean(self) -> dict[str, float]:
+        """{field of LayerProjection: its mean over layers}, of those that are known."""
+        columns: dict[str, list[float]] = {}
+        for layer in self.layers.values():
+            for key, value in asdict(layer).items():
+                columns.setdefault(key, []).extend([] if value is None else [value])
+        return {key: statistics.fmean(values) for key, values in columns.items() if values}
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write a stock PEFT adapter with a manifest: what it was made of, and each layer's LayerProjection.
+
+        Raises:
+            FileExistsError: `folder` holds something that is not an adapter of ours.
+        """
+        origin = read_manifest(self.adapter.source) if Path(self.adapter.source).is_dir() else {}
+        described = {key: origin[key] for key in ("task", "num_labels", "metric", "seed") if key in origin}
+        layers = {name: asdict(layer) for name, layer in self.layers.items()}
+        with new_folder(folder, "adapter") as partial:
+            self.adapter.save_pretrained(partial)
+            manifest = {
+                "kind": "adapter",
+                "base_model": self.adapter.base_model,
+                **described,
+                "projected": self.settings,
+            }
+            write_json(partial / MANIFEST, manifest | {"layers": layers, "versions": versions()})
+
+
+def project_adapter(
+    adapter: str | Path | PeftModel | LoraAdapter,
+    out_of_task: Sequence[TaskFeatures | str | Path],
+    *,
+    in_task: TaskFeatures | str | Path | None = None,
+    keep: float | None = None,
+    null_space: str = "random",
+    protect: int | float | None = None,
+    seed: int = 0,
+    progress: bool = False,
+) -> Projection:
+    r"""Project a trained adapter so that it acts less on the other tasks' features; nothing is trained.
+
+    The paper's way (Zhang & Zhou, ACL 2025, §5.4): with OSRM's Ã (r, n) of each layer,
+
+        B̂ = s B A Ãᵀ,   ΔŴ = B̂ Ã
+
+    which keeps of ΔW what lies in the r directions of Ã, mostly little. With `keep` = ρ instead
+
+        ΔŴ = s B A (I − V_p V_pᵀ),   V_p the p strongest out-of-task directions,
+
+    with the largest p of each layer that keeps E‖ΔŴ h_t‖² ≥ ρ E‖ΔW h_t‖² on the task's own features h_t.
+
+    Args:
+        adapter: as `load_adapter` takes it; it is not changed.
+        out_of_task: features of the *other* tasks, loaded or as files, of the pre-trained model.
+        in_task: the task's own features: for `keep`, `null_space="in_task"`, and to report what is kept of its effect.
+        keep: ρ in (0, 1]; None: the paper's projection.
+        null_space, protect, seed: how Ã is chosen where there is a choice, see `OSRMLoraConfig`; not with `keep`.
+
+    Raises:
+        ValueError: no features, or of other layers, widths or base models; `keep` without `in_task`; or an adapter on
+            a layer that has no features (an embedding, a convolution): no layer is passed over.
+    """
+    loaded = adapter if isinstance(adapter, LoraAdapter) else load_adapter(adapter)
+    others = [_load(features) for features in out_of_task]
+    own = None if in_task is None else _load(in_task)
+    if keep is not None:
+        keep = number("keep", keep, 0, 1, open_low=True)
+        if (null_space, protect) != ("random", None):
+            raise ValueError("keep chooses the protected directions itself: leave null_space and protect out")
+    if own is None and (keep is not None or null_space == "in_task"):
+        raise ValueError("keep and null_space='in_task' look at the task's own features: give in_task=FILE")
+    check_tasks(others, own)
+    _check_layers(loaded, [*others, *([own] if own else [])])
+
+    out, factors = OutOfTask(others), {}
+    layers: dict[str, LayerProjection] = {}
+    for name in tqdm(loaded.shapes, desc="project", unit="layer", disable=not progress):
+        found, (_, pool, spectrum) = loaded.factors[name], out.at(name)
+        own_moments = None if own is None else own.layers[name]
+        own_pool = None if own_moments is None else Pool.of([own_moments])
+        A, L = found.A.double(), _square_root(found)  # ‖ΔW x‖ = ‖L x‖
+        p = None
+        if keep is not None and own_pool is not None:
+            p = _most_protected(L, spectrum, own_pool, keep)
+            V = spectrum.vectors[:, :p]
+            factors[name] = replace(found, A=(A - (A @ V) @ V.mT).to(found.A.dtype))
+        else:
+            frame = choose_directions(
+                spectrum, found.rank, generator=layer_generator(seed, name), own=own_moments,
+                null_space=null_space, protect=protect,
+            )  # fmt: skip
+            B = found.s * found.B.double() @ (A @ frame.mT)
+            factors[name] = Factors(frame.to(found.A.dtype), B.to(found.B.dtype))
+        after = _square_root(factors[name])
+        layers[name] = LayerProjection(
+            _ratio(after.square().sum(), L.square().sum()),
+            _ratio(pool.energy(after), pool.energy(L)),
+            None if own_pool is None else _ratio(own_pool.energy(after), own_pool.energy(L)),
+            p,
+        )
+    settings = {
+        "adapter": loaded.source,
+        "sha256": loaded.sha256,
+        "out_of_task": [features.task for features in others],
+        "in_task": None if own is None else own.task,
+        "statistic": others[0].statistic,
+        "keep": keep,
+        "null_space": null_space,
+        "protect": protect,
+        "seed": seed,
+    }
+    return Projection(replace(loaded, factors=factors, sha256=None), layers, settings)
+
+
+def _load(features: TaskFeatures | str | Path) -> TaskFeatures:
+    return features if isinstance(features, TaskFeatures) else TaskFeatures.load(features)
+
+
+def _check_layers(adapter: LoraAdapter, features: Sequence[TaskFeatures]) -> None:
+    """Have all features all layers of the adapter, at their widths, and are they of one model?"""
+    for one in features:
+        if one.adapted:
+            raise ValueError(
+                f"the features of task {one.task!r} are of its fine-tuned model (collect_gram): "
+                "collect them on the pre-trained model with collect_features"
+            )
+        widths = one.widths()
+        lacking = [name for name in adapter.shapes if name not in widths]
+        if lacking:
+            raise ValueError(
+                f"the features of task {one.task!r} lack {len(lacking)} of the {len(adapter.shapes)} layers of "
+                f"{adapter.source}: {', '.join(lacking[:4])}; collect them on all of them (target_modules=…)"
+            )
+        wrong = [name for name, (_, _, n) in adapter.shapes.items() if widths[name] != n]
+        if wrong:
+            raise ValueError(
+                f"the features of task {one.task!r} have width {widths[wrong[0]]} at {wrong[0]!r}, the adapter "
+                f"{adapter.shapes[wrong[0]][2]}: they are of another base model"
+            )
+        if one.weight_hash != features[0].weight_hash:
+            raise ValueError(
+                f"the features of {features[0].task!r} are of {features[0].base_model} ({features[0].weight_hash}), "
+                f"those of {one.task!r} of {one.base_model} ({one.weight_hash}): collect them on the same model"
+            )
+
+
+def _square_root(factors: Factors) -> Tensor:
+    """(≤ r, n) L, float64, with LᵀL = ΔWᵀΔW: L = T A where s·B = Q T."""
+    return torch.linalg.qr(factors.s * factors.B.double()).R @ factors.A.double()
+
+
+def _most_protected(L: Tensor, spectrum: Spectrum, own: Pool, keep: float) -> int:
+    """The largest p for which the own effect tr(L P_p S P_p Lᵀ) is at least keep · tr(L S Lᵀ), P_p = I − V_p V_pᵀ.
+
+    In the coordinates of V that is a sum over the pairs (i, j) with i, j ≥ p, so all p together cost O(n m²).
+    """
+    V = spectrum.vectors
+    l = L @ V  # noqa: E741 (r, m)
+    rest = L - l @ V.mT
+    SV = own.times(V)  # (n, m)
+    pairs = (l.mT @ l) * (V.mT @ SV)  # (m, m)
+    single = 2 * (l * (rest @ SV)).sum(0)  # (m,)
+    # suffix sums: over i, j ≥ p, for p = 0 … m
+    square = pairs.flip(0, 1).cumsum(0).cumsum(1).diagonal()
+    effect = own.energy(rest) + torch.cat([square.new_zeros(1), square + single.flip(0).cumsum(0)]).flip(0)
+    good = effect >= keep * effect[0] * (1 - 1e-12)
+    return int(good.nonzero().max())
+
+
+def _ratio(after: Tensor, before: Tensor) -> float:
+    return float(after / before) if before > 0 else 1.0
