@@ -60,14 +60,14 @@ def main() -> None:
         parts[part]()
 
 
-# --- A for one layer ----------------------------------------------------------------------------------------------
+# --- A for one layer -------------------------------------------------------------------------------------------------
 
 
 def choose() -> None:
     """Each way in a process of its own, so that its peak memory is its own."""
     table = _table(
         f"A (r = {RANK}) for a layer of width {WIDTH} from {OTHERS} other tasks",
-        "from", "ours (s)", "memory (MiB)", "the other way (s)", "memory (MiB)", "times faster", "energy of A (ours, other)",
+        "from", "ours (s)", "memory (MiB)", "other way (s)", "memory (MiB)", "times faster", "energies of A",
     )  # fmt: skip
     for source, other in (("mean", "SVD with full V"), ("sample", "eigh of n×n")):
         ours, theirs = _measured("choose", source, "ours"), _measured("choose", source, "theirs")
@@ -99,7 +99,7 @@ def _choose_one(source: str, way: str) -> dict[str, float]:
     return {"seconds": seconds, "mib": _peak() - before, "energy": Pool.of(moments).share(A)}
 
 
-# --- features of a real model -----------------------------------------------------------------------------------------
+# --- features of a real model ----------------------------------------------------------------------------------------
 
 
 def collect() -> None:
@@ -117,7 +117,7 @@ def collect() -> None:
                 for batch in batches:
                     model(**{key: value for key, value in batch.items() if key != "labels"})
 
-        def with_features(statistic: str, batches: list = batches) -> Callable[[], Any]:
+        def with_features(statistic: str, name: str = name, batches: list = batches) -> Callable[[], Any]:
             return lambda: _features(model, batches, name, statistic, 4 * K)
 
         runs: dict[str, list[float]] = {}
@@ -134,7 +134,7 @@ def collect() -> None:
     console.print(table)
 
 
-# --- six tasks ----------------------------------------------------------------------------------------------------------
+# --- six tasks -------------------------------------------------------------------------------------------------------
 
 
 def suite() -> None:
@@ -171,7 +171,7 @@ def _ours(model: nn.Module, names: list[str], tokenizer: Any, statistic: str) ->
 
 
 def _released(model: nn.Module, names: list[str], tokenizer: Any) -> tuple[float, float]:
-    """The released code's procedure written out: for each task all other tasks again, one sample a batch padded to 128."""
+    """The released procedure written out: for each task all other tasks again, one sample a batch, padded to 128."""
     layers = target_layers(model, TARGETS)
     loaders = {name: _loader(name, tokenizer, K, 1, "max_length") for name in names}
 
@@ -205,18 +205,13 @@ def _released(model: nn.Module, names: list[str], tokenizer: Any) -> tuple[float
     return collecting, choosing
 
 
-# --- memory ---------------------------------------------------------------------------------------------------------------
+# --- memory ----------------------------------------------------------------------------------------------------------
 
 
 def memory() -> None:
     """Peak memory over the model's, of collecting and of saving."""
-    table = _table(
-        f"Token statistics of q and v in 32 layers, width {WIDTH}",
-        "way",
-        "collecting (GiB)",
-        "and saved (GiB)",
-        "file (GiB)",
-    )
+    title = f"Token statistics of q and v in 32 layers, width {WIDTH}"
+    table = _table(title, "way", "collecting (GiB)", "and saved (GiB)", "file (GiB)")
     for label, group in (("all at once", "0"), ("8 inputs at once (group_size=8)", "8")):
         found = _measured("memory", group, "ours")
         table.add_row(label, *(f"{found[key] / 1024:.2f}" for key in ("collecting", "saved", "file")))
@@ -232,6 +227,7 @@ class Blocks(nn.Module):
         self.v_proj = nn.ModuleList(nn.Linear(WIDTH, 1, bias=False) for _ in range(32))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Each block's input differs."""
         for place, (q, v) in enumerate(zip(self.q_proj, self.v_proj, strict=True)):
             h = x + place
             x = x + 1e-3 * (q(h) + v(h))
@@ -252,7 +248,7 @@ def _memory_one(group: str) -> dict[str, float]:
         return {"collecting": collecting, "saved": _peak() - before, "file": path.stat().st_size / 2**20}
 
 
-# --- shared -----------------------------------------------------------------------------------------------------------------
+# --- shared ----------------------------------------------------------------------------------------------------------
 
 
 def _one(part: str, what: str, way: str) -> dict[str, float]:

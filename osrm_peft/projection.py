@@ -67,17 +67,15 @@ class Projection:
             FileExistsError: `folder` holds something that is not an adapter of ours.
         """
         origin = read_manifest(self.adapter.source) if Path(self.adapter.source).is_dir() else {}
-        described = {key: origin[key] for key in ("task", "num_labels", "metric", "seed") if key in origin}
+        described: dict[str, Any] = {
+            key: origin[key] for key in ("task", "num_labels", "metric", "seed") if key in origin
+        }
         layers = {name: asdict(layer) for name, layer in self.layers.items()}
         with new_folder(folder, "adapter") as partial:
             self.adapter.save_pretrained(partial)
-            manifest = {
-                "kind": "adapter",
-                "base_model": self.adapter.base_model,
-                **described,
-                "projected": self.settings,
-            }
-            write_json(partial / MANIFEST, manifest | {"layers": layers, "versions": versions()})
+            manifest = {"kind": "adapter", "base_model": self.adapter.base_model, **described}
+            manifest |= {"projected": self.settings, "layers": layers, "versions": versions()}
+            write_json(partial / MANIFEST, manifest)
 
 
 def project_adapter(
