@@ -35,6 +35,7 @@ def features(
     if context.invoked_subcommand is not None:
         return
     import torch
+    import transformers
 
     from osrm_peft.checks import choice
     from osrm_peft.recipe import Recipe
@@ -51,12 +52,15 @@ def features(
         recipe = replace(recipe, lora=recipe.lora | {"target_modules": target})
     if statistic is not None:
         recipe = replace(recipe, osrm=(recipe.osrm or {}) | {"statistic": statistic})
+    transformers.logging.set_verbosity_error()  # it warns of the head, which features do not need
+    base = None
     for name in chosen(task, recipe.task_names()):
         path = recipe.features_file(name)
         if path.exists() and not overwrite:
             say(f"{path} is there already (--overwrite makes it anew)")
             continue
-        recipe.collect(name, group_size=group_size).save(path, getattr(torch, dtype))
+        base = base or recipe.base()
+        recipe.collect(name, base=base, group_size=group_size).save(path, getattr(torch, dtype))
         say(f"wrote {path}")
 
 

@@ -1,5 +1,6 @@
 """collect_features, collect_gram: the inputs of the target layers, summed up; the model left as it was."""
 
+import inspect
 import tempfile
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
@@ -166,6 +167,8 @@ def _run(
     """One pass over the loader; what was collected, and from how many samples."""
     base, seen = base_of(model), 0
     sides = Sides(base)
+    # With a cache, transformers takes a packed row for one sample, whose parts see one another.
+    uncached = {"use_cache": False} if "use_cache" in inspect.signature(base.forward).parameters else {}
     collector = Collector({name: input_width(name, module) for name, module in layers.items()}, statistic, sides)
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
@@ -180,7 +183,7 @@ def _run(
         for batch in samples(loader, k, next(base.parameters()).device, task=task, what=what, progress=progress):
             inputs = sides.with_decoder(batch.inputs, batch.labels)
             collector.start(inputs, Positions(batch.positions.rows) if reference else batch.positions)
-            base(**inputs)
+            base(**inputs | uncached)
             seen += batch.count
     idle = [name for name in layers if name not in collector.moments]
     if idle:

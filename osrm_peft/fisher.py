@@ -121,6 +121,7 @@ def collect_fisher(
     with ExitStack() as stack:
         stack.enter_context(undisturbed(base))
         stack.enter_context(torch.enable_grad())
+        stack.enter_context(torch.compiler.set_stance("force_eager"))  # compiled code would not see the hooks
         passes = stack.enter_context(_watch(layers))
         for batch in samples(loader, k, device, task=task, what=f"Fisher of {task}", progress=progress):
             if batch.positions.samples is not None:

@@ -56,7 +56,7 @@ def initialize_osrm_weights(
     own = config.in_task_features if in_task is None else in_task
     own_features = _load(own) if own is not None and config.needs_own_features else None
     _check_features(config, others, own_features)
-    _check_layers(layers, adapter_name)
+    _check_layers(layers, adapter_name, config)
     for features in [*others, *([own_features] if own_features else [])]:
         features.check_fits(model, layers, tokenizer)
 
@@ -171,17 +171,19 @@ def check_tasks(others: Sequence[TaskFeatures], own: TaskFeatures | None) -> Non
         raise ValueError(f"out_of_task names {', '.join(twice)} more than once: one features file a task")
     if own is not None and own.task in tasks:
         raise ValueError(f"task {own.task!r} is both in_task and out_of_task: leave it out of out_of_task")
-    first, *more = [*others, *([own] if own else [])]
-    for one in more:
-        if one.statistic != first.statistic:
+    every = [*others, *([own] if own else [])]
+    known = [one for one in every if one.tokenizer_hash is not None]
+    for one in every[1:]:
+        if one.statistic != every[0].statistic:
             raise ValueError(
-                f"the features of {first.task!r} hold the statistic {first.statistic!r}, those of {one.task!r} "
+                f"the features of {every[0].task!r} hold the statistic {every[0].statistic!r}, those of {one.task!r} "
                 f"{one.statistic!r}: collect them alike"
             )
-        if None not in (first.tokenizer_hash, one.tokenizer_hash) and first.tokenizer_hash != one.tokenizer_hash:
+    for one in known[1:]:
+        if one.tokenizer_hash != known[0].tokenizer_hash:
             raise ValueError(
-                f"the features of {first.task!r} were collected with the tokenizer {first.tokenizer} "
-                f"({first.tokenizer_hash}), those of {one.task!r} with {one.tokenizer} ({one.tokenizer_hash}): "
+                f"the features of {known[0].task!r} were collected with the tokenizer {known[0].tokenizer} "
+                f"({known[0].tokenizer_hash}), those of {one.task!r} with {one.tokenizer} ({one.tokenizer_hash}): "
                 "collect them with one tokenizer"
             )
 
@@ -203,7 +205,7 @@ def _check_features(config: OSRMLoraConfig, others: list[TaskFeatures], own: Tas
             )
 
 
-def _check_layers(layers: dict[str, Any], adapter_name: str) -> None:
+def _check_layers(layers: dict[str, Any], adapter_name: str, config: OSRMLoraConfig) -> None:
     if not layers:
         raise ValueError(f"adapter {adapter_name!r} adapts no layer")
     for name, layer in layers.items():
@@ -212,6 +214,11 @@ def _check_layers(layers: dict[str, Any], adapter_name: str) -> None:
         if B.is_meta:
             raise ValueError(f"lora_B of layer {name!r} has no data (meta device): make the model on a real device")
         if bool(B.detach().any()):
+            if config.init_lora_weights not in (True, "gaussian"):
+                raise ValueError(
+                    f"init_lora_weights={config.init_lora_weights!r} sets B: leave it at its default, OSRM sets A and "
+                    "needs B = 0"
+                )
             raise ValueError(
                 f"lora_B of layer {name!r} is not 0 (largest entry {B.detach().abs().max():.2e}), so a new A would "
                 "change the model's outputs: OSRM sets A before training. To train a saved adapter on, leave OSRM out"

@@ -101,11 +101,13 @@ def features_file(source: str | Path) -> Path:
     path = Path(source)
     if path.is_file():
         return path
-    if (path.suffix == ".safetensors" and ":" not in str(source)) or path.is_dir() or str(source).count("/") != 1:
-        raise FileNotFoundError(f"no features file {source}: {_WRITE}")
     repo, _, name = str(source).partition(":")
+    slashes = repo.partition("@")[0].count("/")  # revisions (refs/pr/1) and FILEs may have more
+    if (path.suffix == ".safetensors" and not name) or path.is_dir() or slashes != 1:
+        raise FileNotFoundError(f"no features file {source}: {_WRITE}")
     folder = local_folder(repo, [name or f"*{SUFFIX}"], "features file")
-    names = sorted(str(file.relative_to(folder)) for file in folder.rglob(name or f"*{SUFFIX}"))
+    found = [folder / name] if name else folder.rglob(f"*{SUFFIX}")
+    names = sorted(str(file.relative_to(folder)) for file in found if file.is_file())
     if len(names) != 1:
         held = f"holds {len(names)} of them: name one, {repo}:{names[0]}" if names else "holds none"
         raise FileNotFoundError(f"{source!r} is no features file, and the Hub repository {held}")

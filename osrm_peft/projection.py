@@ -145,9 +145,9 @@ def project_adapter(
             factors[name] = Factors(frame.to(found.A.dtype), B.to(found.B.dtype))
         after = _square_root(factors[name])
         layers[name] = LayerProjection(
-            _ratio(after.square().sum(), L.square().sum()),
-            _ratio(pool.energy(after), pool.energy(L)),
-            None if own_pool is None else _ratio(own_pool.energy(after), own_pool.energy(L)),
+            float(after.square().sum() / L.square().sum()) if L.any() else 1.0,
+            _effect_kept(pool, after, L),
+            None if own_pool is None else _effect_kept(own_pool, after, L),
             p,
         )
     settings = {
@@ -215,9 +215,16 @@ def _most_protected(L: Tensor, spectrum: Spectrum, own: Pool, keep: float) -> in
     # suffix sums: over i, j ≥ p, for p = 0 … m
     square = pairs.flip(0, 1).cumsum(0).cumsum(1).diagonal()
     effect = own.energy(rest) + torch.cat([square.new_zeros(1), square + single.flip(0).cumsum(0)]).flip(0)
-    good = effect >= keep * effect[0] * (1 - 1e-12)
+    good = effect >= keep * effect[0] * (1 - 1e-12) - _rounding(own, L)
     return int(good.nonzero().max())
 
 
-def _ratio(after: Tensor, before: Tensor) -> float:
-    return float(after / before) if before > 0 else 1.0
+def _effect_kept(pool: Pool, after: Tensor, before: Tensor) -> float:
+    """E‖ΔŴ h‖² / E‖ΔW h‖², 1 where there is no effect but rounding."""
+    effect = pool.energy(before)
+    return float(pool.energy(after) / effect) if effect > _rounding(pool, before) else 1.0
+
+
+def _rounding(pool: Pool, L: Tensor) -> Tensor:
+    """What float64 can make of E‖L h‖² = 0, which is at most ‖L‖² E‖h‖²."""
+    return L.shape[1] * torch.finfo(L.dtype).eps * L.square().sum() * pool.trace()

@@ -4,9 +4,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import LoraConfig
 from torch.utils.data import DataLoader
-from transformers import DataCollatorWithPadding
+from transformers import DataCollatorWithPadding, PreTrainedModel
 
 from osrm_peft.adapter_reader import load_adapter
 from osrm_peft.checks import choice, integer
@@ -110,12 +111,23 @@ class Recipe:
         }
         return OSRMLoraConfig(**(fields | files | self.osrm))
 
-    def collect(self, name: str, *, group_size: int | None = None, progress: bool = True) -> TaskFeatures:
-        """Collect one task's features on k training rows."""
+    def base(self) -> PreTrainedModel:
+        """The pre-trained model to collect features on, on the GPU if there is one."""
+        return load_base(self.model, 2).to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
+
+    def collect(
+        self,
+        name: str,
+        *,
+        base: PreTrainedModel | None = None,
+        group_size: int | None = None,
+        progress: bool = True,
+    ) -> TaskFeatures:
+        """Collect one task's features on k training rows; `base` is the model if it is loaded already."""
         options = {key: (self.osrm or {})[key] for key in ("statistic", "reference") if key in (self.osrm or {})}
         padding = "max_length" if options.get("reference") else "longest"  # the released code pads to a fixed length
         return collect_features(
-            load_base(self.model, 2),
+            base or self.base(),
             self._loader(name, self.k, padding),
             tokenizer=load_tokenizer(self.model),
             task=name,

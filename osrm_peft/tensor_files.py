@@ -69,4 +69,5 @@ def write_tensors(
         file.write(len(text).to_bytes(8, "little") + text)
         for (name, tensor), (expected, shape) in zip(tensors, shapes.items(), strict=True):
             assert (name, tuple(tensor.shape)) == (expected, shape)
-            file.write(tensor.to("cpu", dtype).contiguous().view(torch.uint8).numpy().data)
+            plain = torch.empty(shape, dtype=dtype, device="cpu").copy_(tensor)  # its strides too: (o, 1) of a mT
+            file.write(plain.flatten().view(torch.uint8).numpy().data)
