@@ -1,12 +1,17 @@
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 
-from osrm_peft import list_tasks
+from osrm_peft import TaskFeatures, list_tasks
 from osrm_peft.recipe import Recipe
+from osrm_peft.tensor_files import tensor_headers
+from osrm_peft.training import load_base
 from tests.test_recipes import write
 
 COMMAND = [str(Path(sys.executable).with_name("osrm-peft"))]
@@ -74,24 +79,90 @@ def test_features_train_merge_evaluate(tmp_path, call):
         (["merge", "[/red]zz", "--out", "o"], "error: '[/red]zz' is neither a folder"),
         (["train", "-c", "none.yaml"], "no recipe none.yaml"),
         (["evaluate", "none", "--suite", "x"], "none does not say which task it is for: name it with --task"),
+        (["features"], "error: give a recipe (--config), or --model and --suite"),
+        (["features", "--model", "packaged"], "error: give a recipe (--config), or --model and --suite"),
+        (["features", "--model", "m", "--suite", "s", "--dtype", "float16"], "error: unknown dtype 'float16': choose"),
+        (
+            ["features", "--model", "packaged", "--suite", "packaged", "-t", "x"],
+            "error: unknown task x: the recipe has",
+        ),
+        (["features", "-c", "none.yaml"], "no recipe none.yaml"),
+        (["features", "show", "none"], "error: no features file none: write it with `osrm-peft features`"),
+        (["project", "none", "--features", "f", "--out", "o"], "error: 'none' is neither a folder nor a Hub"),
     ],
 )
 def test_an_error_is_one_line_and_exit_code_2(arguments, message, call):
     assert message in call(*arguments, code=2)
 
 
-def test_an_output_that_is_not_ours_is_refused_before_any_work(tmp_path):
+def test_an_output_that_is_not_ours_is_refused_before_any_work(tmp_path, call):
     (tmp_path / "thesis.txt").touch()
     assert "is not a folder that osrm_peft wrote" in run("merge", "a=no/such", "--out", tmp_path, code=2)
+    assert "osrm_peft wrote" in call("project", "no/such", "--features", "no/such", "--out", tmp_path, code=2)
 
 
 def test_help_names_every_command():
     printed = run("--help")
     assert all(
         name in printed
-        for name in ("features", "train", "merge", "evaluate", "demo", "inspect", "interference", "statistics")
+        for name in (
+            "features",
+            "train",
+            "merge",
+            "project",
+            "evaluate",
+            "demo",
+            "inspect",
+            "interference",
+            "statistics",
+        )
     )
 
 
 def test_recipe_tasks_default_to_the_suite(tmp_path):
     assert Recipe.from_yaml(write(tmp_path, tasks=None)).task_names() == list_tasks("packaged")
+
+
+def test_features_from_flags_and_a_trained_adapter_projected_with_them(tmp_path, call):
+    flags = ["--model", "packaged", "--suite", "packaged", "--target", "key", "--target", "value"]  # not PEFT's default
+    flags += ["--statistic", "mean", "-k", 4, "--max-length", 16, "--out", tmp_path]
+    printed = call("features", *flags, "--task", "tweets", "--dtype", "bfloat16")
+    assert printed == f"wrote {tmp_path}/tweets.features.safetensors"
+    tweets = tmp_path / "tweets.features.safetensors"
+    features = TaskFeatures.load(tweets)
+    assert (features.task, features.statistic, features.k, features.seed) == ("tweets", "mean", 4, 42)
+    assert {dtype for _, dtype in tensor_headers(tweets).values()} == {torch.bfloat16}
+    assert {name.rpartition(".")[2] for name in features.layers} == {"key", "value"}
+    assert "is there already (--overwrite" in call("features", *flags, "--task", "tweets")
+    assert {dtype for _, dtype in tensor_headers(tweets).values()} == {torch.bfloat16}
+    call("features", *flags, "--task", "tweets", "--task", "sms_spam", "--overwrite", "--seed", 1)
+    assert {dtype for _, dtype in tensor_headers(tweets).values()} == {torch.float32}
+    features = TaskFeatures.load(tweets)
+    assert features.seed == 1
+
+    printed = call("features", "show", tweets)
+    assert "Features of tweets" in printed and "4, drawn with seed 1" in printed
+    for shown in (features.base_model, features.weight_hash, features.tokenizer, features.tokenizer_hash):
+        assert shown and shown in printed.replace(" ", "")
+    assert "statistic mean" in printed and "one vector an input, the average over all samples: no sample" in printed
+    assert f"{next(iter(features.layers))}, value" in printed  # one input of both
+
+    config = LoraConfig(r=4, target_modules=["key", "value"], task_type="SEQ_CLS", init_lora_weights=False)
+    get_peft_model(load_base("packaged", 2), config).save_pretrained(tmp_path / "adapter")
+    given = ["project", tmp_path / "adapter", "--features", tweets, "--out", tmp_path / "out"]
+    own = ["--own", tmp_path / "sms_spam.features.safetensors", "--keep", 0.9]
+    means = r"energy kept [\d.]+, out of task kept [\d.e-]+"
+    for options, more in (([], ""), (own, r", in task kept ([\d.]+), protected [\d.]+")):
+        printed = call(*given, *options)
+        line = (
+            rf"wrote {tmp_path}/out: means over {len(features.layers)} layers: {means}{more}; least energy kept [\d.]+"
+        )
+        found = re.fullmatch(line, printed)
+        assert found, printed
+        manifest = json.loads((tmp_path / "out/osrm_peft.json").read_text())
+        assert manifest["projected"]["keep"] == (0.9 if options else None)
+    assert float(found[1]) >= 0.9
+    assert manifest["projected"]["out_of_task"] == ["tweets"] and manifest["projected"]["in_task"] == "sms_spam"
+    PeftModel.from_pretrained(load_base("packaged", 2), str(tmp_path / "out"))
+    given[-1] = tmp_path / "adapter"
+    assert "is not a folder that osrm_peft wrote as 'adapter'" in call(*given, code=2)

@@ -52,13 +52,39 @@ def test_a_becomes_the_least_energy_frame_and_the_logits_stay(others):
         assert shares[name] == pytest.approx(least / float(S.trace()), rel=1e-3, abs=1e-9)
 
 
-def test_only_the_named_adapter_is_touched(others):
+@pytest.mark.parametrize("name", ["second", "sst-2_größe", "lora_B"])
+def test_only_the_named_adapter_is_touched(others, name):
+    """Field trap B5(f): any adapter name, and everything on the CPU."""
     model = osrm_model()
-    model.add_adapter("second", OSRMLoraConfig(**LORA))
+    model.add_adapter(name, OSRMLoraConfig(**LORA))
     before = weights_of(model)
-    initialize_osrm_weights(model, others, adapter_name="second")
-    changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
-    assert changed == {name for name in before if "lora_A.second" in name}
+    initialize_osrm_weights(model, others, adapter_name=name)
+    changed = {key for key, tensor in model.state_dict().items() if not torch.equal(tensor, before[key])}
+    assert changed == {key for key in before if f"lora_A.{name}." in key} and len(changed) == 4
+    alone = get_peft_model(make_base(), OSRMLoraConfig(**LORA), adapter_name=name)
+    assert len(initialize_osrm_weights(alone, others, adapter_name=name)) == 4
+
+
+def test_init_lora_weights_stays_peft_s():
+    """B13: the field that PEFT's own documentation and checks read, and its other values."""
+    field = OSRMLoraConfig.__dataclass_fields__["init_lora_weights"]
+    assert field.metadata == LoraConfig.__dataclass_fields__["init_lora_weights"].metadata
+
+
+@pytest.mark.parametrize("init", [True, "gaussian", False, "orthogonal", "pissa", "pissa_niter_2", "olora", "mica"])
+def test_initializations_of_peft_that_leave_b_0_are_replaced_the_others_refused(others, init):
+    """B13: get_peft_model takes them all; where B is not 0, or the base weights have changed, A comes too late."""
+    model = osrm_model(init_lora_weights=init)
+    before = weights_of(model)
+    if init in (True, "gaussian"):
+        initialize_osrm_weights(model, others)
+        expected = osrm_model()
+        initialize_osrm_weights(expected, others)
+        assert all(torch.equal(tensor, expected.state_dict()[key]) for key, tensor in model.state_dict().items())
+        return
+    with pytest.raises(ValueError, match=rf"init_lora_weights={init!r} sets B: leave it at its default, OSRM sets A"):
+        initialize_osrm_weights(model, others)
+    assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
 
 
 def test_ranks_of_rank_pattern_and_other_dtypes(others):
@@ -69,6 +95,16 @@ def test_ranks_of_rank_pattern_and_other_dtypes(others):
     assert {layer.lora_A["default"].weight.dtype for layer in lora_layers(model, "default").values()} == {
         torch.bfloat16
     }
+
+
+def test_protect_in_the_config_reaches_a(others):
+    plain, model = osrm_model(), osrm_model(protect=2)
+    least, shares = initialize_osrm_weights(plain, others), initialize_osrm_weights(model, others)
+    for name, layer in lora_layers(model, "default").items():
+        S = Pool.of([features.layers[name] for features in others]).second_moment()
+        strongest = torch.linalg.eigh(S)[1][:, -2:]
+        assert (layer.lora_A["default"].weight.double() @ strongest).norm() < 1e-6
+        assert shares[name] > 2 * least[name]  # told of all directions, of which only two are avoided
 
 
 def test_freeze_a_trains_b_only(others):
@@ -187,6 +223,11 @@ def test_only_untrained_lora_models_with_our_config(others):
         ({"in_task_weight": 1.5}, r"in_task_weight=1.5 must lie in \[0, 1\]"),
         ({"ridge": 0}, r"ridge=0 must be a finite number above 0"),
         ({"reference": True}, r"reference=True is the released code: it needs statistic='mean'"),
+        ({"reference": True, "statistic": "mean", "protect": 3}, r"it needs statistic='mean'.*and protect=None"),
+        ({"protect": True}, r"protect=True must be a whole number of at least 0"),
+        ({"protect": -1}, r"protect=-1 must be a whole number of at least 0"),
+        ({"protect": 1.5}, r"protect=1.5 must lie in \[0, 1\]"),
+        ({"protect": "x"}, r"protect='x' must be a whole number of at least 0"),
         ({"out_of_task": "file"}, r"out_of_task='file': give a list"),
     ],
 )

@@ -1,8 +1,12 @@
 import pytest
+import scipy.linalg
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft import get_peft_model
 
+from osrm_peft import OSRMLoraConfig, collect_features, initialize_osrm_weights
+from osrm_peft.layers import lora_layers
 from osrm_peft.moments import FeatureMoments
 from osrm_peft.spectrum import Pool, Spectrum
 from osrm_peft.subspace import (
@@ -11,6 +15,7 @@ from osrm_peft.subspace import (
     quietest_directions,
     reference_directions,
 )
+from tests.conftest import make_base, make_batch
 
 
 def generator(seed=0):
@@ -34,6 +39,23 @@ def pooled(others):
 
 def spectrum_of(others):
     return Spectrum.of(Pool.of(others))
+
+
+def as_second_moment(moments):
+    """The same task, of which only the second moment is known (exactly: in float64)."""
+    S, n, count = moments.second_moment(), moments.width, moments.rank_bound()
+    return FeatureMoments("token", n, count=count, total=torch.zeros(n), second=count * S)
+
+
+def top(S, r):
+    """(r, n) the r strongest eigenvectors of a dense S."""
+    return torch.linalg.eigh(S)[1].flip(1)[:, :r].T
+
+
+def assert_same_span(A, B, atol=1e-9):
+    assert_orthonormal(A)
+    basis = torch.linalg.qr(torch.as_tensor(B).T)[0].T
+    torch.testing.assert_close(A.T @ A, basis.T @ basis, rtol=0, atol=atol)
 
 
 def energy(A, S):
@@ -150,6 +172,130 @@ def test_ratio_spans_the_top_generalised_eigenvectors():
     torch.testing.assert_close(top.T @ A.T @ A, top.T, rtol=0, atol=1e-9)  # span(top) lies in span(A)
 
 
+FORMS = {"vectors": lambda moments: moments, "second moments": as_second_moment}
+form = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+
+
+@settings(max_examples=40, deadline=None)
+@given(k=st.integers(1, 12), n=st.integers(3, 14), r=st.integers(1, 5), p=st.integers(0, 8), share=st.booleans())
+def test_protect_keeps_a_off_the_strongest_directions(k, n, r, p, share):
+    """As far as there is room: of the truncated S, A has the least energy of all frames."""
+    r, spectrum = min(r, n), spectrum_of(tasks(2, k, n, "sample"))
+    S = pooled(tasks(2, k, n, "sample"))
+    strong = top(S, min(p, spectrum.rank))
+    # a share that lies between what p − 1 and what p directions hold
+    shares = spectrum.energy.cumsum(0) / spectrum.energy.sum()
+    protect = float(shares[: len(strong)][-2:].mean()) if share and len(strong) > 1 else p
+    A = choose_directions(spectrum, r, protect=protect, generator=generator())
+    assert_orthonormal(A)
+    truncated = strong.T @ strong @ S @ strong.T @ strong
+    least = float(torch.linalg.eigvalsh(truncated)[:r].sum())
+    assert energy(A, truncated) == pytest.approx(least, abs=1e-12 * float(S.trace()))
+    if r <= n - len(strong):
+        assert (A @ strong.T).norm() < 1e-9
+
+
+def test_protect_zero_is_a_random_frame_that_no_task_influences():
+    first, second = (
+        choose_directions(spectrum_of(tasks(2, 9, 7, seed=seed)), 3, protect=0, generator=generator(1))
+        for seed in (1, 2)
+    )
+    assert_orthonormal(first)
+    assert torch.equal(first, second)
+    assert not torch.allclose(
+        first, choose_directions(spectrum_of(tasks(2, 9, 7)), 3, protect=0, generator=generator(2)), atol=0.1
+    )
+
+
+@form
+@pytest.mark.parametrize("protect", [0, 2, 5, 0.5, None])
+def test_null_space_in_task_is_the_own_energy_beside_the_protected_directions(form, protect):
+    others, own = tasks(2, 4, 12, "sample"), tasks(1, 11, 12, "sample", seed=5)[0]
+    spectrum, S_own = spectrum_of(others), own.second_moment()
+    A = choose_directions(spectrum, 3, own=form(own), null_space="in_task", protect=protect, generator=generator())
+    shares = spectrum.energy.cumsum(0) / spectrum.energy.sum()
+    p = {0.5: 1 + int((shares < 0.5).sum()), None: 8}.get(protect, protect)  # 2 tasks of 4 vectors span 8 directions
+    strong = top(pooled(others), p)
+    P = torch.eye(12, dtype=torch.float64) - strong.T @ strong
+    assert_same_span(A, top(P @ S_own @ P, 3))
+    if protect == 0:
+        assert_same_span(A, top(S_own, 3))  # the task's own principal directions
+
+
+@form
+@pytest.mark.parametrize("others_form", FORMS.values(), ids=FORMS)
+@pytest.mark.parametrize(("k", "ridge", "protect"), [(4, 0.1, None), (4, 2.0, None), (11, 0.1, None), (4, 0.1, 2)])
+def test_ratio_is_scipy_s_generalised_eigenvectors_whatever_is_known(form, others_form, k, ridge, protect):
+    others, own = tasks(1, k, 12, "sample"), tasks(1, 6, 12, "sample", seed=5)[0]
+    A = choose_directions(
+        spectrum_of([others_form(task) for task in others]), 3, own=form(own), in_task="ratio", ridge=ridge,
+        protect=protect, generator=generator(),
+    )  # fmt: skip
+    S = pooled(others)
+    if protect is not None:
+        S = S @ top(S, protect).T @ top(S, protect)
+    M = S + ridge * S.trace() / 12 * torch.eye(12, dtype=S.dtype)
+    vectors = scipy.linalg.eigh(own.second_moment().numpy(), M.numpy())[1]  # M-orthonormal, the largest last
+    assert_same_span(A, vectors[:, -3:].T.copy())
+
+
+def test_difference_weighs_the_protected_directions_only():
+    others, own = tasks(2, 50, 10), tasks(1, 50, 10, seed=5)[0]
+    A = choose_directions(
+        spectrum_of(others), 3, own=own, in_task="difference", in_task_weight=0.3, protect=2, generator=generator()
+    )
+    S, S_own = pooled(others), own.second_moment()
+    S = S @ top(S, 2).T @ top(S, 2)
+    assert_same_span(A, top(0.3 * S_own / S_own.trace() - 0.7 * S / S.trace(), 3))
+
+
+def released_algorithm(model, batches_of_tasks, layer, r):
+    """What the released OSRM code does, in this test's own words: features with padding, their mean, a full SVD."""
+    means = []
+    for batches in batches_of_tasks:
+        samples = []
+        handle = model.get_submodule(layer).register_forward_hook(
+            lambda _, args, __, into=samples: into.extend(args[0].double())
+        )
+        with torch.no_grad():
+            for batch in batches:
+                model(**batch)
+        handle.remove()
+        positions = samples[0].shape[0]
+        means.append(sum(sample.sum(0) / positions for sample in samples) / len(samples))
+    features = torch.stack(means)  # (tasks, n)
+    _, _, Vh = torch.linalg.svd(features, full_matrices=True)
+    V = Vh.T
+    return V[:, V.shape[1] - r :].T, features
+
+
+@pytest.mark.parametrize(("number", "r"), [(1, 4), (3, 4), (3, 13)])
+def test_reference_is_the_released_algorithm_end_to_end(number, r):
+    """From padded batches to the weights of A; field trap B5(d): its mean is the same of one batch and of many."""
+    base = make_base()
+    pads = [(0, 2, 3, 1), (4, 0, 5), (6,)]
+    batches_of_tasks = [
+        [make_batch(len(pad), seed=10 * task + step, pads=pad) for step, pad in enumerate(pads)]
+        for task in range(number)
+    ]
+    options = {"target_modules": ["query", "value"], "statistic": "mean", "reference": True, "progress": False}
+    others = [collect_features(base, batches, task=str(i), **options) for i, batches in enumerate(batches_of_tasks)]
+    fields = {"r": r, "target_modules": ["query", "value"], "task_type": "SEQ_CLS"}
+    model = get_peft_model(make_base(), OSRMLoraConfig(reference=True, statistic="mean", **fields))
+    initialize_osrm_weights(model, others)
+    for name, layer in lora_layers(model, "default").items():
+        A = layer.lora_A["default"].weight.detach().double()
+        expected, means = released_algorithm(base, batches_of_tasks, name, r)
+        collected = torch.stack([task.layers[name].mean() for task in others])
+        torch.testing.assert_close(collected, means, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(A, expected, rtol=0, atol=2e-5)
+        assert (means @ A.T).abs().max() < 1e-6 * float(means.norm())
+    together = {key: torch.cat([batch[key] for batch in batches_of_tasks[0]]) for key in batches_of_tasks[0][0]}
+    for name, moments in collect_features(base, [together], task="t", **options).layers.items():
+        assert moments.count == others[0].layers[name].count == 8
+        torch.testing.assert_close(moments.mean(), others[0].layers[name].mean(), rtol=1e-5, atol=1e-6)
+
+
 def test_reference_is_the_last_right_singular_vectors_of_the_task_means():
     others = tasks(3, 5, 12, "mean")
     A = reference_directions(others, 4)
@@ -180,7 +326,7 @@ def test_drift_ignores_rotations_and_measures_the_rest():
     [
         ({"r": 11}, r"rank r=11 must lie in 1 … 10, the layer's input width"),
         ({"r": 0}, r"rank r=0 must be a whole number of at least 1"),
-        ({"r": 8.0}, r"rank r=8.0 must be a whole number of at least 1"),  # the released code crashes at V[:, -8.0:]
+        ({"r": 8.0}, r"rank r=8.0 must be a whole number of at least 1"),  # field trap B5(b): V[:, -8.0:] crashes
         ({"others": []}, "no out-of-task moments"),
         ({"null_space": "lapack"}, r"unknown null_space 'lapack': choose from random, in_task"),
         ({"in_task": "all"}, r"unknown in_task 'all': choose from none, difference, ratio"),
@@ -189,6 +335,8 @@ def test_drift_ignores_rotations_and_measures_the_rest():
             r"in_task='ratio', null_space='random' look at the task's own features: give them",
         ),
         ({"own": "narrow"}, r"different widths \[9, 10\]"),
+        ({"protect": True}, r"protect=True must be a whole number of at least 0"),
+        ({"protect": 1.5}, r"protect=1.5 must lie in \[0, 1\]"),
     ],
 )
 def test_bad_input(change, message):

@@ -1,0 +1,151 @@
+"""Pool and Spectrum against brute force: dense float64 sums written out here."""
+
+import re
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from osrm_peft.moments import STATISTICS, FeatureMoments
+from osrm_peft.spectrum import Pool, Spectrum, check_protect
+
+UNIT = torch.finfo(torch.float32).eps / 2  # the relative error of one float32 rounding
+
+
+def moments_of(x, statistic):
+    moments = FeatureMoments(statistic, x.shape[-1])
+    moments.add_(x)
+    return moments
+
+
+def dense(x, statistic):
+    """(n, n) the second moment of one task's inputs x (k, s, n) as FeatureMoments defines it, in float64."""
+    x = x.double()
+    h = x.flatten(0, 1) if statistic == "token" else x.mean(1)
+    return torch.outer(h.mean(0), h.mean(0)) if statistic == "mean" else h.T @ h / len(h)
+
+
+def drawn(counts, s, n, seed):
+    """One (k, s, n) batch a task; all rows together have singular values in [1, 2], so their rank is no matter of
+    rounding."""
+    generator = torch.Generator().manual_seed(seed)
+    total = sum(counts) * s
+    m = min(total, n)
+    U, V = (torch.linalg.qr(torch.randn(size, m, generator=generator))[0] for size in (total, n))
+    rows = (U * torch.linspace(2, 1, m)) @ V.T
+    return [x.unflatten(0, (-1, s)) for x in rows.split([count * s for count in counts])]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    counts=st.lists(st.integers(1, 12), min_size=1, max_size=3), s=st.integers(1, 3), n=st.integers(1, 12),
+    statistic=st.sampled_from(STATISTICS), seed=st.integers(0, 10**6),
+)  # fmt: skip
+def test_a_pool_is_the_mean_of_the_tasks_second_moments(counts, s, n, statistic, seed):
+    tasks = drawn(counts, s, n, seed)
+    pool = Pool.of([moments_of(x, statistic) for x in tasks])
+    S = sum(dense(x, statistic) for x in tasks) / len(tasks)
+    largest = max(float(x.abs().max()) for x in tasks)
+    rounding = (max(counts) * s + 4) * UNIT * largest**2  # of float32 sums of that many products
+    torch.testing.assert_close(pool.second_moment(), S, rtol=0, atol=rounding)
+    vectors = {"mean": len(counts), "sample": sum(counts), "token": sum(counts) * s}[statistic]
+    kept = statistic == "mean" or (statistic == "sample" and max(counts) < n)
+    assert (pool.root is not None) == (kept and vectors < n)
+    assert pool.rank_bound == min(n, vectors)
+    for same, tolerance in ((pool, 1e-13), (pool.float(), 64 * UNIT)):
+        assert_a_pool_computes_with(same, pool.second_moment(), n, seed, tolerance)
+
+
+def assert_a_pool_computes_with(pool, S, n, seed, tolerance):
+    """energy, share, trace and times against the dense S; the tolerance is relative to ‖A‖² tr S."""
+    A = torch.randn(2, n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    scale = float(A.square().sum() * S.trace())
+    energy = float(torch.trace(A @ S @ A.T))
+    assert float(pool.energy(A)) == pytest.approx(energy, abs=tolerance * scale)
+    assert float(pool.trace()) == pytest.approx(float(S.trace()), rel=n * tolerance)
+    assert pool.share(A) == pytest.approx(energy / float(S.trace()), abs=tolerance * float(A.square().sum()))
+    parts = [part for part in (pool.root, pool.second) if part is not None]
+    times = pool.times(A.T.to(parts[0].dtype)).double()
+    torch.testing.assert_close(times, S @ A.T, rtol=0, atol=tolerance * scale)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    counts=st.lists(st.integers(1, 12), min_size=1, max_size=3), n=st.integers(1, 24),
+    statistic=st.sampled_from(STATISTICS), seed=st.integers(0, 10**6),
+)  # fmt: skip
+def test_a_spectrum_is_the_eigendecomposition_with_the_true_rank(counts, n, statistic, seed):
+    """Token sums are float32, so 12 tokens in 24 dimensions leave tiny eigenvalues that are no directions."""
+    tasks = drawn(counts, 1, n, seed)
+    pool = Pool.of([moments_of(x, statistic) for x in tasks])
+    spectrum, S = Spectrum.of(pool), pool.second_moment()
+    vectors = len(counts) if statistic == "mean" else sum(counts)
+    assert (spectrum.rank, spectrum.width) == (min(n, vectors), n)
+    assert (spectrum.energy > 0).all() and (spectrum.energy.diff() <= 0).all()
+    V = spectrum.vectors
+    torch.testing.assert_close(V.T @ V, torch.eye(spectrum.rank, dtype=V.dtype), rtol=0, atol=1e-12)
+    largest = max(float(x.abs().max()) for x in tasks)
+    exact = pool.root is not None or pool.rank_bound == n  # else the directions of rounding errors are left out
+    rounding = 1e-13 * float(S.trace()) if exact else n * (max(counts) + 4) * UNIT * largest**2
+    torch.testing.assert_close((V * spectrum.energy) @ V.T, S, rtol=0, atol=rounding)
+    torch.testing.assert_close(spectrum.root().T @ spectrum.root(), (V * spectrum.energy) @ V.T, rtol=0, atol=1e-13)
+    torch.testing.assert_close(spectrum.energy, torch.linalg.eigvalsh(S).flip(0)[: spectrum.rank], rtol=0,
+                               atol=1e-13 * float(S.trace()))  # fmt: skip
+
+
+@pytest.mark.parametrize("statistic", STATISTICS)
+def test_a_layer_that_receives_zeros_has_rank_zero(statistic):
+    for count in (2, 9):
+        pool = Pool.of([moments_of(torch.zeros(count, 1, 5), statistic)])
+        assert Spectrum.of(pool).rank == Spectrum.of(pool).strongest(1.0).rank == 0
+        assert pool.share(torch.eye(5)) == 0
+
+
+@pytest.mark.parametrize(
+    ("protect", "rank"),
+    [(None, 4), (0, 0), (1, 1), (3, 3), (4, 4), (9, 4), (0.0, 0), (1e-9, 1), (0.4, 1), (0.41, 2), (0.5, 2), (0.7, 2),
+     (0.9, 3), (0.95, 4), (1.0, 4)],
+)  # fmt: skip
+def test_strongest(protect, rank):
+    """A whole number counts directions, a float is the least number of them with that share of the energy."""
+    energy = torch.tensor([4.0, 3.0, 2.0, 1.0], dtype=torch.float64)
+    V = torch.linalg.qr(torch.randn(6, 4, dtype=torch.float64))[0]
+    strongest = Spectrum(energy, V).strongest(protect)
+    assert torch.equal(strongest.energy, energy[:rank]) and torch.equal(strongest.vectors, V[:, :rank])
+
+
+@given(energy=st.lists(st.floats(1e-3, 1), min_size=1, max_size=40), p=st.integers(1, 40))
+def test_the_very_share_of_p_directions_is_p_directions_whatever_the_rounding_of_sums(energy, p):
+    energy, p = torch.tensor(sorted(energy, reverse=True), dtype=torch.float64), min(p, len(energy))
+    spectrum = Spectrum(energy, torch.eye(len(energy), dtype=torch.float64))
+    assert spectrum.strongest(float(energy[:p].flip(0).sum() / energy.flip(0).sum())).rank == p
+    assert spectrum.strongest(1.0).rank == len(energy)
+
+
+@pytest.mark.parametrize("protect", [None, 0, 7, 0.0, 0.25, 1.0])
+def test_protect_keeps_its_kind(protect):
+    assert check_protect(protect) == protect and type(check_protect(protect)) is type(protect)
+
+
+@pytest.mark.parametrize(
+    ("protect", "message"),
+    [
+        (True, "protect=True must be a whole number of at least 0"),
+        (-1, "protect=-1 must be a whole number of at least 0"),
+        ("x", "protect='x' must be a whole number of at least 0"),
+        (1.5, "protect=1.5 must lie in [0, 1]"),
+        (-0.1, "protect=-0.1 must lie in [0, 1]"),
+        (float("nan"), "protect=nan must lie in [0, 1]"),
+    ],
+)
+def test_protect_is_a_number_of_directions_or_a_share(protect, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        check_protect(protect)
+
+
+def test_tasks_that_cannot_be_pooled():
+    with pytest.raises(ValueError, match="no out-of-task moments"):
+        Pool.of([])
+    with pytest.raises(ValueError, match=r"different widths \[2, 3\]"):
+        Pool.of([moments_of(torch.ones(1, 1, n), "token") for n in (3, 2)])
