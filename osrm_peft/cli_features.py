@@ -84,14 +84,18 @@ def project(
     keep: Annotated[
         float | None, typer.Option(help="Share of the own effect to keep. Default: the paper's way.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the paper's choice in a null space.")] = 0,
+    null_space: Annotated[str, typer.Option(help="random or in_task: who chooses where others are quiet.")] = "random",
+    protect: Annotated[str | None, typer.Option(help="Strongest directions to avoid: number, or share (0.9).")] = None,
+    seed: Annotated[int, typer.Option(help="Of the random choice.")] = 0,
 ) -> None:
     """OSRM after the fact: keep a trained adapter away from the other tasks' features (paper §5.4)."""
     from osrm_peft.files import check_replaceable
     from osrm_peft.projection import project_adapter
+    from osrm_peft.yaml_io import parse_yaml
 
     check_replaceable(out, "adapter")
-    projection = project_adapter(adapter, features, in_task=own, keep=keep, seed=seed, progress=True)
+    choice: dict[str, Any] = {"null_space": null_space, "protect": parse_yaml(protect or "null"), "seed": seed}
+    projection = project_adapter(adapter, features, in_task=own, keep=keep, progress=True, **choice)
     projection.save_pretrained(out)
     mean = projection.mean()
     parts = [f"{name.replace('_', ' ')} {value:.3g}" for name, value in mean.items()]

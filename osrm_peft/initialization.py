@@ -232,5 +232,5 @@ def layer_generator(seed: int, layer: str) -> torch.Generator:
 
 
 def _describe(features: TaskFeatures) -> dict[str, object]:
-    names = ("task", "base_model", "weight_hash", "statistic", "k", "seed", "reference")
+    names = ("task", "base_model", "weight_hash", "tokenizer_hash", "statistic", "k", "seed", "reference")
     return {name: getattr(features, name) for name in names}

@@ -105,7 +105,7 @@ def project_adapter(
         adapter: as `load_adapter` takes it; it is not changed.
         out_of_task: features of the *other* tasks, loaded or as files, of the pre-trained model.
         in_task: the task's own features: for `keep`, `null_space="in_task"`, and to report what is kept of its effect.
-        keep: ρ in (0, 1]; None: the paper's projection.
+        keep: ρ in (0, 1]; None: the paper's projection. At 1 hardly a direction can be given up: take 0.9 to 0.99.
         null_space, protect, seed: how Ã is chosen where there is a choice, see `OSRMLoraConfig`; not with `keep`.
 
     Raises:

@@ -57,11 +57,11 @@ class Pool:
         return self.second
 
     def energy(self, A: Tensor) -> Tensor:
-        """tr(A S Aᵀ), float64: E‖A h‖² of (r, n) A."""
-        A = A.double()
+        """tr(A S Aᵀ) = E‖A h‖² of (r, n) A, computed in the pool's dtype; float64."""
         if self.root is not None:
-            return (A @ self.root.mT.double()).square().sum()
-        return (A @ self.second_moment().double() * A).sum()
+            return (A.to(self.root.dtype) @ self.root.mT).double().square().sum()
+        S = self.second_moment()
+        return (A.to(S.dtype) @ S * A.to(S.dtype)).double().sum()
 
     def share(self, A: Tensor) -> float:
         """tr(A S Aᵀ) / tr S: the share of the energy that (r, n) A lets through, in [0, 1] for orthonormal rows."""
@@ -69,7 +69,9 @@ class Pool:
 
     def trace(self) -> Tensor:
         """tr S = E‖h‖², float64."""
-        return self.second_moment().double().trace() if self.root is None else self.root.double().square().sum()
+        return (
+            self.second_moment().diagonal().double().sum() if self.root is None else self.root.double().square().sum()
+        )
 
     def times(self, V: Tensor) -> Tensor:
         """(n, m) S V."""
