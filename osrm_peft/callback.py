@@ -25,6 +25,7 @@ class OSRMCallback(TrainerCallback):
       Procrustes distance D/‖Ã‖ between A and its initial Ã (OSRM paper, Fig. 3), and `osrm/out_of_task_energy`,
       tr(A S_¬t Aᵀ) / tr S_¬t. The log history (`trainer_state.json`) has `osrm/drift/<layer>` besides.
     * On resume it checks nothing: the checkpoint's A has replaced the initial one, from which drift still counts.
+      Where the features are gone by then, it does nothing at all.
 
     Args:
         adapter_name: the adapter to initialise.
@@ -38,6 +39,7 @@ class OSRMCallback(TrainerCallback):
 
     def __init__(self, adapter_name: str = "default", log_energy: bool = True) -> None:
         self.adapter_name, self.log_energy = adapter_name, log_energy
+        self.missing: FileNotFoundError | None = None  # no features: an error, unless a run goes on from a checkpoint
         self.checked = False  # a second train() goes on from the trained A
         self.initial: dict[str, Tensor] = {}  # {layer: (r, n) copy of Ã, float32 on the CPU}
         self.pools: dict[str, Pool] = {}  # {layer: the other tasks' pooled moments}
@@ -46,7 +48,12 @@ class OSRMCallback(TrainerCallback):
         """Set A."""
         _go_first(self)
         progress = not args.disable_tqdm and state.is_local_process_zero
-        others = load_out_of_task(model, self.adapter_name)
+        try:
+            others = load_out_of_task(model, self.adapter_name)
+        except FileNotFoundError as error:
+            logger.warning("%s; without it only a run from a checkpoint can go on", error)
+            self.missing = error
+            return
         initialize_osrm_weights(
             model, others, adapter_name=self.adapter_name, tokenizer=processing_class, progress=progress
         )
@@ -60,6 +67,10 @@ class OSRMCallback(TrainerCallback):
 
     def on_step_begin(self, args, state, control, model=None, **kwargs) -> None:
         """Before the first step of a fresh run: is A still ours?"""
+        if self.missing is not None:
+            if state.global_step == 0:
+                raise self.missing
+            return
         if not self.initial:
             raise RuntimeError("OSRMCallback came too late to set A: pass it to Trainer(…, callbacks=[OSRMCallback()])")
         if state.global_step > 0 or self.checked:
@@ -75,7 +86,7 @@ class OSRMCallback(TrainerCallback):
 
     def on_log(self, args, state, control, logs=None, model=None, **kwargs) -> None:
         """Add drift and out-of-task energy to training logs."""
-        if not logs or "loss" not in logs:
+        if not logs or "loss" not in logs or not self.initial:
             return
         current = self._current(model)
         drift = {name: procrustes_drift(A, self.initial[name]) for name, A in current.items()}

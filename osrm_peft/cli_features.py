@@ -2,11 +2,15 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from osrm_peft.cli_base import TaskOption, app, chosen, console, say
+
+if TYPE_CHECKING:  # the command's help need not wait for torch
+    from osrm_peft.features import TaskFeatures
+    from osrm_peft.recipe import Recipe
 
 features_app = typer.Typer(
     invoke_without_command=True, help="Collect tasks' features, one file a task; or look into one."
@@ -38,6 +42,7 @@ def features(
     import transformers
 
     from osrm_peft.checks import choice
+    from osrm_peft.features import TaskFeatures
     from osrm_peft.recipe import Recipe
 
     choice("dtype", dtype, ("float32", "bfloat16"))
@@ -57,11 +62,28 @@ def features(
     for name in chosen(task, recipe.task_names()):
         path = recipe.features_file(name)
         if path.exists() and not overwrite:
+            _check_same(TaskFeatures.load(path), recipe)
             say(f"{path} is there already (--overwrite makes it anew)")
             continue
         base = base or recipe.base()
         recipe.collect(name, base=base, group_size=group_size).save(path, getattr(torch, dtype))
         say(f"wrote {path}")
+
+
+def _check_same(found: "TaskFeatures", recipe: "Recipe") -> None:
+    """Is a file that is there already what is asked for?"""
+    from osrm_peft.packaged import resolve_model
+
+    asked = {"statistic": (recipe.osrm or {}).get("statistic", found.statistic), "seed": recipe.seed}
+    asked |= {"base_model": resolve_model(recipe.model)}
+    wrong = [name for name, value in asked.items() if getattr(found, name) != value]
+    if wrong or found.k > recipe.k:
+        name = wrong[0] if wrong else "k"
+        value = asked.get(name, recipe.k)
+        raise ValueError(
+            f"{recipe.features_file(found.task)} is there already, with {name}={getattr(found, name)!r} and not "
+            f"{value!r}: --overwrite makes it anew, --out writes beside it"
+        )
 
 
 @features_app.command()

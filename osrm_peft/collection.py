@@ -2,7 +2,7 @@
 
 import inspect
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
@@ -10,13 +10,23 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel
 from torch import nn
+from torch.utils.data import RandomSampler
 
 from osrm_peft.checks import choice, integer
 from osrm_peft.features import JoinedMoments, TaskFeatures, tokenizer_hash
 from osrm_peft.layer_inputs import Collector, samples, undisturbed, watch_inputs
-from osrm_peft.layers import base_name, base_of, check_unmerged, input_width, target_layers, unwrapped, weight_hash
+from osrm_peft.layers import (
+    all_lora_layers,
+    base_name,
+    base_of,
+    check_unmerged,
+    input_width,
+    target_layers,
+    unwrapped,
+    weight_hash,
+)
 from osrm_peft.moments import STATISTICS
-from osrm_peft.positions import Positions, Sides
+from osrm_peft.positions import Sides
 
 
 def collect_features(
@@ -54,7 +64,8 @@ def collect_features(
         tokenizer: that which made the samples, for the record: features of another tokenizer are refused later.
         reference: count padding in and keep the mean only, as the released OSRM code does (it pads to a fixed length).
         group_size: of how many distinct inputs the sums are in memory at once; each group is a pass over the loader,
-            and those that are done wait in a temporary folder. None: all, in one pass.
+            which must give the same samples each time, and those that are done wait in a temporary folder. None: all,
+            in one pass.
 
     Raises:
         ValueError: unknown statistic, k below 1, no target layer or one that never runs, or a loader without a sample.
@@ -117,11 +128,17 @@ def _collect(
     model = unwrapped(model)
     layers = target_layers(model, target_modules)
     if not adapted:
-        check_unmerged(layers)
+        carried = all_lora_layers(model)
+        check_unmerged(carried)
+        if not isinstance(model, PeftModel) and not all(layer.disable_adapters for layer in carried.values()):
+            raise ValueError("the model carries an adapter (its own add_adapter): call model.disable_adapters() first")
 
-    def run(names: Iterable[str], statistic: str, k: int, what: str) -> tuple[Collector, int]:
-        watched = {name: layers[name] for name in names}
-        return _run(model, watched, loader, task, statistic, k, what, progress, reference=reference, adapted=adapted)
+    def run(names: Iterable[str], k: int, what: str, *, scout: bool = False) -> tuple[Collector, int]:
+        watched = {name: input_width(name, layers[name]) for name in names}
+        whole_samples = statistic != "token"  # a scout keeps little, but sees positions as the real run does
+        collector = Collector(watched, "mean" if scout else statistic, Sides(base_of(model)), whole_samples, reference)
+        seen = _run(model, layers, collector, loader, task, k, what, progress, adapted=adapted)
+        return collector, seen
 
     def features(collector: Collector, seen: int) -> TaskFeatures:
         moments = {name: collector.moments[name] for name in collector.widths}
@@ -133,17 +150,20 @@ def _collect(
         )  # fmt: skip
 
     if group_size is None:
-        return features(*run(layers, statistic, k, f"features of {task}"))
-    if iter(loader) is iter(loader):
-        raise ValueError("group_size needs a loader that can be read several times: a DataLoader or a list of batches")
-    size, (shared, _) = integer("group_size", group_size, 1), run(layers, "mean", 1, f"layers of {task}")
+        return features(*run(layers, k, f"features of {task}"))
+    if isinstance(loader, Iterator) or isinstance(getattr(loader, "sampler", None), RandomSampler):
+        raise ValueError(
+            "group_size reads the loader several times, and needs the same samples each time: give a DataLoader "
+            "without shuffle, or a list of batches"
+        )
+    size, (shared, _) = integer("group_size", group_size, 1), run(layers, 1, f"layers of {task}", scout=True)
     leaders = list(dict.fromkeys(shared.leaders[name] for name in layers))
     groups = [leaders[start : start + size] for start in range(0, len(leaders), size)]
     folder = tempfile.TemporaryDirectory()
     parts: list[TaskFeatures] = []
     for place, group in enumerate(groups, start=1):
         names = [name for name in layers if shared.leaders[name] in group]
-        part = features(*run(names, statistic, k, f"features of {task}, {place}/{len(groups)}"))
+        part = features(*run(names, k, f"features of {task}, {place}/{len(groups)}"))
         part.save(f"{folder.name}/{place}.safetensors")
         parts.append(replace(part, layers=TaskFeatures.load(f"{folder.name}/{place}.safetensors").layers))
         del part
@@ -154,44 +174,42 @@ def _collect(
 def _run(
     model: nn.Module,
     layers: Mapping[str, nn.Module],
+    collector: Collector,
     loader: Iterable[Mapping[str, Any]],
     task: str,
-    statistic: str,
     k: int,
     what: str,
     progress: bool,
     *,
-    reference: bool,
     adapted: bool,
-) -> tuple[Collector, int]:
-    """One pass over the loader; what was collected, and from how many samples."""
-    base, seen = base_of(model), 0
-    sides = Sides(base)
+) -> int:
+    """One pass over the loader into the collector; from how many samples."""
+    base, seen, sides = base_of(model), 0, collector.sides
+    watched = {name: layers[name] for name in collector.widths}
     # With a cache, transformers takes a packed row for one sample, whose parts see one another.
     uncached = {"use_cache": False} if "use_cache" in inspect.signature(base.forward).parameters else {}
-    collector = Collector({name: input_width(name, module) for name, module in layers.items()}, statistic, sides)
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         stack.enter_context(undisturbed(base))
         stack.enter_context(torch.compiler.set_stance("force_eager"))  # compiled code would not see the hooks
         if isinstance(model, PeftModel) and not adapted:
             stack.enter_context(model.disable_adapter())
-        stack.enter_context(watch_inputs(layers, collector.see))
+        stack.enter_context(watch_inputs(watched, collector.see))
         if sides.encoder is not None:
             handle = sides.encoder.register_forward_hook(lambda module, args, output: collector.encode(output[0]))
             stack.callback(handle.remove)
         for batch in samples(loader, k, next(base.parameters()).device, task=task, what=what, progress=progress):
             inputs = sides.with_decoder(batch.inputs, batch.labels)
-            collector.start(inputs, Positions(batch.positions.rows) if reference else batch.positions)
+            collector.start(inputs, batch.positions)
             base(**inputs | uncached)
             seen += batch.count
-    idle = [name for name in layers if name not in collector.moments]
+    idle = [name for name in watched if name not in collector.moments]
     if idle:
         raise ValueError(
-            f"{len(idle)} of the {len(layers)} target layers never ran, {idle[0]!r} the first of them: "
+            f"{len(idle)} of the {len(watched)} target layers never ran, {idle[0]!r} the first of them: "
             "list them in exclude_modules, or narrow target_modules"
         )
     for name, moments in collector.moments.items():
         if not moments.mean().isfinite().all():
             raise ValueError(f"layer {name!r} receives NaN or Inf: is the model's checkpoint sound?")
-    return collector, seen
+    return seen

@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from osrm_peft.checks import integer
 from osrm_peft.files import new_file
 from osrm_peft.layers import base_name, base_of, input_width, weight_hash
 from osrm_peft.moment_files import JoinedMoments, MomentsOnDemand, features_file, part_shapes, parts_of
@@ -115,6 +116,9 @@ class TaskFeatures:
                 raise ValueError(f"format {header['format']}, this osrm_peft reads up to {_FORMAT}: upgrade it")
             counts, same_input = header.pop("counts"), header.pop("same_input")
             del header["format"]
+            if not isinstance(header["task"], str) or not header["task"]:
+                raise ValueError(f"task={header['task']!r} is no name")
+            integer("k", header["k"], 1)
             return cls(**header, layers=MomentsOnDemand(path, header["statistic"], counts, same_input))
         except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(

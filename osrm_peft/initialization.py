@@ -53,6 +53,11 @@ def initialize_osrm_weights(
     if isinstance(out_of_task, (str, Path, TaskFeatures)):
         raise ValueError(f"out_of_task must be a list of features or files, got a {type(out_of_task).__name__}")
     others = load_out_of_task(model, adapter_name) if out_of_task is None else [_load(one) for one in out_of_task]
+    if in_task is not None and not config.needs_own_features:
+        raise ValueError(
+            f"in_task={config.in_task!r}, null_space={config.null_space!r} do not look at the task's own features: "
+            "leave in_task out, or choose another of these in the config"
+        )
     own = config.in_task_features if in_task is None else in_task
     own_features = _load(own) if own is not None and config.needs_own_features else None
     _check_features(config, others, own_features)
@@ -63,10 +68,7 @@ def initialize_osrm_weights(
     directions, shares = {}, {}
     out = OutOfTask(others)
     for name, layer in tqdm(layers.items(), desc="OSRM", unit="layer", disable=not progress):
-        moments, pool, spectrum = out.at(name)
-        own_moments = own_features.layers[name] if own_features else None
-        directions[name] = choose(config, spectrum, moments, own_moments, layer.r[adapter_name], name)
-        shares[name] = pool.share(directions[name])
+        directions[name], shares[name] = _choose(config, out, own_features, layer.r[adapter_name], name)
 
     with torch.no_grad():
         for name, layer in layers.items():
@@ -112,34 +114,33 @@ class OutOfTask:
         """The tasks' moments of one layer, pooled, and their spectrum."""
         leaders = list(self.input_of(name))
         if self._last is None or self._last[0] != leaders:
+            self._last = None  # before the next is read: memory holds one
             moments = [one.layers[name] for one in self.features]
             pool = Pool.of(moments)
             self._last = (leaders, moments, pool, Spectrum.of(pool))
         return self._last[1:]
 
 
-def choose(
-    config: OSRMLoraConfig,
-    spectrum: Spectrum,
-    moments: Sequence[FeatureMoments],
-    own: FeatureMoments | None,
-    r: int,
-    layer: str,
-) -> Tensor:
-    """(r, n) float64, the layer's A as the config says; `spectrum` is that of the other tasks' `moments`."""
+def _choose(
+    config: OSRMLoraConfig, out: OutOfTask, own: TaskFeatures | None, r: int, name: str
+) -> tuple[Tensor, float]:
+    """(r, n) float64, one layer's A as the config says, and the share of the others' energy that it lets through."""
+    moments, pool, spectrum = out.at(name)
     if config.reference:
-        return reference_directions(moments, r)
-    return choose_directions(
+        A = reference_directions(moments, r)
+        return A, pool.share(A)
+    A = choose_directions(
         spectrum,
         r,
-        generator=layer_generator(config.osrm_seed, layer),
-        own=own,
+        generator=layer_generator(config.osrm_seed, name),
+        own=None if own is None else own.layers[name],
         null_space=config.null_space,
         in_task=config.in_task,
         in_task_weight=config.in_task_weight,
         ridge=config.ridge,
         protect=config.protect,
     )
+    return A, pool.share(A)
 
 
 def _config_of(model: PeftModel, adapter_name: str) -> OSRMLoraConfig:
@@ -174,6 +175,11 @@ def check_tasks(others: Sequence[TaskFeatures], own: TaskFeatures | None) -> Non
     every = [*others, *([own] if own else [])]
     known = [one for one in every if one.tokenizer_hash is not None]
     for one in every[1:]:
+        if one.reference != every[0].reference:
+            raise ValueError(
+                f"the features of {every[0].task!r} were collected with reference={every[0].reference}, those of "
+                f"{one.task!r} with reference={one.reference}: collect them alike"
+            )
         if one.statistic != every[0].statistic:
             raise ValueError(
                 f"the features of {every[0].task!r} hold the statistic {every[0].statistic!r}, those of {one.task!r} "

@@ -58,8 +58,11 @@ def _cut(batch: Mapping[str, Any], most: int, device: torch.device) -> Batch:
     if not isinstance(batch, Mapping):
         raise TypeError(f"the loader must give dicts as the model takes them, got a {type(batch).__name__}")
     tensors = {key: value for key, value in batch.items() if isinstance(value, Tensor) and value.dim() > 0}
-    rows = max(map(len, tensors.values()), default=0)
-    cut = {key: value[:most].to(device) if len(value) == rows else value.to(device) for key, value in tensors.items()}
+    # Other tensors may be longer: cu_seq_lens of packed rows, the patches of all images.
+    main = [key for key in tensors if key in ("input_ids", "inputs_embeds", "attention_mask")] or list(tensors)
+    rows = max((len(tensors[key]) for key in main), default=0)
+    of_rows = {key for key, value in tensors.items() if len(value) == rows and not key.startswith("cu_seq_lens")}
+    cut = {key: (value[:most] if key in of_rows else value).to(device) for key, value in tensors.items()}
     inputs = {key: value for key, value in {**batch, **cut}.items() if key not in ("label", "labels")}
     positions, count = find_positions(inputs, min(rows, most), most)
     return Batch(inputs, cut.get("labels", cut.get("label")), positions, count)
@@ -68,26 +71,39 @@ def _cut(batch: Mapping[str, Any], most: int, device: torch.device) -> Batch:
 class Collector:
     """Feeds layer inputs to FeatureMoments, each distinct tensor once."""
 
-    def __init__(self, widths: dict[str, int], statistic: str, sides: Sides) -> None:
+    def __init__(
+        self, widths: dict[str, int], statistic: str, sides: Sides, whole_samples: bool, reference: bool
+    ) -> None:
         self.widths, self.statistic, self.sides = widths, statistic, sides
+        self.whole_samples, self.reference = whole_samples, reference
         self.moments: dict[str, FeatureMoments] = {}
         self.leaders: dict[str, str] = {}  # {layer: the first layer that receives the same tensor}
 
     def start(self, inputs: Mapping[str, Any], positions: Positions) -> None:
         """A new forward pass."""
+        if self.reference:
+            positions = Positions(positions.rows)  # padding counts
         self.positions = positions
-        self.in_decoder = self.sides.decoder_positions(inputs, positions) if self.sides.two else positions
+        two = self.sides.two and not self.reference
+        self.in_decoder = self.sides.decoder_positions(inputs, positions) if two else positions
         self.encoded: Tensor | None = None
-        self.last: tuple[Tensor, int, str] | None = None  # kept alive, so `is` can be trusted
+        # (tensor, its version, the layer that received it first), of the last input and of the encoder's output; the
+        # tensors are kept alive, so `is` can be trusted
+        self.received: dict[str, tuple[Tensor, int, str]] = {}
 
     def encode(self, encoded: Tensor) -> None:
         """The encoder's output in this pass."""
         self.encoded = encoded
 
     def see(self, name: str, x: Tensor) -> None:
-        """One layer's input; counted if no other layer has received this very tensor just before."""
-        shared = self.last is not None and x is self.last[0] and x._version == self.last[1]
-        leader = self.last[2] if shared and self.last is not None else name
+        """One layer's input; counted if no other layer has received this very tensor.
+
+        That is looked for in the input just before, and among those that are the encoder's output.
+        """
+        leader = name
+        for tensor, version, first in self.received.values():
+            if x is tensor and x._version == version:
+                leader = first
         if self.leaders.setdefault(name, leader) != leader:
             raise RuntimeError(
                 f"layer {name!r} shared its input with another layer in some batches and not in others: "
@@ -99,8 +115,8 @@ class Collector:
         positions = self.in_decoder if self.sides.in_decoder(name, x, self.encoded) else self.positions
         if name not in self.moments:
             self.moments[name] = FeatureMoments(self.statistic, self.widths[name])
-        self.moments[name].add_(*positions.of(name, x, self.statistic != "token"))
-        self.last = (x, x._version, name)
+        self.moments[name].add_(*positions.of(name, x, self.whole_samples))
+        self.received["encoded" if x is self.encoded else "last"] = (x, x._version, name)
 
 
 @contextmanager

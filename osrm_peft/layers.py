@@ -17,15 +17,20 @@ HASHED_ENTRIES = 1024
 
 def unwrapped(model: Any) -> Any:
     """The model inside DataParallel, DistributedDataParallel or torch.compile; any other model as it is."""
-    while isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)) or hasattr(model, "_orig_mod"):
-        model = model._orig_mod if hasattr(model, "_orig_mod") else model.module
-    return model
+    while True:
+        inside = getattr(model, "_modules", {})  # not hasattr: a PeftModel answers for the model inside it
+        if "_orig_mod" in inside:
+            model = inside["_orig_mod"]
+        elif isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        else:
+            return model
 
 
 def base_of(model: Any) -> Any:
     """The base model inside a PeftModel (its layers keep their own names there), or `model` itself."""
     model = unwrapped(model)
-    return model.get_base_model() if isinstance(model, PeftModel) else model
+    return unwrapped(model.get_base_model()) if isinstance(model, PeftModel) else model
 
 
 def base_name(model: nn.Module) -> str:
@@ -47,7 +52,7 @@ def target_layers(model: nn.Module, target_modules: list[str] | str | LoraConfig
     """
     base = base_of(model)
     if target_modules is None and isinstance(model, PeftModel):
-        found: dict[str, Any] = {name: module for name, module in base.named_modules() if isinstance(module, LoraLayer)}
+        found: dict[str, Any] = all_lora_layers(model)
     else:
         config = _as_config(base, target_modules)
         found = {
@@ -73,6 +78,11 @@ def lora_layers(model: nn.Module, adapter_name: str) -> dict[str, Any]:
 def base_layer(module: Any) -> Any:
     """The layer that a LoRA layer wraps; any other module as it is."""
     return module.get_base_layer() if isinstance(module, LoraLayer) else module
+
+
+def all_lora_layers(model: nn.Module) -> dict[str, Any]:
+    """The LoRA layers of all adapters: {name in the base model: peft's LoraLayer}."""
+    return {name: module for name, module in base_of(model).named_modules() if isinstance(module, LoraLayer)}
 
 
 def check_unmerged(layers: Mapping[str, Any]) -> None:

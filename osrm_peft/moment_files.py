@@ -31,10 +31,12 @@ class MomentsOnDemand(Mapping[str, FeatureMoments]):
 
     def __init__(self, path: Path, statistic: str, counts: dict[str, int], same_input: dict[str, str]) -> None:
         headers = tensor_headers(path)
+        if not same_input or set(same_input.values()) != set(counts):
+            raise ValueError(f"its header names {len(same_input)} layers and {len(counts)} inputs")
         for leader, count in counts.items():
             _check_parts(headers, leader, statistic, integer(f"count of {leader!r}", count, 1))
         self.widths = {leader: headers[f"{leader}.mean"][0][0] for leader in counts}
-        self.same_input = {name: leader for name, leader in same_input.items() if self.widths[leader]}
+        self.same_input = same_input
         self._path, self._statistic, self._counts, self._parts = path, statistic, counts, set(headers)
         self._read = tensor_reader(path)
         self._known: WeakValueDictionary[str, FeatureMoments] = WeakValueDictionary()  # shared while they are in use
@@ -149,5 +151,6 @@ def _check_parts(headers: Mapping[str, Header], layer: str, statistic: str, coun
         shape, dtype = headers[f"{layer}.{part}"]
         if shape != shapes.get(part, (n,)) or isinstance(dtype, str):
             raise ValueError(f"{layer}.{part} must be {shapes.get(part, (n,))} floats, got {shape} of {dtype}")
-    if not {"mean": True, "token": set(held) - {"samples"}, "sample": held}[statistic]:
-        raise ValueError(f"{layer} has no second moment of the statistic {statistic!r}")
+    allowed = {"mean": set(), "token": set(shapes) - {"samples"}, "sample": set(shapes)}[statistic]
+    if n < 1 or len(held) != (0 if statistic == "mean" else 1) or not set(held) <= allowed:
+        raise ValueError(f"{layer} (width {n}) holds {held or 'a mean only'}, which is not the statistic {statistic!r}")

@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from osrm_peft.layers import base_of
@@ -59,22 +58,27 @@ def find_positions(inputs: Mapping[str, Any], rows: int, most: int) -> tuple[Pos
     a row (transformers' DataCollatorWithFlattening, TRL's packing); samples beyond the first `most` are left out.
 
     Raises:
-        ValueError: an attention_mask that is not (b, s).
+        ValueError: an attention_mask that is no (b, s) tensor.
     """
     mask, position_ids = inputs.get("attention_mask"), inputs.get("position_ids")
-    if isinstance(mask, Tensor) and mask.dim() != 2:
-        raise ValueError(
-            f"the attention_mask has shape {tuple(mask.shape)}: give the (samples, positions) padding mask"
-        )
-    keep = mask.bool() if isinstance(mask, Tensor) else None
+    if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
+        found = f"shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else f"type {type(mask).__name__}"
+        raise ValueError(f"the attention_mask has {found}: give the (samples, positions) padding mask")
+    keep = None if mask is None else mask.bool()
     if not isinstance(position_ids, Tensor) or position_ids.dim() != 2 or len(position_ids) != rows:
         return Positions(rows, keep), rows
-    real = torch.ones_like(position_ids, dtype=torch.bool) if keep is None else keep
+    real = _without_trailing_zeros(position_ids) if keep is None else keep
     starts = real & ((position_ids == 0) | (real.cumsum(1) == 1))
     if int(starts.sum()) == int(real.any(1).sum()):
-        return Positions(rows, keep), rows
+        return Positions(rows, keep if bool(real.all()) else real), rows
     samples = starts.flatten().cumsum(0).view(starts.shape) - 1
     return Positions(rows, real & (samples < most), samples), min(int(starts.sum()), most)
+
+
+def _without_trailing_zeros(position_ids: Tensor) -> Tensor:
+    """(b, s) bool: False where several zeros end a row: padding (TRL's pad_to_multiple_of). One zero is a sample."""
+    trailing = (position_ids == 0).flip(1).cumprod(1).flip(1).bool()
+    return ~(trailing & (trailing.sum(1, keepdim=True) > 1))
 
 
 class Sides:

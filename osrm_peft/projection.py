@@ -23,12 +23,12 @@ from osrm_peft.subspace import choose_directions
 
 @dataclass(frozen=True)
 class LayerProjection:
-    """What one layer's projection from ΔW to ΔŴ kept; shares in [0, 1], 1 where there was nothing to lose.
+    """What one layer's projection from ΔW to ΔŴ kept; 1 where there was nothing to lose. Effects can also rise.
 
     Attributes:
-        energy_kept: ‖ΔŴ‖² / ‖ΔW‖².
+        energy_kept: ‖ΔŴ‖² / ‖ΔW‖², at most 1.
         out_of_task_kept: E‖ΔŴ h‖² / E‖ΔW h‖² on the other tasks' features, each task weighing the same.
-        in_task_kept: the same on the task's own features (it can also rise); None where they were not given.
+        in_task_kept: the same on the task's own features; None where they were not given.
         protected: how many of the strongest out-of-task directions ΔŴ leaves alone; None for the paper's projection.
     """
 
@@ -87,6 +87,7 @@ def project_adapter(
     null_space: str = "random",
     protect: int | float | None = None,
     seed: int = 0,
+    base_model: str | None = None,
     progress: bool = False,
 ) -> Projection:
     r"""Project a trained adapter so that it acts less on the other tasks' features; nothing is trained.
@@ -108,6 +109,8 @@ def project_adapter(
         keep: ρ in (0, 1]; None: the paper's projection. At 1 hardly a direction can be given up: take 0.9 to 0.99.
         null_space, protect, seed: how Ã is chosen where there is a choice, see `OSRMLoraConfig`; not with `keep`.
 
+        base_model: the base model of adapter and features, where they name it differently.
+
     Raises:
         ValueError: no features, or of other layers, widths or base models; `keep` without `in_task`; or an adapter on
             a layer that has no features (an embedding, a convolution): no layer is passed over.
@@ -122,7 +125,7 @@ def project_adapter(
     if own is None and (keep is not None or null_space == "in_task"):
         raise ValueError("keep and null_space='in_task' look at the task's own features: give in_task=FILE")
     check_tasks(others, own)
-    _check_layers(loaded, [*others, *([own] if own else [])])
+    _check_layers(loaded, [*others, *([own] if own else [])], base_model)
 
     out, factors = OutOfTask(others), {}
     layers: dict[str, LayerProjection] = {}
@@ -168,9 +171,14 @@ def _load(features: TaskFeatures | str | Path) -> TaskFeatures:
     return features if isinstance(features, TaskFeatures) else TaskFeatures.load(features)
 
 
-def _check_layers(adapter: LoraAdapter, features: Sequence[TaskFeatures]) -> None:
-    """Have all features all layers of the adapter, at their widths, and are they of one model?"""
+def _check_layers(adapter: LoraAdapter, features: Sequence[TaskFeatures], base_model: str | None) -> None:
+    """Have all features all layers of the adapter, at their widths, and are they of its base model?"""
     for one in features:
+        if base_model is None and adapter.base_model not in (None, "", one.base_model):
+            raise ValueError(
+                f"the features of task {one.task!r} are of {one.base_model}, the adapter {adapter.source} is of "
+                f"{adapter.base_model}: collect them on that model; if it is the same, say so with base_model=NAME"
+            )
         if one.adapted:
             raise ValueError(
                 f"the features of task {one.task!r} are of its fine-tuned model (collect_gram): "
@@ -189,7 +197,7 @@ def _check_layers(adapter: LoraAdapter, features: Sequence[TaskFeatures]) -> Non
                 f"the features of task {one.task!r} have width {widths[wrong[0]]} at {wrong[0]!r}, the adapter "
                 f"{adapter.shapes[wrong[0]][2]}: they are of another base model"
             )
-        if one.weight_hash != features[0].weight_hash:
+        if set(one.layers) == set(features[0].layers) and one.weight_hash != features[0].weight_hash:
             raise ValueError(
                 f"the features of {features[0].task!r} are of {features[0].base_model} ({features[0].weight_hash}), "
                 f"those of {one.task!r} of {one.base_model} ({one.weight_hash}): collect them on the same model"

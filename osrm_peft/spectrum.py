@@ -65,7 +65,7 @@ class Pool:
 
     def share(self, A: Tensor) -> float:
         """tr(A S Aᵀ) / tr S: the share of the energy that (r, n) A lets through, in [0, 1] for orthonormal rows."""
-        return float(self.energy(A) / self.trace().clamp_min(torch.finfo(torch.float64).tiny))
+        return max(0.0, float(self.energy(A) / self.trace().clamp_min(torch.finfo(torch.float64).tiny)))
 
     def trace(self) -> Tensor:
         """tr S = E‖h‖², float64."""

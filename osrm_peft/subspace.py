@@ -85,7 +85,9 @@ def quietest_directions(
 
 def reference_directions(others: Sequence[FeatureMoments], r: int) -> Tensor:
     """(r, n) float64, what the released OSRM code does: the last r right singular vectors of the stacked task means."""
-    return torch.linalg.svd(torch.stack([task.mean() for task in others]), full_matrices=True).Vh[-r:]
+    means = torch.stack([task.mean() for task in others])
+    _check_rank(r, means.shape[1])
+    return torch.linalg.svd(means, full_matrices=True).Vh[-r:]
 
 
 def procrustes_drift(A: Tensor, A_init: Tensor) -> float:
@@ -103,8 +105,7 @@ def _check(others: Spectrum, own: FeatureMoments | None, r: int, null_space: str
     if own is not None and own.width != others.width:
         raise ValueError(f"the tasks' features have different widths {sorted([own.width, others.width])}: "
                          "they are of different layers or models")  # fmt: skip
-    if integer("rank r", r, 1) > others.width:
-        raise ValueError(f"rank r={r} must lie in 1 … {others.width}, the layer's input width: lower r")
+    _check_rank(r, others.width)
     choice("null_space", null_space, NULL_SPACES)
     choice("in_task", in_task, IN_TASK)
     if own is None and (in_task != "none" or null_space == "in_task"):
@@ -112,6 +113,11 @@ def _check(others: Spectrum, own: FeatureMoments | None, r: int, null_space: str
             f"in_task={in_task!r}, null_space={null_space!r} look at the task's own features: give them, "
             "or use in_task='none' and null_space='random'"
         )
+
+
+def _check_rank(r: int, n: int) -> None:
+    if integer("rank r", r, 1) > n:
+        raise ValueError(f"rank r={r} must lie in 1 … {n}, the layer's input width: lower r")
 
 
 def _free_directions(others: Spectrum, own: FeatureMoments, r: int) -> Tensor:

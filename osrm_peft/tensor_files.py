@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -28,20 +29,19 @@ def tensor_reader(path: Path) -> Callable[[str], Tensor]:
     The returned function raises ValueError once the file has changed.
     """
     path = path.resolve()
+    return partial(_read, path, _identity(path))
 
-    def identity() -> tuple[int, int, int]:
-        stat = path.stat()
-        return stat.st_ino, stat.st_size, stat.st_mtime_ns
 
-    first = identity()
+def _identity(path: Path) -> tuple[int, int, int]:
+    stat = path.stat()
+    return stat.st_ino, stat.st_size, stat.st_mtime_ns
 
-    def read(key: str) -> Tensor:
-        if identity() != first:
-            raise ValueError(f"{path} was changed after it was loaded: load it again")
-        with safe_open(path, framework="pt") as file:
-            return file.get_tensor(key).clone()
 
-    return read
+def _read(path: Path, first: tuple[int, int, int], key: str) -> Tensor:
+    if _identity(path) != first:
+        raise ValueError(f"{path} was changed after it was loaded: load it again")
+    with safe_open(path, framework="pt") as file:
+        return file.get_tensor(key).clone()
 
 
 def write_tensors(
