@@ -118,7 +118,7 @@ class TaskFeatures:
             del header["format"]
             if not isinstance(header["task"], str) or not header["task"]:
                 raise ValueError(f"task={header['task']!r} is no name")
-            integer("k", header["k"], 1)
+            integer("k", header["k"], 0)
             return cls(**header, layers=MomentsOnDemand(path, header["statistic"], counts, same_input))
         except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(

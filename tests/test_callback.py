@@ -117,3 +117,14 @@ def test_a_callback_that_comes_too_late_says_so(tmp_path, files):
     trainer.add_callback(OSRMCallback())
     with pytest.raises(RuntimeError, match=r"came too late to set A: pass it to Trainer"):
         trainer.train()
+
+
+def test_a_run_goes_on_from_a_checkpoint_without_the_features(tmp_path, files):
+    cut = make_trainer(tmp_path, files, [OSRMCallback(), Stop()], save_strategy="steps", save_steps=2)
+    cut.train()
+    gone = [str(tmp_path / "gone.safetensors")]
+    resumed = make_trainer(tmp_path, gone, save_strategy="steps", save_steps=2)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 6 and "osrm/drift" not in resumed.state.log_history[-2]
+    with pytest.raises(FileNotFoundError, match=r"no features file .*gone.safetensors"):
+        make_trainer(tmp_path / "fresh", gone).train()

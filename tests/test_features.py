@@ -264,6 +264,10 @@ def saved(base, tmp_path, **options):
         ("header", lambda header: header["counts"].update(dict.fromkeys(header["counts"], -1))),
         ("header", lambda header: header.update(statistic="sample")),
         ("header", lambda header: header.update(format=99)),
+        ("header", lambda header: header.update(same_input={})),
+        ("header", lambda header: header.update(task=None)),
+        ("header", lambda header: header.update(k="many")),
+        ("header", lambda header: header.update(statistic="mean")),  # more in it than the statistic reveals
         ("tensors", lambda tensors: tensors.update({k: -v for k, v in tensors.items() if "second" in k})),
         (
             "tensors",

@@ -1,0 +1,107 @@
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+from osrm_peft import collect_features
+from osrm_peft.positions import find_positions
+from tests.conftest import TINY, make_base, make_batch
+
+TEXTS = [[5, 6, 7, 8, 9], [11, 12, 13], [21, 22, 23, 24]]
+TARGETS = ["q_proj", "v_proj"]
+
+
+def llama():
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**TINY, num_key_value_heads=1)).eval()
+
+
+def collect(model, loader, statistic="token", targets=TARGETS, **options):
+    return collect_features(
+        model, loader, task="t", target_modules=targets, statistic=statistic, progress=False, **options
+    )
+
+
+@pytest.mark.parametrize("statistic", ["mean", "sample", "token"])
+@pytest.mark.parametrize("k", [100, 2])
+def test_trl_s_packed_rows_with_their_padding_and_lengths_are_told_apart(statistic, k):
+    collator = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True, pad_to_multiple_of=16)
+    batch = collator([{"input_ids": ids} for ids in TEXTS])
+    assert batch["input_ids"].shape == (1, 16) and "attention_mask" not in batch  # 12 tokens, 4 of padding
+    packed = collect(llama(), [dict(batch)], statistic, k=k)
+    alone = collect(llama(), [{"input_ids": torch.tensor([ids])} for ids in TEXTS[:k]], statistic)
+    assert packed.k == alone.k == min(k, 3)
+    for name, moments in alone.layers.items():
+        assert packed.layers[name].count == moments.count
+        torch.testing.assert_close(packed.layers[name].second_moment(), moments.second_moment(), rtol=1e-4, atol=1e-6)
+
+
+def test_zeros_that_end_a_row_are_padding_unless_there_is_one_or_a_mask():
+    ids = torch.tensor([[0, 1, 2, 0, 0, 0], [0, 1, 0, 1, 2, 0]])
+    positions, count = find_positions({"position_ids": ids}, 2, 10)
+    assert positions.keep.tolist() == [[True] * 3 + [False] * 3, [True] * 6] and count == 4
+    mask = torch.ones_like(ids)
+    positions, count = find_positions({"position_ids": ids, "attention_mask": mask}, 2, 10)
+    assert positions.keep.all() and count == 7
+
+
+class Patches(nn.Module):
+    """Takes the patches of all images as one long tensor, as vision–language models do."""
+
+    def __init__(self):
+        super().__init__()
+        self.q_proj, self.config = nn.Linear(4, 4), None
+
+    def forward(self, input_ids, pixel_values):
+        assert len(pixel_values) == 50
+        return self.q_proj(nn.functional.one_hot(input_ids, 4).float())
+
+
+def test_longer_tensors_than_the_samples_do_not_count_as_samples():
+    batches = [{"input_ids": torch.tensor([[0, 1], [2, 3]]), "pixel_values": torch.randn(50, 3)} for _ in range(3)]
+    assert collect(Patches(), batches, targets=["q_proj"]).k == 6
+
+
+@pytest.mark.parametrize("mask", [{"full": torch.ones(4, 7)}, torch.ones(4, 1, 7, 7)])
+def test_a_mask_that_tells_no_padding_is_refused(mask):
+    with pytest.raises(ValueError, match=r"the attention_mask has (type dict|shape \(4, 1, 7, 7\)): give the"):
+        find_positions({"attention_mask": mask}, 4, 4)
+
+
+def test_reference_counts_the_decoder_s_padding_too():
+    sizes = {"vocab_size": 50, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2}
+    model = T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0, pad_token_id=0)).eval()
+    labels = torch.tensor([[5, 6, 1, -100], [7, 8, 9, 1]])
+    batch = make_batch(rows=2, length=4) | {"labels": labels}
+    counted, real = (collect(model, [batch], "mean", ["q"], reference=reference) for reference in (True, False))
+    for name in real.layers:
+        assert not torch.allclose(counted.layers[name].mean(), real.layers[name].mean(), atol=1e-3), name
+
+
+def test_an_adapter_is_off_wherever_it_sits_and_stays_merged():
+    plain = collect(llama(), [make_batch()])
+    config = LoraConfig(target_modules=TARGETS, task_type="CAUSAL_LM", init_lora_weights=False)  # B is not 0
+    compiled = get_peft_model(torch.compile(llama(), backend="eager"), config)
+    for name, moments in collect(compiled, [make_batch()]).layers.items():
+        torch.testing.assert_close(moments.second_moment(), plain.layers[name].second_moment())
+    own = llama()
+    own.add_adapter(config)
+    with pytest.raises(ValueError, match=r"its own add_adapter\): call model.disable_adapters\(\) first"):
+        collect(own, [make_batch()])
+    own.disable_adapters()
+    last = list(plain.layers)[-1]
+    torch.testing.assert_close(collect(own, [make_batch()]).layers[last].mean(), plain.layers[last].mean())
+    merged = get_peft_model(llama(), config)
+    merged.merge_adapter()
+    with pytest.raises(ValueError, match="an adapter is merged into"):
+        collect(merged, [make_batch()], targets=["o_proj"])
+
+
+def test_groups_need_the_same_samples_each_time():
+    rows = [{key: value[0] for key, value in make_batch(seed=seed).items()} for seed in range(4)]
+    options = {"targets": ["query"], "group_size": 1}
+    with pytest.raises(ValueError, match="give a DataLoader without shuffle"):
+        collect(make_base(), torch.utils.data.DataLoader(rows, batch_size=2, shuffle=True), **options)
+    assert collect(make_base(), torch.utils.data.DataLoader(rows, batch_size=2), **options).k == 4
