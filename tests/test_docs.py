@@ -83,7 +83,7 @@ def method_file(method):
     return f"merging/{'dare' if method == 'dare_ties' else method}"
 
 
-def test_the_example_runs_as_it_stands(tmp_path):
+def test_the_example_runs_as_it_stands(tmp_path):  # field trap B5(a): the released quick start does not run
     script = tmp_path / "example.py"
     script.write_text(block("python", "OSRMCallback") + block("python", "collect_gram"), encoding="utf-8")
     done = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True)
