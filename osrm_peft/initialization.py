@@ -77,8 +77,8 @@ def initialize_osrm_weights(
         for layer in layers.values():
             layer.lora_A[adapter_name].weight.requires_grad_(False)
     config.provenance = {
-        "out_of_task": [_describe(features) for features in others],
-        "in_task": _describe(own_features) if own_features else None,
+        "out_of_task": [describe(features) for features in others],
+        "in_task": describe(own_features) if own_features else None,
         "weight_hash": weight_hash(model, layers),
         "out_of_task_energy_share": shares,
     }
@@ -237,6 +237,7 @@ def layer_generator(seed: int, layer: str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 
-def _describe(features: TaskFeatures) -> dict[str, object]:
+def describe(features: TaskFeatures) -> dict[str, object]:
+    """What the provenance records of features."""
     names = ("task", "base_model", "weight_hash", "tokenizer_hash", "statistic", "k", "seed", "reference")
     return {name: getattr(features, name) for name in names}

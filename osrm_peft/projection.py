@@ -16,7 +16,7 @@ from osrm_peft.adapters import Factors, LoraAdapter
 from osrm_peft.checks import number
 from osrm_peft.features import TaskFeatures
 from osrm_peft.files import MANIFEST, new_folder, read_manifest, versions, write_json
-from osrm_peft.initialization import OutOfTask, check_tasks, layer_generator
+from osrm_peft.initialization import OutOfTask, check_tasks, describe, layer_generator
 from osrm_peft.spectrum import Pool, Spectrum
 from osrm_peft.subspace import choose_directions
 
@@ -133,19 +133,14 @@ def project_adapter(
         found, (_, pool, spectrum) = loaded.factors[name], out.at(name)
         own_moments = None if own is None else own.layers[name]
         own_pool = None if own_moments is None else Pool.of([own_moments])
-        A, L = found.A.double(), _square_root(found)  # ‖ΔW x‖ = ‖L x‖
-        p = None
+        L, p = _square_root(found), None
         if keep is not None and own_pool is not None:
             p = _most_protected(L, spectrum, own_pool, keep)
-            V = spectrum.vectors[:, :p]
-            factors[name] = replace(found, A=(A - (A @ V) @ V.mT).to(found.A.dtype))
+            factors[name] = _away_from(found, spectrum.vectors[:, :p])
         else:
-            frame = choose_directions(
-                spectrum, found.rank, generator=layer_generator(seed, name), own=own_moments,
-                null_space=null_space, protect=protect,
-            )  # fmt: skip
-            B = found.s * found.B.double() @ (A @ frame.mT)
-            factors[name] = Factors(frame.to(found.A.dtype), B.to(found.B.dtype))
+            options: dict[str, Any] = {"own": own_moments, "null_space": null_space, "protect": protect}
+            generator = layer_generator(seed, name)
+            factors[name] = _onto(found, choose_directions(spectrum, found.rank, generator=generator, **options))
         after = _square_root(factors[name])
         layers[name] = LayerProjection(
             float(after.square().sum() / L.square().sum()) if L.any() else 1.0,
@@ -156,9 +151,8 @@ def project_adapter(
     settings = {
         "adapter": loaded.source,
         "sha256": loaded.sha256,
-        "out_of_task": [features.task for features in others],
-        "in_task": None if own is None else own.task,
-        "statistic": others[0].statistic,
+        "out_of_task": [describe(features) for features in others],
+        "in_task": None if own is None else describe(own),
         "keep": keep,
         "null_space": null_space,
         "protect": protect,
@@ -204,8 +198,20 @@ def _check_layers(adapter: LoraAdapter, features: Sequence[TaskFeatures], base_m
             )
 
 
+def _onto(factors: Factors, frame: Tensor) -> Factors:
+    """ΔW ÃᵀÃ of (r, n) Ã with orthonormal rows."""
+    B = factors.s * factors.B.double() @ (factors.A.double() @ frame.mT)
+    return Factors(frame.to(factors.A.dtype), B.to(factors.B.dtype))
+
+
+def _away_from(factors: Factors, V: Tensor) -> Factors:
+    """ΔW (I − V Vᵀ) of (n, p) orthonormal V."""
+    A = factors.A.double()
+    return replace(factors, A=(A - (A @ V) @ V.mT).to(factors.A.dtype))
+
+
 def _square_root(factors: Factors) -> Tensor:
-    """(≤ r, n) L, float64, with LᵀL = ΔWᵀΔW: L = T A where s·B = Q T."""
+    """(≤ r, n) L, float64, with LᵀL = ΔWᵀΔW, so ‖ΔW x‖ = ‖L x‖: L = T A where s·B = Q T."""
     return torch.linalg.qr(factors.s * factors.B.double()).R @ factors.A.double()
 
 

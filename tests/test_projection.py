@@ -236,8 +236,12 @@ def test_the_manifest_says_how_it_was_made(tmp_path):
     assert {key: manifest[key] for key in origin if key != "more"} == {k: v for k, v in origin.items() if k != "more"}
     assert "more" not in manifest and manifest["base_model"] == "tiny" and manifest["versions"]["peft"]
     settings_of = {"adapter": str(tmp_path / "theirs"), "sha256": load_adapter(tmp_path / "theirs").sha256}
-    settings_of |= {"out_of_task": ["a", "b"], "in_task": "own", "statistic": "token", "keep": 0.5}
-    assert manifest["projected"] == settings_of | {"null_space": "random", "protect": None, "seed": 0}
+    settings_of |= {"keep": 0.5, "null_space": "random", "protect": None, "seed": 0}
+    used = [manifest["projected"].pop("in_task"), *manifest["projected"].pop("out_of_task")]
+    assert [(one["task"], one["statistic"], len(one["weight_hash"])) for one in used] == [
+        (task, "token", 16) for task in ("own", "a", "b")
+    ]
+    assert manifest["projected"] == settings_of
     assert list(manifest["layers"]) == list(projection.layers)
     for layer in manifest["layers"].values():
         assert set(layer) == {"energy_kept", "out_of_task_kept", "in_task_kept", "protected"}
@@ -322,3 +326,21 @@ def test_a_folder_that_is_not_ours_is_refused(tmp_path):
         with pytest.raises(FileExistsError, match="is not a folder that osrm_peft wrote as 'adapter'"):
             projection.save_pretrained(tmp_path / folder)
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
+
+
+def test_features_of_another_model_or_made_otherwise_are_refused(tmp_path):
+    adapter = load_adapter_of(tmp_path)
+    one, two = collected("a", 0), collected("b", 1)
+    other = replace(one, base_model="another/model")
+    with pytest.raises(ValueError, match=r"of task 'a' are of another/model, the adapter .* is of tiny: .*base_model="):
+        project_adapter(adapter, [other])
+    assert project_adapter(adapter, [other], base_model="tiny").layers.keys() == adapter.shapes.keys()
+    with pytest.raises(ValueError, match="'a' were collected with reference=False, those of 'b' with reference=True"):
+        project_adapter(adapter, [one, replace(two, reference=True)])
+    wider = replace(two, weight_hash="0" * 16, layers={**two.layers, "more": next(iter(two.layers.values()))})
+    project_adapter(adapter, [one, wider])  # hashes are over a file's own layers: these cannot be compared
+
+
+def load_adapter_of(tmp_path):
+    make_adapter(tmp_path / "ad")
+    return load_adapter(tmp_path / "ad")
