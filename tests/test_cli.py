@@ -135,6 +135,8 @@ def test_features_from_flags_and_a_trained_adapter_projected_with_them(tmp_path,
     assert {name.rpartition(".")[2] for name in features.layers} == {"key", "value"}
     assert "is there already (--overwrite" in call("features", *flags, "--task", "tweets")
     assert {dtype for _, dtype in tensor_headers(tweets).values()} == {torch.bfloat16}
+    asked = call("features", *flags, "--task", "tweets", "--statistic", "token", code=2)
+    assert "is there already, with statistic='mean' and not 'token': --overwrite makes it anew" in asked
     call("features", *flags, "--task", "tweets", "--task", "sms_spam", "--overwrite", "--seed", 1)
     assert {dtype for _, dtype in tensor_headers(tweets).values()} == {torch.float32}
     features = TaskFeatures.load(tweets)
@@ -162,7 +164,8 @@ def test_features_from_flags_and_a_trained_adapter_projected_with_them(tmp_path,
         manifest = json.loads((tmp_path / "out/osrm_peft.json").read_text())
         assert manifest["projected"]["keep"] == (0.9 if options else None)
     assert float(found[1]) >= 0.9
-    assert manifest["projected"]["out_of_task"] == ["tweets"] and manifest["projected"]["in_task"] == "sms_spam"
+    assert [one["task"] for one in manifest["projected"]["out_of_task"]] == ["tweets"]
+    assert manifest["projected"]["in_task"]["task"] == "sms_spam"
     PeftModel.from_pretrained(load_base("packaged", 2), str(tmp_path / "out"))
     given[-1] = tmp_path / "adapter"
     assert "is not a folder that osrm_peft wrote as 'adapter'" in call(*given, code=2)
