@@ -1,6 +1,6 @@
 """OSRM's initialisation against the released way of doing it: times, memory and energies in one run.
 
-    python benchmarks/osrm_init.py                  # all of it, about 5 minutes on 2 quiet cores, under 4 GB
+    python benchmarks/osrm_init.py                  # all of it, about 6 minutes on 2 quiet cores, under 4 GB
     python benchmarks/osrm_init.py --part choose    # A for one layer of width 4096
     python benchmarks/osrm_init.py --part collect   # features of MiniLM, against the bare forward pass
     python benchmarks/osrm_init.py --part suite     # the whole init of six tasks, against the released procedure
@@ -106,11 +106,11 @@ def collect() -> None:
     """The same batches through the bare model and through collect_features, in turn."""
     tokenizer, model = load_tokenizer("packaged"), load_base("packaged", 2).eval()
     table = _table(
-        f"Features of MiniLM ({', '.join(TARGETS)} of 6 layers), {4 * K} samples in batches of 16",
+        f"Features of MiniLM ({', '.join(TARGETS)} of 6 layers), {2 * K} samples in batches of 16",
         "task", "bare forward (s)", *(f"{statistic}: overhead" for statistic in ("mean", "sample", "token")),
     )  # fmt: skip
     for name in ("questions", "movie_reviews", "editorials"):
-        batches = list(_loader(name, tokenizer, 4 * K, 16, "longest"))
+        batches = list(_loader(name, tokenizer, 2 * K, 16, "longest"))
 
         def bare(batches: list = batches) -> None:
             with torch.no_grad():
@@ -118,10 +118,10 @@ def collect() -> None:
                     model(**{key: value for key, value in batch.items() if key != "labels"})
 
         def with_features(statistic: str, name: str = name, batches: list = batches) -> Callable[[], Any]:
-            return lambda: _features(model, batches, name, statistic, 4 * K)
+            return lambda: _features(model, batches, name, statistic, 2 * K)
 
         runs: dict[str, list[float]] = {}
-        for _ in range(7):  # in turn, so that drift hits all alike
+        for _ in range(5):  # in turn, so that drift hits all alike
             runs.setdefault("bare", []).append(_time(bare)[0])
             for statistic in ("mean", "sample", "token"):
                 runs.setdefault(statistic, []).append(_time(with_features(statistic))[0])
