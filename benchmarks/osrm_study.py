@@ -34,23 +34,22 @@ from osrm_peft.subspace import procrustes_drift
 from osrm_peft.tasks import Task, load_task
 from osrm_peft.training import load_base, load_tokenizer, train_task
 
+PAPER: dict[str, Any] = {"statistic": "token", "null_space": "random", "protect": None}
 INITS: dict[str, dict[str, Any] | None] = {  # OSRMLoraConfig fields; None: PEFT's own A
     "plain": None,
     "plain_scaled": None,  # A × √3: as long as one with orthonormal rows
-    "random": {"statistic": "token", "protect": 0},  # orthonormal, blind to every task
-    "released": {"statistic": "mean", "reference": True},
-    "mean": {"statistic": "mean"},
-    "sample": {"statistic": "sample"},
-    "token": {"statistic": "token"},
-    "sample_own": {"statistic": "sample", "null_space": "in_task"},
-    "token_p90": {"statistic": "token", "protect": 0.9},
-    "token_p90_own": {"statistic": "token", "protect": 0.9, "null_space": "in_task"},
-    "own": {"statistic": "token", "protect": 0, "null_space": "in_task"},  # the task's own principal directions
-    "difference": {"statistic": "token", "in_task": "difference"},
-    "ratio": {"statistic": "token", "in_task": "ratio"},
-    "ratio_1": {"statistic": "token", "in_task": "ratio", "ridge": 1.0},
-    "token_frozen": {"statistic": "token", "freeze_a": True},
-    "ratio_frozen": {"statistic": "token", "in_task": "ratio", "freeze_a": True},
+    "random": PAPER | {"protect": 0},  # orthonormal, blind to every task
+    "released": {"reference": True},
+    "mean": PAPER | {"statistic": "mean"},
+    "sample": PAPER | {"statistic": "sample"},
+    "token": PAPER,
+    "token_p90": PAPER | {"protect": 0.9},
+    "token_p90_own": PAPER | {"protect": 0.9, "null_space": "in_task"},  # OSRMLoraConfig's defaults
+    "own": PAPER | {"protect": 0, "null_space": "in_task"},  # the task's own principal directions
+    "difference": PAPER | {"in_task": "difference"},
+    "ratio": PAPER | {"in_task": "ratio"},
+    "token_frozen": PAPER | {"freeze_a": True},
+    "token_p90_own_frozen": PAPER | {"protect": 0.9, "null_space": "in_task", "freeze_a": True},
 }
 POST_HOC: dict[str, dict[str, Any]] = {  # the plain adapters, projected when they are trained (project_adapter)
     "plain_projected": {},
@@ -132,7 +131,7 @@ class Study:
             self.console.print(f"{init}, seed {seed}: {file}")
 
     def _recipe(self, init: str, seed: int) -> Recipe:
-        fields = INITS.get(init) or {"statistic": "token"}
+        fields = INITS.get(init) or PAPER
         variant = "reference" if fields.get("reference") else str(fields["statistic"])
         recipe = replace(RECIPE, seed=seed, osrm=fields, features=str(self.out / f"seed{seed}/features/{variant}"))
         for name in self.names:
@@ -159,7 +158,7 @@ class Study:
         folder = self.out / f"seed{recipe.seed}" / "adapters" / f"{init} {rate:g}"
         notes = folder / f"{name}.json"
         if not notes.exists():
-            token = replace(self._recipe("token", recipe.seed))
+            token = self._recipe("token", recipe.seed)
             others = [TaskFeatures.load(token.features_file(other)) for other in self.names if other != name]
             watch = Watch(3**0.5 if init == "plain_scaled" else 1.0, others)
             plain = INITS[init] is None

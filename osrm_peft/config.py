@@ -12,6 +12,8 @@ from osrm_peft.files import ADAPTER_NOTES, versions, write_json
 from osrm_peft.moments import STATISTICS
 from osrm_peft.subspace import IN_TASK, NULL_SPACES, check_protect
 
+_DEFAULT_CHOICE: tuple[str, str, float] = ("token", "in_task", 0.9)  # the best of benchmarks/osrm_study.py
+
 
 @dataclass
 class OSRMLoraConfig(LoraConfig):
@@ -19,6 +21,10 @@ class OSRMLoraConfig(LoraConfig):
 
     A is set by `OSRMCallback` (in a Trainer) or `initialize_osrm_weights` (by hand). What is saved is a plain LoRA
     adapter: `adapter_config.json` holds LoraConfig's fields only, the fields below go to `osrm_config.json` beside it.
+
+    The defaults are the best of our study (README, "Which A"): A keeps off the directions that hold 90 % of the other
+    tasks' energy, and takes of the rest those with most of the task's own. The paper's choice is
+    `null_space="random", protect=None`, and needs no features of the task's own.
 
     Args:
         out_of_task: features files of the *other* tasks, written by `osrm-peft features` or `TaskFeatures.save`.
@@ -28,13 +34,14 @@ class OSRMLoraConfig(LoraConfig):
             `"in_task"` (the directions with most energy of this task's own features).
         in_task: `"none"` (the paper), `"difference"` or `"ratio"`: weigh this task's own energy against the others',
             see `subspace.choose_directions`.
-        in_task_features: this task's own features file, for the two options above.
+        in_task_features: this task's own features file, for `null_space="in_task"` and the two weighings of `in_task`.
         in_task_weight: β in [0, 1] of `"difference"`; 0 is the paper.
         ridge: ρ > 0 of `"ratio"`, relative to the mean energy of a direction.
         protect: how much of the other tasks' energy A must avoid: the p strongest directions (a whole number), or as
-            many as hold that share of the energy (a float in [0, 1]); the rest counts as free. None: all.
+            many as hold that share of the energy (a float in [0, 1]); the rest counts as free. None: all (the paper).
         freeze_a: train B only (paper §4.4).
-        reference: choose as the released code does (needs features collected with `reference=True`).
+        reference: choose as the released code does (needs features collected with `reference=True`); where the others
+            are left at their defaults, they become `statistic="mean", null_space="random", protect=None`.
         osrm_seed: seed of the random choice in a null space.
 
     Raises:
@@ -42,13 +49,13 @@ class OSRMLoraConfig(LoraConfig):
     """
 
     out_of_task: list[str] | None = None
-    statistic: str = "token"
-    null_space: str = "random"
+    statistic: str = _DEFAULT_CHOICE[0]
+    null_space: str = _DEFAULT_CHOICE[1]
     in_task: str = "none"
     in_task_features: str | None = None
     in_task_weight: float = 0.5
     ridge: float = 0.1
-    protect: int | float | None = None
+    protect: int | float | None = _DEFAULT_CHOICE[2]
     freeze_a: bool = False
     reference: bool = False
     osrm_seed: int = 0
@@ -64,16 +71,17 @@ class OSRMLoraConfig(LoraConfig):
         self.ridge = number("ridge", self.ridge, 0, open_low=True)
         self.protect = check_protect(self.protect)
         self.osrm_seed = integer("osrm_seed", self.osrm_seed, 0)
-        paper = (self.statistic, self.null_space, self.in_task, self.protect) == ("mean", "random", "none", None)
-        if self.reference and not paper:
+        if self.reference:  # what is at its default becomes the released code's
+            given = (self.statistic, self.null_space, self.protect)
+            self.statistic, self.null_space, self.protect = (  # type: ignore[assignment]
+                theirs if value == ours else value
+                for value, ours, theirs in zip(given, _DEFAULT_CHOICE, ("mean", "random", None), strict=True)
+            )
+        released = (self.statistic, self.null_space, self.in_task, self.protect) == ("mean", "random", "none", None)
+        if self.reference and not released:
             raise ValueError(
                 "reference=True is the released code: it needs statistic='mean', null_space='random', in_task='none' "
                 "and protect=None"
-            )
-        if self.needs_own_features and self.in_task_features is None:
-            raise ValueError(
-                f"in_task={self.in_task!r}, null_space={self.null_space!r} look at the task's own features: "
-                "give in_task_features=FILE, or use in_task='none', null_space='random'"
             )
 
     @property

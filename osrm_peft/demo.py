@@ -37,7 +37,7 @@ RECIPE = Recipe(
     train_rows=384,
     validation_rows=120,
 )
-OSRM = {"statistic": "token"}  # the rest are OSRMLoraConfig's defaults
+OSRM = {"statistic": "token", "null_space": "random", "protect": None}  # the paper's choice, on tokens
 
 
 class Merge(NamedTuple):

@@ -197,7 +197,11 @@ def check_tasks(others: Sequence[TaskFeatures], own: TaskFeatures | None) -> Non
 def _check_features(config: OSRMLoraConfig, others: list[TaskFeatures], own: TaskFeatures | None) -> None:
     check_tasks(others, own)
     if config.needs_own_features and own is None:
-        raise ValueError(f"in_task={config.in_task!r}, null_space={config.null_space!r} need in_task features")
+        raise ValueError(
+            f"null_space={config.null_space!r}, in_task={config.in_task!r} look at the task's own features: give "
+            "OSRMLoraConfig(in_task_features=FILE), or null_space='random', protect=None, in_task='none' for the "
+            "paper's choice"
+        )
     for features in [*others, *([own] if own else [])]:
         if features.statistic != config.statistic:
             raise ValueError(

@@ -10,7 +10,7 @@ from osrm_peft import OSRMCallback, OSRMLoraConfig
 from osrm_peft.layers import lora_layers
 from osrm_peft.subspace import procrustes_drift
 from tests.conftest import make_base, make_batch
-from tests.test_initialization import LORA, features_of
+from tests.test_initialization import LORA, PAPER, features_of
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +25,7 @@ def files(tmp_path_factory):
 
 def make_trainer(tmp_path, files, callbacks=None, **arguments):
     torch.manual_seed(0)
-    model = get_peft_model(make_base(), OSRMLoraConfig(**LORA, out_of_task=files))
+    model = get_peft_model(make_base(), OSRMLoraConfig(**LORA, **PAPER, out_of_task=files))
     batch = make_batch(rows=16, pads=[0] * 16)
     rows = Dataset.from_dict({**{key: value.tolist() for key, value in batch.items()}, "labels": [0, 1, 2, 1] * 4})
     arguments = {"max_steps": 6, "learning_rate": 1e-2, "logging_steps": 2, "save_strategy": "no"} | arguments

@@ -18,6 +18,7 @@ from osrm_peft import OSRMCallback, OSRMLoraConfig, collect_features, initialize
 from osrm_peft.layers import lora_layers
 from osrm_peft.moments import STATISTICS
 from tests.conftest import TINY
+from tests.test_initialization import PAPER
 
 LENGTHS, TARGET_LENGTHS = (7, 4, 2, 5, 7, 3), (3, 7, 5, 2, 1, 7)  # of the samples; both sides are padded to 7
 MASKS = {"input_ids": "attention_mask", "decoder_input_ids": "decoder_attention_mask", "pixel_values": None}
@@ -55,7 +56,7 @@ def make(name):
 def adapted(name, base=None, **options):
     family = FAMILIES[name]
     options = {"modules_to_save": family.head and [family.head], "fan_in_fan_out": name == "gpt2"} | options
-    options = {"r": 4, "target_modules": family.targets, "task_type": family.task_type} | options
+    options = {"r": 4, "target_modules": family.targets, "task_type": family.task_type} | PAPER | options
     return get_peft_model(make(name) if base is None else base, OSRMLoraConfig(**options))
 
 
@@ -224,7 +225,7 @@ def test_checkpointed_and_compiled_models_show_the_same(change):
 def test_bfloat16_models_have_nearly_the_same_features_and_a_keeps_its_dtype(dtype):
     plain, base = collect(make("llama"), batch_of("llama"), QKV), make("llama").bfloat16()
     check_same(collect(base, batch_of("llama"), QKV), plain.layers, rtol=0.03)
-    config = OSRMLoraConfig(r=4, target_modules=QKV, task_type="CAUSAL_LM")
+    config = OSRMLoraConfig(r=4, target_modules=QKV, task_type="CAUSAL_LM", **PAPER)
     model = get_peft_model(base, config, autocast_adapter_dtype=dtype == torch.float32)
     initialize_osrm_weights(model, [plain])
     check_least_energy(model, plain.layers, atol=1e-6 if dtype == torch.float32 else 1e-2)
@@ -254,7 +255,7 @@ def test_peft_s_options_choose_the_layers_and_ranks(options, ranks):
 @pytest.mark.parametrize(("named", "other"), [("default", "second"), ("second", "default")])
 def test_only_the_named_adapter_changes_whichever_is_active(named, other, active):
     model = adapted("llama")
-    model.add_adapter("second", OSRMLoraConfig(r=2, target_modules=QKV, task_type="CAUSAL_LM"))
+    model.add_adapter("second", OSRMLoraConfig(r=2, target_modules=QKV, task_type="CAUSAL_LM", **PAPER))
     model.set_adapter(active)
     for module in lora_layers(model, other).values():
         nn.init.normal_(module.lora_B[other].weight)  # trained
@@ -308,7 +309,7 @@ def sft_trainer(arguments, callbacks, **options):
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>", pad_token="</s>")
     rows = Dataset.from_dict({"text": [f"w{n} w{n + 1} w{n + 2}" for n in range(1, 9)]})
-    options = {"peft_config": OSRMLoraConfig(r=4, target_modules=QKV, task_type="CAUSAL_LM", **options)}
+    options = {"peft_config": OSRMLoraConfig(r=4, target_modules=QKV, task_type="CAUSAL_LM", **(PAPER | options))}
     options |= {"processing_class": tokenizer, "callbacks": callbacks, "train_dataset": rows}
     return SFTTrainer(make("llama"), SFTConfig(**arguments, bf16=False), **options)
 

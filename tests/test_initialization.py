@@ -11,6 +11,7 @@ from osrm_peft.layers import lora_layers
 from osrm_peft.spectrum import Pool
 from tests.conftest import make_base, make_batch
 
+PAPER = {"null_space": "random", "protect": None}  # no features of the task's own
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["query", "value"], "task_type": "SEQ_CLS"}
 
 
@@ -26,7 +27,7 @@ def others():
 
 
 def osrm_model(**options):
-    return get_peft_model(make_base(), OSRMLoraConfig(**(LORA | options)))
+    return get_peft_model(make_base(), OSRMLoraConfig(**(LORA | PAPER | options)))
 
 
 def weights_of(model):
@@ -56,12 +57,12 @@ def test_a_becomes_the_least_energy_frame_and_the_logits_stay(others):
 def test_only_the_named_adapter_is_touched(others, name):
     """Field trap B5(f): any adapter name, and everything on the CPU."""
     model = osrm_model()
-    model.add_adapter(name, OSRMLoraConfig(**LORA))
+    model.add_adapter(name, OSRMLoraConfig(**LORA, **PAPER))
     before = weights_of(model)
     initialize_osrm_weights(model, others, adapter_name=name)
     changed = {key for key, tensor in model.state_dict().items() if not torch.equal(tensor, before[key])}
     assert changed == {key for key in before if f"lora_A.{name}." in key} and len(changed) == 4
-    alone = get_peft_model(make_base(), OSRMLoraConfig(**LORA), adapter_name=name)
+    alone = get_peft_model(make_base(), OSRMLoraConfig(**LORA, **PAPER), adapter_name=name)
     assert len(initialize_osrm_weights(alone, others, adapter_name=name)) == 4
 
 
@@ -219,10 +220,9 @@ def test_only_untrained_lora_models_with_our_config(others):
         ({"statistic": "median"}, r"unknown statistic 'median': choose from mean, sample, token"),
         ({"null_space": "x"}, r"unknown null_space 'x': choose from random, in_task"),
         ({"in_task": "x"}, r"unknown in_task 'x': choose from none, difference, ratio"),
-        ({"in_task": "ratio"}, r"give in_task_features=FILE"),
         ({"in_task_weight": 1.5}, r"in_task_weight=1.5 must lie in \[0, 1\]"),
         ({"ridge": 0}, r"ridge=0 must be a finite number above 0"),
-        ({"reference": True}, r"reference=True is the released code: it needs statistic='mean'"),
+        ({"reference": True, "statistic": "sample"}, r"reference=True is the released code: it needs statistic='mean'"),
         ({"reference": True, "statistic": "mean", "protect": 3}, r"it needs statistic='mean'.*and protect=None"),
         ({"protect": True}, r"protect=True must be a whole number of at least 0"),
         ({"protect": -1}, r"protect=-1 must be a whole number of at least 0"),
@@ -240,3 +240,23 @@ def test_the_config_survives_peft_s_copies(others):
     config = OSRMLoraConfig(**LORA, statistic="mean")
     assert copy.deepcopy(config).statistic == "mean" and config.to_dict()["r"] == 4
     assert "statistic" not in config.to_dict()
+
+
+def test_the_defaults_look_at_the_task_s_own_features_and_say_so(others):
+    config = OSRMLoraConfig(**LORA)
+    assert (config.statistic, config.null_space, config.in_task, config.protect) == ("token", "in_task", "none", 0.9)
+    model = get_peft_model(make_base(), config)
+    with pytest.raises(ValueError, match=r"give OSRMLoraConfig\(in_task_features=FILE\), or null_space='random'"):
+        initialize_osrm_weights(model, others)
+    own = features_of("own", 3)
+    initialize_osrm_weights(model, others, in_task=own)
+    for name, layer in lora_layers(model, "default").items():
+        A = layer.lora_A["default"].weight.detach().double()
+        energy, V = torch.linalg.eigh(Pool.of([features.layers[name] for features in others]).second_moment())
+        p = int((energy.flip(0).cumsum(0) < 0.9 * energy.sum()).sum()) + 1
+        walls, free = V[:, -p:], V[:, :-p]
+        assert (A @ walls).abs().max() < 1e-6
+        best = torch.linalg.eigvalsh(free.T @ own.layers[name].second_moment() @ free)[-4:].sum()
+        assert torch.trace(A @ own.layers[name].second_moment() @ A.T) == pytest.approx(float(best), rel=1e-5)
+    released = OSRMLoraConfig(**LORA, reference=True)
+    assert (released.statistic, released.null_space, released.protect) == ("mean", "random", None)

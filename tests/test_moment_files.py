@@ -27,6 +27,7 @@ from osrm_peft.moments import STATISTICS, FeatureMoments
 from osrm_peft.tensor_files import write_tensors
 from tests.conftest import make_base, make_batch
 from tests.static_hub import StaticHub
+from tests.test_initialization import PAPER
 
 WIDTH = 24
 TARGETS = ["query", "value"]
@@ -238,7 +239,7 @@ def test_features_of_another_tokenizer_are_refused_naming_both():
     )
     assert (own.tokenizer, own.tokenizer_hash) == ("mine", tokenizer_hash(mine))
     assert (unknown.tokenizer, unknown.tokenizer_hash) == (None, None)
-    model = get_peft_model(make_base(), OSRMLoraConfig(r=2, target_modules=TARGETS, task_type="SEQ_CLS"))
+    model = get_peft_model(make_base(), OSRMLoraConfig(r=2, target_modules=TARGETS, task_type="SEQ_CLS", **PAPER))
     before = copy.deepcopy(model.state_dict())
     refused = rf"task 't1' were collected with the tokenizer theirs \({tokenizer_hash(theirs)}\), but this one is mine "
     for call in (
@@ -261,7 +262,8 @@ import json, sys
 from peft import get_peft_model
 from osrm_peft import OSRMLoraConfig, TaskFeatures, initialize_osrm_weights
 from tests.conftest import make_base
-config = OSRMLoraConfig(r=2, target_modules=["query", "value"], task_type="SEQ_CLS", out_of_task=[sys.argv[1]])
+paper = {"null_space": "random", "protect": None}
+config = OSRMLoraConfig(r=2, target_modules=["query", "value"], task_type="SEQ_CLS", out_of_task=[sys.argv[1]], **paper)
 found = {"layers": len(initialize_osrm_weights(get_peft_model(make_base(), config)))}
 for source in sys.argv[2:]:
     try:
