@@ -115,6 +115,9 @@ def test_ctrl_c_ends_the_command_with_a_word_on_how_to_go_on(tmp_path):
             break
         except subprocess.TimeoutExpired:
             continue
+    else:
+        running.kill()
+        pytest.fail("three interrupts did not end the command")
     assert running.returncode == 130
     assert "interrupted; what is finished lies in" in printed and "run the same command to go on" in printed
     assert not list(tmp_path.rglob("*.partial"))
