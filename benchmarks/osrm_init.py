@@ -1,6 +1,6 @@
 """OSRM's initialisation against the released way of doing it: times, memory and energies in one run.
 
-    python benchmarks/osrm_init.py                  # all of it, about 6 minutes on 2 quiet cores, under 4 GB
+    python benchmarks/osrm_init.py                  # all of it, about 15 minutes on 2 quiet cores, under 4 GB
     python benchmarks/osrm_init.py --part choose    # A for one layer of width 4096
     python benchmarks/osrm_init.py --part collect   # features of MiniLM, against the bare forward pass
     python benchmarks/osrm_init.py --part suite     # the whole init of six tasks, against the released procedure

@@ -39,7 +39,7 @@ INITS: dict[str, dict[str, Any] | None] = {  # OSRMLoraConfig fields; None: PEFT
     "plain": None,
     "plain_scaled": None,  # A × √3: as long as one with orthonormal rows
     "random": PAPER | {"protect": 0},  # orthonormal, blind to every task
-    "released": {"reference": True},
+    "released": PAPER | {"statistic": "mean", "reference": True},
     "mean": PAPER | {"statistic": "mean"},
     "sample": PAPER | {"statistic": "sample"},
     "token": PAPER,

@@ -52,14 +52,16 @@ def initialize_osrm_weights(
     layers = lora_layers(model, adapter_name)
     if isinstance(out_of_task, (str, Path, TaskFeatures)):
         raise ValueError(f"out_of_task must be a list of features or files, got a {type(out_of_task).__name__}")
-    others = load_out_of_task(model, adapter_name) if out_of_task is None else [_load(one) for one in out_of_task]
+    others = (
+        load_out_of_task(model, adapter_name) if out_of_task is None else [load_features(one) for one in out_of_task]
+    )
     if in_task is not None and not config.needs_own_features:
         raise ValueError(
             f"in_task={config.in_task!r}, null_space={config.null_space!r} do not look at the task's own features: "
             "leave in_task out, or choose another of these in the config"
         )
     own = config.in_task_features if in_task is None else in_task
-    own_features = _load(own) if own is not None and config.needs_own_features else None
+    own_features = load_features(own) if own is not None and config.needs_own_features else None
     _check_features(config, others, own_features)
     _check_layers(layers, adapter_name, config)
     for features in [*others, *([own_features] if own_features else [])]:
@@ -92,7 +94,7 @@ def initialize_osrm_weights(
 
 def load_out_of_task(model: PeftModel, adapter_name: str = "default") -> list[TaskFeatures]:
     """The features that the adapter's `OSRMLoraConfig` names; raises as `initialize_osrm_weights` does."""
-    return [_load(source) for source in _config_of(unwrapped(model), adapter_name).out_of_task or []]
+    return [load_features(source) for source in _config_of(unwrapped(model), adapter_name).out_of_task or []]
 
 
 class OutOfTask:
@@ -100,7 +102,7 @@ class OutOfTask:
 
     def __init__(self, features: Sequence[TaskFeatures]) -> None:
         self.features, self._inputs = features, [one.same_input() for one in features]
-        self._last: tuple[list[str], list[FeatureMoments], Pool, Spectrum] | None = None
+        self._last: tuple[tuple[str, ...], list[FeatureMoments], Pool, Spectrum] | None = None
 
     def input_of(self, name: str) -> tuple[str, ...]:
         """What tells the layer's input from others."""
@@ -112,7 +114,7 @@ class OutOfTask:
 
     def at(self, name: str) -> tuple[list[FeatureMoments], Pool, Spectrum]:
         """The tasks' moments of one layer, pooled, and their spectrum."""
-        leaders = list(self.input_of(name))
+        leaders = self.input_of(name)
         if self._last is None or self._last[0] != leaders:
             self._last = None  # before the next is read: memory holds one
             moments = [one.layers[name] for one in self.features]
@@ -154,7 +156,8 @@ def _config_of(model: PeftModel, adapter_name: str) -> OSRMLoraConfig:
     return config
 
 
-def _load(features: TaskFeatures | str | Path) -> TaskFeatures:
+def load_features(features: TaskFeatures | str | Path) -> TaskFeatures:
+    """Features as they are, or of a file."""
     return features if isinstance(features, TaskFeatures) else TaskFeatures.load(features)
 
 

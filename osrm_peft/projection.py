@@ -16,7 +16,7 @@ from osrm_peft.adapters import Factors, LoraAdapter
 from osrm_peft.checks import number
 from osrm_peft.features import TaskFeatures
 from osrm_peft.files import MANIFEST, new_folder, read_manifest, versions, write_json
-from osrm_peft.initialization import OutOfTask, check_tasks, describe, layer_generator
+from osrm_peft.initialization import OutOfTask, check_tasks, describe, layer_generator, load_features
 from osrm_peft.spectrum import Pool, Spectrum
 from osrm_peft.subspace import choose_directions
 
@@ -116,8 +116,8 @@ def project_adapter(
             a layer that has no features (an embedding, a convolution): no layer is passed over.
     """
     loaded = adapter if isinstance(adapter, LoraAdapter) else load_adapter(adapter)
-    others = [_load(features) for features in out_of_task]
-    own = None if in_task is None else _load(in_task)
+    others = [load_features(features) for features in out_of_task]
+    own = None if in_task is None else load_features(in_task)
     if keep is not None:
         keep = number("keep", keep, 0, 1, open_low=True)
         if (null_space, protect) != ("random", None):
@@ -159,10 +159,6 @@ def project_adapter(
         "seed": seed,
     }
     return Projection(replace(loaded, factors=factors, sha256=None), layers, settings)
-
-
-def _load(features: TaskFeatures | str | Path) -> TaskFeatures:
-    return features if isinstance(features, TaskFeatures) else TaskFeatures.load(features)
 
 
 def _check_layers(adapter: LoraAdapter, features: Sequence[TaskFeatures], base_model: str | None) -> None:

@@ -124,14 +124,17 @@ class Recipe:
         progress: bool = True,
     ) -> TaskFeatures:
         """Collect one task's features on k training rows; `base` is the model if it is loaded already."""
-        options = {key: (self.osrm or {})[key] for key in ("statistic", "reference") if key in (self.osrm or {})}
+        config = self.lora_config(name)
+        options: dict[str, Any] = {}
+        if isinstance(config, OSRMLoraConfig):
+            options = {"statistic": config.statistic, "reference": config.reference}
         padding = "max_length" if options.get("reference") else "longest"  # the released code pads to a fixed length
         return collect_features(
             base or self.base(),
             self._loader(name, self.k, padding),
             tokenizer=load_tokenizer(self.model),
             task=name,
-            target_modules=LoraConfig(**(PAPER_LORA | self.lora)),
+            target_modules=config,
             k=self.k,
             seed=self.seed,
             group_size=group_size,

@@ -169,3 +169,10 @@ def test_a_trained_adapter_is_not_trained_over_by_chance(tmp_path):
     assert (tmp_path / "out/osrm_peft.json").stat().st_mtime_ns == before
     recipe.train("tweets", tmp_path / "out", overwrite=True)
     assert (tmp_path / "out/osrm_peft.json").stat().st_mtime_ns > before
+
+
+def test_features_are_collected_as_the_config_will_ask_for_them(tmp_path):
+    for osrm in ({}, {"statistic": "sample"}, {"reference": True}):
+        recipe = Recipe.from_yaml(write(tmp_path, tasks=["tweets", "sms_spam"], osrm=osrm))
+        features, config = recipe.collect("tweets", progress=False), recipe.lora_config("sms_spam")
+        assert (features.statistic, features.reference) == (config.statistic, config.reference)
