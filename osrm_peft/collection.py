@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.data import RandomSampler
 
 from osrm_peft.checks import choice, integer
-from osrm_peft.features import JoinedMoments, TaskFeatures, tokenizer_hash
+from osrm_peft.features import TaskFeatures, tokenizer_hash
 from osrm_peft.layer_inputs import Collector, samples, undisturbed, watch_inputs
 from osrm_peft.layers import (
     all_lora_layers,
@@ -25,6 +25,7 @@ from osrm_peft.layers import (
     unwrapped,
     weight_hash,
 )
+from osrm_peft.moment_files import JoinedMoments
 from osrm_peft.moments import STATISTICS
 from osrm_peft.positions import Sides
 

@@ -14,7 +14,7 @@ from torch import nn
 from osrm_peft.checks import integer
 from osrm_peft.files import new_file
 from osrm_peft.layers import base_name, base_of, input_width, weight_hash
-from osrm_peft.moment_files import JoinedMoments, MomentsOnDemand, features_file, part_shapes, parts_of
+from osrm_peft.moment_files import FileMoments, MomentsOnDemand, features_file, part_shapes, parts_of
 from osrm_peft.moments import FeatureMoments
 from osrm_peft.tensor_files import write_tensors
 
@@ -56,14 +56,14 @@ class TaskFeatures:
 
     def same_input(self) -> dict[str, str]:
         """{layer: the first layer that receives the same tensor}, without reading a file's tensors."""
-        if isinstance(self.layers, (MomentsOnDemand, JoinedMoments)):
+        if isinstance(self.layers, FileMoments):
             return self.layers.same_input
         leaders: dict[int, str] = {}
         return {name: leaders.setdefault(id(moments), name) for name, moments in self.layers.items()}
 
     def widths(self) -> dict[str, int]:
         """{layer: n, its input width}, without reading a file's tensors."""
-        if isinstance(self.layers, (MomentsOnDemand, JoinedMoments)):
+        if isinstance(self.layers, FileMoments):
             return {name: self.layers.widths[leader] for name, leader in self.layers.same_input.items()}
         return {name: moments.width for name, moments in self.layers.items()}
 

@@ -18,12 +18,26 @@ _WRITE = "write it with `osrm-peft features`"
 _PARTS = ("mean", "samples", "second_moment", "second_moment_tril")
 
 
-class MomentsOnDemand(Mapping[str, FeatureMoments]):
-    """{layer: FeatureMoments} of a features file, each read and checked when asked for.
+class FileMoments(Mapping[str, FeatureMoments]):
+    """{layer: FeatureMoments} whose tensors are in files.
 
     Attributes:
-        same_input: {layer: the layer under whose name its input's tensors are in the file}.
+        same_input: {layer: the layer under whose name its input's tensors are in a file}.
         widths: {that layer: n}.
+    """
+
+    same_input: dict[str, str]
+    widths: dict[str, int]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.same_input)
+
+    def __len__(self) -> int:
+        return len(self.same_input)
+
+
+class MomentsOnDemand(FileMoments):
+    """The moments of one features file, each read and checked when asked for.
 
     Raises:
         KeyError, ValueError: tensors are missing, or have other shapes than the header tells of.
@@ -48,12 +62,6 @@ class MomentsOnDemand(Mapping[str, FeatureMoments]):
             moments = self._known[leader] = self._moments(leader)
         return moments
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.same_input)
-
-    def __len__(self) -> int:
-        return len(self.same_input)
-
     def _moments(self, leader: str) -> FeatureMoments:
         n, count = self.widths[leader], self._counts[leader]
         found = {part: self._part(f"{leader}.{part}") for part in _PARTS if f"{leader}.{part}" in self._parts}
@@ -75,8 +83,8 @@ class MomentsOnDemand(Mapping[str, FeatureMoments]):
         return tensor
 
 
-class JoinedMoments(Mapping[str, FeatureMoments]):
-    """{layer: FeatureMoments} of several files with the same layers' order as `names`, in a folder that it keeps."""
+class JoinedMoments(FileMoments):
+    """The moments of several files, in the order of `names`, in a folder that it keeps."""
 
     def __init__(self, parts: Iterable[MomentsOnDemand], names: Iterable[str], folder: Any) -> None:
         self._part_of = {name: part for part in parts for name in part}
@@ -86,12 +94,6 @@ class JoinedMoments(Mapping[str, FeatureMoments]):
 
     def __getitem__(self, name: str) -> FeatureMoments:
         return self._part_of[name][name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.same_input)
-
-    def __len__(self) -> int:
-        return len(self.same_input)
 
 
 def features_file(source: str | Path) -> Path:
