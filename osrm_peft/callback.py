@@ -8,19 +8,25 @@ from torch import Tensor
 from transformers import TrainerCallback
 from transformers.trainer_callback import CallbackHandler
 
-from osrm_peft.initialization import OutOfTask, initialize_osrm_weights, load_out_of_task
+from osrm_peft.distributed import whole
+from osrm_peft.initialization import initialize_osrm_weights, load_out_of_task
 from osrm_peft.layers import lora_layers
+from osrm_peft.out_of_task import OutOfTask
 from osrm_peft.spectrum import Pool
 from osrm_peft.subspace import procrustes_drift
 
 logger = logging.getLogger(__name__)
 
+ROUNDING = 0.01  # of A's length: what an engine that computes in bfloat16 may round
+
 
 class OSRMCallback(TrainerCallback):
     """Initialises a LoRA model made with `OSRMLoraConfig` for `Trainer(model, …, callbacks=[OSRMCallback()])`.
 
-    * `on_init_end` sets A: before the optimizer exists and before any engine wraps or shards the model.
-    * At the first step it checks that the A in the model is the A that it wrote.
+    * `on_init_end` sets A: before the optimizer exists and before any engine wraps or shards the model. Of several
+      processes the main one chooses, and all write the same.
+    * Before the first step it checks that the A in the model is the A that it wrote, and after it that A has not moved:
+      while B = 0 it has no gradient, so an A that moved was restored from a copy that an engine took earlier.
     * To every training log (console, history, TensorBoard, W&B, …) it adds means over layers: `osrm/drift`, the
       Procrustes distance D/‖Ã‖ between A and its initial Ã (OSRM paper, Fig. 3), and `osrm/out_of_task_energy`,
       tr(A S_¬t Aᵀ) / tr S_¬t. The log history (`trainer_state.json`) has `osrm/drift/<layer>` besides.
@@ -34,13 +40,14 @@ class OSRMCallback(TrainerCallback):
 
     Raises:
         TypeError, ValueError: see `initialize_osrm_weights`.
-        RuntimeError: at the first step, A is not the one that was written.
+        RuntimeError: at the first step, A is not the one that was written; or the processes have different A.
     """
 
     def __init__(self, adapter_name: str = "default", log_energy: bool = True) -> None:
         self.adapter_name, self.log_energy = adapter_name, log_energy
         self.missing: FileNotFoundError | None = None  # no features: an error, unless a run goes on from a checkpoint
         self.checked = False  # a second train() goes on from the trained A
+        self.first_step = False  # in the first step of a fresh run
         self.initial: dict[str, Tensor] = {}  # {layer: (r, n) copy of Ã, float32 on the CPU}
         self.pools: dict[str, Pool] = {}  # {layer: the other tasks' pooled moments}
 
@@ -49,17 +56,16 @@ class OSRMCallback(TrainerCallback):
         _go_first(self)
         progress = not args.disable_tqdm and state.is_local_process_zero
         try:
-            others = load_out_of_task(model, self.adapter_name)
+            initialize_osrm_weights(
+                model, adapter_name=self.adapter_name, tokenizer=processing_class, progress=progress, distributed=True
+            )
         except FileNotFoundError as error:
             logger.warning("%s; without it only a run from a checkpoint can go on", error)
             self.missing = error
             return
-        initialize_osrm_weights(
-            model, others, adapter_name=self.adapter_name, tokenizer=processing_class, progress=progress
-        )
         self.initial = self._current(model)
-        if self.log_energy:
-            out, kept = OutOfTask(others), {}
+        if self.log_energy and state.is_world_process_zero:
+            out, kept = OutOfTask(load_out_of_task(model, self.adapter_name)), {}
             for name in self.initial:
                 if out.input_of(name) not in kept:
                     kept[out.input_of(name)] = out.pool(name).float()
@@ -75,13 +81,30 @@ class OSRMCallback(TrainerCallback):
             raise RuntimeError("OSRMCallback came too late to set A: pass it to Trainer(…, callbacks=[OSRMCallback()])")
         if state.global_step > 0 or self.checked:
             return
-        self.checked = True
-        for name, A in self._current(model).items():
-            if not torch.equal(A, self.initial[name]):
+        self.checked = self.first_step = True
+        for name, weight in self._weights(model).items():
+            A, written = whole(weight).float(), self.initial[name].to(weight.dtype).float()  # an engine may round it
+            if not torch.equal(A, written):
                 raise RuntimeError(
                     f"A of layer {name!r} is not the one that OSRM wrote (largest difference "
-                    f"{(A - self.initial[name]).abs().max():.2e}): something re-initialised or overwrote the adapter "
-                    "between Trainer(…) and train(). Build the Trainer last, and let nothing else write lora_A"
+                    f"{(A - written).abs().max():.2e}): something re-initialised or overwrote the adapter between "
+                    "Trainer(…) and train(). Build the Trainer last, and let nothing else write lora_A"
+                )
+
+    def on_step_end(self, args, state, control, model=None, **kwargs) -> None:
+        """After the first step of a fresh run: weight decay apart, A may not have moved."""
+        if not self.first_step:
+            return
+        self.first_step = False
+        allowed = args.learning_rate * args.weight_decay + ROUNDING
+        for name, A in self._current(model).items():
+            moved = float((A - self.initial[name]).norm() / self.initial[name].norm())
+            if not moved <= allowed:
+                raise RuntimeError(
+                    f"A of layer {name!r} moved by {moved:.2g} of its length in the first step, {allowed:.2g} at most "
+                    "was possible (while B = 0, A has no gradient): the engine restored another A, from a copy that it "
+                    "took before OSRM's was written. Build the model and the Trainer, with OSRMCallback among its "
+                    "callbacks, before anything prepares the model (accelerator.prepare, deepspeed.initialize)"
                 )
 
     def on_log(self, args, state, control, logs=None, model=None, **kwargs) -> None:
@@ -99,12 +122,12 @@ class OSRMCallback(TrainerCallback):
         # would drown the loss.
         state.log_history[-1].update(found | {f"osrm/drift/{name}": value for name, value in drift.items()})
 
-    def _current(self, model) -> dict[str, Tensor]:
+    def _weights(self, model) -> dict[str, Tensor]:
         layers = lora_layers(model, self.adapter_name)
-        return {
-            name: layer.lora_A[self.adapter_name].weight.detach().to("cpu", torch.float32, copy=True)
-            for name, layer in layers.items()
-        }
+        return {name: layer.lora_A[self.adapter_name].weight for name, layer in layers.items()}
+
+    def _current(self, model) -> dict[str, Tensor]:
+        return {name: whole(weight).float() for name, weight in self._weights(model).items()}
 
 
 def _go_first(callback: TrainerCallback) -> None:

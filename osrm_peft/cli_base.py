@@ -1,5 +1,6 @@
 """What the commands of `osrm-peft` share: the app, the console, options, and NAME=VALUE texts."""
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,7 +14,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Train LoRA adapters so that they can be merged (OSRM), and merge them (LoRE-Merging and the baselines).",
 )
-console = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 120)  # soft: a path is one word, to copy
+console = Console(  # soft: a path is one word, to copy; of several processes the first prints
+    soft_wrap=True, width=None if sys.stdout.isatty() else 120, quiet=os.environ.get("RANK", "0") != "0"
+)
 
 ConfigOption = Annotated[Path, typer.Option("--config", "-c", help="A recipe, see recipes/configs/.")]
 TaskOption = Annotated[list[str] | None, typer.Option("--task", "-t", help="A task; repeat it. Default: all.")]

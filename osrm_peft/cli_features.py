@@ -42,6 +42,7 @@ def features(
     import transformers
 
     from osrm_peft.checks import choice
+    from osrm_peft.distributed import start
     from osrm_peft.features import TaskFeatures
     from osrm_peft.recipe import Recipe
 
@@ -58,15 +59,21 @@ def features(
     if statistic is not None:
         recipe = replace(recipe, osrm=(recipe.osrm or {}) | {"statistic": statistic})
     transformers.logging.set_verbosity_error()  # it warns of the head, which features do not need
-    base = None
+    base, processes = None, start()
+
+    def there(path: Path) -> bool:
+        if found := path.exists() and not overwrite:
+            _check_same(TaskFeatures.load(path), recipe)
+        return found
+
     for name in chosen(task, recipe.task_names()):
         path = recipe.features_file(name)
-        if path.exists() and not overwrite:
-            _check_same(TaskFeatures.load(path), recipe)
+        if processes.from_main(lambda path=path: there(path)):
             say(f"{path} is there already (--overwrite makes it anew)")
             continue
-        base = base or recipe.base()
-        recipe.collect(name, base=base, group_size=group_size).save(path, getattr(torch, dtype))
+        base = recipe.base() if base is None else base
+        found = recipe.collect(name, base=base, group_size=group_size, distributed=True)
+        processes.from_main(lambda path=path, found=found: found.save(path, getattr(torch, dtype)))
         say(f"wrote {path}")
 
 

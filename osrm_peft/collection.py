@@ -2,7 +2,7 @@
 
 import inspect
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel
 from torch import nn
-from torch.utils.data import RandomSampler
 
 from osrm_peft.checks import choice, integer
+from osrm_peft.distributed import Processes, execution_device
 from osrm_peft.features import TaskFeatures, tokenizer_hash
-from osrm_peft.layer_inputs import Collector, samples, undisturbed, watch_inputs
+from osrm_peft.layer_inputs import Batch, Collector, check_rereadable, samples, undisturbed, watch_inputs
 from osrm_peft.layers import (
     all_lora_layers,
     base_name,
@@ -43,6 +43,7 @@ def collect_features(
     reference: bool = False,
     group_size: int | None = None,
     progress: bool = True,
+    distributed: bool = False,
 ) -> TaskFeatures:
     """Run up to k samples through the pre-trained model and sum up the inputs of the target layers.
 
@@ -51,7 +52,7 @@ def collect_features(
     `decoder_attention_mask` (or of the token labels, from which the decoder's inputs are made where the batch has
     none), its cross-attention the encoder's. In packed rows (`position_ids` that start again at 0) each part is a
     sample. A PeftModel runs with its adapter off, a compiled model eagerly. The model is left as it was: hooks gone,
-    train mode and gradients untouched.
+    train mode and gradients untouched. It may lie on several devices (`device_map`), or be split by ZeRO-3 or FSDP2.
 
     Args:
         model: the pre-trained model, or a PeftModel around it; runs on the device it is on.
@@ -67,6 +68,8 @@ def collect_features(
         group_size: of how many distinct inputs the sums are in memory at once; each group is a pass over the loader,
             which must give the same samples each time, and those that are done wait in a temporary folder. None: all,
             in one pass.
+        distributed: all processes of torch.distributed call this with the same loader and share its samples; each
+            gets the sums over all of them. A model that an engine has split needs it.
 
     Raises:
         ValueError: unknown statistic, k below 1, no target layer or one that never runs, or a loader without a sample.
@@ -75,7 +78,7 @@ def collect_features(
     if reference and statistic != "mean":
         raise ValueError(f"reference=True keeps one mean a task: use statistic='mean', not {statistic!r}")
     return _collect(
-        model, loader, task, target_modules, k, seed, tokenizer, group_size, progress,
+        model, loader, task, target_modules, k, seed, tokenizer, group_size, progress, Processes.of(distributed),
         statistic=statistic, reference=reference, adapted=False,
     )  # fmt: skip
 
@@ -91,6 +94,7 @@ def collect_gram(
     tokenizer: Any = None,
     group_size: int | None = None,
     progress: bool = True,
+    distributed: bool = False,
 ) -> TaskFeatures:
     """The Gram matrices of RegMean: second moments of the target layers' inputs, on the *fine-tuned* model.
 
@@ -98,14 +102,14 @@ def collect_gram(
 
     Args:
         model: the fine-tuned model: a PeftModel with its adapter active, or full weights; runs on the device it is on.
-        loader, task, target_modules, seed, tokenizer, group_size, progress: see `collect_features`.
+        loader, task, target_modules, seed, tokenizer, group_size, progress, distributed: see `collect_features`.
         k: how many samples at most (the paper uses up to 1,000).
 
     Raises:
         ValueError: k below 1, no target layer, or a loader without a sample.
     """
     return _collect(
-        model, loader, task, target_modules, k, seed, tokenizer, group_size, progress,
+        model, loader, task, target_modules, k, seed, tokenizer, group_size, progress, Processes.of(distributed),
         statistic="token", reference=False, adapted=True,
     )  # fmt: skip
 
@@ -120,12 +124,13 @@ def _collect(
     tokenizer: Any,
     group_size: int | None,
     progress: bool,
+    processes: Processes,
     *,
     statistic: str,
     reference: bool,
     adapted: bool,
 ) -> TaskFeatures:
-    k = integer("k", k, 1)
+    k, device = integer("k", k, 1), execution_device(model)
     model = unwrapped(model)
     layers = target_layers(model, target_modules)
     if not adapted:
@@ -138,8 +143,9 @@ def _collect(
         watched = {name: input_width(name, layers[name]) for name in names}
         whole_samples = statistic != "token"  # a scout keeps little, but sees positions as the real run does
         collector = Collector(watched, "mean" if scout else statistic, Sides(base_of(model)), whole_samples, reference)
-        seen = _run(model, layers, collector, loader, task, k, what, progress, adapted=adapted)
-        return collector, seen
+        batches = samples(loader, k, processes, task=task, what=what, progress=progress)
+        seen = _run(model, layers, collector, batches, device, adapted=adapted)
+        return collector, _sum_up(collector, seen, processes)
 
     def features(collector: Collector, seen: int) -> TaskFeatures:
         moments = {name: collector.moments[name] for name in collector.widths}
@@ -152,11 +158,7 @@ def _collect(
 
     if group_size is None:
         return features(*run(layers, k, f"features of {task}"))
-    if isinstance(loader, Iterator) or isinstance(getattr(loader, "sampler", None), RandomSampler):
-        raise ValueError(
-            "group_size reads the loader several times, and needs the same samples each time: give a DataLoader "
-            "without shuffle, or a list of batches"
-        )
+    check_rereadable(loader, "group_size reads the loader several times, and needs the same samples each time")
     size, (shared, _) = integer("group_size", group_size, 1), run(layers, 1, f"layers of {task}", scout=True)
     leaders = list(dict.fromkeys(shared.leaders[name] for name in layers))
     groups = [leaders[start : start + size] for start in range(0, len(leaders), size)]
@@ -176,15 +178,12 @@ def _run(
     model: nn.Module,
     layers: Mapping[str, nn.Module],
     collector: Collector,
-    loader: Iterable[Mapping[str, Any]],
-    task: str,
-    k: int,
-    what: str,
-    progress: bool,
+    batches: Iterable[Batch],
+    device: torch.device,
     *,
     adapted: bool,
 ) -> int:
-    """One pass over the loader into the collector; from how many samples."""
+    """One pass over the batches into the collector; from how many samples."""
     base, seen, sides = base_of(model), 0, collector.sides
     watched = {name: layers[name] for name in collector.widths}
     # With a cache, transformers takes a packed row for one sample, whose parts see one another.
@@ -199,18 +198,29 @@ def _run(
         if sides.encoder is not None:
             handle = sides.encoder.register_forward_hook(lambda module, args, output: collector.encode(output[0]))
             stack.callback(handle.remove)
-        for batch in samples(loader, k, next(base.parameters()).device, task=task, what=what, progress=progress):
+        for given in batches:
+            batch = given.to(device)
             inputs = sides.with_decoder(batch.inputs, batch.labels)
-            collector.start(inputs, batch.positions)
+            collector.start(inputs, batch.positions, batch.counts)
             base(**inputs | uncached)
-            seen += batch.count
+            seen += batch.count if batch.counts else 0
     idle = [name for name in watched if name not in collector.moments]
     if idle:
         raise ValueError(
             f"{len(idle)} of the {len(watched)} target layers never ran, {idle[0]!r} the first of them: "
             "list them in exclude_modules, or narrow target_modules"
         )
-    for name, moments in collector.moments.items():
+    return seen
+
+
+def _sum_up(collector: Collector, seen: int, processes: Processes) -> int:
+    """The collector's moments become those of all processes; from how many samples."""
+    own = {name: moments for name, moments in collector.moments.items() if collector.leaders[name] == name}
+    everyone = processes.gather((seen, {name: moments.count for name, moments in own.items()}))
+    if processes.count > 1:
+        for name, moments in own.items():
+            moments.sum_over_([counts[name] for _, counts in everyone], processes.rank, processes.sum_)
+    for name, moments in own.items():
         if not moments.mean().isfinite().all():
             raise ValueError(f"layer {name!r} receives NaN or Inf: is the model's checkpoint sound?")
-    return seen
+    return sum(count for count, _ in everyone)

@@ -13,7 +13,7 @@ from torch import nn
 
 from osrm_peft.checks import integer
 from osrm_peft.files import new_file
-from osrm_peft.layers import base_name, base_of, input_width, weight_hash
+from osrm_peft.layers import base_name, base_of, hash_of, input_width, weight_hash
 from osrm_peft.moment_files import FileMoments, MomentsOnDemand, features_file, part_shapes, parts_of
 from osrm_peft.moments import FeatureMoments
 from osrm_peft.tensor_files import write_tensors
@@ -126,8 +126,17 @@ class TaskFeatures:
                 "write it with `osrm-peft features`"
             ) from error
 
-    def check_fits(self, model: nn.Module, layers: Iterable[str], tokenizer: Any = None) -> None:
+    def check_fits(
+        self,
+        model: nn.Module,
+        layers: Iterable[str],
+        tokenizer: Any = None,
+        sampled: Mapping[str, bytes] | None = None,
+    ) -> None:
         """Check that these features are of `model` (and `tokenizer`) and hold all of `layers`, at the right widths.
+
+        Args:
+            sampled: the model's `layers.sampled_weights`, with those of this file's layers; None: they are read here.
 
         Raises:
             ValueError: names the task, all layers that are missing or differ in width, or both models or tokenizers.
@@ -153,12 +162,13 @@ class TaskFeatures:
                 f"{whose} have width {widths[wrong[0]]} "
                 f"at {wrong[0]!r}, the model has {actual_widths[wrong[0]]}: they are of another base model"
             )
-        try:
-            actual = weight_hash(model, self.layers)
-        except AttributeError as error:  # a layer of the file that this model lacks
+        foreign = sorted(set(self.layers) - set(dict(base.named_modules())))
+        if foreign:
             raise ValueError(
-                f"the features of task {self.task!r} are of {self.base_model}, another architecture: {error}"
-            ) from error
+                f"the features of task {self.task!r} are of {self.base_model}, another architecture: "
+                f"{base_name(base)} has no layer {foreign[0]!r}"
+            )
+        actual = weight_hash(model, self.layers) if sampled is None else hash_of(sampled, self.layers)
         if actual != self.weight_hash:
             raise ValueError(
                 f"the features of task {self.task!r} were collected on {self.base_model} (weights {self.weight_hash}), "

@@ -2,15 +2,18 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from accelerate.data_loader import DataLoaderDispatcher, DataLoaderShard
 from torch import Tensor, nn
+from torch.utils.data import DistributedSampler, RandomSampler
 from tqdm.auto import tqdm
 
+from osrm_peft.distributed import Processes
 from osrm_peft.moments import FeatureMoments
-from osrm_peft.positions import Positions, Sides, find_positions
+from osrm_peft.positions import Positions, Sides, find_positions, same_tensor
 
 
 @dataclass(frozen=True)
@@ -18,43 +21,84 @@ class Batch:
     """A batch as the model takes it, cut to the samples that are wanted.
 
     Attributes:
-        inputs: without labels, on the model's device.
+        inputs: without labels.
         labels: the batch's labels, if it has them.
         positions: where its samples are.
         count: how many they are.
+        counts: False where it only keeps this process in step with the others, who have samples left.
     """
 
     inputs: dict[str, Any]
     labels: Tensor | None
     positions: Positions
     count: int
+    counts: bool = True
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same batch there."""
+
+        def moved(value: Any) -> Any:
+            return value.to(device) if isinstance(value, Tensor) else value
+
+        positions = replace(self.positions, keep=moved(self.positions.keep), samples=moved(self.positions.samples))
+        inputs = {key: moved(value) for key, value in self.inputs.items()}
+        return replace(self, inputs=inputs, labels=moved(self.labels), positions=positions)
+
+
+def check_rereadable(loader: Any, why: str) -> None:
+    """Raise ValueError if the loader gives other samples each time it is read."""
+    if isinstance(loader, Iterator) or isinstance(getattr(loader, "sampler", None), RandomSampler):
+        raise ValueError(f"{why}: give a DataLoader without shuffle, or a list of batches")
 
 
 def samples(
-    loader: Iterable[Mapping[str, Any]], k: int, device: torch.device, *, task: str, what: str, progress: bool
+    loader: Iterable[Mapping[str, Any]], k: int, processes: Processes, *, task: str, what: str, progress: bool
 ) -> Iterator[Batch]:
-    """Batches of at most k samples together.
+    """This process' batches, of at most k samples over all processes; each gets equally many batches.
 
     Raises:
-        ValueError: at the end, if there was none.
+        ValueError: the loader is split over processes already; or at the end, if there was no sample, or processes had
+            different ones.
     """
-    seen = 0
-    with tqdm(total=k, desc=what, unit="sample", disable=not progress) as bar:
+    if processes.count > 1:
+        check_rereadable(loader, "several processes share the samples of one loader, which must be the same everywhere")
+        if isinstance(loader, (DataLoaderShard, DataLoaderDispatcher)) or isinstance(
+            getattr(loader, "sampler", None), DistributedSampler
+        ):
+            raise ValueError(
+                f"the loader of task {task!r} is split over the processes already (accelerator.prepare, or a "
+                "DistributedSampler), which may repeat samples: give the loader as it was before, it is shared out here"
+            )
+    seen, waiting = 0, []
+    with tqdm(total=k, desc=what, unit="sample", disable=not progress or not processes.main) as bar:
         for given in loader:
-            batch = _cut(given, k - seen, device)
+            batch = _cut(given, k - seen)
             if batch.count == 0:
                 continue
-            yield batch
             seen += batch.count
+            waiting.append(batch)
+            if len(waiting) == processes.count or seen >= k:
+                yield _mine(waiting, processes)
+                waiting = []
             bar.update(batch.count)
             if seen >= k:
                 break
+        if waiting:
+            yield _mine(waiting, processes)
+    everyone = processes.gather(seen)
+    if len(set(everyone)) > 1:
+        raise ValueError(f"the processes' loaders of task {task!r} gave {everyone} samples: they must be the same")
     if seen == 0:
         raise ValueError(f"the loader of task {task!r} gave no sample: is its dataset empty?")
 
 
-def _cut(batch: Mapping[str, Any], most: int, device: torch.device) -> Batch:
-    """The first `most` samples of a batch, on the device."""
+def _mine(batches: list[Batch], processes: Processes) -> Batch:
+    """This process' batch of at most one each; the last again, not to be counted, where there are too few."""
+    return batches[processes.rank] if processes.rank < len(batches) else replace(batches[-1], counts=False)
+
+
+def _cut(batch: Mapping[str, Any], most: int) -> Batch:
+    """The first `most` samples of a batch."""
     if not isinstance(batch, Mapping):
         raise TypeError(f"the loader must give dicts as the model takes them, got a {type(batch).__name__}")
     tensors = {key: value for key, value in batch.items() if isinstance(value, Tensor) and value.dim() > 0}
@@ -62,7 +106,7 @@ def _cut(batch: Mapping[str, Any], most: int, device: torch.device) -> Batch:
     main = [key for key in tensors if key in ("input_ids", "inputs_embeds", "attention_mask")] or list(tensors)
     rows = max((len(tensors[key]) for key in main), default=0)
     of_rows = {key for key, value in tensors.items() if len(value) == rows and not key.startswith("cu_seq_lens")}
-    cut = {key: (value[:most] if key in of_rows else value).to(device) for key, value in tensors.items()}
+    cut = {key: value[:most] if key in of_rows else value for key, value in tensors.items()}
     inputs = {key: value for key, value in {**batch, **cut}.items() if key not in ("label", "labels")}
     positions, count = find_positions(inputs, min(rows, most), most)
     return Batch(inputs, cut.get("labels", cut.get("label")), positions, count)
@@ -79,8 +123,9 @@ class Collector:
         self.moments: dict[str, FeatureMoments] = {}
         self.leaders: dict[str, str] = {}  # {layer: the first layer that receives the same tensor}
 
-    def start(self, inputs: Mapping[str, Any], positions: Positions) -> None:
-        """A new forward pass."""
+    def start(self, inputs: Mapping[str, Any], positions: Positions, counts: bool = True) -> None:
+        """A new forward pass; its inputs are not added where `counts` is False."""
+        self.counts = counts
         if self.reference:
             positions = Positions(positions.rows)  # padding counts
         self.positions = positions
@@ -88,7 +133,7 @@ class Collector:
         self.in_decoder = self.sides.decoder_positions(inputs, positions) if two else positions
         self.encoded: Tensor | None = None
         # (tensor, its version, the layer that received it first), of the last input and of the encoder's output; the
-        # tensors are kept alive, so `is` can be trusted
+        # tensors are kept alive, so that no other can lie at the same place
         self.received: dict[str, tuple[Tensor, int, str]] = {}
 
     def encode(self, encoded: Tensor) -> None:
@@ -102,7 +147,7 @@ class Collector:
         """
         leader = name
         for tensor, version, first in self.received.values():
-            if x is tensor and x._version == version:
+            if same_tensor(x, tensor) and x._version == version:
                 leader = first
         if self.leaders.setdefault(name, leader) != leader:
             raise RuntimeError(
@@ -115,8 +160,9 @@ class Collector:
         positions = self.in_decoder if self.sides.in_decoder(name, x, self.encoded) else self.positions
         if name not in self.moments:
             self.moments[name] = FeatureMoments(self.statistic, self.widths[name])
-        self.moments[name].add_(*positions.of(name, x, self.whole_samples))
-        self.received["encoded" if x is self.encoded else "last"] = (x, x._version, name)
+        if self.counts:
+            self.moments[name].add_(*positions.of(name, x, self.whole_samples))
+        self.received["encoded" if same_tensor(x, self.encoded) else "last"] = (x, x._version, name)
 
 
 @contextmanager

@@ -12,19 +12,19 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from osrm_peft.distributed import inner_module, whole_weight
+
 HASHED_ENTRIES = 1024
 
 
 def unwrapped(model: Any) -> Any:
-    """The model inside DataParallel, DistributedDataParallel or torch.compile; any other model as it is."""
+    """The model inside DistributedDataParallel, a DeepSpeed engine or torch.compile; any other model as it is."""
     while True:
         inside = getattr(model, "_modules", {})  # not hasattr: a PeftModel answers for the model inside it
-        if "_orig_mod" in inside:
-            model = inside["_orig_mod"]
-        elif isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-            model = model.module
-        else:
+        inner = inside["_orig_mod"] if "_orig_mod" in inside else inner_module(model)
+        if inner is None:
             return model
+        model = inner
 
 
 def base_of(model: Any) -> Any:
@@ -110,7 +110,7 @@ def linear_layer(name: str, module: nn.Module) -> nn.Linear | Conv1D:
 def input_width(name: str, module: nn.Module) -> int:
     """n of a linear layer; raises as `linear_layer` does."""
     layer = linear_layer(name, module)
-    return int(layer.weight.shape[0]) if isinstance(layer, Conv1D) else layer.in_features
+    return layer.nx if isinstance(layer, Conv1D) else layer.in_features
 
 
 def weight_shape(module: nn.Module) -> tuple[int, int] | None:
@@ -136,22 +136,37 @@ def weight_hash(model: nn.Module, names: Iterable[str]) -> str:
     Hashed are each tensor's name, shape and 1,024 evenly spaced entries rounded to bfloat16: equal whether the
     checkpoint was loaded in float32 or bfloat16, changed by any training, and quick on the largest models.
 
+    Args:
+        names: layers of the base model; of a model that an engine has split, every process must give the same ones.
+
     Returns:
         16 hexadecimal digits.
     """
+    names = list(names)
+    return hash_of(sampled_weights(model, names), names)
+
+
+def sampled_weights(model: nn.Module, names: Iterable[str]) -> dict[str, bytes]:
+    """Of the input embedding (under the name "") and of each named layer what `weight_hash` looks at."""
     base = base_of(model)
-    tensors = {}
     embedding = base.get_input_embeddings() if hasattr(base, "get_input_embeddings") else None
-    if embedding is not None and hasattr(embedding, "weight"):
-        tensors["input_embeddings"] = embedding.weight
-    for name in names:
-        tensors[name] = linear_layer(name, base.get_submodule(name)).weight
+    modules = {"": embedding} if embedding is not None and hasattr(embedding, "weight") else {}
+    modules |= {name: linear_layer(name, base.get_submodule(name)) for name in names}
+    found = {}
+    for name, module in modules.items():
+        with whole_weight(module) as weight:
+            entries = weight.detach().flatten()
+            index = torch.linspace(0, entries.numel() - 1, HASHED_ENTRIES, dtype=torch.float64).long().unique()
+            sampled = entries[index.to(entries.device)].to("cpu", torch.bfloat16).view(torch.int16)
+            found[name] = f"{name or 'input_embeddings'}{tuple(weight.shape)}".encode() + sampled.numpy().tobytes()
+    return found
+
+
+def hash_of(sampled: Mapping[str, bytes], names: Iterable[str]) -> str:
+    """The `weight_hash` over some of the `sampled_weights`."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        entries = tensor.detach().flatten()
-        index = torch.linspace(0, entries.numel() - 1, HASHED_ENTRIES, dtype=torch.float64).long().unique()
-        sampled = entries[index.to(entries.device)].to("cpu", torch.bfloat16).view(torch.int16)
-        digest.update(f"{name}{tuple(tensor.shape)}".encode() + sampled.numpy().tobytes())
+    for name in sorted({*names, *({""} & set(sampled))}, key=lambda name: name or "input_embeddings"):
+        digest.update(sampled[name])
     return digest.hexdigest()[:16]
 
 

@@ -1,5 +1,6 @@
 """FeatureMoments: the streaming statistic of one layer's inputs for one task; nothing else crosses tasks."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -83,6 +84,27 @@ class FeatureMoments:
             self._sum_up_rows()
             assert self.second is not None
             self.second += other.second
+
+    def sum_over_(self, counts: list[int], rank: int, sum_: Callable[[Tensor], Tensor]) -> None:
+        """Become the sum over processes, each of which calls this on its own moments of the same layer.
+
+        Args:
+            counts: N of each process.
+            rank: which of them this is.
+            sum_: sums a tensor over the processes, in place.
+        """
+        if self.statistic == "sample" and sum(counts) < self.width:
+            assert self.rows is not None
+            every = torch.zeros(sum(counts), self.width)
+            start = sum(counts[:rank])
+            every[start : start + self.count] = self.rows
+            self.rows = sum_(every)
+        elif self.statistic != "mean":
+            self._sum_up_rows()
+            assert self.second is not None
+            sum_(self.second)
+        sum_(self.total)
+        self.count = sum(counts)
 
     def mean(self) -> Tensor:
         """(n,) Σh / N, float64."""

@@ -41,6 +41,8 @@ class Positions:
                     "be told apart; use statistic='token', or leave the layer out of target_modules"
                 )
             return x, None, None
+        keep = self.keep.to(x.device)  # a device_map puts layers on several
+        samples = None if self.samples is None else self.samples.to(x.device)
         if x.dim() == 2 and len(x) == self.keep.numel() != self.rows:
             x = x.view(*self.keep.shape, -1)  # tokens of all samples in one row
         if x.shape[:2] != self.keep.shape if x.dim() == 3 else len(x) != self.rows or self.samples is not None:
@@ -48,7 +50,7 @@ class Positions:
                 f"layer {name!r} receives inputs of shape {tuple(x.shape)}, but the attention_mask is "
                 f"{tuple(self.keep.shape)}: padding cannot be told apart; leave the layer out of target_modules"
             )
-        return x, self.keep, self.samples
+        return x, keep, samples
 
 
 def find_positions(inputs: Mapping[str, Any], rows: int, most: int) -> tuple[Positions, int]:
@@ -97,7 +99,7 @@ class Sides:
 
     def in_decoder(self, name: str, x: Tensor, encoded: Tensor | None) -> bool:
         """Whether this layer's input x has the decoder's positions: cross-attention reads the encoder's output."""
-        return self.two and not name.startswith(self.prefix) and not _same(x, encoded)
+        return self.two and not name.startswith(self.prefix) and not same_tensor(x, encoded)
 
     def with_decoder(self, inputs: dict[str, Any], labels: Tensor | None) -> dict[str, Any]:
         """The inputs with those of the decoder, from token labels (−100 is padding) where the batch has none."""
@@ -115,6 +117,6 @@ class Sides:
         return main if made else Positions(main.rows)
 
 
-def _same(x: Tensor, encoded: Tensor | None) -> bool:
-    """Whether x is the encoder's output, or a view of all of it."""
-    return encoded is not None and x.data_ptr() == encoded.data_ptr() and x.shape == encoded.shape
+def same_tensor(x: Tensor, other: Tensor | None) -> bool:
+    """Whether x is the other tensor, or a view of all of it (as ZeRO-3 hands to each layer)."""
+    return other is not None and (x.data_ptr(), x.shape, x.stride()) == (other.data_ptr(), other.shape, other.stride())

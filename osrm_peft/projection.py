@@ -16,7 +16,8 @@ from osrm_peft.adapters import Factors, LoraAdapter
 from osrm_peft.checks import number
 from osrm_peft.features import TaskFeatures
 from osrm_peft.files import MANIFEST, new_folder, read_manifest, versions, write_json
-from osrm_peft.initialization import OutOfTask, check_tasks, describe, layer_generator, load_features
+from osrm_peft.initialization import layer_generator
+from osrm_peft.out_of_task import OutOfTask, check_tasks, describe, load_features
 from osrm_peft.spectrum import Pool, Spectrum
 from osrm_peft.subspace import choose_directions
 

@@ -6,13 +6,15 @@ from typing import Any
 
 import torch
 from peft import LoraConfig
+from torch import nn
 from torch.utils.data import DataLoader
-from transformers import DataCollatorWithPadding, PreTrainedModel
+from transformers import DataCollatorWithPadding
 
 from osrm_peft.adapter_reader import load_adapter
 from osrm_peft.checks import choice, integer
 from osrm_peft.collection import collect_features, collect_gram
 from osrm_peft.config import OSRMLoraConfig
+from osrm_peft.distributed import Processes, local_device, spread
 from osrm_peft.features import TaskFeatures
 from osrm_peft.fisher import DiagonalFisher, collect_fisher
 from osrm_peft.tasks import Task, list_tasks, load_task, tokenize
@@ -111,27 +113,38 @@ class Recipe:
         }
         return OSRMLoraConfig(**(fields | files | self.osrm))
 
-    def base(self) -> PreTrainedModel:
-        """The pre-trained model to collect features on, on the GPU if there is one."""
-        return load_base(self.model, 2).to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
+    def base(self) -> nn.Module:
+        """The pre-trained model to collect features on.
+
+        On all GPUs of the machine where it runs in one process; in several, split by ZeRO-3 or FSDP where the launch's
+        config says so, else whole on the GPU of each.
+        """
+        if not torch.cuda.is_available() or Processes.of(True).count > 1:
+            found = spread(lambda: load_base(self.model, 2))
+            return load_base(self.model, 2).to(local_device()) if found is None else found  # type: ignore[arg-type]
+        return load_base(self.model, 2, device_map="auto")
 
     def collect(
         self,
         name: str,
         *,
-        base: PreTrainedModel | None = None,
+        base: nn.Module | None = None,
         group_size: int | None = None,
         progress: bool = True,
+        distributed: bool = False,
     ) -> TaskFeatures:
-        """Collect one task's features on k training rows; `base` is the model if it is loaded already."""
+        """Collect one task's features on k training rows; `base` is the model if it is loaded already.
+
+        With `distributed`, all processes of torch.distributed do so together (see `collect_features`).
+        """
         config = self.lora_config(name)
         options: dict[str, Any] = {}
         if isinstance(config, OSRMLoraConfig):
             options = {"statistic": config.statistic, "reference": config.reference}
         padding = "max_length" if options.get("reference") else "longest"  # the released code pads to a fixed length
         return collect_features(
-            base or self.base(),
-            self._loader(name, self.k, padding),
+            self.base() if base is None else base,
+            self._loader(name, self.k, padding, Processes.of(distributed).count),
             tokenizer=load_tokenizer(self.model),
             task=name,
             target_modules=config,
@@ -139,6 +152,7 @@ class Recipe:
             seed=self.seed,
             group_size=group_size,
             progress=progress,
+            distributed=distributed,
             **options,
         )
 
@@ -156,12 +170,13 @@ class Recipe:
         found = collect(model, loader, task=name, k=k, seed=self.seed, progress=progress)
         return replace(found, adapter_sha256=loaded.sha256)
 
-    def _loader(self, name: str, k: int, padding: str = "longest") -> DataLoader:
-        """Batches of k training rows of a task, with labels, as the model takes them."""
+    def _loader(self, name: str, k: int, padding: str = "longest", processes: int = 1) -> DataLoader:
+        """Batches of k training rows of a task, with labels, as the model takes them; one a process at least."""
         tokenizer = load_tokenizer(self.model)
         task = load_task(self.suite, name).sample(train=k, seed=self.seed)
         collator = DataCollatorWithPadding(tokenizer, padding=padding, max_length=self.max_length)
-        return DataLoader(tokenize(task.train, tokenizer, self.max_length), batch_size=16, collate_fn=collator)
+        size = min(16, -(-k // processes))
+        return DataLoader(tokenize(task.train, tokenizer, self.max_length), batch_size=size, collate_fn=collator)
 
     def train(self, task: str, out: str | Path, *, overwrite: bool = False) -> Path:
         """Train one task's adapter (see `train_task`)."""

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -23,6 +24,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from osrm_peft.callback import OSRMCallback
 from osrm_peft.config import OSRMLoraConfig
+from osrm_peft.distributed import whole
 from osrm_peft.files import MANIFEST, check_replaceable, new_folder, versions, write_json
 from osrm_peft.packaged import resolve_model
 from osrm_peft.tasks import Task, tokenize
@@ -40,15 +42,16 @@ PAPER_TRAINING: dict[str, Any] = {
 }
 
 
-def load_base(model: str, num_labels: int) -> PreTrainedModel:
+def load_base(model: str, num_labels: int, device_map: str | None = None) -> PreTrainedModel:
     """A pre-trained model with a fresh classification head (`num_labels=1`: regression), in float32.
 
     Args:
         model: Hub id, folder, or `"packaged"`.
         num_labels: width of the head. It is drawn from torch's global generator: seed it first.
+        device_map: `"auto"` spreads a model over the GPUs of this machine, and its memory where they are too few.
     """
     base = AutoModelForSequenceClassification.from_pretrained(
-        resolve_model(model), num_labels=num_labels, ignore_mismatched_sizes=True
+        resolve_model(model), num_labels=num_labels, ignore_mismatched_sizes=True, device_map=device_map
     )
     if base.config.pad_token_id is None:  # decoders such as Llama have none; classification pools at the last token
         base.config.pad_token_id = load_tokenizer(model).pad_token_id
@@ -122,9 +125,10 @@ def train_task(
     trainer.remove_callback(PrinterCallback)  # with disable_tqdm the Trainer prints every log; ours go to the manifest
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None)
 
+    weights = whole_adapter(peft_model)
     if trainer.is_world_process_zero():
         with new_folder(output_dir, "adapter") as folder:
-            peft_model.save_pretrained(str(folder))
+            peft_model.save_pretrained(str(folder), state_dict=weights)
             manifest = {
                 "kind": "adapter",
                 "base_model": model,
@@ -140,4 +144,14 @@ def train_task(
             }
             write_json(folder / MANIFEST, manifest)
         shutil.rmtree(checkpoints, ignore_errors=True)
+    trainer.accelerator.wait_for_everyone()
     return output_dir
+
+
+def whole_adapter(model: PeftModel) -> dict[str, Tensor]:
+    """What `model.save_pretrained(state_dict=…)` needs of a model that an engine may have split.
+
+    Every process must call it. (The Trainer's own save leaves a frozen A out under ZeRO-3.)
+    """
+    tensors = model.state_dict(keep_vars=True)  # the parameters themselves know how they are split
+    return {name: whole(tensor) for name, tensor in tensors.items() if "lora_" in name or "modules_to_save" in name}

@@ -1,0 +1,201 @@
+"""Processes, and engines that split a model over them (FSDP2, DeepSpeed ZeRO-3) or off the device: known here only."""
+
+import os
+import pickle
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from accelerate.utils import align_module_device
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+T = TypeVar("T")
+_WRAPPERS = {"DataParallel", "DistributedDataParallel", "FullyShardedDataParallel", "DeepSpeedEngine"}
+
+
+@dataclass(frozen=True)
+class Processes:
+    """The processes that share a piece of work; each calls the same methods in the same order.
+
+    Attributes:
+        rank: which of them this is.
+        count: how many they are.
+    """
+
+    rank: int = 0
+    count: int = 1
+
+    @classmethod
+    def of(cls, distributed: bool) -> "Processes":
+        """All of torch.distributed, or this one alone."""
+        together = distributed and dist.is_available() and dist.is_initialized()
+        return cls(dist.get_rank(), dist.get_world_size()) if together else cls()
+
+    @property
+    def main(self) -> bool:
+        """Whether this is the one that writes."""
+        return self.rank == 0
+
+    def share(self, items: Sequence[T]) -> list[T]:
+        """This process' part of what all of them have."""
+        return list(items[self.rank :: self.count])
+
+    def gather(self, mine: T) -> list[T]:
+        """What each process has, in the order of ranks."""
+        found: list[Any] = [mine] * self.count
+        if self.count > 1:
+            dist.all_gather_object(found, mine)
+        return found
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        """The sum over processes, in place."""
+        if self.count > 1:
+            moved = tensor.to(_collective_device()).contiguous()
+            dist.all_reduce(moved)
+            tensor.copy_(moved)
+        return tensor
+
+    def from_main(self, function: Callable[[], T]) -> T:
+        """What the main process finds, or the error that it raises, for everyone."""
+        if self.count == 1:
+            return function()
+        found: list[Any] = [None, None]
+        if self.main:
+            try:
+                found[0] = function()
+            except Exception as error:
+                found[1] = _sendable(error)
+        dist.broadcast_object_list(found, src=0)
+        if found[1] is not None:
+            raise found[1]
+        return found[0]
+
+    def wait(self) -> None:
+        """Until all are here."""
+        if self.count > 1:
+            dist.barrier()
+
+
+def start() -> Processes:
+    """Join the processes of `accelerate launch` or torchrun, if this is one of several."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    return Processes.of(True)
+
+
+def local_device() -> torch.device:
+    """This process' GPU; the CPU where there is none."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+
+
+def spread(load: Callable[[], nn.Module]) -> nn.Module | None:
+    """The model, split over the processes by the engine of the launch's config (ZeRO-3 or FSDP); None without one."""
+    zero3 = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
+    zero3 = zero3 and os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3"
+    fsdp = os.environ.get("ACCELERATE_USE_FSDP") == "true" and torch.cuda.is_available()
+    if not (zero3 or fsdp) or int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return None
+    from accelerate import Accelerator
+    from accelerate.utils import InitProcessGroupKwargs
+
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(backend=backend)])
+    if zero3:  # no data loader goes through the engine, so the batch size that it asks for is of no use
+        accelerator.state.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = 1
+    return accelerator.prepare(load())
+
+
+def inner_module(model: Any) -> Any:
+    """The model that an engine has wrapped; None if this is no wrapper."""
+    wraps = any(kind.__name__ in _WRAPPERS for kind in type(model).__mro__)
+    return model.module if wraps else None
+
+
+def execution_device(model: nn.Module) -> torch.device:
+    """Where the model takes its inputs."""
+    hook = getattr(model, "_hf_hook", None)  # of a device_map: parameters may lie elsewhere
+    device = getattr(hook, "execution_device", None)
+    if device is not None:
+        return torch.device(device)
+    if any(_partitioned(parameter) for parameter in model.parameters()):
+        return local_device()
+    return next(model.parameters()).device
+
+
+@contextmanager
+def whole_weight(module: nn.Module) -> Iterator[Tensor]:
+    """A module's weight, brought together where a device_map or an engine has put it elsewhere; to read.
+
+    Every process must ask for a weight that an engine has split.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(align_module_device(module))
+        weight: Any = module.weight
+        yield stack.enter_context(_whole(weight))
+
+
+def whole(parameter: Tensor) -> Tensor:
+    """A copy of a whole parameter on the CPU. Every process must ask for one that an engine has split."""
+    with _whole(parameter) as tensor:
+        return tensor.detach().to("cpu", copy=True)
+
+
+def write(parameter: Tensor, value: Tensor) -> None:
+    """Write a whole parameter, wherever its parts are; every process does so, with the same value.
+
+    Raises:
+        ValueError: a DeepSpeed optimizer holds it already, and would write its own copy over the value.
+    """
+    if getattr(parameter, "_hp_mapping", None) is not None or getattr(parameter, "_z3_optimizer", None) is not None:
+        raise ValueError(
+            "a DeepSpeed optimizer has its own copy of the adapter's weights already, which would undo the "
+            "initialisation at the first step: initialise before accelerator.prepare, or deepspeed.initialize"
+        )
+    with torch.no_grad():
+        if isinstance(parameter, DTensor):
+            given = value.to(parameter.device, parameter.dtype)
+            parameter.copy_(distribute_tensor(given, parameter.device_mesh, parameter.placements))
+        elif _partitioned(parameter):
+            import deepspeed
+
+            with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+                parameter.copy_(value)
+        else:
+            parameter.copy_(value)
+
+
+@contextmanager
+def _whole(parameter: Tensor) -> Iterator[Tensor]:
+    if isinstance(parameter, DTensor):
+        yield parameter.full_tensor()
+    elif _partitioned(parameter):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([parameter]):
+            yield parameter
+    else:
+        yield parameter
+
+
+def _partitioned(parameter: Tensor) -> bool:
+    """Whether ZeRO-3 has split it."""
+    return hasattr(parameter, "ds_id")
+
+
+def _collective_device() -> torch.device:
+    """Where the processes' backend takes tensors."""
+    return torch.device("cpu") if "cpu:" in dist.get_backend_config() else local_device()
+
+
+def _sendable(error: Exception) -> Exception:
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
