@@ -5,6 +5,7 @@
     python benchmarks/osrm_init.py --part collect   # features of MiniLM, against the bare forward pass
     python benchmarks/osrm_init.py --part suite     # the whole init of six tasks, against the released procedure
     python benchmarks/osrm_init.py --part memory    # token statistics of q and v in 32 layers of width 4096
+    python benchmarks/osrm_init.py --part sizes     # of features, by arithmetic, for models of several sizes
 
 Ratios matter, not seconds: machines differ and drift, so each pair is measured side by side.
 """
@@ -39,6 +40,13 @@ from osrm_peft.tasks import tokenize
 from osrm_peft.training import load_base, load_tokenizer
 
 WIDTH, RANK, OTHERS, K = 4096, 16, 7, 100
+MODELS = (  # name, layers, width
+    ("roberta-large", 24, 1024),
+    ("Llama-3.2-1B", 16, 2048),
+    ("Llama-3.2-3B", 28, 3072),
+    ("Llama-3-8B", 32, 4096),
+    ("Llama-3-70B", 80, 8192),
+)
 TARGETS, MAX_LENGTH = ["query", "value"], 128
 console = Console(width=None if sys.stdout.isatty() else 120)
 
@@ -46,7 +54,7 @@ console = Console(width=None if sys.stdout.isatty() else 120)
 def main() -> None:
     """Run the parts that are asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parts = {"choose": choose, "collect": collect, "suite": suite, "memory": memory}
+    parts = {"choose": choose, "collect": collect, "suite": suite, "memory": memory, "sizes": sizes}
     parser.add_argument("--part", choices=list(parts), action="append")
     parser.add_argument("--one", nargs="+", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -217,6 +225,21 @@ def memory() -> None:
         found = _measured("memory", group, "ours")
         table.add_row(label, *(f"{found[key] / 1024:.2f}" for key in ("collecting", "saved", "file")))
     console.print(table)
+
+
+def sizes() -> None:
+    """What q and v of a model need: one input of width n a layer, as they share it."""
+    table = _table(
+        "Features of q and v, float32", "model", "layers", "n", "mean", "sample, k = 100", "token", "token, collecting"
+    )
+    for name, layers, n in MODELS:
+        entries = (n, 100 * n, n * (n + 1) // 2, n * n)
+        table.add_row(name, f"{layers}", f"{n}", *(_bytes(4 * layers * one) for one in entries))
+    console.print(table)
+
+
+def _bytes(size: int) -> str:
+    return f"{size / 2**20:.1f} MiB" if size < 2**30 else f"{size / 2**30:.1f} GiB"
 
 
 class Blocks(nn.Module):

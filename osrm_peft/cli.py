@@ -20,7 +20,7 @@ def train(
     out: Annotated[Path, typer.Option(help="Folder for the adapters: OUT/<task>.")] = Path("results/adapters"),
     overwrite: bool = False,
 ) -> None:
-    """Train one adapter a task. Under `accelerate launch`: recipes/train_adapter.py with the same options."""
+    """Train one adapter a task. Several processes: `accelerate launch … -m osrm_peft train`, the same options."""
     from osrm_peft.files import read_manifest
     from osrm_peft.recipe import Recipe
 
@@ -42,8 +42,12 @@ def evaluate(
     max_length: int = 128,
     out: Annotated[Path | None, typer.Option(help="Write the scores to this JSON file.")] = None,
 ) -> None:
-    """Score an adapter on a suite's tasks: a merged one with each task's head, a single one on its own task."""
+    """Score an adapter on a suite's tasks: a merged one with each task's head, a single one on its own task.
+
+    Under `accelerate launch … -m osrm_peft` the processes share the rows.
+    """
     from osrm_peft.adapter_reader import load_adapter
+    from osrm_peft.distributed import local_device, start
     from osrm_peft.evaluation import evaluate_task
     from osrm_peft.files import read_manifest, versions, write_json
     from osrm_peft.merging.masked import MaskedAdapter
@@ -57,7 +61,7 @@ def evaluate(
     names = task or (list(manifest["inputs"]) if merged else [manifest["task"]] if "task" in manifest else None)
     if names is None:
         raise ValueError(f"{adapter} does not say which task it is for: name it with --task")
-    scores = []
+    scores, processes = [], start()
     for name in names:
         rows_of_task = load_task(suite, name).sample(validation=rows)
         if masked is not None:
@@ -67,11 +71,12 @@ def evaluate(
             loaded = load_adapter(adapter, head=name if merged else None)
             base = model or loaded.base_model or ""
             with_task = loaded.attach(base)
-        value = evaluate_task(with_task, rows_of_task, load_tokenizer(base), max_length=max_length)
+        tokenizer, with_task = load_tokenizer(base), with_task.to(local_device())
+        value = evaluate_task(with_task, rows_of_task, tokenizer, max_length=max_length, distributed=True)
         method, scale = (manifest["method"], manifest["scale"]) if merged else ("individual", None)
         scores.append(Score(Path(adapter).name, method, scale, 0, name, value))
     console.print(MultiTaskTable.of(scores).terminal(f"Scores in percent on {suite}"))
-    if out is not None:
+    if out is not None and processes.main:
         settings = {
             "adapter": adapter,
             "suite": suite,

@@ -1,6 +1,7 @@
 """The commands around features: collect them, look into a file, project an adapter that is trained already."""
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -68,12 +69,12 @@ def features(
 
     for name in chosen(task, recipe.task_names()):
         path = recipe.features_file(name)
-        if processes.from_main(lambda path=path: there(path)):
+        if processes.from_main(partial(there, path)):
             say(f"{path} is there already (--overwrite makes it anew)")
             continue
         base = recipe.base() if base is None else base
         found = recipe.collect(name, base=base, group_size=group_size, distributed=True)
-        processes.from_main(lambda path=path, found=found: found.save(path, getattr(torch, dtype)))
+        processes.from_main(partial(found.save, path, getattr(torch, dtype)))
         say(f"wrote {path}")
 
 

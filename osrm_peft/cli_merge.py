@@ -1,6 +1,7 @@
 """The commands around merging: merge, inspect, interference, statistics."""
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -45,6 +46,7 @@ def merge(
 ) -> None:
     """Merge LoRA adapters into one, with each task's head beside it. The base model is not read."""
     from osrm_peft.describe import plan_tables
+    from osrm_peft.distributed import start
     from osrm_peft.files import check_replaceable, read_manifest
     from osrm_peft.merging.masked import MaskedAdapter
     from osrm_peft.merging.merge import execute
@@ -83,8 +85,9 @@ def merge(
         for one, folder in folders.items():
             say(f"would write {folder}" + (f" at λ = {one!r}" if sweep else ""))
         return
-    merged = execute(plan, progress=True)
-    for one, folder in folders.items():
+    processes = start()
+    merged = execute(plan, processes, progress=True)
+    for one, folder in folders.items() if processes.main else ():
         scaled = merged if len(folders) == 1 else merged.at_scale(one)
         scaled.save_pretrained(folder)
         if isinstance(scaled, MaskedAdapter):
@@ -143,15 +146,17 @@ def statistics(
     overwrite: bool = False,
 ) -> None:
     """Collect what RegMean and Fisher merging need, on the fine-tuned models: one file a task."""
+    from osrm_peft.distributed import start
     from osrm_peft.recipe import Recipe
 
-    recipe = Recipe.from_yaml(config)
+    recipe, processes = Recipe.from_yaml(config), start()
     for name in chosen(task, recipe.task_names()):
         path = out / f"{name}.{kind}.safetensors"
-        if path.exists() and not overwrite:
+        if processes.from_main(path.exists) and not overwrite:
             say(f"{path} is there already (--overwrite makes it anew)")
             continue
-        recipe.collect_statistics(kind, name, adapters / name, k=rows).save(path)
+        found = recipe.collect_statistics(kind, name, adapters / name, k=rows, distributed=True)
+        processes.from_main(partial(found.save, path))
         say(f"wrote {path}")
 
 

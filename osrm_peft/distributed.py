@@ -80,6 +80,9 @@ class Processes:
             dist.barrier()
 
 
+ALONE = Processes()
+
+
 def start() -> Processes:
     """Join the processes of `accelerate launch` or torchrun, if this is one of several."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import DataCollatorWithPadding
 
+from osrm_peft.distributed import ALONE, Processes
 from osrm_peft.tasks import METRICS, Task, tokenize
 
 
@@ -23,12 +24,14 @@ def evaluate_task(
     batch_size: int = 64,
     max_length: int = 128,
     progress: bool = True,
+    distributed: bool = False,
 ) -> float:
     """Score of `model` on the task's validation rows.
 
     Args:
         model: takes the tokenizer's columns and returns `.logits` of shape (b, task.num_labels). It is put back into
             the mode that it was in.
+        distributed: all processes of torch.distributed call this, each with the model, and share the rows.
 
     Returns:
         The task's metric: accuracy in [0, 1]; Matthews, or the mean of Pearson and Spearman, in [−1, 1].
@@ -38,12 +41,22 @@ def evaluate_task(
     """
     rows = tokenize(task.validation, tokenizer, max_length)
     bar = f"evaluate {task.name}" if progress else None
-    return score(task, predict(model, rows, tokenizer, batch_size=batch_size, progress=bar))
+    processes = Processes.of(distributed)
+    return score(task, predict(model, rows, tokenizer, processes, batch_size=batch_size, progress=bar))
 
 
-def predict(model: nn.Module, rows: Dataset, tokenizer, *, batch_size: int = 64, progress: str | None = None) -> Tensor:
+def predict(
+    model: nn.Module,
+    rows: Dataset,
+    tokenizer,
+    processes: Processes = ALONE,
+    *,
+    batch_size: int = 64,
+    progress: str | None = None,
+) -> Tensor:
     """(N, C) logits in the order of `rows`; batches hold rows of like length, so little padding is computed."""
-    order = np.argsort([-len(tokens) for tokens in rows["input_ids"]], kind="stable")
+    by_length = np.argsort([-len(tokens) for tokens in rows["input_ids"]], kind="stable")
+    order = np.array(processes.share(by_length.tolist()), dtype=np.int64)
     columns = [name for name in rows.column_names if name != "labels"]
     loader = DataLoader(
         rows.select_columns(columns).select(order),
@@ -56,11 +69,13 @@ def predict(model: nn.Module, rows: Dataset, tokenizer, *, batch_size: int = 64,
     logits = []
     try:
         with torch.no_grad():
-            for batch in tqdm(loader, desc=progress, disable=progress is None, leave=False):
+            for batch in tqdm(loader, desc=progress, disable=progress is None or not processes.main, leave=False):
                 logits.append(model(**batch.to(device)).logits.float().cpu())
     finally:
         model.train(training)
-    return torch.cat(logits)[torch.from_numpy(np.argsort(order))]
+    parts = processes.gather((order, torch.cat(logits) if logits else None))
+    orders, found = zip(*[part for part in parts if part[1] is not None], strict=True)
+    return torch.cat(found)[torch.from_numpy(np.argsort(np.concatenate(orders)))]
 
 
 def score(task: Task, logits: Tensor) -> float:

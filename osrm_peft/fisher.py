@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from osrm_peft.checks import choice, integer
-from osrm_peft.distributed import Processes
+from osrm_peft.distributed import ALONE
 from osrm_peft.files import new_file
 from osrm_peft.layer_inputs import samples, undisturbed
 from osrm_peft.layers import base_name, base_of, target_layers, unwrapped
@@ -124,7 +124,7 @@ def collect_fisher(
         stack.enter_context(torch.enable_grad())
         stack.enter_context(torch.compiler.set_stance("force_eager"))  # compiled code would not see the hooks
         passes = stack.enter_context(_watch(layers))
-        for given in samples(loader, k, Processes(), task=task, what=f"Fisher of {task}", progress=progress):
+        for given in samples(loader, k, ALONE, task=task, what=f"Fisher of {task}", progress=progress):
             batch = given.to(device)
             if batch.positions.samples is not None:
                 raise ValueError("Fisher squares the gradient of each sample: give rows of one sample, not packed ones")

@@ -157,17 +157,29 @@ class Recipe:
         )
 
     def collect_statistics(
-        self, kind: str, name: str, adapter: str | Path, *, k: int = 1000, progress: bool = True
+        self,
+        kind: str,
+        name: str,
+        adapter: str | Path,
+        *,
+        k: int = 1000,
+        progress: bool = True,
+        distributed: bool = False,
     ) -> TaskFeatures | DiagonalFisher:
         """What RegMean (`"gram"`) or Fisher merging (`"fisher"`) needs of one task's adapter, on up to k training rows.
 
-        Training rows, so that those that scores are computed on stay unseen.
+        Training rows, so that those that scores are computed on stay unseen. With `distributed`, all processes of
+        torch.distributed call it, and share the rows for `"gram"`; for `"fisher"` each takes all of them.
         """
         choice("kind", kind, STATISTIC_KINDS)
         loaded = load_adapter(adapter)
-        collect = collect_gram if kind == "gram" else collect_fisher
-        model, loader = loaded.attach(self.model), self._loader(name, k)
-        found = collect(model, loader, task=name, k=k, seed=self.seed, progress=progress)
+        model: Any = loaded.attach(self.model).to(local_device())
+        arguments: dict[str, Any] = {"task": name, "k": k, "seed": self.seed, "progress": progress}
+        if kind == "gram":
+            loader = self._loader(name, k, processes=Processes.of(distributed).count)
+            found: Any = collect_gram(model, loader, distributed=distributed, **arguments)
+        else:
+            found = collect_fisher(model, self._loader(name, k), **arguments)
         return replace(found, adapter_sha256=loaded.sha256)
 
     def _loader(self, name: str, k: int, padding: str = "longest", processes: int = 1) -> DataLoader:

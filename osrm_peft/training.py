@@ -112,7 +112,11 @@ def train_task(
 
     set_seed(seed)
     tokenizer = load_tokenizer(model)
-    peft_model = get_peft_model(load_base(model, task.num_labels), copy.deepcopy(lora))
+    # ZeRO-3 wants one dtype: PEFT then leaves the adapter in the base's, and DeepSpeed trains its own float32 copy.
+    zero3 = args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3
+    peft_model = get_peft_model(
+        load_base(model, task.num_labels), copy.deepcopy(lora), autocast_adapter_dtype=not zero3
+    )
     trainer = Trainer(
         peft_model,
         args,

@@ -8,6 +8,7 @@ An OSRM recipe needs the features of its tasks first, once:
 """
 
 import argparse
+import os
 from pathlib import Path
 
 from osrm_peft.recipe import Recipe
@@ -23,7 +24,9 @@ def main() -> None:
 
     recipe = Recipe.from_yaml(arguments.config)
     for task in arguments.task or recipe.task_names():
-        print(f"wrote {recipe.train(task, arguments.out / task)}")
+        folder = recipe.train(task, arguments.out / task)
+        if os.environ.get("RANK", "0") == "0":
+            print(f"wrote {folder}")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 import hashlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, Literal, overload
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from osrm_peft.adapters import Factors
+from osrm_peft.distributed import ALONE, Processes
 from osrm_peft.merging.guidance import best_scale, normal_equations, solve
 from osrm_peft.merging.inputs import Adapters, Weights
 from osrm_peft.merging.lowrank import Compressed, compress, compress_matrix
@@ -41,6 +42,7 @@ def merge_adapters(
     features: Statistics | None = None,
     seed: int = 0,
     progress: bool = False,
+    distributed: bool = False,
     **options: Any,
 ) -> MergedAdapter | MaskedAdapter:
     """Merge LoRA adapters of one base model into one, from their own files.
@@ -64,6 +66,7 @@ def merge_adapters(
         features: {task: file or TaskFeatures} (`collect_features`) where weights or scale are `"features"`.
         seed: of the methods that draw (DARE).
         progress: show a bar over the layers.
+        distributed: all processes of torch.distributed call this and share the layers; each gets the whole result.
         **options: the method's own, such as TIES' `density` or LoRE's `mu_ratio`.
 
     Returns:
@@ -79,24 +82,26 @@ def merge_adapters(
         adapters, method, weights=weights, scale=scale, space=space, rank=rank, heads=heads, base_model=base_model,
         statistics=statistics, features=features, seed=seed, **options,
     )  # fmt: skip
-    return execute(plan, progress=progress)
+    return execute(plan, Processes.of(distributed), progress=progress)
 
 
-def execute(plan: MergePlan, *, progress: bool = False) -> MergedAdapter | MaskedAdapter:
-    """Merge as planned, one layer in memory at a time besides the result."""
-    names = tqdm(plan.inputs.shapes, desc=f"merge {plan.name}", disable=not progress)
+def execute(plan: MergePlan, processes: Processes = ALONE, *, progress: bool = False) -> MergedAdapter | MaskedAdapter:
+    """Merge as planned, one layer in memory at a time besides the result; each process merges its share of layers."""
+    share = processes.share(list(plan.inputs.shapes))
+    names = tqdm(share, desc=f"merge {plan.name}", disable=not progress or not processes.main)
     if plan.method.per_task:
-        return _masked(plan, names)
-    stacks = _Stacks(plan)
+        return _masked(plan, names, processes)
+    stacks = _Stacks(plan, share)
     summary = {}
     if plan.method.summarise is not None:
         # in the core a layer is small: all of them are kept for the passes over the model, in float32
         passes = [stack.float() for stack in stacks] if plan.space == "core" else stacks
-        summary["summary"] = plan.method.summarise(passes, **taken(plan.method.summarise, plan.options))
-    weights = _guided_weights(plan)
-    layers, reports = {}, {}
-    for name in names:
-        layers[name], reports[name] = _merge_layer(plan, stacks, name, weights[name], summary)
+        options = taken(plan.method.summarise, plan.options)
+        summary["summary"] = plan.method.summarise(passes, add_up=processes.sum_, **options)
+    weights = _guided_weights(plan, share, processes)
+    mine = {name: _merge_layer(plan, stacks, name, weights[name], summary) for name in names}
+    merged = _gathered(plan, mine, processes)
+    layers, reports = ({name: found[place] for name, found in merged.items()} for place in (0, 1))
     stopped = [name for name, report in reports.items() if report.get("converged") is False]
     if stopped:
         logger.warning("%s had not converged on %d of %d layers when it stopped", plan.name, len(stopped), len(layers))
@@ -109,11 +114,17 @@ def execute(plan: MergePlan, *, progress: bool = False) -> MergedAdapter | Maske
     return MergedAdapter(layers, plan.scale, plan.rank, plan.inputs.templates(), plan.dtype, manifest)
 
 
-class _Stacks:
-    """The layers of all adapters in the plan's space, made one at a time; can be iterated again and again."""
+def _gathered(plan: MergePlan, mine: dict[str, Any], processes: Processes) -> dict[str, Any]:
+    """What all processes have found for their layers, in the order of the layers."""
+    found = {name: value for part in processes.gather(mine) for name, value in part.items()}
+    return {name: found[name] for name in plan.inputs.shapes}
 
-    def __init__(self, plan: MergePlan) -> None:
-        self.plan = plan
+
+class _Stacks:
+    """This process' layers of all adapters in the plan's space, made one at a time; can be iterated again and again."""
+
+    def __init__(self, plan: MergePlan, share: list[str]) -> None:
+        self.plan, self.share = plan, share
 
     def layer(self, name: str) -> Layer:
         plan = self.plan
@@ -126,7 +137,9 @@ class _Stacks:
         )
 
     def __iter__(self) -> Iterator[Tensor]:
-        return (self.layer(name).stack for name in self.plan.inputs.shapes)
+        if not self.share:  # more processes than layers
+            return iter([torch.zeros(len(self.plan.inputs.adapters), 0, 0)])
+        return (self.layer(name).stack for name in self.share)
 
 
 def _generator(seed: int, task: str, layer: str) -> torch.Generator:
@@ -179,11 +192,12 @@ def _float32(factors: Factors) -> Factors:
     return Factors(factors.A.float(), factors.B.float(), factors.s)
 
 
-def _guided_weights(plan: MergePlan) -> dict[str, Tensor]:
+def _guided_weights(plan: MergePlan, share: list[str], processes: Processes) -> dict[str, Tensor]:
     """{layer: (T,) weights}: as given, or solved from the features."""
     if plan.guided_weights is None or plan.features is None:
         return plan.weights
-    equations = {name: normal_equations(plan.inputs.products(name), plan.features(name)) for name in plan.inputs.shapes}
+    mine = {name: normal_equations(plan.inputs.products(name), plan.features(name)) for name in share}
+    equations = _gathered(plan, mine, processes)
     if plan.guided_weights == "features":
         return {name: solve(*equation) for name, equation in equations.items()}
     normals, rights = zip(*equations.values(), strict=True)
@@ -191,17 +205,18 @@ def _guided_weights(plan: MergePlan) -> dict[str, Tensor]:
     return dict.fromkeys(plan.inputs.shapes, shared)
 
 
-def _masked(plan: MergePlan, names) -> MaskedAdapter:
+def _masked(plan: MergePlan, names: Iterable[str], processes: Processes) -> MaskedAdapter:
     """A method whose result differs by task: shared vector and masks a layer, and the rescalers over all layers."""
-    layers = {}
-    full = torch.zeros(len(plan.inputs.adapters), dtype=torch.float64)  # Σ|w_t τ_t|
-    kept = torch.zeros_like(full)  # Σ|M_t ⊙ τ_uni|
+    mine = {}
     for name in names:
         stack, weights = enter(plan.space, plan.inputs.factors(name)).stack, plan.weights[name]
         unified, masks = plan.method.fn(stack, weights.to(stack.dtype), **taken(plan.method.fn, plan.options))
-        full += weights.abs() * stack.abs().sum((1, 2), dtype=torch.float64)
-        kept += (masks * unified.abs()).sum((1, 2), dtype=torch.float64)
-        layers[name] = MaskedLayer.pack(unified.to(plan.dtype), masks)
+        full = weights.abs() * stack.abs().sum((1, 2), dtype=torch.float64)  # (T,) Σ|w_t τ_t|
+        kept = (masks * unified.abs()).sum((1, 2), dtype=torch.float64)  # (T,) Σ|M_t ⊙ τ_uni|
+        mine[name] = MaskedLayer.pack(unified.to(plan.dtype), masks), full, kept
+    found = _gathered(plan, mine, processes)
+    layers = {name: layer for name, (layer, _, _) in found.items()}
+    full, kept = (torch.stack([sums[place] for sums in found.values()]).sum(0) for place in (1, 2))
     scales = torch.where(kept > 0, full / kept.clamp_min(1e-300), 0).tolist()
     tasks = plan.inputs.templates()
     return MaskedAdapter(layers, dict(zip(tasks, scales, strict=True)), plan.scale, tasks, plan.manifest())

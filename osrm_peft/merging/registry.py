@@ -10,7 +10,7 @@ from torch import Tensor
 from osrm_peft.checks import choice
 
 # what the engine passes; every other parameter is an option of the method
-_GIVEN = ("tau", "factors", "weights", "summary", "stacks", "generators", "gram", "fisher")
+_GIVEN = ("tau", "factors", "weights", "summary", "stacks", "add_up", "generators", "gram", "fisher")
 
 
 class Merged(NamedTuple):
@@ -44,8 +44,9 @@ class Method:
         spaces: where it can run; the first is the default of a method that does not commute.
         check: called with the options before anything is read; raises ValueError for a value out of range.
         check_weights: the same for the (T,) weights of a layer.
-        summarise: summarise(stacks, **options) → the `summary` that fn needs of the whole model. `stacks` can be
-            iterated more than once and holds one layer in memory at a time.
+        summarise: summarise(stacks, add_up=…, **options) → the `summary` that fn needs of the whole model. `stacks` can
+            be iterated more than once and holds one layer in memory at a time. Several processes have a share of the
+            layers each: `add_up` sums a tensor over them.
         prepare: prepare(tau, generators, **options) → tau, before all else; one generator a task.
         needs: the statistic of each task that fn takes: "gram" (FeatureMoments) or "fisher" ((o, n) tensors).
         per_task: fn returns (shared (o, n), masks (T, o, n)): a result that differs by task (EMR).
@@ -134,3 +135,9 @@ def get_method(name: str) -> Method:
 
 
 Stacks = Iterable[Tensor]  # the (T, o, n) task vectors of every layer, one layer at a time
+AddUp = Callable[[Tensor], Tensor]  # the sum of a tensor over processes
+
+
+def alone(tensor: Tensor) -> Tensor:
+    """The sum over the only process there is."""
+    return tensor

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from osrm_peft.checks import number
-from osrm_peft.merging.registry import Stacks
+from osrm_peft.merging.registry import AddUp, Stacks, alone
 
 _ROUNDS = ((20, 2048), (10, 1024), (0, 1024))  # (shift, bins): the 31 bits of |float32|, from the top
 
@@ -14,7 +14,7 @@ def check_density(density: float) -> None:
     number("density", density, 0, 1, open_low=True)
 
 
-def magnitude_thresholds(stacks: Stacks, density: float) -> Tensor:
+def magnitude_thresholds(stacks: Stacks, density: float, add_up: AddUp = alone) -> Tensor:
     """Per task, the k-th largest |entry| over all layers, k = round(density · entries), at least 1.
 
     A radix selection on the bits of |float32|, whose order is that of the numbers: exact like a sort of everything,
@@ -23,6 +23,7 @@ def magnitude_thresholds(stacks: Stacks, density: float) -> Tensor:
     Args:
         stacks: (T, o, n) task vectors, layer by layer; iterated three times.
         density: share of the entries kept, in (0, 1].
+        add_up: sums the counts over processes, which have a share of the layers each.
 
     Returns:
         (T,) float32: keep the entries with |τ| ≥ threshold. Entries equal to the threshold are all kept.
@@ -42,6 +43,7 @@ def magnitude_thresholds(stacks: Stacks, density: float) -> Tensor:
                 counts[t] += torch.bincount((bits >> shift) & (bins - 1), minlength=bins)
         if counts is None:
             raise ValueError("there is no layer to take a threshold of")
+        counts = add_up(counts)
         if prefix is None:
             rank = (counts.sum(1).double() * density).round().long().clamp_min(1)  # (T,)
             prefix = torch.zeros_like(rank)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from osrm_peft.checks import choice
-from osrm_peft.merging.registry import Stacks, register
+from osrm_peft.merging.registry import AddUp, Stacks, alone, register
 from osrm_peft.merging.sparsify import check_density, keep_above, magnitude_thresholds
 
 TRIMS = ("model", "layer")
@@ -16,9 +16,9 @@ def check(density: float, trim: str) -> None:
     choice("trim", trim, TRIMS)
 
 
-def summarise(stacks: Stacks, *, density: float, trim: str) -> Tensor | None:
+def summarise(stacks: Stacks, add_up: AddUp = alone, *, density: float, trim: str) -> Tensor | None:
     """(T,) trimming thresholds over the whole model; None where each layer has its own."""
-    return magnitude_thresholds(stacks, density) if trim == "model" else None
+    return magnitude_thresholds(stacks, density, add_up) if trim == "model" else None
 
 
 @register(
