@@ -2,12 +2,13 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+ENGINES := .venv/.engines
 # Waiting OpenMP threads sleep instead of spinning: several processes on few cores would slow each other down.
 export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM ?= false
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
-.PHONY: setup demo test lint clean
+.PHONY: setup demo test test-distributed lint clean
 
 setup: $(INSTALLED)
 
@@ -21,8 +22,17 @@ $(INSTALLED): pyproject.toml constraints.txt packaged.txt
 demo: $(INSTALLED)
 	$(BIN)/osrm-peft demo --out results/demo
 
-test: lint
-	$(BIN)/python -m pytest
+# Two workers of one thread each: some tests wait, for processes or for a server.
+test: lint $(ENGINES)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+test-distributed: $(ENGINES)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/multiprocess
+
+# DeepSpeed is for the engine tests only; it compiles its own extension when it first runs.
+$(ENGINES): $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,deepspeed]'
+	touch $@
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -1,6 +1,7 @@
 """One task, one adapter: thin over `transformers.Trainer`."""
 
 import copy
+import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -108,6 +109,8 @@ def train_task(
     overrides.setdefault("dataloader_pin_memory", torch.cuda.is_available())  # without a GPU torch warns of it
     # Under several processes the default multiplies the loss by their number (sequence classification).
     overrides.setdefault("average_tokens_across_devices", False)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available():
+        overrides.setdefault("use_cpu", True)  # else DeepSpeed wants a GPU
     args = TrainingArguments(output_dir=str(checkpoints), seed=seed, **overrides)
 
     set_seed(seed)

@@ -336,3 +336,18 @@ def test_nothing_but_padding_and_broken_models_are_errors(base):
     base.bert.embeddings.word_embeddings.weight.data.fill_(torch.nan)
     with pytest.raises(ValueError, match=r"receives NaN or Inf: is the model's checkpoint sound"):
         collect(base)
+
+
+def test_a_model_spread_over_devices_and_disk_gives_the_same_features(tmp_path):
+    make_base().save_pretrained(tmp_path)
+    load = type(make_base()).from_pretrained
+    where = {"bert.encoder.layer.1": "disk", "bert.embeddings": "cpu", "bert.encoder.layer.0": "cpu"}
+    where |= {"bert.pooler": "cpu", "classifier": "cpu"}
+    spread = load(tmp_path, device_map=where, offload_folder=tmp_path / "offloaded")
+    assert spread.bert.encoder.layer[1].attention.self.query.weight.is_meta
+    found, expected = collect(spread), collect(load(tmp_path))
+    assert found.weight_hash == expected.weight_hash
+    for name, moments in expected.layers.items():
+        assert torch.equal(found.layers[name].second_moment(), moments.second_moment())
+    found.check_fits(spread, found.layers)
+    assert spread.bert.encoder.layer[1].attention.self.query.weight.is_meta

@@ -9,6 +9,7 @@ from torch import Tensor
 from osrm_peft.checks import choice, integer, number
 from osrm_peft.merging.registry import Merged, register
 from osrm_peft.merging.sparsify import check_density
+from osrm_peft.merging.thresholding import SMALL, Triplets, above, strongest, top_value
 from osrm_peft.merging.ties import ties
 
 COMBINE = ("sum", "average", "ties")
@@ -66,7 +67,8 @@ def lore(
     added to all θ_t moves θ₀ alone, so the steps run on task vectors, and the returned offset is θ₀ − W₀.
 
     Args:
-        tau: (T, o, n) task vectors of one layer, or of any space with orthonormal bases. Solved in float64.
+        tau: (T, o, n) task vectors of one layer, or of any space with orthonormal bases. Solved in float64 up to a
+            width of 256, wider ones in float32: memory holds (T + 2) matrices, see `thresholding.above`.
         weights: (T,) scale the task vectors beforehand (the paper has none).
         mu: absolute threshold μ.
         mu_ratio: μ as a share of the mean top singular value of θ_t − mean θ. Default, with 0.1, if nothing is given.
@@ -81,43 +83,52 @@ def lore(
         Merged(direction τ, offset θ₀ − W₀, report {iterations, converged, mu, objective}), both in the dtype of `tau`.
     """
     check(mu, mu_ratio, rank_ratio, combine, density, max_iterations, tolerance)
-    theta = weights.double()[:, None, None] * tau.double()
+    narrow = min(tau.shape[1:])
+    dtype = torch.float64 if narrow <= SMALL else torch.float32
+    theta = tau.to(dtype) if bool((weights == 1).all()) else weights.to(dtype)[:, None, None] * tau.to(dtype)
+    base = theta.mean(0)
     if mu is None and rank_ratio is None:
-        spread = torch.linalg.matrix_norm(theta - theta.mean(0), ord=2)  # (T,) top singular values
-        mu = float((0.1 if mu_ratio is None else mu_ratio) * spread.mean())
-    rank = math.ceil(rank_ratio * min(theta.shape[1:])) if rank_ratio is not None else None
+        spread = [top_value(one - base) for one in theta]
+        mu = (0.1 if mu_ratio is None else mu_ratio) * sum(spread) / len(spread)
+    rank = math.ceil(rank_ratio * narrow) if rank_ratio is not None else None
 
     size = float(theta.norm())
-    delta, base = torch.zeros_like(theta), torch.zeros_like(theta[0])
-    moved, iterations = math.inf, 0
-    while moved > tolerance * size and iterations < max_iterations:
-        new_base = (theta - delta).mean(0)
-        new_delta = _truncate(theta - new_base, rank) if rank is not None else svt(theta - new_base, mu or 0.0)
-        moved = max(float((new_base - base).norm()), float((new_delta - delta).norm())) if iterations else math.inf
-        base, delta, iterations = new_base, new_delta, iterations + 1
-        if size == 0:
-            break
+    delta: list[Triplets | None] = [None] * len(theta)
+    moved, iterations, value = math.inf, 0, 0.0
+    while moved > tolerance * size and iterations < max_iterations and size > 0:
+        _mean_of_rest(theta, delta, out=base)
+        steps, value = 0.0, 0.0
+        for t, one in enumerate(theta):
+            X = one - base
+            found = strongest(X, rank) if rank is not None else above(X, mu or 0.0, delta[t])
+            new = found if rank is not None else found.soft(mu or 0.0)
+            steps += new.distance(delta[t]) ** 2
+            value += float(_misfit(X, found, new)) / 2 + (mu or 0.0) * float(new.S.sum())
+            delta[t] = new
+        moved = math.sqrt(steps) if iterations else math.inf  # θ₀ moves by less: it is a mean of these
+        iterations += 1
     report: dict[str, Any] = {"iterations": iterations, "converged": moved <= tolerance * size or size == 0}
-    report |= {"rank": rank} if rank is not None else {"mu": mu, "objective": objective(theta, base, delta, mu or 0.0)}
-    offset = base.to(tau.dtype)
+    report |= {"rank": rank} if rank is not None else {"mu": mu, "objective": value}
+    offset, found_deltas = base.to(tau.dtype), [one for one in delta if one is not None]
     if combine == "ties":
-        return Merged(delta.to(tau.dtype), offset, report, lambda tau: ties(tau, torch.ones(len(tau)), density=density))
-    return Merged((delta.sum(0) if combine == "sum" else delta.mean(0)).to(tau.dtype), offset, report)
+        dense = torch.stack([one.dense() for one in found_deltas]) if found_deltas else torch.zeros_like(theta)
+        return Merged(dense.to(tau.dtype), offset, report, lambda tau: ties(tau, torch.ones(len(tau)), density=density))
+    direction = torch.zeros_like(base)
+    for one in found_deltas:
+        one.add_to_(direction, 1.0 if combine == "sum" else 1 / len(theta))
+    return Merged(direction.to(tau.dtype), offset, report)
 
 
-def svt(X: Tensor, mu: float) -> Tensor:
-    """(…, o, n) singular value thresholding: U (Σ − μ)₊ Vᵀ."""
-    U, S, Vh = torch.linalg.svd(X, full_matrices=False)
-    return (U * (S - mu).clamp_min(0)[..., None, :]) @ Vh
+def _mean_of_rest(theta: Tensor, delta: list[Triplets | None], out: Tensor) -> None:
+    """θ₀ = mean_t(θ_t − δ_t)."""
+    torch.mean(theta, 0, out=out)
+    for one in delta:
+        if one is not None:
+            one.add_to_(out, -1 / len(theta))
 
 
-def objective(theta: Tensor, base: Tensor, delta: Tensor, mu: float) -> float:
-    """Σ_t ½‖θ_t − θ₀ − δ_t‖_F² + μ‖δ_t‖_*: what the steps of `lore` never raise."""
-    misfit = (theta - base - delta).square().sum() / 2
-    return float(misfit + mu * torch.linalg.svdvals(delta).sum())
-
-
-def _truncate(X: Tensor, rank: int) -> Tensor:
-    """(…, o, n) best approximation of this rank."""
-    U, S, Vh = torch.linalg.svd(X, full_matrices=False)
-    return (U[..., :rank] * S[..., None, :rank]) @ Vh[..., :rank, :]
+def _misfit(X: Tensor, found: Triplets, kept: Triplets) -> Tensor:
+    """‖X − δ‖_F² of δ = U diag(kept.S) Vᵀ in the singular directions found: what was not found, and what was cut."""
+    return (X.double().square().sum() - found.S.double().square().sum()).clamp_min(0) + (
+        found.S - kept.S
+    ).double().square().sum()

@@ -4,8 +4,18 @@ import pytest
 import torch
 
 from osrm_peft import merge_adapters
-from osrm_peft.merging.lore import lore, objective, svt
+from osrm_peft.merging.lore import lore
+from osrm_peft.merging.thresholding import above
 from tests.conftest import make_adapter
+
+
+def svt(X, mu):
+    return above(X, mu).soft(mu).dense()
+
+
+def objective(theta, base, delta, mu):
+    """Σ_t ½‖θ_t − θ₀ − δ_t‖_F² + μ‖δ_t‖_*."""
+    return float((theta - base - delta).square().sum() / 2 + mu * torch.linalg.svdvals(delta).sum())
 
 
 def draw(T=4, o=9, n=12, r=3, seed=0):
@@ -65,6 +75,8 @@ def test_the_objective_never_rises(mu_ratio):
     assert mu == pytest.approx(mu_ratio * float(spread))
     nothing = objective(tau, tau.mean(0), torch.zeros_like(tau), mu)
     assert values[0] <= nothing
+    delta = torch.stack([svt(one - tau.mean(0), mu) for one in tau])  # the first step
+    assert values[0] == pytest.approx(objective(tau, tau.mean(0), delta, mu), rel=1e-12)
 
 
 def test_it_converges_and_says_so():
