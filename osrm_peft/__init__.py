@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from osrm_peft.adapter_reader import load_adapter
     from osrm_peft.adapters import LoraAdapter
     from osrm_peft.callback import OSRMCallback
+    from osrm_peft.checkpoints import load_merged, merge_checkpoints
     from osrm_peft.collection import collect_features, collect_gram
     from osrm_peft.config import OSRMLoraConfig
     from osrm_peft.crosstalk import Interference, interference
@@ -39,8 +40,10 @@ _HOMES = {
     "interference": "crosstalk",
     "list_tasks": "tasks",
     "load_adapter": "adapter_reader",
+    "load_merged": "checkpoints",
     "load_task": "tasks",
     "merge_adapters": "merging",
+    "merge_checkpoints": "checkpoints",
     "project_adapter": "projection",
     "train_task": "training",
 }

@@ -13,7 +13,7 @@ from typing import Any
 
 ADAPTER_NOTES = "osrm_config.json"  # beside an adapter: OSRM's settings and provenance
 MANIFEST = "osrm_peft.json"  # in every merged folder: how it was made
-# {kind in the manifest: all names that such a folder of ours may hold}
+# {kind in the manifest: all names that such a folder of ours may hold}; a checkpoint's manifest lists its own
 _CONTENTS = {
     "adapter": {"adapter_config.json", "adapter_model.safetensors", "README.md", ADAPTER_NOTES, MANIFEST},
     "emr": {"emr.safetensors", "README.md", MANIFEST, "heads"},
@@ -51,15 +51,20 @@ def new_folder(path: str | Path, kind: str) -> Iterator[Path]:
     partial.chmod(0o755)
     try:
         yield partial
-        if path.exists():  # ours, or empty (checked above)
-            old = path.with_name(f".{path.name}.{os.getpid()}.old")
-            path.replace(old)
-            partial.replace(path)
-            shutil.rmtree(old)
-        else:
-            partial.replace(path)
+        put_in_place(partial, path)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def put_in_place(partial: Path, path: Path) -> None:
+    """Rename a finished folder to `path`; what is there must be replaceable (`check_replaceable`)."""
+    if not path.exists():
+        partial.replace(path)
+        return
+    old = path.with_name(f".{path.name}.{os.getpid()}.old")
+    path.replace(old)
+    partial.replace(path)
+    shutil.rmtree(old)
 
 
 def check_replaceable(path: str | Path, kind: str) -> None:
@@ -74,12 +79,14 @@ def check_replaceable(path: str | Path, kind: str) -> None:
             raise FileExistsError(f"{place} is a file, so {path} cannot be a folder: name another")
     if not path.is_dir() or not any(path.iterdir()):
         return
-    if read_manifest(path).get("kind") != kind:
+    manifest = read_manifest(path)
+    if manifest.get("kind") != kind:
         raise FileExistsError(
             f"{path} exists and is not a folder that osrm_peft wrote as {kind!r} (its {MANIFEST} would say so): "
             "name a new folder, or remove it yourself"
         )
-    foreign = sorted({entry.name for entry in path.iterdir()} - _CONTENTS[kind])
+    known = _CONTENTS[kind] if kind in _CONTENTS else set(manifest.get("files", []))
+    foreign = sorted({entry.name for entry in path.iterdir()} - known)
     if foreign:
         raise FileExistsError(
             f"{path} holds files of others ({', '.join(foreign[:4])}): replacing it would lose them; "

@@ -7,7 +7,7 @@ from osrm_peft.merging.lowrank import numerical_rank
 from osrm_peft.merging.registry import register
 
 
-@register("iso", paper="Iso-C (Marczak et al., ICML 2025), arXiv:2502.04959", commutes=True)
+@register("iso", paper="Iso-C (Marczak et al., ICML 2025), arXiv:2502.04959", commutes=True, spectral=True)
 def iso(tau: Tensor, weights: Tensor) -> Tensor:
     """σ̄ U Vᵀ with U Σ Vᵀ = Σ_t w_t τ_t and σ̄ the mean of its singular values (Eq. 6–7).
 

@@ -44,6 +44,8 @@ def check(
     "lore",
     paper="LoRE-Merging (Liu et al., EMNLP Findings 2025), arXiv:2502.10749",
     commutes=True,
+    baseless=True,
+    spectral=True,
     check=check,
 )
 def lore(

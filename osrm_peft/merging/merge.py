@@ -131,7 +131,7 @@ class _Stacks:
         layer = enter(plan.space, plan.inputs.factors(name))
         if plan.method.prepare is None:
             return layer
-        generators = [_generator(plan.seed, task, name) for task in plan.inputs.adapters]
+        generators = [generator_of(plan.seed, task, name) for task in plan.inputs.adapters]
         return layer._replace(
             stack=plan.method.prepare(layer.stack, generators, **taken(plan.method.prepare, plan.options))
         )
@@ -142,7 +142,7 @@ class _Stacks:
         return (self.layer(name).stack for name in self.share)
 
 
-def _generator(seed: int, task: str, layer: str) -> torch.Generator:
+def generator_of(seed: int, task: str, layer: str) -> torch.Generator:
     """Of the names, so that neither the order of the adapters nor that of the layers changes a draw."""
     digest = hashlib.sha256(f"{seed}\0{task}\0{layer}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)

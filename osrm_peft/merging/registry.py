@@ -49,6 +49,8 @@ class Method:
             layers each: `add_up` sums a tensor over them.
         prepare: prepare(tau, generators, **options) → tau, before all else; one generator a task.
         needs: the statistic of each task that fn takes: "gram" (FeatureMoments) or "fisher" ((o, n) tensors).
+        baseless: full checkpoints need no base model: a matrix added to all θ_t is added to the result.
+        spectral: fn looks at singular values, so it needs whole matrices.
         per_task: fn returns (shared (o, n), masks (T, o, n)): a result that differs by task (EMR).
         options: {name: default} of fn, prepare and summarise.
     """
@@ -63,6 +65,8 @@ class Method:
     summarise: Callable[..., Any] | None = None
     prepare: Callable[..., Tensor] | None = None
     needs: str | None = None
+    baseless: bool = False
+    spectral: bool = False
     per_task: bool = False
     options: dict[str, Any] = field(default_factory=dict)
 

@@ -15,7 +15,9 @@ def check(keep: float) -> None:
     number("keep", keep, 0, 1, open_low=True)
 
 
-@register("tsv", paper="TSV-Merge (Gargiulo et al., CVPR 2025), arXiv:2412.00081", commutes=True, check=check)
+@register(
+    "tsv", paper="TSV-Merge (Gargiulo et al., CVPR 2025), arXiv:2412.00081", commutes=True, spectral=True, check=check
+)
 def tsv(tau: Tensor, weights: Tensor, *, keep: float = 1.0) -> Tensor:
     """U⊥ Σ V⊥ᵀ with U = [U_1 … U_T], V = [V_1 … V_T] of the SVDs of w_t τ_t and Σ their singular values.
 

@@ -1,0 +1,201 @@
+"""ModelFiles: a folder that `save_pretrained` wrote, its tensors read from disk some rows at a time."""
+
+import json
+import zlib
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from osrm_peft.files import MANIFEST, read_manifest
+from osrm_peft.hub import local_folder
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+# what belongs to a model besides its weights
+BESIDE = (
+    "config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*",
+    "merges.txt", "*.model", "chat_template*", "preprocessor_config.json", "processor_config.json",
+)  # fmt: skip
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+_MOST_HEADER = 100 * 2**20  # the format's own bound
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where a tensor lies: its bytes start at `start` in `path`."""
+
+    path: Path
+    start: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def rows(self) -> int:
+        """Its first axis; 1 for a vector or a scalar."""
+        return self.shape[0] if len(self.shape) > 1 else 1
+
+    @property
+    def width(self) -> int:
+        """Entries a row: all axes but the first."""
+        return self.entries // max(self.rows, 1)
+
+    @property
+    def entries(self) -> int:
+        """How many they are."""
+        return torch.Size(self.shape).numel()
+
+
+class ModelFiles:
+    """A model's folder.
+
+    Attributes:
+        source: as it was given.
+        folder: on this machine.
+        config: its config.json.
+        tensors: {name: Entry} of all its tensors.
+
+    Raises:
+        FileNotFoundError: no such folder or Hub repository, no config.json, or a shard is missing.
+        ValueError: pickled weights only; or a file is damaged.
+    """
+
+    def __init__(self, source: str | Path) -> None:
+        self.source = str(source)
+        self.folder = local_folder(str(source), ["*.safetensors", INDEX, MANIFEST, *BESIDE], "model folder")
+        if not (self.folder / "config.json").is_file():
+            raise FileNotFoundError(f"{source} holds no config.json: give a folder that save_pretrained wrote")
+        self.config: dict[str, Any] = _json(self.folder / "config.json")
+        self.tensors: dict[str, Entry] = {}
+        self._open: dict[Path, BinaryIO] = {}
+        weight_map = self._weight_map()
+        for file in dict.fromkeys(weight_map.values()) if weight_map else [WEIGHTS]:
+            found = read_header(self.folder / file)
+            expected = {name for name, place in weight_map.items() if place == file} if weight_map else set(found)
+            if set(found) != expected:
+                wrong = sorted(expected ^ set(found))[0]
+                raise ValueError(f"{self.folder / file} and {INDEX} disagree about {wrong!r}: download the model again")
+            self.tensors |= found
+
+    def _weight_map(self) -> dict[str, str]:
+        if (self.folder / WEIGHTS).is_file():
+            return {}
+        if (self.folder / INDEX).is_file():
+            weight_map = _json(self.folder / INDEX).get("weight_map")
+            if not isinstance(weight_map, dict) or not weight_map:
+                raise ValueError(f"{self.folder / INDEX} is damaged: it has no weight_map")
+            for file in sorted(set(map(str, weight_map.values()))):
+                if Path(file).name != file or not file.endswith(".safetensors"):
+                    raise ValueError(f"{self.folder / INDEX} names {file!r}, which is no shard in its folder")
+                if not (self.folder / file).is_file():
+                    raise FileNotFoundError(f"{self.folder} lacks its shard {file}: download the model again")
+            return weight_map
+        if any(self.folder.glob("*.bin")) or any(self.folder.glob("*.pt*")):
+            raise ValueError(
+                f"{self.source} holds pickled weights, which can run code when loaded, and are not read: save it anew, "
+                "AutoModel.from_pretrained(…).save_pretrained(folder)"
+            )
+        raise FileNotFoundError(f"{self.source} holds neither {WEIGHTS} nor {INDEX}: give a save_pretrained folder")
+
+    @cached_property
+    def paths(self) -> list[Path]:
+        """The weight files."""
+        return list(dict.fromkeys(entry.path for entry in self.tensors.values()))
+
+    def identity(self) -> dict[str, list[int]]:
+        """{weight file: [size, time of change]}: whether it is still the same."""
+        stats = {path.name: path.stat() for path in self.paths}
+        return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        """(rows, width) of a tensor in its own dtype, rows start … stop; copied, so nothing stays mapped."""
+        entry = self.tensors[name]
+        stop = entry.rows if stop is None else min(stop, entry.rows)
+        out = torch.empty(stop - start, entry.width, dtype=entry.dtype)
+        if entry.path not in self._open:
+            self._open[entry.path] = entry.path.open("rb", buffering=0)
+        file, view = self._open[entry.path], out.view(-1).view(torch.uint8).numpy().data
+        file.seek(entry.start + start * entry.width * entry.dtype.itemsize)
+        done = 0
+        while done < len(view):
+            got = file.readinto(view[done:])  # type: ignore[attr-defined]  # of the raw file
+            if not got:
+                raise ValueError(f"{entry.path} ended within {name!r}: it was changed while it was read")
+            done += got
+        return out
+
+    def close(self) -> None:
+        """Close the files."""
+        for file in self._open.values():
+            file.close()
+        self._open.clear()
+
+    def verify(self) -> None:
+        """Compare each weight file with the checksum in the manifest, where one of our merges wrote it.
+
+        Raises:
+            ValueError: one differs.
+        """
+        known = read_manifest(self.folder).get("crc32", {})
+        for path in self.paths:
+            if path.name in known and crc32_of(path) != known[path.name]:
+                raise ValueError(f"{path} is damaged: its checksum is not that in {MANIFEST}; merge it again")
+
+
+def crc32_of(path: Path) -> str:
+    """Hexadecimal checksum of a file."""
+    crc = 0
+    with path.open("rb") as file:
+        while block := file.read(2**22):
+            crc = zlib.crc32(block, crc)
+    return f"{crc:08x}"
+
+
+def read_header(path: Path) -> dict[str, Entry]:
+    """{name: Entry} of a safetensors file, checked to the last byte.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: truncated, or its header is damaged.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no weights file {path}")
+    size = path.stat().st_size
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if not 0 < length <= min(_MOST_HEADER, size - 8):
+                raise ValueError(f"a header of {length} bytes in a file of {size}")
+            header = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        found, end = {}, 0
+        for name, about in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            start, stop = about["data_offsets"]
+            if about["dtype"] not in DTYPES:
+                raise ValueError(f"{name!r} has the dtype {about['dtype']}, which cannot be merged")
+            entry = Entry(path, 8 + length + start, tuple(about["shape"]), DTYPES[about["dtype"]])
+            if any(not isinstance(axis, int) or axis < 0 for axis in entry.shape):
+                raise ValueError(f"{name!r} has the shape {entry.shape}")
+            if start != end or stop - start != entry.entries * entry.dtype.itemsize:
+                raise ValueError(f"{name!r} lies at {start} … {stop}, and should at {end}")
+            found[name], end = entry, stop
+        if 8 + length + end != size:
+            raise ValueError(f"it has {size} bytes, its header tells of {8 + length + end}")
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise ValueError(f"{path} is damaged or cut short ({error}): download it again") from error
+    return found
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is damaged: expected a JSON object")
+    return content
