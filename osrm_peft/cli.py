@@ -9,7 +9,7 @@ import yaml
 from rich.console import Console
 from rich.markup import escape
 
-from osrm_peft import cli_features, cli_merge  # noqa: F401 (their commands)
+from osrm_peft import cli_checkpoints, cli_features, cli_merge  # noqa: F401 (their commands)
 from osrm_peft.cli_base import ConfigOption, SuiteOption, TaskOption, app, chosen, console, say, values
 
 

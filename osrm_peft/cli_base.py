@@ -54,6 +54,18 @@ def values(texts: list[str] | None) -> dict[str, Any]:
     return {name: parse_yaml(value) for name, value in pairs(texts).items()}
 
 
+def sources(adapters: list[str] | None) -> dict[str, str]:
+    """{task: source}; a folder's name is its task's where none is given."""
+    named = []
+    for text in adapters or []:
+        task, separator, _ = text.partition("=")
+        alone = Path(text).is_dir() or not separator or "/" in task  # a task's name has no /, a folder's may have =
+        named.append((Path(text).name, text) if alone else pair(text))
+    if len(dict(named)) < len(named):
+        raise ValueError(f"two adapters have the same name among {[name for name, _ in named]}: write TASK=FOLDER")
+    return dict(named)
+
+
 def say(text: str) -> None:
     """Print a line as it is."""
     console.print(text, markup=False, highlight=False)  # a path may hold brackets

@@ -1,4 +1,4 @@
-"""The commands around merging: merge, inspect, interference, statistics."""
+"""The commands around merging: merge, interference, statistics."""
 
 from dataclasses import replace
 from functools import partial
@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from osrm_peft.cli_base import ConfigOption, TaskOption, app, chosen, console, pair, pairs, say, values
+from osrm_peft.cli_base import ConfigOption, TaskOption, app, chosen, console, pairs, say, sources, values
 from osrm_peft.yaml_io import parse_yaml
 
 AdaptersArgument = Annotated[
@@ -57,7 +57,7 @@ def merge(
     recipe = MergeRecipe() if config is None else MergeRecipe.from_yaml(config)
     scales = [parse_yaml(text) for text in scale or []]
     flags: dict[str, Any] = {
-        "adapters": _named(adapters),
+        "adapters": sources(adapters),
         "method": method,
         "options": recipe.options | values(option) if option else None,
         "weights": values(weight) or weights,
@@ -99,16 +99,6 @@ def merge(
 
 
 @app.command()
-def inspect(adapters: Annotated[list[str], typer.Argument(help="Adapters, as TASK=FOLDER or just FOLDER.")]) -> None:
-    """What adapters hold: layers, ranks, scales, norms, heads, base model."""
-    from osrm_peft.adapter_reader import load_adapter
-    from osrm_peft.describe import adapter_tables
-
-    for table in adapter_tables({name: load_adapter(source) for name, source in _named(adapters).items()}):
-        console.print(table)
-
-
-@app.command()
 def interference(
     adapters: Annotated[list[str], typer.Argument(help="Adapters, as TASK=FOLDER or just FOLDER.")],
     features: FeaturesOption = None,
@@ -123,7 +113,7 @@ def interference(
     from osrm_peft.report import interference_table, plot_interference
     from osrm_peft.training import load_base
 
-    named, files = _named(adapters), pairs(features)
+    named, files = sources(adapters), pairs(features)
     model = None if base is None else load_base(base, 2)
     found = measure(named, files, base=model, progress=True)
     settings = {"adapters": named, "features": files, "base": base}
@@ -158,15 +148,3 @@ def statistics(
         found = recipe.collect_statistics(kind, name, adapters / name, k=rows, distributed=True)
         processes.from_main(partial(found.save, path))
         say(f"wrote {path}")
-
-
-def _named(adapters: list[str] | None) -> dict[str, str]:
-    """{task: source}; a folder's name is its task's where none is given."""
-    named = []
-    for text in adapters or []:
-        task, separator, _ = text.partition("=")
-        alone = Path(text).is_dir() or not separator or "/" in task  # a task's name has no /, a folder's may have =
-        named.append((Path(text).name, text) if alone else pair(text))
-    if len(dict(named)) < len(named):
-        raise ValueError(f"two adapters have the same name among {[name for name, _ in named]}: write TASK=FOLDER")
-    return dict(named)

@@ -8,15 +8,17 @@ from torch import Tensor
 
 SMALL = 256  # up to this width a full SVD in float64 is quick
 _TOLERANCE = 1e-5  # of the norm of what is found
+_NEXT = 0.5  # of μ: as far as the directions go that are iterated
 _ROUNDS = 30
 
 
 class Triplets(NamedTuple):
-    """Singular triplets: U (o, k), S (k,) descending, V (n, k)."""
+    """Singular triplets: U (o, k), S (k,) descending, V (n, k); and in `more` (n, p) where the next ones lie about."""
 
     U: Tensor
     S: Tensor
     V: Tensor
+    more: Tensor | None = None
 
     def dense(self) -> Tensor:
         """(o, n) U diag(S) Vᵀ."""
@@ -43,15 +45,15 @@ def above(X: Tensor, mu: float, start: Triplets | None = None) -> Triplets:
     """The singular triplets of (o, n) X with σ > μ.
 
     Up to a width of 256 by a full SVD. Wider: subspace iterations from `start` (those of a matrix near by) or from
-    random directions, until ‖XV − US‖ ≤ 10⁻⁵ ‖S‖ and power iterations find nothing above μ in the rest; where more
-    than a quarter of all directions lie above μ, by the eigenvectors of the smaller Gram matrix.
+    random directions, until what is left of XV − US changes SVT(X; μ) by 10⁻⁵ at most, and power iterations find
+    nothing above μ in the rest; where more than a quarter of all directions are needed, by the eigenvectors of the
+    smaller Gram matrix.
     """
     narrow = min(X.shape)
     if narrow <= SMALL:
         return _cut(_svd(X), mu)
     generator = torch.Generator(X.device).manual_seed(0)
-    V = _random(X, 16 if start is None else 8, generator)
-    V = V if start is None else torch.cat([start.V, V], 1)
+    V = _random(X, 32, generator) if start is None or start.more is None else torch.cat([start.V, start.more], 1)
     found: Triplets | None = None
     for _ in range(_ROUNDS):
         if V.shape[1] > narrow // 4:
@@ -59,8 +61,10 @@ def above(X: Tensor, mu: float, start: Triplets | None = None) -> Triplets:
         Y = X @ V
         if found is not None:
             wanted = _cut(found, mu)
-            error = (Y[:, : len(wanted.S)] - wanted.U * wanted.S).norm()
-            if error <= _TOLERANCE * wanted.S.norm():
+            # What is left lies in directions with σ ≤ S[-1], and moves U(Σ − μ)Vᵀ by (σ − μ)/(σ − S[-1]) of itself.
+            share = (wanted.S - mu) / (wanted.S - found.S[-1]).clamp_min(torch.finfo(X.dtype).tiny)
+            error = ((Y[:, : len(share)] - wanted.U * wanted.S) * share.clamp_max(1)).norm()
+            if error <= _TOLERANCE * (wanted.S - mu).norm() and found.S[-1] <= _NEXT * mu:
                 missed = _strongest_of_rest(X, found, generator)
                 if missed is None or float((X @ missed).norm()) <= mu:
                     return wanted
@@ -70,7 +74,7 @@ def above(X: Tensor, mu: float, start: Triplets | None = None) -> Triplets:
         u, S, vh = torch.linalg.svd(R.mT, full_matrices=False)
         found = Triplets(Q @ u, S, basis @ vh.mT)
         V = found.V
-        if S[-1] > 0.7 * mu:  # too few directions to tell, or too close to the next to settle soon
+        if S[-1] > _NEXT * mu:  # too few directions to tell, or too close to the next to settle soon
             V = torch.cat([V, _random(X, max(8, V.shape[1] // 2), generator)], 1)
     return _cut(_by_gram(X), mu)
 
@@ -133,8 +137,8 @@ def _svd(X: Tensor) -> Triplets:
 
 
 def _cut(found: Triplets, mu: float) -> Triplets:
-    k = int((mu < found.S).sum())
-    return Triplets(found.U[:, :k], found.S[:k], found.V[:, :k])
+    k = int((found.S > mu).sum())
+    return Triplets(found.U[:, :k], found.S[:k], found.V[:, :k], found.V[:, k:])
 
 
 def _random(X: Tensor, columns: int, generator: torch.Generator) -> Tensor:

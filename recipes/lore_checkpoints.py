@@ -1,0 +1,168 @@
+"""LoRE-Merging of full models, the shape of its paper's Table 1: task models, and checkpoints of one run.
+
+    python recipes/lore_checkpoints.py --out results/lore_checkpoints      # about 10 minutes on 2 cores; resumable
+
+Fine-tunes all weights of the packaged MiniLM on two tasks, and on a third with three checkpoints on the way; merges the
+task models (each keeps its head) and the checkpoints by average, DARE, TIES and LoRE; sweeps LoRE's μ and rank ratio.
+Writes scores.json, table.md, sweep.png and the task vectors' spectrum.png (Fig. 1).
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from rich.console import Console
+from transformers import (
+    AutoModelForSequenceClassification,
+    DataCollatorWithPadding,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+
+from osrm_peft import evaluate_task, load_merged, load_task, merge_checkpoints
+from osrm_peft.checkpoints.spectra import plot_spectra, spectra, spectra_table
+from osrm_peft.files import new_file, versions, write_json
+from osrm_peft.report import MultiTaskTable, Score
+from osrm_peft.tasks import Task, tokenize
+from osrm_peft.training import load_base, load_tokenizer
+
+TASKS, LONG = ("questions", "product_reviews"), "tweets"
+ROWS, VALIDATION, LENGTH, SEED, STEPS = 1000, 300, 48, 42, 126
+LORE = {"max_iterations": 30, "tolerance": 1e-4}
+MERGES: dict[str, dict[str, Any]] = {
+    "average": {"method": "average"},
+    "DARE": {"method": "dare", "scale": 0.5},
+    "TIES": {"method": "ties"},
+    "LoRE": {"method": "lore", "mu_ratio": 0.1, **LORE},
+    "LoRE, λ = 0.5": {"method": "lore", "mu_ratio": 0.1, "scale": 0.5, **LORE},
+}
+NEEDS_BASE = ("dare", "ties")
+SWEEPS: dict[str, list[float]] = {"mu_ratio": [0.02, 0.05, 0.1, 0.2, 0.5], "rank_ratio": [0.05, 0.1, 0.2, 0.4]}
+console = Console()
+
+
+def main() -> None:
+    """Train, merge, score, sweep; what is there already is kept."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("results/lore_checkpoints"))
+    out = parser.parse_args().out
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    known = out / "scores.json"
+    scores: dict[str, dict[str, float]] = json.loads(known.read_text())["scores"] if known.is_file() else {}
+
+    def score(name: str, merge: Any) -> None:
+        if name not in scores:
+            scores[name] = merge()
+            settings = {"rows": ROWS, "validation": VALIDATION, "max_length": LENGTH, "seed": SEED, "steps": STEPS}
+            write_json(known, {"scores": scores, "settings": settings, "versions": versions()})
+            console.print(f"{name}: {scores[name]}")
+
+    tasks = {name: load_task("packaged", name).sample(train=ROWS, validation=VALIDATION) for name in (*TASKS, LONG)}
+    for name, task in tasks.items():
+        fine_tune(task, out / "models" / name, checkpoints=3 if name == LONG else 1)
+    experts = {name: last(out / "models" / name) for name in TASKS}
+    steps = {path.name: path for path in checkpoints(out / "models" / LONG)}
+    base, base_of_run = (out / "models" / name / "base" for name in (TASKS[0], LONG))
+
+    for name, folder in experts.items():
+        score(f"tasks/{name} alone", lambda name=name, folder=folder: {name: evaluate(folder, tasks[name])})
+    for name, folder in steps.items():
+        score(f"run/{name}", lambda folder=folder: {LONG: evaluate(folder, tasks[LONG])})
+    swept = {f"{key}={value:g}": {"method": "lore", "scale": 0.5, key: value, **LORE}
+             for key, values in SWEEPS.items() for value in values}  # fmt: skip
+    for label, options in {**MERGES, **swept}.items():
+        under = options["method"] in NEEDS_BASE
+        place = out / "merged" / label.replace(" ", "_").replace(",", "")
+
+        def merged(options: Any = options, under: bool = under, place: Path = place) -> dict[str, float]:
+            found = merge_checkpoints(
+                experts, place / "tasks", heads=["classifier*"], base=base if under else None, progress=True, **options
+            )
+            return {name: evaluate_task(load_merged(found, name), tasks[name], load_tokenizer("packaged"),
+                                        max_length=LENGTH, progress=False) for name in TASKS}  # fmt: skip
+
+        def merged_run(options: Any = options, under: bool = under, place: Path = place) -> dict[str, float]:
+            found = merge_checkpoints(
+                steps, place / "run", base=base_of_run if under else None, progress=True, **options
+            )
+            return {LONG: evaluate(found, tasks[LONG])}
+
+        score(f"tasks/{label}", merged)
+        score(f"run/{label}", merged_run)
+    report(scores, list(steps), out)
+    found = spectra({name: str(folder) for name, folder in experts.items()}, base=str(base), layer="*layer.*.weight")
+    plot_spectra(found, out / "spectrum.png")
+    console.print(spectra_table(found))
+
+
+def fine_tune(task: Task, out: Path, *, checkpoints: int) -> None:
+    """All weights, from the pre-trained model in `out/base`; as many checkpoints, evenly spaced."""
+    if any(out.glob(f"checkpoint-{STEPS}/config.json")):
+        return
+    set_seed(SEED)
+    tokenizer, model = load_tokenizer("packaged"), load_base("packaged", task.num_labels)
+    model.save_pretrained(out / "base")
+    args = TrainingArguments(
+        str(out), max_steps=STEPS, learning_rate=1e-4, warmup_steps=0.1, per_device_train_batch_size=16, seed=SEED,
+        save_strategy="steps", save_steps=STEPS // checkpoints, save_only_model=True, report_to="none",
+        logging_steps=21, dataloader_pin_memory=torch.cuda.is_available(),
+    )  # fmt: skip
+    rows = tokenize(task.train, tokenizer, LENGTH)
+    Trainer(model, args, train_dataset=rows, data_collator=DataCollatorWithPadding(tokenizer)).train()
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints of a run, in their order."""
+    return sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.partition("-")[2]))
+
+
+def last(folder: Path) -> Path:
+    """A run's last checkpoint."""
+    return checkpoints(folder)[-1]
+
+
+def evaluate(folder: Path, task: Task) -> float:
+    """A whole model's score on a task."""
+    model = AutoModelForSequenceClassification.from_pretrained(folder)
+    return evaluate_task(model, task, load_tokenizer("packaged"), max_length=LENGTH, progress=False)
+
+
+def report(scores: dict[str, dict[str, float]], steps: list[str], out: Path) -> None:
+    """Table 1's shape, and the sweeps."""
+    rows = [Score("task models", "Baseline", None, SEED, name, scores[f"tasks/{name} alone"][name]) for name in TASKS]
+    rows += [
+        Score("task models", label, None, SEED, name, scores[f"tasks/{label}"][name])
+        for label in MERGES for name in TASKS
+    ]  # fmt: skip
+    run = [Score("one run", name, None, SEED, LONG, scores[f"run/{name}"][LONG]) for name in steps]
+    run += [Score("one run", label, None, SEED, LONG, scores[f"run/{label}"][LONG]) for label in MERGES]
+    tables = [MultiTaskTable.of(rows), MultiTaskTable.of(run)]
+    for table, title in zip(tables, ("Task models, in percent", "Checkpoints of one run, in percent"), strict=True):
+        console.print(table.terminal(title))
+    with new_file(out / "table.md") as partial:
+        partial.write_text("\n\n".join(table.markdown() for table in tables) + "\n", encoding="utf-8")
+    plot_sweeps(scores, out / "sweep.png")
+
+
+def plot_sweeps(scores: dict[str, dict[str, float]], path: Path) -> None:
+    """Mean score over μ and over the rank ratio."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.5), layout="constrained")
+    for axes, (key, values) in zip(figure.subplots(1, 2, sharey=True), SWEEPS.items(), strict=True):
+        for kind in ("tasks", "run"):
+            found = [scores[f"{kind}/{key}={value:g}"].values() for value in values]
+            axes.plot(values, [100 * sum(one) / len(one) for one in found], marker="o", label=kind)
+        axes.set(xlabel=key, xscale="log", ylabel="mean score, percent")
+        axes.legend()
+    with new_file(path) as partial:
+        figure.savefig(partial, format="png", dpi=150)
+
+
+if __name__ == "__main__":
+    main()
