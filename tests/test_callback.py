@@ -128,3 +128,26 @@ def test_a_run_goes_on_from_a_checkpoint_without_the_features(tmp_path, files):
     assert resumed.state.global_step == 6 and "osrm/drift" not in resumed.state.log_history[-2]
     with pytest.raises(FileNotFoundError, match=r"no features file .*gone.safetensors"):
         make_trainer(tmp_path / "fresh", gone).train()
+
+
+class Restores(TrainerCallback):
+    """An engine that goes on from the A that it found before OSRM's was written."""
+
+    def on_optimizer_step(self, args, state, control, model=None, **kwargs):
+        with torch.no_grad():
+            for layer in lora_layers(model, "default").values():
+                layer.lora_A["default"].weight.copy_(layer.lora_A["default"].weight.flip(0))
+
+
+def test_an_a_that_moves_in_the_first_step_was_restored_by_an_engine(tmp_path, files):
+    trainer = make_trainer(tmp_path, files, callbacks=[OSRMCallback(), Restores()])
+    with pytest.raises(RuntimeError, match=r"moved by 1.* of its length in the first step.*accelerator\.prepare"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("arguments", [{"weight_decay": 0.5, "learning_rate": 0.1}, {"gradient_accumulation_steps": 2}])
+def test_what_a_first_step_may_do_is_no_alarm(tmp_path, files, arguments):
+    trainer = make_trainer(tmp_path, files, max_steps=2, **arguments)
+    before = a_of(trainer)
+    trainer.train()
+    assert any(not torch.equal(A, before[name]) for name, A in a_of(trainer).items())

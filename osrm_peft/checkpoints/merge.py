@@ -1,9 +1,12 @@
 """merge_checkpoints: tensor by tensor from disk to disk; interrupted, it goes on where it stopped."""
 
 import json
+import os
 import shutil
 import zlib
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -25,7 +28,7 @@ from osrm_peft.merging.inputs import Weights
 from osrm_peft.merging.merge import generator_of
 from osrm_peft.merging.registry import Merged, taken
 
-BLOCK = 2**18  # entries of a tensor that an element-wise method sees at once: they fit a processor's cache
+BLOCK = 2**16  # entries of a tensor that an element-wise method sees at once: they fit a processor's cache
 STATE = "merge_state.json"
 
 
@@ -96,11 +99,14 @@ def execute(
     state = _state(partial, plan, resume)
     check_space(plan, out, len(folders))
     every = [*plan.models.values(), *([plan.base] if plan.base else [])]
-    try:
-        if verify:
-            for one in every:
+    with ExitStack() as stack:
+        for one in every:
+            stack.callback(one.close)
+            if verify:
                 one.verify()
-        merge = _Merge(plan, state["summary"])
+        merge = _Merge(plan)
+        stack.callback(merge.close)
+        merge.summarise(state["summary"])
         if merge.summary is not None:
             state["summary"] = merge.summary
             write_json(partial / STATE, state)
@@ -122,9 +128,6 @@ def execute(
         whole = {file: found[0] for file, found in state["crc32"].items()} if folders == [""] else {}
         write_json(partial / MANIFEST, plan.manifest() | {"crc32": whole, "files": sorted({*files, MANIFEST})})
         (partial / STATE).unlink()
-    finally:
-        for one in every:
-            one.close()
     put_in_place(partial, out)
     return out
 
@@ -154,19 +157,39 @@ def load_merged(folder: str | Path, name: str, auto_class: Any = AutoModelForSeq
 
 
 class _Merge:
-    """The tensors of the result, made some rows at a time."""
+    """The tensors of the result, made some rows at a time.
 
-    def __init__(self, plan: CheckpointPlan, summary: Any) -> None:
+    Blocks are small, so that each is one thread's work: as many at once as there are cores. DARE draws in order, and a
+    whole matrix takes all threads: these run one after the other.
+    """
+
+    def __init__(self, plan: CheckpointPlan) -> None:
         self.plan, self.floats = plan, [name for name in plan.shapes if plan.dtypes[name].is_floating_point]
-        self.summary, self._arguments = summary, taken(plan.method.fn, plan.options)
-        if plan.method.per_task:
-            self.summary = self._rescalers() if summary is None else summary
-        elif plan.method.summarise is not None:
-            if summary is None:
-                found = plan.method.summarise(_Stacks(self), **taken(plan.method.summarise, plan.options))
-                self.summary = [None if found is None else found.tolist()]
-            values = self.summary[0]
-            self._arguments["summary"] = None if values is None else torch.tensor(values)
+        self.summary: list[Any] | None = None
+        self._arguments = taken(plan.method.fn, plan.options)
+        self._workers, self._threads = os.cpu_count() or 1, torch.get_num_threads()
+        alone = plan.method.spectral or plan.method.prepare is not None
+        self._pool = None if alone else ThreadPoolExecutor(self._workers)
+        if self._pool is not None:
+            torch.set_num_threads(1)
+
+    def summarise(self, known: list[Any] | None) -> None:
+        """What the method needs of the whole model: as an interrupted merge had found it, or anew."""
+        method = self.plan.method
+        if method.per_task:
+            self.summary = self._rescalers() if known is None else known
+        elif method.summarise is not None:
+            if known is None:
+                found = method.summarise(_Stacks(self), **taken(method.summarise, self.plan.options))
+                known = [None if found is None else found.tolist()]
+            self.summary = known
+            self._arguments["summary"] = None if known[0] is None else torch.tensor(known[0])
+
+    def close(self) -> None:
+        """End the workers."""
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+            torch.set_num_threads(self._threads)
 
     def blocks(self, name: str) -> Iterator[list[Tensor]]:
         """The result's rows, (rows, width) in its dtype, one tensor for each folder that is written."""
@@ -174,12 +197,24 @@ class _Merge:
         if not dtype.is_floating_point:
             yield [self._same(name)]
             return
-        for start, stop in self._rows(name):
-            stack, under = self._stack(name, start, stop)
-            for one in (found := self._merge(name, stack, under)):
-                if not bool(one.isfinite().all()):
-                    raise ValueError(f"{name!r} of the result has NaN or Inf: is it sound in every model?")
-            yield [one.to(dtype) for one in found]
+        if self._pool is None:
+            for rows in self._rows(name):
+                yield self._block(name, *rows)
+            return
+        waiting: deque[Future[list[Tensor]]] = deque()  # each worker has one in hand and one to come
+        for rows in self._rows(name):
+            waiting.append(self._pool.submit(self._block, name, *rows))
+            if len(waiting) > 2 * self._workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+    def _block(self, name: str, start: int, stop: int) -> list[Tensor]:
+        found, dtype = self._merge(name, *self._stack(name, start, stop)), self.plan.dtypes[name]
+        for one in found:
+            if not bool(one.sum().isfinite()) and not bool(one.isfinite().all()):  # a sum may overflow
+                raise ValueError(f"{name!r} of the result has NaN or Inf: is it sound in every model?")
+        return [one.to(dtype) for one in found]
 
     def _merge(self, name: str, stack: Tensor, under: Tensor | None) -> list[Tensor]:
         """Results of one block: one, or one a model."""
@@ -188,7 +223,7 @@ class _Merge:
             return [_sum(under, average(stack, weights))]
         if plan.method.per_task:
             unified, masks = plan.method.fn(stack, weights, **self._arguments)
-            scales = [plan.scale * one for one in self.summary]
+            scales = [plan.scale * one for one in self.summary or []]
             return [_sum(under, scale * mask * unified) for scale, mask in zip(scales, masks, strict=True)]
         device = torch.device("cuda" if plan.method.spectral and torch.cuda.is_available() else "cpu")
         out = plan.method.fn(stack.to(device), weights.to(device), **self._arguments)
@@ -208,7 +243,11 @@ class _Merge:
         plan, (_, width) = self.plan, self._shape(name)
         stack = torch.empty(len(plan.models), stop - start, width)
         for place, one in zip(stack, plan.models.values(), strict=True):
-            place.copy_(one.read(name, start, stop)[:, :width])
+            entry = one.tensors[name]
+            if entry.dtype == place.dtype and entry.width == width:
+                one.read(name, start, stop, out=place)
+            else:
+                place.copy_(one.read(name, start, stop)[:, :width])
         under = None if plan.base is None else plan.base.read(name, start, stop)[:, :width].float()
         if under is not None:
             stack -= under

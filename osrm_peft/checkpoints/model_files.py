@@ -1,6 +1,7 @@
 """ModelFiles: a folder that `save_pretrained` wrote, its tensors read from disk some rows at a time."""
 
 import json
+import threading
 import zlib
 from dataclasses import dataclass
 from functools import cached_property
@@ -72,7 +73,7 @@ class ModelFiles:
             raise FileNotFoundError(f"{source} holds no config.json: give a folder that save_pretrained wrote")
         self.config: dict[str, Any] = _json(self.folder / "config.json")
         self.tensors: dict[str, Entry] = {}
-        self._open: dict[Path, BinaryIO] = {}
+        self._open: dict[tuple[int, Path], BinaryIO] = {}
         weight_map = self._weight_map()
         for file in dict.fromkeys(weight_map.values()) if weight_map else [WEIGHTS]:
             found = read_header(self.folder / file)
@@ -112,14 +113,19 @@ class ModelFiles:
         stats = {path.name: path.stat() for path in self.paths}
         return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
 
-    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        """(rows, width) of a tensor in its own dtype, rows start … stop; copied, so nothing stays mapped."""
+    def read(self, name: str, start: int = 0, stop: int | None = None, out: Tensor | None = None) -> Tensor:
+        """(rows, width) of a tensor in its own dtype, rows start … stop; copied, so nothing stays mapped.
+
+        Args:
+            out: (rows, width) contiguous, where to put them.
+        """
         entry = self.tensors[name]
         stop = entry.rows if stop is None else min(stop, entry.rows)
-        out = torch.empty(stop - start, entry.width, dtype=entry.dtype)
-        if entry.path not in self._open:
-            self._open[entry.path] = entry.path.open("rb", buffering=0)
-        file, view = self._open[entry.path], out.view(-1).view(torch.uint8).numpy().data
+        out = torch.empty(stop - start, entry.width, dtype=entry.dtype) if out is None else out
+        key = threading.get_ident(), entry.path  # each thread has its own place in a file
+        if key not in self._open:
+            self._open[key] = entry.path.open("rb", buffering=0)
+        file, view = self._open[key], out.view(-1).view(torch.uint8).numpy().data
         file.seek(entry.start + start * entry.width * entry.dtype.itemsize)
         done = 0
         while done < len(view):

@@ -64,7 +64,8 @@ def above(X: Tensor, mu: float, start: Triplets | None = None) -> Triplets:
             # What is left lies in directions with σ ≤ S[-1], and moves U(Σ − μ)Vᵀ by (σ − μ)/(σ − S[-1]) of itself.
             share = (wanted.S - mu) / (wanted.S - found.S[-1]).clamp_min(torch.finfo(X.dtype).tiny)
             error = ((Y[:, : len(share)] - wanted.U * wanted.S) * share.clamp_max(1)).norm()
-            if error <= _TOLERANCE * (wanted.S - mu).norm() and found.S[-1] <= _NEXT * mu:
+            settled = bool(error <= _TOLERANCE * (wanted.S - mu).norm() and found.S[-1] <= _NEXT * mu)
+            if settled and bool((Y[:, len(share) :].norm(dim=0) <= mu).all()):
                 missed = _strongest_of_rest(X, found, generator)
                 if missed is None or float((X @ missed).norm()) <= mu:
                     return wanted
@@ -137,7 +138,7 @@ def _svd(X: Tensor) -> Triplets:
 
 
 def _cut(found: Triplets, mu: float) -> Triplets:
-    k = int((found.S > mu).sum())
+    k = int((mu < found.S).sum())
     return Triplets(found.U[:, :k], found.S[:k], found.V[:, :k], found.V[:, k:])
 
 
