@@ -60,6 +60,8 @@ class OSRMCallback(TrainerCallback):
                 model, adapter_name=self.adapter_name, tokenizer=processing_class, progress=progress, distributed=True
             )
         except FileNotFoundError as error:
+            if model.peft_config[self.adapter_name].freeze_a:  # a checkpoint of ZeRO-3 lacks a frozen A
+                raise
             logger.warning("%s; without it only a run from a checkpoint can go on", error)
             self.missing = error
             return
@@ -91,20 +93,24 @@ class OSRMCallback(TrainerCallback):
                     "Trainer(…) and train(). Build the Trainer last, and let nothing else write lora_A"
                 )
 
-    def on_step_end(self, args, state, control, model=None, **kwargs) -> None:
+    def on_step_end(self, args, state, control, model=None, optimizer=None, **kwargs) -> None:
         """After the first step of a fresh run: weight decay apart, A may not have moved."""
         if not self.first_step:
             return
         self.first_step = False
-        allowed = args.learning_rate * args.weight_decay + ROUNDING
+        groups = [
+            (group.get("initial_lr", group["lr"]), group.get("weight_decay", 0)) for group in optimizer.param_groups
+        ]
+        allowed = max(float(rate) * decay for rate, decay in groups) + ROUNDING
         for name, A in self._current(model).items():
             moved = float((A - self.initial[name]).norm() / self.initial[name].norm())
             if not moved <= allowed:
                 raise RuntimeError(
                     f"A of layer {name!r} moved by {moved:.2g} of its length in the first step, {allowed:.2g} at most "
                     "was possible (while B = 0, A has no gradient): the engine restored another A, from a copy that it "
-                    "took before OSRM's was written. Build the model and the Trainer, with OSRMCallback among its "
-                    "callbacks, before anything prepares the model (accelerator.prepare, deepspeed.initialize)"
+                    "took before OSRM's was written, or the optimizer adds noise. Build the model and the Trainer, "
+                    "with OSRMCallback among its callbacks, before anything prepares the model "
+                    "(accelerator.prepare, deepspeed.initialize)"
                 )
 
     def on_log(self, args, state, control, logs=None, model=None, **kwargs) -> None:

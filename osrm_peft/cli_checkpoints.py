@@ -44,7 +44,7 @@ def merge_checkpoints(
     )  # fmt: skip
     size = plan.size_of(list(plan.shapes)) / 2**30
     if dry_run:
-        check_space(plan, folder, 1)
+        check_space(folder, plan.size_of(list(plan.shapes)))
         say(f"would write {out}: {len(plan.shapes)} tensors, {size:.2f} GiB in {len(plan.shards)} files")
         return
     execute(plan, folder, resume=resume, progress=True)

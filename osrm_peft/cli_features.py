@@ -72,7 +72,7 @@ def features(
         if processes.from_main(partial(there, path)):
             say(f"{path} is there already (--overwrite makes it anew)")
             continue
-        base = recipe.base() if base is None else base
+        base = recipe.base(distributed=True) if base is None else base
         found = recipe.collect(name, base=base, group_size=group_size, distributed=True)
         processes.from_main(partial(found.save, path, getattr(torch, dtype)))
         say(f"wrote {path}")

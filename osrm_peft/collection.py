@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from osrm_peft.checks import choice, integer
 from osrm_peft.distributed import Processes, execution_device
@@ -185,6 +186,7 @@ def _run(
 ) -> int:
     """One pass over the batches into the collector; from how many samples."""
     base, seen, sides = base_of(model), 0, collector.sides
+    root = model if isinstance(model, FSDPModule) else base  # FSDP2 gathers what its root holds in the root's forward
     watched = {name: layers[name] for name in collector.widths}
     # With a cache, transformers takes a packed row for one sample, whose parts see one another.
     uncached = {"use_cache": False} if "use_cache" in inspect.signature(base.forward).parameters else {}
@@ -202,20 +204,23 @@ def _run(
             batch = given.to(device)
             inputs = sides.with_decoder(batch.inputs, batch.labels)
             collector.start(inputs, batch.positions, batch.counts)
-            base(**inputs | uncached)
+            root(**inputs | uncached)
             seen += batch.count if batch.counts else 0
-    idle = [name for name in watched if name not in collector.moments]
-    if idle:
-        raise ValueError(
-            f"{len(idle)} of the {len(watched)} target layers never ran, {idle[0]!r} the first of them: "
-            "list them in exclude_modules, or narrow target_modules"
-        )
     return seen
 
 
 def _sum_up(collector: Collector, seen: int, processes: Processes) -> int:
     """The collector's moments become those of all processes; from how many samples."""
-    own = {name: moments for name, moments in collector.moments.items() if collector.leaders[name] == name}
+    for leaders in processes.gather(collector.leaders):  # an expert may have run in some processes only
+        for name, leader in leaders.items():
+            collector.follow(name, leader)
+    idle = [name for name in collector.widths if name not in collector.moments]
+    if idle:
+        raise ValueError(
+            f"{len(idle)} of the {len(collector.widths)} target layers never ran, {idle[0]!r} the first of them: "
+            "list them in exclude_modules, or narrow target_modules"
+        )
+    own = {name: collector.moments[name] for name in collector.widths if collector.leaders[name] == name}
     everyone = processes.gather((seen, {name: moments.count for name, moments in own.items()}))
     if processes.count > 1:
         for name, moments in own.items():

@@ -51,6 +51,22 @@ class Processes:
             dist.all_gather_object(found, mine)
         return found
 
+    def together(self, function: Callable[[], T]) -> list[T]:
+        """What each process finds by itself, in the order of ranks; the first error of any of them, for everyone."""
+        found: Any = None
+        failed: Exception | None = None
+        try:
+            found = function()
+        except Exception as error:
+            if self.count == 1:
+                raise
+            failed = _sendable(error)
+        every = self.gather((found, failed))
+        failures = [one for _, one in every if one is not None]
+        if failures:
+            raise failures[0]
+        return [one for one, _ in every]
+
     def sum_(self, tensor: Tensor) -> Tensor:
         """The sum over processes, in place."""
         if self.count > 1:
@@ -74,11 +90,6 @@ class Processes:
             raise found[1]
         return found[0]
 
-    def wait(self) -> None:
-        """Until all are here."""
-        if self.count > 1:
-            dist.barrier()
-
 
 ALONE = Processes()
 
@@ -94,7 +105,8 @@ def local_device() -> torch.device:
     """This process' GPU; the CPU where there is none."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    rank = os.environ.get("LOCAL_RANK")
+    return torch.device("cuda", torch.cuda.current_device() if rank is None else int(rank) % torch.cuda.device_count())
 
 
 def spread(load: Callable[[], nn.Module]) -> nn.Module | None:
@@ -108,10 +120,13 @@ def spread(load: Callable[[], nn.Module]) -> nn.Module | None:
     from accelerate.utils import InitProcessGroupKwargs
 
     backend = "nccl" if torch.cuda.is_available() else "gloo"
-    accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(backend=backend)])
+    accelerator = Accelerator(mixed_precision="no", kwargs_handlers=[InitProcessGroupKwargs(backend=backend)])
     if zero3:  # no data loader goes through the engine, so the batch size that it asks for is of no use
         accelerator.state.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = 1
-    return accelerator.prepare(load())
+    model = load()
+    if zero3:
+        return accelerator.prepare(model)
+    return accelerator.prepare(model, torch.optim.SGD(model.parameters()))[0]  # FSDP2 wants an optimizer beside it
 
 
 def inner_module(model: Any) -> Any:
@@ -149,17 +164,23 @@ def whole(parameter: Tensor) -> Tensor:
         return tensor.detach().to("cpu", copy=True)
 
 
+def check_writable(parameter: Tensor) -> None:
+    """Raise ValueError if a DeepSpeed optimizer holds the parameter."""
+    # ZeRO-1 and -2 set _hp_mapping in every process, to None where another has the copy
+    if hasattr(parameter, "_hp_mapping") or getattr(parameter, "_z3_optimizer", None) is not None:
+        raise ValueError(
+            "a DeepSpeed optimizer has its own copy of the adapter's weights already, which would undo the "
+            "initialisation at the first step: initialise before accelerator.prepare, or deepspeed.initialize"
+        )
+
+
 def write(parameter: Tensor, value: Tensor) -> None:
     """Write a whole parameter, wherever its parts are; every process does so, with the same value.
 
     Raises:
         ValueError: a DeepSpeed optimizer holds it already, and would write its own copy over the value.
     """
-    if getattr(parameter, "_hp_mapping", None) is not None or getattr(parameter, "_z3_optimizer", None) is not None:
-        raise ValueError(
-            "a DeepSpeed optimizer has its own copy of the adapter's weights already, which would undo the "
-            "initialisation at the first step: initialise before accelerator.prepare, or deepspeed.initialize"
-        )
+    check_writable(parameter)
     with torch.no_grad():
         if isinstance(parameter, DTensor):
             given = value.to(parameter.device, parameter.dtype)

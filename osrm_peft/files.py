@@ -85,8 +85,11 @@ def check_replaceable(path: str | Path, kind: str) -> None:
             f"{path} exists and is not a folder that osrm_peft wrote as {kind!r} (its {MANIFEST} would say so): "
             "name a new folder, or remove it yourself"
         )
-    known = _CONTENTS[kind] if kind in _CONTENTS else set(manifest.get("files", []))
-    foreign = sorted({entry.name for entry in path.iterdir()} - known)
+    if kind in _CONTENTS:
+        foreign = sorted({entry.name for entry in path.iterdir()} - _CONTENTS[kind])
+    else:
+        there = {entry.relative_to(path).as_posix() for entry in path.rglob("*") if not entry.is_dir()}
+        foreign = sorted(there - set(manifest.get("files", [])))
     if foreign:
         raise FileExistsError(
             f"{path} holds files of others ({', '.join(foreign[:4])}): replacing it would lose them; "

@@ -3,6 +3,7 @@
 import hashlib
 import logging
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from osrm_peft.config import OSRMLoraConfig
-from osrm_peft.distributed import Processes, whole, write
+from osrm_peft.distributed import Processes, check_writable, whole, write
 from osrm_peft.features import TaskFeatures
 from osrm_peft.layers import base_of, hash_of, linear_layer, lora_layers, sampled_weights, unwrapped
 from osrm_peft.out_of_task import OutOfTask, check_tasks, describe, load_features
@@ -56,6 +57,8 @@ def initialize_osrm_weights(
     config = _config_of(model, adapter_name)
     layers = lora_layers(model, adapter_name)
     _check_layers(layers, adapter_name, config)
+    for layer in layers.values():
+        check_writable(layer.lora_A[adapter_name].weight)
     known = dict(base_of(model).named_modules())
     features: list[TaskFeatures] = []  # of the other tasks, then the own ones; on the main process
 
@@ -68,22 +71,28 @@ def initialize_osrm_weights(
     names = processes.from_main(load)
     sampled = sampled_weights(model, names)
 
-    def choose() -> tuple[dict[str, Tensor], dict[str, Any]]:
+    own = features[-1] if features and config.needs_own_features else None
+    out = OutOfTask(features[: -1 if own else None])
+
+    def check() -> dict[str, Any]:
         for one in features:
             one.check_fits(model, layers, tokenizer, sampled)
-        own = features[-1] if config.needs_own_features else None
-        out, directions, shares = OutOfTask(features[: -1 if own else None]), {}, {}
-        for name, layer in tqdm(layers.items(), desc="OSRM", unit="layer", disable=not progress):
-            A, shares[name] = _choose(config, out, own, layer.r[adapter_name], name)
-            directions[name] = A.float()
-        return directions, {
+        return {
             "out_of_task": [describe(one) for one in out.features],
             "in_task": describe(own) if own else None,
             "weight_hash": hash_of(sampled, layers),
-            "out_of_task_energy_share": shares,
         }
 
-    directions, provenance = processes.from_main(choose)
+    def choose(name: str) -> tuple[Tensor, float]:
+        A, share = _choose(config, out, own, layers[name].r[adapter_name], name)
+        return A.float(), share
+
+    provenance = processes.from_main(check)
+    # One broadcast a layer: of a large model all layers take longer than a process group waits.
+    bar = tqdm(layers, desc="OSRM", unit="layer", disable=not progress)
+    found = {name: processes.from_main(partial(choose, name)) for name in bar}
+    directions = {name: A for name, (A, _) in found.items()}
+    provenance["out_of_task_energy_share"] = {name: share for name, (_, share) in found.items()}
     for name, layer in layers.items():
         write(layer.lora_A[adapter_name].weight, directions[name])
         if config.freeze_a:

@@ -1,5 +1,6 @@
 """Batches run through a model while the inputs of its layers are summed up; the model is left as it was."""
 
+import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -69,13 +70,18 @@ def samples(
                 f"the loader of task {task!r} is split over the processes already (accelerator.prepare, or a "
                 "DistributedSampler), which may repeat samples: give the loader as it was before, it is shared out here"
             )
-    seen, waiting = 0, []
+    seen, waiting, digest = 0, [], hashlib.sha256()
     with tqdm(total=k, desc=what, unit="sample", disable=not progress or not processes.main) as bar:
         for given in loader:
             batch = _cut(given, k - seen)
             if batch.count == 0:
                 continue
             seen += batch.count
+            if processes.count > 1:
+                sums = {
+                    key: float(value.double().sum()) for key, value in batch.inputs.items() if isinstance(value, Tensor)
+                }
+                digest.update(repr((batch.count, sums)).encode())
             waiting.append(batch)
             if len(waiting) == processes.count or seen >= k:
                 yield _mine(waiting, processes)
@@ -85,9 +91,12 @@ def samples(
                 break
         if waiting:
             yield _mine(waiting, processes)
-    everyone = processes.gather(seen)
+    everyone = processes.gather((seen, digest.hexdigest()))
     if len(set(everyone)) > 1:
-        raise ValueError(f"the processes' loaders of task {task!r} gave {everyone} samples: they must be the same")
+        counts = [count for count, _ in everyone]
+        raise ValueError(
+            f"the processes' loaders of task {task!r} gave {counts} samples, or other ones: all must read the same"
+        )
     if seen == 0:
         raise ValueError(f"the loader of task {task!r} gave no sample: is its dataset empty?")
 
@@ -149,20 +158,24 @@ class Collector:
         for tensor, version, first in self.received.values():
             if same_tensor(x, tensor) and x._version == version:
                 leader = first
+        self.follow(name, leader)
+        if leader != name:
+            return
+        positions = self.in_decoder if self.sides.in_decoder(name, x, self.encoded) else self.positions
+        if self.counts:
+            self.moments[name].add_(*positions.of(name, x, self.whole_samples))
+        self.received["encoded" if same_tensor(x, self.encoded) else "last"] = (x, x._version, name)
+
+    def follow(self, name: str, leader: str) -> None:
+        """Note that the layer receives the leader's input, here or in another process."""
         if self.leaders.setdefault(name, leader) != leader:
             raise RuntimeError(
                 f"layer {name!r} shared its input with another layer in some batches and not in others: "
                 "collect its features on its own (target_modules with this layer alone)"
             )
-        if leader != name:
-            self.moments[name] = self.moments[leader]
-            return
-        positions = self.in_decoder if self.sides.in_decoder(name, x, self.encoded) else self.positions
-        if name not in self.moments:
-            self.moments[name] = FeatureMoments(self.statistic, self.widths[name])
-        if self.counts:
-            self.moments[name].add_(*positions.of(name, x, self.whole_samples))
-        self.received["encoded" if same_tensor(x, self.encoded) else "last"] = (x, x._version, name)
+        if leader not in self.moments:
+            self.moments[leader] = FeatureMoments(self.statistic, self.widths[leader])
+        self.moments[name] = self.moments[leader]
 
 
 @contextmanager

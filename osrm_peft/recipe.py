@@ -113,14 +113,14 @@ class Recipe:
         }
         return OSRMLoraConfig(**(fields | files | self.osrm))
 
-    def base(self) -> nn.Module:
+    def base(self, distributed: bool = False) -> nn.Module:
         """The pre-trained model to collect features on.
 
         On all GPUs of the machine where it runs in one process; in several, split by ZeRO-3 or FSDP where the launch's
         config says so, else whole on the GPU of each.
         """
-        if not torch.cuda.is_available() or Processes.of(True).count > 1:
-            found = spread(lambda: load_base(self.model, 2))
+        if not torch.cuda.is_available() or Processes.of(distributed).count > 1:
+            found = spread(lambda: load_base(self.model, 2)) if distributed else None
             return load_base(self.model, 2).to(local_device()) if found is None else found  # type: ignore[arg-type]
         return load_base(self.model, 2, device_map="auto")
 
@@ -143,7 +143,7 @@ class Recipe:
             options = {"statistic": config.statistic, "reference": config.reference}
         padding = "max_length" if options.get("reference") else "longest"  # the released code pads to a fixed length
         return collect_features(
-            self.base() if base is None else base,
+            self.base(distributed) if base is None else base,
             self._loader(name, self.k, padding, Processes.of(distributed).count),
             tokenizer=load_tokenizer(self.model),
             task=name,

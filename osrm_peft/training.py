@@ -161,4 +161,8 @@ def whole_adapter(model: PeftModel) -> dict[str, Tensor]:
     Every process must call it. (The Trainer's own save leaves a frozen A out under ZeRO-3.)
     """
     tensors = model.state_dict(keep_vars=True)  # the parameters themselves know how they are split
-    return {name: whole(tensor) for name, tensor in tensors.items() if "lora_" in name or "modules_to_save" in name}
+    return {
+        name: whole(tensor)
+        for name, tensor in tensors.items()
+        if tensor.requires_grad or "lora_" in name or "modules_to_save" in name
+    }

@@ -176,3 +176,9 @@ def test_features_are_collected_as_the_config_will_ask_for_them(tmp_path):
         recipe = Recipe.from_yaml(write(tmp_path, tasks=["tweets", "sms_spam"], osrm=osrm))
         features, config = recipe.collect("tweets", progress=False), recipe.lora_config("sms_spam")
         assert (features.statistic, features.reference) == (config.statistic, config.reference)
+
+
+def test_trained_biases_are_saved_too(tmp_path):
+    recipe = Recipe.from_yaml(write(tmp_path, lora={"target_modules": ["query"], "bias": "all"}))
+    found = load_file(recipe.train("tweets", tmp_path / "out") / "adapter_model.safetensors")
+    assert "base_model.model.bert.encoder.layer.0.attention.output.LayerNorm.bias" in found

@@ -1,6 +1,7 @@
 """ModelFiles: a folder that `save_pretrained` wrote, its tensors read from disk some rows at a time."""
 
 import json
+import math
 import threading
 import zlib
 from dataclasses import dataclass
@@ -49,7 +50,7 @@ class Entry:
     @property
     def entries(self) -> int:
         """How many they are."""
-        return torch.Size(self.shape).numel()
+        return math.prod(self.shape)
 
 
 class ModelFiles:
@@ -192,7 +193,7 @@ def read_header(path: Path) -> dict[str, Entry]:
             found[name], end = entry, stop
         if 8 + length + end != size:
             raise ValueError(f"it has {size} bytes, its header tells of {8 + length + end}")
-    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, RecursionError) as error:
         raise ValueError(f"{path} is damaged or cut short ({error}): download it again") from error
     return found
 

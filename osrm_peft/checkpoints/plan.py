@@ -16,13 +16,16 @@ from transformers import AutoTokenizer
 
 from osrm_peft.checkpoints.model_files import DTYPES, ModelFiles
 from osrm_peft.checks import choice, integer, number
-from osrm_peft.files import versions
+from osrm_peft.files import MANIFEST, versions
 from osrm_peft.merging.inputs import Weights, check_names, weights_by_layer, weights_by_task
 from osrm_peft.merging.registry import METHODS, Method, get_method
 
 logger = logging.getLogger(__name__)
 
 VOCAB = ("error", "intersect")
+BASE = "base"  # the base model's name among the inputs
+STATE = "merge_state.json"  # of an unfinished merge
+_RESERVED = ("heads", MANIFEST, STATE)
 OUTPUT_DTYPES = ("float32", "bfloat16", "float16", "float64")
 CHECKPOINT_METHODS = tuple(
     sorted(name for name, one in METHODS.items() if one.needs is None and "weight" in one.spaces)
@@ -69,7 +72,7 @@ class CheckpointPlan:
 
     def manifest(self) -> dict[str, Any]:
         """How the merge is made, for its folder."""
-        every = self.models | ({} if self.base is None else {"base": self.base})
+        every = self.models | ({} if self.base is None else {BASE: self.base})
         return {
             "kind": "checkpoint",
             "method": self.name,
@@ -115,6 +118,9 @@ def plan_checkpoints(
     if dtype is not None:
         choice("dtype", dtype, OUTPUT_DTYPES)
     shard_size, seed, names = integer("shard_size", shard_size, 2**20), integer("seed", seed, 0), check_names(models)
+    taken = [name for name in names if name in _RESERVED or (name == BASE and base is not None)]
+    if taken:
+        raise ValueError(f"a model cannot be called {taken[0]!r}, which is a name in the result: give it another")
     named = weights_by_task(weights, names)
     if base is None and not chosen.baseless:
         raise ValueError(f"{method} merges differences from a base model: give base=, or use average or lore")
@@ -122,7 +128,7 @@ def plan_checkpoints(
         raise ValueError("weights multiply task vectors, which lore has only with base=: leave weights out, or give it")
     opened = {name: ModelFiles(source) for name, source in models.items()}
     base_files = None if base is None else ModelFiles(base)
-    every = opened | ({} if base_files is None else {"base": base_files})
+    every = opened | ({} if base_files is None else {BASE: base_files})
     _check_configs(every)
     shapes, own = _shapes(every, opened, heads, vocab)
     like = _like(every, opened, base_files, vocab)
@@ -138,10 +144,10 @@ def plan_checkpoints(
     return plan
 
 
-def check_space(plan: CheckpointPlan, out: Path, copies: int) -> None:
-    """Raise OSError if the disk has no room for the result."""
+def check_space(out: Path, needed: int) -> None:
+    """Raise OSError if the disk has no room for so many bytes."""
     place = next(parent for parent in [out, *out.parents] if parent.exists())
-    needed, free = copies * plan.size_of(list(plan.shapes)), shutil.disk_usage(place).free
+    free = shutil.disk_usage(place).free
     if needed > free:
         raise OSError(
             f"the result takes {needed / 2**30:.2f} GiB and the disk of {place} has {free / 2**30:.2f} GiB free: "
@@ -235,7 +241,7 @@ def _dtypes(
         if any(floats) and dtype is not None and all(floats):
             found[tensor] = getattr(torch, dtype)
             continue
-        if len({kind for name, kind in kinds.items() if name != "base"}) > 1 or any(floats) != all(floats):
+        if len({kind for name, kind in kinds.items() if name != BASE}) > 1 or any(floats) != all(floats):
             listed = ", ".join(f"{str(kind).removeprefix('torch.')} in {name!r}" for name, kind in kinds.items())
             raise ValueError(f"{tensor!r} is {listed}: give the dtype of the result, one of {', '.join(OUTPUT_DTYPES)}")
         found[tensor] = next(iter(kinds.values()))

@@ -2,7 +2,7 @@
 
 import hashlib
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal, overload
 
 import torch
@@ -99,8 +99,9 @@ def execute(plan: MergePlan, processes: Processes = ALONE, *, progress: bool = F
         options = taken(plan.method.summarise, plan.options)
         summary["summary"] = plan.method.summarise(passes, add_up=processes.sum_, **options)
     weights = _guided_weights(plan, share, processes)
-    mine = {name: _merge_layer(plan, stacks, name, weights[name], summary) for name in names}
-    merged = _gathered(plan, mine, processes)
+    merged = _gathered(
+        plan, lambda: {name: _merge_layer(plan, stacks, name, weights[name], summary) for name in names}, processes
+    )
     layers, reports = ({name: found[place] for name, found in merged.items()} for place in (0, 1))
     stopped = [name for name, report in reports.items() if report.get("converged") is False]
     if stopped:
@@ -114,9 +115,9 @@ def execute(plan: MergePlan, processes: Processes = ALONE, *, progress: bool = F
     return MergedAdapter(layers, plan.scale, plan.rank, plan.inputs.templates(), plan.dtype, manifest)
 
 
-def _gathered(plan: MergePlan, mine: dict[str, Any], processes: Processes) -> dict[str, Any]:
-    """What all processes have found for their layers, in the order of the layers."""
-    found = {name: value for part in processes.gather(mine) for name, value in part.items()}
+def _gathered(plan: MergePlan, merge: Callable[[], dict[str, Any]], processes: Processes) -> dict[str, Any]:
+    """What all processes find for their layers, in the order of the layers."""
+    found = {name: value for part in processes.together(merge) for name, value in part.items()}
     return {name: found[name] for name in plan.inputs.shapes}
 
 
@@ -196,8 +197,10 @@ def _guided_weights(plan: MergePlan, share: list[str], processes: Processes) -> 
     """{layer: (T,) weights}: as given, or solved from the features."""
     if plan.guided_weights is None or plan.features is None:
         return plan.weights
-    mine = {name: normal_equations(plan.inputs.products(name), plan.features(name)) for name in share}
-    equations = _gathered(plan, mine, processes)
+    products, features = plan.inputs.products, plan.features
+    equations = _gathered(
+        plan, lambda: {name: normal_equations(products(name), features(name)) for name in share}, processes
+    )
     if plan.guided_weights == "features":
         return {name: solve(*equation) for name, equation in equations.items()}
     normals, rights = zip(*equations.values(), strict=True)
@@ -207,14 +210,15 @@ def _guided_weights(plan: MergePlan, share: list[str], processes: Processes) -> 
 
 def _masked(plan: MergePlan, names: Iterable[str], processes: Processes) -> MaskedAdapter:
     """A method whose result differs by task: shared vector and masks a layer, and the rescalers over all layers."""
-    mine = {}
-    for name in names:
+
+    def one(name: str) -> tuple[MaskedLayer, Tensor, Tensor]:
         stack, weights = enter(plan.space, plan.inputs.factors(name)).stack, plan.weights[name]
         unified, masks = plan.method.fn(stack, weights.to(stack.dtype), **taken(plan.method.fn, plan.options))
         full = weights.abs() * stack.abs().sum((1, 2), dtype=torch.float64)  # (T,) Σ|w_t τ_t|
         kept = (masks * unified.abs()).sum((1, 2), dtype=torch.float64)  # (T,) Σ|M_t ⊙ τ_uni|
-        mine[name] = MaskedLayer.pack(unified.to(plan.dtype), masks), full, kept
-    found = _gathered(plan, mine, processes)
+        return MaskedLayer.pack(unified.to(plan.dtype), masks), full, kept
+
+    found = _gathered(plan, lambda: {name: one(name) for name in names}, processes)
     layers = {name: layer for name, (layer, _, _) in found.items()}
     full, kept = (torch.stack([sums[place] for sums in found.values()]).sum(0) for place in (1, 2))
     scales = torch.where(kept > 0, full / kept.clamp_min(1e-300), 0).tolist()

@@ -53,19 +53,24 @@ def above(X: Tensor, mu: float, start: Triplets | None = None) -> Triplets:
     if narrow <= SMALL:
         return _cut(_svd(X), mu)
     generator = torch.Generator(X.device).manual_seed(0)
-    V = _random(X, 32, generator) if start is None or start.more is None else torch.cat([start.V, start.more], 1)
+    V = _random(X, 32 if start is None or start.more is None else 4, generator)
+    if start is not None and start.more is not None:
+        V = torch.cat([start.V, start.more, V], 1)
     found: Triplets | None = None
     for _ in range(_ROUNDS):
         if V.shape[1] > narrow // 4:
             break
         Y = X @ V
         if found is not None:
-            wanted = _cut(found, mu)
+            wanted, misfit = _cut(found, mu), Y[:, : len(found.S)] - found.U * found.S
+            k = len(wanted.S)
             # What is left lies in directions with σ ≤ S[-1], and moves U(Σ − μ)Vᵀ by (σ − μ)/(σ − S[-1]) of itself.
             share = (wanted.S - mu) / (wanted.S - found.S[-1]).clamp_min(torch.finfo(X.dtype).tiny)
-            error = ((Y[:, : len(share)] - wanted.U * wanted.S) * share.clamp_max(1)).norm()
-            settled = bool(error <= _TOLERANCE * (wanted.S - mu).norm() and found.S[-1] <= _NEXT * mu)
-            if settled and bool((Y[:, len(share) :].norm(dim=0) <= mu).all()):
+            allowed = _TOLERANCE * (wanted.S - mu).norm()
+            settled = bool((misfit[:, :k] * share.clamp_max(1)).norm() <= allowed) and bool(found.S[-1] <= _NEXT * mu)
+            # Near a value s that is found to r lies a singular value of at most s + r: may it be above μ?
+            below = found.S[k:] + misfit[:, k:].norm(dim=0) <= mu + allowed + 1e-6 * mu
+            if settled and bool(below.all()):
                 missed = _strongest_of_rest(X, found, generator)
                 if missed is None or float((X @ missed).norm()) <= mu:
                     return wanted

@@ -17,6 +17,7 @@ from accelerate.state import DistributedType, PartialState
 from transformers import TrainerCallback, TrainingArguments
 
 import osrm_peft.training
+from osrm_peft import initialize_osrm_weights
 from osrm_peft.cli import main as command
 from osrm_peft.distributed import whole
 from osrm_peft.layers import lora_layers
@@ -73,6 +74,11 @@ class Late(TrainerCallback):
                 A.copy_(A.flip(0))
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
+        try:
+            initialize_osrm_weights(model, distributed=True)
+            self.refused = ""
+        except ValueError as error:
+            self.refused = str(error)
         with torch.no_grad():
             for name, A in a_of(model).items():
                 A.copy_(self.written[name])
@@ -94,7 +100,8 @@ def main():
             except SystemExit as stopped:
                 assert not stopped.code
             continue
-        callbacks = [Watch(folder, phase), *([Late()] if phase == "late" else [])]
+        late = Late()
+        callbacks = [Watch(folder, phase), *([late] if phase == "late" else [])]
         try:
             train_task(
                 recipe.task("questions"),
@@ -108,7 +115,7 @@ def main():
         except RuntimeError as error:
             if phase != "late":
                 raise
-            (folder / f"late.{os.environ['RANK']}.txt").write_text(str(error))
+            (folder / f"late.{os.environ['RANK']}.txt").write_text(f"{error}\n{late.refused}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,179 @@
+"""Blocks: the tensors of a merge of checkpoints, made some rows at a time."""
+
+import os
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from osrm_peft.checkpoints.plan import CheckpointPlan
+from osrm_peft.merging.average import average
+from osrm_peft.merging.merge import generator_of
+from osrm_peft.merging.registry import Merged, taken
+
+BLOCK = 2**16  # entries of a tensor that an element-wise method sees at once: they fit a processor's cache
+
+
+class Blocks:
+    """The tensors of the result, made some rows at a time.
+
+    Blocks are small, so that each is one thread's work: as many at once as there are cores. DARE draws in order, and a
+    whole matrix takes all threads: these run one after the other.
+    """
+
+    def __init__(self, plan: CheckpointPlan) -> None:
+        self.plan, self.floats = plan, [name for name in plan.shapes if plan.dtypes[name].is_floating_point]
+        self.summary: list[Any] | None = None
+        self._arguments = taken(plan.method.fn, plan.options)
+        self._workers, self._threads = os.cpu_count() or 1, torch.get_num_threads()
+        alone = plan.method.spectral or plan.method.prepare is not None
+        self._pool = None if alone else ThreadPoolExecutor(self._workers)
+        if self._pool is not None:
+            torch.set_num_threads(1)
+
+    def summarise(self, known: list[Any] | None) -> None:
+        """What the method needs of the whole model: as an interrupted merge had found it, or anew."""
+        method = self.plan.method
+        if method.per_task:
+            self.summary = self._rescalers() if known is None else known
+        elif method.summarise is not None:
+            if known is None:
+                found = method.summarise(_Stacks(self), **taken(method.summarise, self.plan.options))
+                known = [None if found is None else found.tolist()]
+            self.summary = known
+            self._arguments["summary"] = None if known[0] is None else torch.tensor(known[0])
+
+    def close(self) -> None:
+        """End the workers."""
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+            torch.set_num_threads(self._threads)
+
+    def blocks(self, name: str) -> Iterator[list[Tensor]]:
+        """The result's rows, (rows, width) in its dtype, one tensor for each folder that is written."""
+        dtype = self.plan.dtypes[name]
+        if not dtype.is_floating_point:
+            yield [self._same(name)] * (len(self.plan.models) if self.plan.method.per_task else 1)
+            return
+        if self._pool is None:
+            for rows in self._rows(name):
+                yield self._block(name, *rows)
+            return
+        waiting: deque[Future[list[Tensor]]] = deque()  # each worker has one in hand and one to come
+        for rows in self._rows(name):
+            waiting.append(self._pool.submit(self._block, name, *rows))
+            if len(waiting) > 2 * self._workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+    def _block(self, name: str, start: int, stop: int) -> list[Tensor]:
+        found, dtype = self._merge(name, *self._stack(name, start, stop)), self.plan.dtypes[name]
+        found = [one.to(dtype) for one in found]
+        if not all(map(_finite, found)):
+            kind = str(dtype).removeprefix("torch.")
+            raise ValueError(f"{name!r} of the result is too large for {kind}: lower the scale, or give another dtype")
+        return found
+
+    def _merge(self, name: str, stack: Tensor, under: Tensor | None) -> list[Tensor]:
+        """Results of one block: one, or one a model."""
+        plan, weights = self.plan, self.plan.weights[name].to(stack.dtype)
+        if plan.method.spectral and not self._is_matrix(name):
+            return [_sum(under, average(stack, weights))]
+        if plan.method.per_task:
+            unified, masks = plan.method.fn(stack, weights, **self._arguments)
+            scales = [plan.scale * one for one in self.summary or []]
+            return [_sum(under, scale * mask * unified) for scale, mask in zip(scales, masks, strict=True)]
+        device = torch.device("cuda" if plan.method.spectral and torch.cuda.is_available() else "cpu")
+        out = plan.method.fn(stack.to(device), weights.to(device), **self._arguments)
+        merged = out if isinstance(out, Merged) else Merged(out)
+        direction = merged.direction if merged.finish is None else merged.finish(merged.direction)
+        direction = direction.mul_(plan.scale).cpu()
+        return [_sum(under, direction if merged.offset is None else direction.add_(merged.offset.cpu()))]
+
+    def _rows(self, name: str) -> Iterator[tuple[int, int]]:
+        rows, width = self._shape(name)
+        whole = self.plan.method.spectral and self._is_matrix(name)
+        whole = whole or self._arguments.get("trim") == "layer"  # its threshold is of a tensor
+        size = rows if whole else max(1, BLOCK // max(width, 1))
+        return ((start, min(start + size, rows)) for start in range(0, rows, size))
+
+    def _stack(self, name: str, start: int, stop: int) -> tuple[Tensor, Tensor | None]:
+        """(T, rows, width) task vectors, or whole weights without a base; and the base's rows; float32."""
+        plan, (_, width) = self.plan, self._shape(name)
+        stack = torch.empty(len(plan.models), stop - start, width)
+        for place, (model, one) in zip(stack, plan.models.items(), strict=True):
+            entry = one.tensors[name]
+            if entry.dtype == place.dtype and entry.width == width:
+                one.read(name, start, stop, out=place)
+            else:
+                place.copy_(one.read(name, start, stop)[:, :width])
+            if not _finite(place):
+                raise ValueError(f"{name!r} holds NaN or Inf in {model!r}: download it again")
+        under = None if plan.base is None else plan.base.read(name, start, stop)[:, :width].float()
+        if under is not None and not _finite(under):
+            raise ValueError(f"{name!r} holds NaN or Inf in the base model: download it again")
+        if under is not None:
+            stack -= under
+        if plan.method.prepare is not None:
+            key = (name, start)
+            if start == 0 or key != self._drawing:
+                self._generators = [generator_of(plan.seed, task, name) for task in plan.models]
+            stack = plan.method.prepare(stack, self._generators, **taken(plan.method.prepare, plan.options))
+            self._drawing = (name, stop)
+        return stack, under
+
+    _drawing: tuple[str, int] = ("", 0)
+
+    def _shape(self, name: str) -> tuple[int, int]:
+        """(rows, width) in which a tensor is read."""
+        shape = self.plan.shapes[name]
+        rows = shape[0] if len(shape) > 1 else 1
+        return rows, torch.Size(shape).numel() // max(rows, 1)
+
+    def _is_matrix(self, name: str) -> bool:
+        return len(self.plan.shapes[name]) == 2 and min(self.plan.shapes[name]) > 1
+
+    def _same(self, name: str) -> Tensor:
+        """A tensor of whole numbers, which all models must have alike."""
+        (first, one), *others = ((model, files.read(name)) for model, files in self.plan.models.items())
+        for model, other in others:
+            if not torch.equal(one, other):
+                raise ValueError(f"{name!r} holds whole numbers, and other ones in {model!r} than in {first!r}")
+        return one
+
+    def _rescalers(self) -> list[float]:
+        """EMR's λ_t = Σ|w_t τ_t| / Σ|M_t ⊙ τ_uni| over the whole model."""
+        full = torch.zeros(len(self.plan.models), dtype=torch.float64)
+        kept = torch.zeros_like(full)
+        for name in self.floats:
+            weights = self.plan.weights[name]
+            for start, stop in self._rows(name):
+                stack, _ = self._stack(name, start, stop)
+                unified, masks = self.plan.method.fn(stack, weights.to(stack.dtype), **self._arguments)
+                full += weights.abs() * stack.abs().sum((1, 2), dtype=torch.float64)
+                kept += (masks * unified.abs()).sum((1, 2), dtype=torch.float64)
+        return torch.where(kept > 0, full / kept.clamp_min(1e-300), 0).tolist()
+
+
+class _Stacks:
+    """All task vectors, block by block; can be iterated again and again."""
+
+    def __init__(self, merge: Blocks) -> None:
+        self.merge = merge
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for name in self.merge.floats:
+            for start, stop in self.merge._rows(name):
+                yield self.merge._stack(name, start, stop)[0]
+
+
+def _finite(block: Tensor) -> bool:
+    return bool(block.sum().isfinite()) or bool(block.isfinite().all())  # a sum is quick, and may overflow
+
+
+def _sum(under: Tensor | None, direction: Tensor) -> Tensor:
+    return direction if under is None else direction.add_(under)

@@ -1,0 +1,73 @@
+"""Writing a merged checkpoint: weight files complete or absent, and what belongs beside them."""
+
+import json
+import shutil
+import zlib
+from contextlib import ExitStack
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from tqdm.auto import tqdm
+
+from osrm_peft.checkpoints.blocks import Blocks
+from osrm_peft.checkpoints.model_files import BESIDE, INDEX
+from osrm_peft.checkpoints.plan import SAFE_NAMES, CheckpointPlan
+from osrm_peft.files import MANIFEST, new_file, write_json
+
+
+def write_shard(merge: Blocks, paths: list[Path], names: list[str], bar: tqdm) -> list[str]:
+    """One weight file in each folder, complete or absent; their checksums."""
+    plan, end = merge.plan, 0
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    for name in names:
+        start, end = end, end + plan.size_of([name])
+        header[name] = {
+            "dtype": SAFE_NAMES[plan.dtypes[name]], "shape": list(plan.shapes[name]), "data_offsets": [start, end],
+        }  # fmt: skip
+    text = json.dumps(header).encode()
+    text = len(text + b" " * (-len(text) % 8)).to_bytes(8, "little") + text + b" " * (-len(text) % 8)
+    sums = [zlib.crc32(text)] * len(paths)
+    with ExitStack() as stack:
+        files = [stack.enter_context(stack.enter_context(new_file(path)).open("wb")) for path in paths]
+        for file in files:
+            file.write(text)
+        for name in names:
+            for blocks in merge.blocks(name):
+                for place, (file, block) in enumerate(zip(files, blocks, strict=False)):
+                    data = block.contiguous().view(-1).view(torch.uint8).numpy().data
+                    sums[place] = zlib.crc32(data, sums[place])
+                    file.write(data)
+                bar.update(blocks[0].nbytes)
+    return [f"{one:08x}" for one in sums]
+
+
+def write_rest(plan: CheckpointPlan, folder: Path, sums: dict[str, str]) -> None:
+    """Configuration, tokenizer and index beside the weights."""
+    for path in sorted(plan.like.folder.iterdir()):
+        if path.is_file() and any(fnmatchcase(path.name, pattern) for pattern in BESIDE):
+            shutil.copyfile(path, folder / path.name)
+    kinds = {dtype for dtype in plan.dtypes.values() if dtype.is_floating_point}
+    config = {name: value for name, value in plan.like.config.items() if name not in ("dtype", "torch_dtype")}
+    if len(kinds) == 1:
+        config["dtype"] = str(next(iter(kinds))).removeprefix("torch.")
+    write_json(folder / "config.json", config)
+    if len(plan.shards) > 1:
+        weight_map = {name: file for file, names in plan.shards for name in names}
+        total = plan.size_of(list(plan.shapes))
+        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    if plan.method.per_task:
+        write_json(folder / MANIFEST, plan.manifest() | {"model": folder.name, "crc32": sums})
+
+
+def write_heads(plan: CheckpointPlan, folder: Path) -> None:
+    """What each model keeps, with its configuration."""
+    folder.mkdir(exist_ok=True)
+    for name, one in plan.models.items():
+        kept = [tensor for tensor, owners in plan.heads.items() if name in owners]
+        tensors = {tensor: one.read(tensor).view(one.tensors[tensor].shape) for tensor in kept}
+        with new_file(folder / f"{name}.safetensors") as partial:
+            config = one.config | {key: plan.like.config[key] for key in ("vocab_size",) if key in plan.like.config}
+            save_file(tensors, partial, {"format": "pt", "config": json.dumps(config)})
