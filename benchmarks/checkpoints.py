@@ -39,7 +39,7 @@ MERGES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # name: (mergekit'
         {"method": "task_arithmetic", "scale": 0.3},
     ),
 }
-ITERATIONS, MU_RATIO = 5, 0.1
+ITERATIONS, MU_RATIO = 3, 0.1
 console = Console(width=None if sys.stdout.isatty() else 120)
 
 

@@ -1,5 +1,6 @@
 """merge_checkpoints: tensor by tensor from disk to disk; interrupted, it goes on where it stopped."""
 
+import errno
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -12,11 +13,14 @@ from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
 
 from osrm_peft.checkpoints.blocks import Blocks
+from osrm_peft.checkpoints.model_files import crc32_of
 from osrm_peft.checkpoints.plan import STATE, CheckpointPlan, check_space, plan_checkpoints
 from osrm_peft.checkpoints.writing import write_heads, write_rest, write_shard
 from osrm_peft.files import MANIFEST, check_replaceable, put_in_place, write_json
 from osrm_peft.hub import local_folder
 from osrm_peft.merging.inputs import Weights
+
+_FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)  # no room, by disk, file or quota
 
 
 def merge_checkpoints(
@@ -85,8 +89,8 @@ def execute(
     partial = out.with_name(f".{out.name}.merging")
     state = _state(partial, plan, folders, resume)
     missing = [name for file, names in plan.shards if file not in state["crc32"] for name in names]
+    _clear(partial, {partial / STATE, *(partial / folder / file for file in state["crc32"] for folder in folders)})
     check_space(out, len(folders) * plan.size_of(missing))
-    _clear(partial, [path for file in state["crc32"] for folder in folders for path in (partial / folder / file,)])
     write_json(partial / STATE, state)
     every = [*plan.models.values(), *([plan.base] if plan.base else [])]
     with ExitStack() as stack:
@@ -104,8 +108,14 @@ def execute(
         with tqdm(total=total, desc=f"merge {plan.name}", unit="B", unit_scale=True, disable=not progress) as bar:
             for file, names in plan.shards:
                 if file not in state["crc32"]:
-                    sums = write_shard(merge, [partial / folder / file for folder in folders], names, bar)
-                    state["crc32"][file] = sums
+                    paths = [partial / folder / file for folder in folders]
+                    try:
+                        state["crc32"][file] = write_shard(merge, paths, names, bar)
+                    except OSError as error:
+                        if error.errno not in _FULL:
+                            raise
+                        reason = f"{error.strerror or error}: {paths[0]} could not be written"
+                        raise OSError(f"{reason}; make room, and go on with resume (--resume)") from error
                     write_json(partial / STATE, state)
                 else:
                     bar.update(plan.size_of(names))
@@ -154,15 +164,22 @@ def _state(partial: Path, plan: CheckpointPlan, folders: list[str], resume: bool
         found = json.loads((partial / STATE).read_text(encoding="utf-8"))
         if found["fingerprint"] != state["fingerprint"]:
             raise ValueError(f"{partial} is of another merge (other inputs or options): merge without resume")
-        there = {file: sums for file, sums in found["crc32"].items()
-                 if all((partial / folder / file).is_file() for folder in folders)}  # fmt: skip
+        there = {file: sums for file, sums in found["crc32"].items() if _sound(partial, file, folders, sums)}
         return found | {"crc32": there}
     return state
 
 
-def _clear(partial: Path, kept: list[Path]) -> None:
-    """The folder, with nothing in it but these files: not what was half written when a process was killed."""
-    for path in partial.rglob("*"):
-        if path.is_file() and path not in kept:
+def _sound(partial: Path, file: str, folders: list[str], sums: list[str]) -> bool:
+    """Whether a finished weight file is there in each folder, as it was written."""
+    paths = [partial / folder / file for folder in folders]
+    return all(path.is_file() and crc32_of(path) == one for path, one in zip(paths, sums, strict=True))
+
+
+def _clear(partial: Path, kept: set[Path]) -> None:
+    """Remove from the folder all but these files: what was half written when a process was killed."""
+    for path in sorted(partial.rglob("*"), reverse=True):  # a folder after what is in it
+        if path.is_dir():
+            if not any(path.iterdir()):
+                path.rmdir()
+        elif path not in kept:
             path.unlink()
-    partial.mkdir(parents=True, exist_ok=True)

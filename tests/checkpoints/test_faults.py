@@ -257,6 +257,12 @@ def test_a_disk_that_fills_up_is_told(ended, method):
     assert not list((ended / f"full_disk-{method}").rglob("*.partial"))
 
 
+def test_nothing_of_an_abandoned_merge_is_left_in_another(ended, trained, tmp_path):
+    out = a_copy(ended, tmp_path, "between_shards", "emr")
+    merge_checkpoints({"m": trained["b"]}, out)
+    assert names(out) == ["config.json", "model.safetensors", "osrm_peft.json"]
+
+
 # going on
 
 
@@ -381,6 +387,19 @@ def test_room_is_asked_for_what_is_missing_only(trained, tmp_path, monkeypatch):
     finished = sum((tmp_path / PARTIAL / name).stat().st_size for name in SHARDS[:2])
     limit_disk(monkeypatch, size - finished + 10_000)
     assert merge_checkpoints(out=tmp_path / "out", resume=True, **given).is_dir()
+
+
+def test_room_that_an_abandoned_merge_takes_is_free(trained, tmp_path, monkeypatch):
+    given = arguments(trained)
+    interrupted(monkeypatch, tmp_path / "out", 2, **given)
+    size = sum(tensor.nbytes for tensor in tensors_of(trained["a"]).values())
+
+    def usage(_):
+        taken = sum(path.stat().st_size for path in (tmp_path / PARTIAL).rglob("*") if path.is_file())
+        return Usage(size + 10_000, taken, size + 10_000 - taken)
+
+    monkeypatch.setattr(shutil, "disk_usage", usage)
+    assert merge_checkpoints(out=tmp_path / "out", **given).is_dir()
 
 
 # damaged and changed inputs

@@ -9,20 +9,23 @@ import json
 import os
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
 import transformers
 from accelerate.state import DistributedType, PartialState
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from transformers import TrainerCallback, TrainingArguments
 
 import osrm_peft.training
 from osrm_peft import initialize_osrm_weights
 from osrm_peft.cli import main as command
-from osrm_peft.distributed import whole
+from osrm_peft.distributed import start, whole
 from osrm_peft.layers import lora_layers
 from osrm_peft.recipe import Recipe
-from osrm_peft.training import train_task
+from osrm_peft.training import load_base, train_task
 
 STEPS, CHECKPOINT, KILLED = 4, 2, 3
 
@@ -84,6 +87,20 @@ class Late(TrainerCallback):
                 A.copy_(self.written[name])
 
 
+def collect_split(recipe, folder):
+    """The features on a model that FSDP2 has split (the command chooses FSDP2 on GPUs only)."""
+    processes, base = start(), load_base(recipe.model, 2)
+    mesh = init_device_mesh("cpu", (processes.count,))
+    for block in base.bert.encoder.layer:
+        fully_shard(block, mesh=mesh)
+    base = fully_shard(base, mesh=mesh)
+    assert base.bert.embeddings.word_embeddings.weight.to_local().shape[0] < base.config.vocab_size
+    for name in recipe.task_names():
+        found = recipe.collect(name, base=base, progress=False, distributed=True)
+        path = folder / f"features/{name}.features.safetensors"
+        processes.from_main(partial(found.save, path))
+
+
 def main():
     folder, phases = Path(sys.argv[1]), sys.argv[2:]
     transformers.logging.set_verbosity_error()
@@ -93,6 +110,9 @@ def main():
     training = recipe.training | {"per_device_train_batch_size": 8 // int(os.environ.get("WORLD_SIZE", "1"))}
     training |= {"max_steps": STEPS, "save_strategy": "steps", "save_steps": CHECKPOINT, "logging_steps": 1}
     for phase in phases:
+        if phase == "features" and os.environ.get("ACCELERATE_USE_FSDP") == "true":
+            collect_split(recipe, folder)
+            continue
         if phase == "features":
             sys.argv[1:] = ["features", "--config", str(folder / "recipe.yaml"), "--out", str(folder / "features")]
             try:
