@@ -4,7 +4,7 @@
     python benchmarks/checkpoints.py --mergekit mergekit-env/bin/mergekit-yaml     # minutes; 8 GB of disk and of memory
     python benchmarks/checkpoints.py --part lore     # one part: throughput, memory, lore
 
-Models are made up (Llama's layout, width 2048). Each throughput is the best of three, the ways by turns; the page cache
+Models are made up (Llama's layout, width 2048). Each throughput is the better of two, the ways by turns; the page cache
 holds the inputs. Ratios matter, not seconds: machines differ and drift.
 """
 
@@ -137,9 +137,9 @@ def _mergekit_config(theirs: dict[str, Any], models: dict[str, Path], base: Path
 
 
 def _by_turns(ways: dict[str, Callable[[], Any]], root: Path) -> dict[str, float]:
-    """Seconds of each, the best of three; each writes into an empty place."""
+    """Seconds of each, the better of two; each writes into an empty place."""
     found: dict[str, list[float]] = {way: [] for way in ways}
-    for _ in range(3):
+    for _ in range(2):
         for way, run in ways.items():
             written = {"cp": "copied", "here": "ours", "command": "command", "mergekit": "theirs"}[way]
             shutil.rmtree(root / written, ignore_errors=True)

@@ -1,6 +1,8 @@
 """Blocks: the tensors of a merge of checkpoints, made some rows at a time."""
 
+import math
 import os
+import threading
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,7 +16,7 @@ from osrm_peft.merging.average import average
 from osrm_peft.merging.merge import generator_of
 from osrm_peft.merging.registry import Merged, taken
 
-BLOCK = 2**16  # entries of a tensor that an element-wise method sees at once: they fit a processor's cache
+BLOCK = 2**18  # entries of a tensor that an element-wise method sees at once: they fit a processor's cache
 
 
 class Blocks:
@@ -29,6 +31,7 @@ class Blocks:
         self.summary: list[Any] | None = None
         self._arguments = taken(plan.method.fn, plan.options)
         self._workers, self._threads = os.cpu_count() or 1, torch.get_num_threads()
+        self._local, self._shows = threading.local(), plan.name in ("average", "task_arithmetic")  # NaN shows in a sum
         alone = plan.method.spectral or plan.method.prepare is not None
         self._pool = None if alone else ThreadPoolExecutor(self._workers)
         if self._pool is not None:
@@ -71,9 +74,11 @@ class Blocks:
             yield waiting.popleft().result()
 
     def _block(self, name: str, start: int, stop: int) -> list[Tensor]:
-        found, dtype = self._merge(name, *self._stack(name, start, stop)), self.plan.dtypes[name]
-        found = [one.to(dtype) for one in found]
+        dtype, (stack, under) = self.plan.dtypes[name], self._stack(name, start, stop)
+        found = [one.to(dtype) for one in self._merge(name, stack, under)]
+        found = [one.clone() if one.data_ptr() == stack.data_ptr() else one for one in found]  # it is used again
         if not all(map(_finite, found)):
+            self._check_inputs(name, stack)
             kind = str(dtype).removeprefix("torch.")
             raise ValueError(f"{name!r} of the result is too large for {kind}: lower the scale, or give another dtype")
         return found
@@ -104,20 +109,18 @@ class Blocks:
     def _stack(self, name: str, start: int, stop: int) -> tuple[Tensor, Tensor | None]:
         """(T, rows, width) task vectors, or whole weights without a base; and the base's rows; float32."""
         plan, (_, width) = self.plan, self._shape(name)
-        stack = torch.empty(len(plan.models), stop - start, width)
-        for place, (model, one) in zip(stack, plan.models.items(), strict=True):
+        stack = self._memory(len(plan.models), stop - start, width)
+        for place, one in zip(stack, plan.models.values(), strict=True):
             entry = one.tensors[name]
             if entry.dtype == place.dtype and entry.width == width:
                 one.read(name, start, stop, out=place)
             else:
                 place.copy_(one.read(name, start, stop)[:, :width])
-            if not _finite(place):
-                raise ValueError(f"{name!r} holds NaN or Inf in {model!r}: download it again")
         under = None if plan.base is None else plan.base.read(name, start, stop)[:, :width].float()
-        if under is not None and not _finite(under):
-            raise ValueError(f"{name!r} holds NaN or Inf in the base model: download it again")
         if under is not None:
             stack -= under
+        if not self._shows:
+            self._check_inputs(name, stack)
         if plan.method.prepare is not None:
             key = (name, start)
             if start == 0 or key != self._drawing:
@@ -127,6 +130,22 @@ class Blocks:
         return stack, under
 
     _drawing: tuple[str, int] = ("", 0)
+
+    def _memory(self, *shape: int) -> Tensor:
+        """Room for a block: of each thread the same again, as new memory costs as much as what is done in it."""
+        if self._pool is None:
+            return torch.empty(shape)
+        size = math.prod(shape)
+        if getattr(self._local, "size", 0) < size:
+            self._local.room, self._local.size = torch.empty(size), size
+        return self._local.room[:size].view(shape)
+
+    def _check_inputs(self, name: str, stack: Tensor) -> None:
+        """Raise ValueError for a model's NaN or Inf."""
+        for model, place in zip(self.plan.models, stack, strict=True):
+            if not _finite(place):
+                where = f"{model!r}" if self.plan.base is None else f"{model!r} or the base model"
+                raise ValueError(f"{name!r} holds NaN or Inf in {where}: download it again")
 
     def _shape(self, name: str) -> tuple[int, int]:
         """(rows, width) in which a tensor is read."""

@@ -114,8 +114,8 @@ def execute(
                     except OSError as error:
                         if error.errno not in _FULL:
                             raise
-                        reason = f"{error.strerror or error}: {paths[0]} could not be written"
-                        raise OSError(f"{reason}; make room, and go on with resume (--resume)") from error
+                        reason = f"{error.strerror}: {paths[0]} could not be written"
+                        raise OSError(error.errno, f"{reason}; make room, and go on with resume (--resume)") from error
                     write_json(partial / STATE, state)
                 else:
                     bar.update(plan.size_of(names))

@@ -1,5 +1,6 @@
 """Simple averaging of task vectors."""
 
+import torch
 from torch import Tensor
 
 from osrm_peft.merging.registry import register
@@ -29,4 +30,4 @@ def average(tau: Tensor, weights: Tensor) -> Tensor:
         (o, n) in the dtype of `tau`.
     """
     check_weights(weights)
-    return (weights[:, None, None] * tau).sum(0) / weights.sum()
+    return torch.tensordot(weights, tau, 1) / weights.sum()

@@ -1,5 +1,6 @@
 """Task arithmetic: the scaled sum of task vectors."""
 
+import torch
 from torch import Tensor
 
 from osrm_peft.merging.registry import register
@@ -21,4 +22,4 @@ def task_arithmetic(tau: Tensor, weights: Tensor) -> Tensor:
     Returns:
         (o, n) in the dtype of `tau`.
     """
-    return (weights[:, None, None] * tau).sum(0)
+    return torch.tensordot(weights, tau, 1)
