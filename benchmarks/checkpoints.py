@@ -39,7 +39,7 @@ MERGES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # name: (mergekit'
         {"method": "task_arithmetic", "scale": 0.3},
     ),
 }
-ITERATIONS, MU_RATIO = 3, 0.1
+ITERATIONS, MU_RATIO = 2, 0.1
 console = Console(width=None if sys.stdout.isatty() else 120)
 
 
@@ -113,9 +113,18 @@ def write_models(root: Path, layers: int, dtype: torch.dtype) -> tuple[dict[str,
     with torch.no_grad():
         for place in range(T):
             for parameter in model.parameters():
-                parameter.add_(1e-3 * torch.randn_like(parameter))
+                parameter.add_(_step(parameter))
             model.save_pretrained(root / f"model{place}")
     return {f"model{place}": root / f"model{place}" for place in range(T)}, root / "base"
+
+
+def _step(parameter: Tensor) -> Tensor:
+    """What fine-tuning may do: few strong directions (a matrix of full rank has no use for LoRE)."""
+    if parameter.dim() < 2:
+        return 1e-3 * torch.randn_like(parameter)
+    o, n = parameter.shape
+    falling = torch.arange(1, 65) ** -0.8
+    return ((torch.randn(o, 64) * falling) @ torch.randn(64, n) * 1e-3).to(parameter.dtype)
 
 
 def _run(*command: object) -> None:
