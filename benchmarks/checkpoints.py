@@ -10,7 +10,6 @@ holds the inputs. Ratios matter, not seconds: machines differ and drift.
 
 import argparse
 import json
-import resource
 import shutil
 import subprocess
 import sys
@@ -210,7 +209,9 @@ def _one(method: str, folder: str) -> dict[str, float]:
 
 
 def _peak() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    """MiB at most so far. (`ru_maxrss` would count the parent's memory, too.)"""
+    status = Path("/proc/self/status").read_text()
+    return int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM"))) / 1024
 
 
 # --- LoRE ------------------------------------------------------------------------------------------------------------
