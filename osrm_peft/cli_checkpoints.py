@@ -33,8 +33,8 @@ def merge_checkpoints(
 ) -> None:
     """Merge full models into one, from disk to disk; none is ever in memory as a whole."""
     from osrm_peft.checkpoints.merge import execute
-    from osrm_peft.checkpoints.plan import check_space, plan_checkpoints
-    from osrm_peft.files import check_replaceable
+    from osrm_peft.checkpoints.plan import plan_checkpoints
+    from osrm_peft.files import check_replaceable, check_space
 
     folder = out.resolve()
     check_replaceable(folder, "checkpoint")

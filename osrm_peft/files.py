@@ -97,6 +97,17 @@ def check_replaceable(path: str | Path, kind: str) -> None:
         )
 
 
+def check_space(out: Path, needed: int) -> None:
+    """Raise OSError if the disk has no room for so many bytes."""
+    place = next(parent for parent in [out, *out.parents] if parent.exists())
+    free = shutil.disk_usage(place).free
+    if needed > free:
+        raise OSError(
+            f"the result takes {needed / 2**30:.2f} GiB and the disk of {place} has {free / 2**30:.2f} GiB free: "
+            "make room, or name another folder"
+        )
+
+
 def read_manifest(folder: str | Path) -> dict[str, Any]:
     """The manifest of a folder that we wrote; empty where there is none.
 
@@ -104,8 +115,15 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
         ValueError: there is one, but it is damaged.
     """
     path = Path(folder) / MANIFEST
-    if not path.is_file():
-        return {}
+    return read_object(path) if path.is_file() else {}
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """A JSON file that holds an object.
+
+    Raises:
+        ValueError: it is damaged, or holds something else.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:

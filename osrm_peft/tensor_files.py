@@ -10,7 +10,11 @@ from safetensors import safe_open
 from torch import Tensor
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_OTHERS = {
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+DTYPES = _DTYPES | _OTHERS  # {name in a file: dtype}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 Header = tuple[tuple[int, ...], torch.dtype | str]  # shape and dtype of a tensor in a file
 
@@ -44,6 +48,20 @@ def _read(path: Path, first: tuple[int, int, int], key: str) -> Tensor:
         return file.get_tensor(key).clone()
 
 
+def file_head(
+    shapes: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, torch.dtype], metadata: Mapping[str, str]
+) -> bytes:
+    """What a safetensors file begins with, before the data of these tensors in this order."""
+    header: dict[str, object] = {"__metadata__": dict(metadata)}
+    end = 0
+    for name, shape in shapes.items():
+        start, end = end, end + dtypes[name].itemsize * torch.Size(shape).numel()
+        header[name] = {"dtype": _NAMES[dtypes[name]], "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header, ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # the data are aligned to 8 bytes
+    return len(text).to_bytes(8, "little") + text
+
+
 def write_tensors(
     path: Path,
     shapes: Mapping[str, tuple[int, ...]],
@@ -58,15 +76,8 @@ def write_tensors(
         dtype: of all of them; they are converted.
         tensors: (name, tensor) pairs.
     """
-    header: dict[str, object] = {"__metadata__": dict(metadata)}
-    end = 0
-    for name, shape in shapes.items():
-        start, end = end, end + dtype.itemsize * torch.Size(shape).numel()
-        header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
-    text = json.dumps(header, ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)  # the data are aligned to 8 bytes
     with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
+        file.write(file_head(shapes, dict.fromkeys(shapes, dtype), metadata))
         for (name, tensor), (expected, shape) in zip(tensors, shapes.items(), strict=True):
             assert (name, tuple(tensor.shape)) == (expected, shape)
             plain = torch.empty(shape, dtype=dtype, device="cpu").copy_(tensor)  # its strides too: (o, 1) of a mT

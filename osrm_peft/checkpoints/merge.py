@@ -14,9 +14,9 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrai
 
 from osrm_peft.checkpoints.blocks import Blocks
 from osrm_peft.checkpoints.model_files import crc32_of
-from osrm_peft.checkpoints.plan import STATE, CheckpointPlan, check_space, plan_checkpoints
+from osrm_peft.checkpoints.plan import STATE, CheckpointPlan, plan_checkpoints
 from osrm_peft.checkpoints.writing import write_heads, write_rest, write_shard
-from osrm_peft.files import MANIFEST, check_replaceable, put_in_place, write_json
+from osrm_peft.files import MANIFEST, check_replaceable, check_space, put_in_place, write_json
 from osrm_peft.hub import local_folder
 from osrm_peft.merging.inputs import Weights
 

@@ -12,8 +12,9 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from osrm_peft.files import MANIFEST, read_manifest
+from osrm_peft.files import MANIFEST, read_manifest, read_object
 from osrm_peft.hub import local_folder
+from osrm_peft.tensor_files import DTYPES
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 # what belongs to a model besides its weights
@@ -21,10 +22,6 @@ BESIDE = (
     "config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*",
     "merges.txt", "*.model", "chat_template*", "preprocessor_config.json", "processor_config.json",
 )  # fmt: skip
-DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-}  # fmt: skip
 _MOST_HEADER = 100 * 2**20  # the format's own bound
 
 
@@ -72,7 +69,7 @@ class ModelFiles:
         self.folder = local_folder(str(source), ["*.safetensors", INDEX, MANIFEST, *BESIDE], "model folder")
         if not (self.folder / "config.json").is_file():
             raise FileNotFoundError(f"{source} holds no config.json: give a folder that save_pretrained wrote")
-        self.config: dict[str, Any] = _json(self.folder / "config.json")
+        self.config: dict[str, Any] = read_object(self.folder / "config.json")
         self.tensors: dict[str, Entry] = {}
         self._open: dict[tuple[int, Path], BinaryIO] = {}
         weight_map = self._weight_map()
@@ -88,7 +85,7 @@ class ModelFiles:
         if (self.folder / WEIGHTS).is_file():
             return {}
         if (self.folder / INDEX).is_file():
-            weight_map = _json(self.folder / INDEX).get("weight_map")
+            weight_map = read_object(self.folder / INDEX).get("weight_map")
             if not isinstance(weight_map, dict) or not weight_map:
                 raise ValueError(f"{self.folder / INDEX} is damaged: it has no weight_map")
             for file in sorted(set(map(str, weight_map.values()))):
@@ -196,13 +193,3 @@ def read_header(path: Path) -> dict[str, Entry]:
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, RecursionError) as error:
         raise ValueError(f"{path} is damaged or cut short ({error}): download it again") from error
     return found
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} is damaged: expected a JSON object")
-    return content

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import logging
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from osrm_peft.checkpoints.model_files import DTYPES, ModelFiles
+from osrm_peft.checkpoints.model_files import ModelFiles
 from osrm_peft.checks import choice, integer, number
 from osrm_peft.files import MANIFEST, versions
 from osrm_peft.merging.inputs import Weights, check_names, weights_by_layer, weights_by_task
@@ -144,17 +143,6 @@ def plan_checkpoints(
     return plan
 
 
-def check_space(out: Path, needed: int) -> None:
-    """Raise OSError if the disk has no room for so many bytes."""
-    place = next(parent for parent in [out, *out.parents] if parent.exists())
-    free = shutil.disk_usage(place).free
-    if needed > free:
-        raise OSError(
-            f"the result takes {needed / 2**30:.2f} GiB and the disk of {place} has {free / 2**30:.2f} GiB free: "
-            "make room, or name another folder"
-        )
-
-
 def _check_configs(every: Mapping[str, ModelFiles]) -> None:
     (first, one), *others = every.items()
     for name, other in others:
@@ -177,7 +165,7 @@ def _shapes(
     own: dict[str, list[str]] = {}
     for name, one in models.items():
         for tensor in one.tensors:
-            if any(fnmatchcase(tensor, pattern) for pattern in heads):
+            if _matches(tensor, heads):
                 own.setdefault(tensor, []).append(name)
     for pattern in heads:
         if not any(fnmatchcase(tensor, pattern) for tensor in own):
@@ -262,6 +250,3 @@ def _shards(plan: CheckpointPlan, most: int) -> list[tuple[str, list[str]]]:
 
 def _matches(tensor: str, patterns: Sequence[str]) -> bool:
     return any(fnmatchcase(tensor, pattern) for pattern in patterns)
-
-
-SAFE_NAMES = {dtype: name for name, dtype in DTYPES.items()}

@@ -6,7 +6,6 @@ import zlib
 from contextlib import ExitStack
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -14,21 +13,15 @@ from tqdm.auto import tqdm
 
 from osrm_peft.checkpoints.blocks import Blocks
 from osrm_peft.checkpoints.model_files import BESIDE, INDEX
-from osrm_peft.checkpoints.plan import SAFE_NAMES, CheckpointPlan
+from osrm_peft.checkpoints.plan import CheckpointPlan
 from osrm_peft.files import MANIFEST, new_file, write_json
+from osrm_peft.tensor_files import file_head
 
 
 def write_shard(merge: Blocks, paths: list[Path], names: list[str], bar: tqdm) -> list[str]:
     """One weight file in each folder, complete or absent; their checksums."""
-    plan, end = merge.plan, 0
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    for name in names:
-        start, end = end, end + plan.size_of([name])
-        header[name] = {
-            "dtype": SAFE_NAMES[plan.dtypes[name]], "shape": list(plan.shapes[name]), "data_offsets": [start, end],
-        }  # fmt: skip
-    text = json.dumps(header).encode()
-    text = len(text + b" " * (-len(text) % 8)).to_bytes(8, "little") + text + b" " * (-len(text) % 8)
+    plan = merge.plan
+    text = file_head({name: plan.shapes[name] for name in names}, plan.dtypes, {"format": "pt"})
     sums = [zlib.crc32(text)] * len(paths)
     with ExitStack() as stack:
         files = [stack.enter_context(stack.enter_context(new_file(path)).open("wb")) for path in paths]
