@@ -158,13 +158,16 @@ def _by_turns(ways: dict[str, Callable[[], Any]], root: Path) -> dict[str, float
 
 
 def _difference(root: Path) -> str:
-    """Largest difference of our result and mergekit's, in units of the dtype's rounding of the entry."""
-    ours, theirs = (_tensors(root / folder) for folder in ("ours", "theirs"))
+    """Largest difference of our result and mergekit's, in the dtype's rounding of the largest that was added."""
+    ours, theirs, *added = (
+        _tensors(root / name) for name in ("ours", "theirs", "base", *(f"model{t}" for t in range(T)))
+    )
     assert set(ours) == set(theirs)
     most = 0.0
     for name, tensor in ours.items():
-        unit = torch.finfo(tensor.dtype).eps * tensor.float().abs().clamp_min(1e-3)
-        most = max(most, float(((tensor.float() - theirs[name].float()).abs() / unit).max()))
+        unit = torch.stack([one[name].float().abs() for one in added]).amax(0) * torch.finfo(tensor.dtype).eps
+        differs = (tensor.float() - theirs[name].float()).abs()
+        most = max(most, float((differs / unit.clamp_min(1e-30)).max()))
     return f"{most:.1f} ulp"
 
 

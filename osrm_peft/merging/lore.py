@@ -1,6 +1,7 @@
 """LoRE-Merging: an implicit base and low-rank task vectors by coordinate descent."""
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,10 +10,11 @@ from torch import Tensor
 from osrm_peft.checks import choice, integer, number
 from osrm_peft.merging.registry import Merged, register
 from osrm_peft.merging.sparsify import check_density
-from osrm_peft.merging.thresholding import SMALL, Triplets, above, strongest, top_value
+from osrm_peft.merging.thresholding import SMALL, Directions, above, strongest, top_value
 from osrm_peft.merging.ties import ties
 
 COMBINE = ("sum", "average", "ties")
+_ENTRIES = 2**20  # of a block of rows
 
 
 def check(
@@ -70,7 +72,8 @@ def lore(
 
     Args:
         tau: (T, o, n) task vectors of one layer, or of any space with orthonormal bases. Solved in float64 up to a
-            width of 256, wider ones in float32: memory holds (T + 2) matrices, see `thresholding.above`.
+            width of 256, wider ones in float32: memory holds T + 2 matrices (TIES: 2 T + 2) and the directions above μ;
+            a matrix that has many of them needs a few squares of its shorter side in float64, too.
         weights: (T,) scale the task vectors beforehand (the paper has none).
         mu: absolute threshold μ.
         mu_ratio: μ as a share of the mean top singular value of θ_t − mean θ. Default, with 0.1, if nothing is given.
@@ -79,7 +82,7 @@ def lore(
         combine: `"sum"` (Algorithm 1, option 1), `"average"`, or `"ties"`: TIES selection of the δ_t, trimmed over each
             layer, on the layer's own entries in any space.
         density: of the TIES selection.
-        max_iterations, tolerance: stop when no θ₀ or δ moves by more than tolerance · ‖θ‖_F.
+        max_iterations, tolerance: stop when θ₀ moves by no more than tolerance · ‖θ‖_F; no δ moves farther than θ₀.
 
     Returns:
         Merged(direction τ, offset θ₀ − W₀, report {iterations, converged, mu, objective}), both in the dtype of `tau`.
@@ -88,49 +91,67 @@ def lore(
     narrow = min(tau.shape[1:])
     dtype = torch.float64 if narrow <= SMALL else torch.float32
     theta = tau.to(dtype) if bool((weights == 1).all()) else weights.to(dtype)[:, None, None] * tau.to(dtype)
-    base = theta.mean(0)
+    offset = theta.mean(0)
+    theta, base = _tall(theta), _tall(offset)
     if mu is None and rank_ratio is None:
         spread = [top_value(one - base) for one in theta]
         mu = (0.1 if mu_ratio is None else mu_ratio) * sum(spread) / len(spread)
-    rank = math.ceil(rank_ratio * narrow) if rank_ratio is not None else None
+    threshold, rank = mu or 0.0, math.ceil(rank_ratio * narrow) if rank_ratio is not None else None
 
-    size = float(theta.norm())
-    delta: list[Triplets | None] = [None] * len(theta)
-    moved, iterations, value = math.inf, 0, 0.0
-    while moved > tolerance * size and iterations < max_iterations and size > 0:
-        _mean_of_rest(theta, delta, out=base)
-        steps, value = 0.0, 0.0
-        for t, one in enumerate(theta):
-            X = one - base
-            found = strongest(X, rank) if rank is not None else above(X, mu or 0.0, delta[t])
-            new = found if rank is not None else found.soft(mu or 0.0)
-            steps += new.distance(delta[t]) ** 2
-            value += float(_misfit(X, found, new)) / 2 + (mu or 0.0) * float(new.S.sum())
-            delta[t] = new
-        moved = math.sqrt(steps) if iterations else math.inf  # θ₀ moves by less: it is a mean of these
+    size, moved, iterations, value = float(theta.norm()), math.inf, 0, 0.0
+    found: list[Directions] = []
+    while moved > tolerance * size and iterations < max_iterations:
+        moved = _step(theta, base, found, threshold) if found else math.inf
+        last, found, value = found, [], 0.0
+        for one in theta:
+            X, start = one - base, last[len(found)] if last else None
+            found.append(strongest(X, rank) if rank is not None else above(X, threshold, start))
+            value += _objective(X, found[-1].S, threshold)
+            del X  # not two of them at once
         iterations += 1
-    report: dict[str, Any] = {"iterations": iterations, "converged": moved <= tolerance * size or size == 0}
+    report: dict[str, Any] = {"iterations": iterations, "converged": moved <= tolerance * size}
     report |= {"rank": rank} if rank is not None else {"mu": mu, "objective": value}
-    offset, found_deltas = base.to(tau.dtype), [one for one in delta if one is not None]
+
     if combine == "ties":
-        dense = torch.stack([one.dense() for one in found_deltas]) if found_deltas else torch.zeros_like(theta)
-        return Merged(dense.to(tau.dtype), offset, report, lambda tau: ties(tau, torch.ones(len(tau)), density=density))
-    direction = torch.zeros_like(base)
-    for one in found_deltas:
-        one.add_to_(direction, 1.0 if combine == "sum" else 1 / len(theta))
-    return Merged(direction.to(tau.dtype), offset, report)
+        delta = torch.stack([each.soft(one - base, threshold) for one, each in zip(theta, found, strict=True)])
+        delta = delta if delta.shape == tau.shape else delta.mT
+        kept = partial(ties, weights=torch.ones(len(tau)), density=density)
+        return Merged(delta.to(tau.dtype), offset.to(tau.dtype), report, kept)
+    direction = torch.zeros_like(offset)
+    for rows in _blocks(base):
+        for one, each in zip(theta, found, strict=True):
+            _tall(direction)[rows] += each.soft(one[rows] - base[rows], threshold)
+    direction /= 1 if combine == "sum" else len(theta)
+    return Merged(direction.to(tau.dtype), offset.to(tau.dtype), report)
 
 
-def _mean_of_rest(theta: Tensor, delta: list[Triplets | None], out: Tensor) -> None:
-    """θ₀ = mean_t(θ_t − δ_t)."""
-    torch.mean(theta, 0, out=out)
-    for one in delta:
-        if one is not None:
-            one.add_to_(out, -1 / len(theta))
+def _tall(X: Tensor) -> Tensor:
+    """With the shorter side last, as a view: the directions that are kept are those of the shorter side."""
+    return X.mT if X.shape[-2] < X.shape[-1] else X
 
 
-def _misfit(X: Tensor, found: Triplets, kept: Triplets) -> Tensor:
-    """‖X − δ‖_F² of δ = U diag(kept.S) Vᵀ in the singular directions found: what was not found, and what was cut."""
-    return (X.double().square().sum() - found.S.double().square().sum()).clamp_min(0) + (
-        found.S - kept.S
-    ).double().square().sum()
+def _step(theta: Tensor, base: Tensor, found: list[Directions], mu: float) -> float:
+    """θ₀ ← mean_t(θ_t − δ_t) = θ₀ + mean_t(X_t − δ_t) with X_t = θ_t − θ₀, in place; returns how far it moved."""
+    moved = 0.0
+    for rows in _blocks(base):
+        step = torch.zeros_like(base[rows])
+        for one, each in zip(theta, found, strict=True):
+            X = one[rows] - base[rows]
+            step += X - each.soft(X, mu)
+        step /= len(theta)
+        base[rows] += step
+        moved += float(step.double().square().sum())
+    return math.sqrt(moved)
+
+
+def _objective(X: Tensor, S: Tensor, mu: float) -> float:
+    """½‖X − δ‖_F² + μ‖δ‖_* of δ = U (S − μ) Vᵀ: what was not found, what was cut, and what was kept."""
+    whole = sum(float(X[rows].double().square().sum()) for rows in _blocks(X))
+    S = S.double()
+    return max(whole - float(S.square().sum()), 0) / 2 + len(S) * mu**2 / 2 + mu * float((S - mu).sum())
+
+
+def _blocks(X: Tensor) -> list[slice]:
+    """Some rows at a time: a step makes no further (o, n) matrix."""
+    size = max(1, _ENTRIES // max(X.shape[1], 1))
+    return [slice(start, start + size) for start in range(0, len(X), size)]

@@ -12,42 +12,24 @@ _NEXT = 0.5  # of μ: as far as the directions go that are iterated
 _ROUNDS = 30
 
 
-class Triplets(NamedTuple):
-    """Singular triplets: U (o, k), S (k,) descending, V (n, k); and in `more` (n, p) where the next ones lie about."""
+class Directions(NamedTuple):
+    """Right singular vectors V (n, k), values S (k,) descending; in `more` (n, p) where the next ones lie about."""
 
-    U: Tensor
-    S: Tensor
     V: Tensor
+    S: Tensor
     more: Tensor | None = None
 
-    def dense(self) -> Tensor:
-        """(o, n) U diag(S) Vᵀ."""
-        return (self.U * self.S) @ self.V.mT
-
-    def add_to_(self, X: Tensor, factor: float) -> Tensor:
-        """X + factor · U diag(S) Vᵀ, in place."""
-        return X.addmm_(self.U * self.S, self.V.mT, alpha=factor)
-
-    def soft(self, mu: float) -> "Triplets":
-        """Each singular value less μ."""
-        return self._replace(S=self.S - mu)
-
-    def distance(self, other: "Triplets | None") -> float:
-        """‖this − other‖_F, without cancellation and without an (o, n) matrix; None is 0."""
-        if other is None:
-            return float(self.S.norm())
-        left = torch.linalg.qr(torch.cat([self.U, other.U], 1)).R
-        right = torch.linalg.qr(torch.cat([self.V, other.V], 1)).R
-        return float(((left * torch.cat([self.S, -other.S])) @ right.mT).norm())
+    def soft(self, rows: Tensor, mu: float) -> Tensor:
+        """(b, n) rows of SVT(X; μ) = U (Σ − μ) Vᵀ from the same (b, n) rows of X: U Σ = X V, so U is not kept."""
+        return (rows @ self.V * (1 - mu / self.S.clamp_min(torch.finfo(self.S.dtype).tiny))) @ self.V.mT
 
 
-def above(X: Tensor, mu: float, start: Triplets | None = None) -> Triplets:
-    """The singular triplets of (o, n) X with σ > μ.
+def above(X: Tensor, mu: float, start: Directions | None = None) -> Directions:
+    """The singular values σ > μ of (o, n) X, o ≥ n for little memory, and their right singular vectors.
 
     Up to a width of 256 by a full SVD. Wider: subspace iterations from `start` (those of a matrix near by) or from
     random directions, until what is left of XV − US changes SVT(X; μ) by 10⁻⁵ at most, and power iterations find
-    nothing above μ in the rest; where more than a quarter of all directions are needed, by the eigenvectors of the
-    smaller Gram matrix.
+    nothing above μ in the rest; where more than an eighth of all directions are needed, by the eigenvectors of XᵀX.
     """
     narrow = min(X.shape)
     if narrow <= SMALL:
@@ -56,39 +38,41 @@ def above(X: Tensor, mu: float, start: Triplets | None = None) -> Triplets:
     V = _random(X, 32 if start is None or start.more is None else 4, generator)
     if start is not None and start.more is not None:
         V = torch.cat([start.V, start.more, V], 1)
-    found: Triplets | None = None
+    U: Tensor | None = None
+    S = V.new_zeros(0)
     for _ in range(_ROUNDS):
-        if V.shape[1] > narrow // 4:
+        if V.shape[1] > narrow // 8:
             break
         Y = X @ V
-        if found is not None:
-            wanted, misfit = _cut(found, mu), Y[:, : len(found.S)] - found.U * found.S
-            k = len(wanted.S)
+        if U is not None:
+            k, misfit = int((mu < S).sum()), (Y[:, : len(S)] - U * S).norm(dim=0)
             # What is left lies in directions with σ ≤ S[-1], and moves U(Σ − μ)Vᵀ by (σ − μ)/(σ − S[-1]) of itself.
-            share = (wanted.S - mu) / (wanted.S - found.S[-1]).clamp_min(torch.finfo(X.dtype).tiny)
-            allowed = _TOLERANCE * (wanted.S - mu).norm()
-            settled = bool((misfit[:, :k] * share.clamp_max(1)).norm() <= allowed) and bool(found.S[-1] <= _NEXT * mu)
+            share = (S[:k] - mu) / (S[:k] - S[-1]).clamp_min(torch.finfo(X.dtype).tiny)
+            allowed = _TOLERANCE * (S[:k] - mu).norm()
+            settled = bool((misfit[:k] * share.clamp_max(1)).norm() <= allowed) and bool(S[-1] <= _NEXT * mu)
             # Near a value s that is found to r lies a singular value of at most s + r: may it be above μ?
-            below = found.S[k:] + misfit[:, k:].norm(dim=0) <= mu + allowed + 1e-6 * mu
-            if settled and bool(below.all()):
-                missed = _strongest_of_rest(X, found, generator)
+            if settled and bool((S[k:] + misfit[k:] <= mu + allowed + 1e-6 * mu).all()):
+                found = Directions(V[:, : len(S)], Y[:, : len(S)].norm(dim=0))  # rounded less than S
+                missed = _strongest_of_rest(X, found.V, generator)
                 if missed is None or float((X @ missed).norm()) <= mu:
-                    return wanted
+                    return _cut(found, mu)
                 Y = torch.cat([Y, X @ missed[:, None]], 1)
-        Q = torch.linalg.qr(Y).Q
-        basis, R = torch.linalg.qr(X.mT @ Q)
+            del U
+        Y = torch.linalg.qr(Y).Q
+        basis, R = torch.linalg.qr(X.mT @ Y)
         u, S, vh = torch.linalg.svd(R.mT, full_matrices=False)
-        found = Triplets(Q @ u, S, basis @ vh.mT)
-        V = found.V
+        U, V = Y @ u, basis @ vh.mT
         if S[-1] > _NEXT * mu:  # too few directions to tell, or too close to the next to settle soon
             V = torch.cat([V, _random(X, max(8, V.shape[1] // 2), generator)], 1)
+        del Y
+    del U
     return _cut(_by_gram(X), mu)
 
 
-def strongest(X: Tensor, rank: int) -> Triplets:
-    """The singular triplets of the `rank` largest singular values."""
+def strongest(X: Tensor, rank: int) -> Directions:
+    """The `rank` largest singular values of (o, n) X, and their right singular vectors."""
     found = _svd(X) if min(X.shape) <= SMALL else _by_gram(X)
-    return Triplets(found.U[:, :rank], found.S[:rank], found.V[:, :rank])
+    return Directions(found.V[:, :rank], found.S[:rank])
 
 
 def top_value(X: Tensor) -> float:
@@ -105,28 +89,23 @@ def top_value(X: Tensor) -> float:
     return top
 
 
-def _strongest_of_rest(X: Tensor, found: Triplets, generator: torch.Generator) -> Tensor | None:
-    """(n,) unit vector near the strongest direction that is orthogonal to those found."""
+def _strongest_of_rest(X: Tensor, found: Tensor, generator: torch.Generator) -> Tensor | None:
+    """(n,) unit vector near the strongest direction that is orthogonal to those found, (n, k)."""
     V = _random(X, 2, generator)
     for _ in range(3):
-        V = V - found.V @ (found.V.mT @ V)
+        V = V - found @ (found.mT @ V)
         V = X.mT @ (X @ V)
-    V = V - found.V @ (found.V.mT @ V)
+    V = V - found @ (found.mT @ V)
     norms = V.norm(dim=0)
     return V[:, norms.argmax()] / norms.max() if norms.max() > 0 else None
 
 
-def _by_gram(X: Tensor) -> Triplets:
-    """All of them, from the eigenvectors of XᵀX or XXᵀ in float64: σ² above rounding of the largest only."""
-    if len(X) < X.shape[1]:
-        turned = _by_gram(X.mT)
-        return Triplets(turned.V, turned.S, turned.U)
-    squares, V = torch.linalg.eigh((X.mT @ X) if X.dtype == torch.float64 else _gram(X))
-    squares, V = squares.flip(0), V.flip(1)
-    V = V[:, squares > 1e-12 * squares[0].clamp_min(1e-300)]
-    Y = X @ V.to(X.dtype)
-    S = Y.norm(dim=0)
-    return Triplets(Y / S.clamp_min(torch.finfo(X.dtype).tiny), S, V.to(X.dtype))
+def _by_gram(X: Tensor) -> Directions:
+    """All of them, from the eigenvectors of XᵀX in float64: σ² above rounding of the largest only."""
+    squares, V = torch.linalg.eigh(_gram(X))
+    squares, V = squares.flip(0), V.flip(1).to(X.dtype)
+    kept = squares > 1e-12 * squares[0].clamp_min(1e-300)
+    return Directions(V[:, kept], squares[kept].sqrt().to(X.dtype))
 
 
 def _gram(X: Tensor) -> Tensor:
@@ -137,14 +116,14 @@ def _gram(X: Tensor) -> Tensor:
     return total
 
 
-def _svd(X: Tensor) -> Triplets:
-    U, S, Vh = torch.linalg.svd(X, full_matrices=False)
-    return Triplets(U, S, Vh.mT)
+def _svd(X: Tensor) -> Directions:
+    _, S, Vh = torch.linalg.svd(X, full_matrices=False)
+    return Directions(Vh.mT, S)
 
 
-def _cut(found: Triplets, mu: float) -> Triplets:
+def _cut(found: Directions, mu: float) -> Directions:
     k = int((mu < found.S).sum())
-    return Triplets(found.U[:, :k], found.S[:k], found.V[:, :k], found.V[:, k:])
+    return Directions(found.V[:, :k], found.S[:k], found.V[:, k:])
 
 
 def _random(X: Tensor, columns: int, generator: torch.Generator) -> Tensor:

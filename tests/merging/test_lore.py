@@ -10,7 +10,7 @@ from tests.conftest import make_adapter
 
 
 def svt(X, mu):
-    return above(X, mu).soft(mu).dense()
+    return above(X, mu).soft(X, mu)
 
 
 def objective(theta, base, delta, mu):
