@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from osrm_peft.initialization import initialize_osrm_weights
     from osrm_peft.merging import MaskedAdapter, MergedAdapter, merge_adapters
     from osrm_peft.projection import Projection, project_adapter
+    from osrm_peft.push import push_to_hub
     from osrm_peft.tasks import Task, list_tasks, load_task
     from osrm_peft.training import train_task
 
@@ -45,6 +46,7 @@ _HOMES = {
     "merge_adapters": "merging",
     "merge_checkpoints": "checkpoints",
     "project_adapter": "projection",
+    "push_to_hub": "push",
     "train_task": "training",
 }
 

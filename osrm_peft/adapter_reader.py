@@ -27,7 +27,7 @@ from osrm_peft.adapters import (
     load_head,
 )
 from osrm_peft.checks import number
-from osrm_peft.hub import local_folder
+from osrm_peft.hub import local_folder, pinned
 from osrm_peft.tensor_files import Header, tensor_headers, tensor_reader
 
 logger = logging.getLogger(__name__)
@@ -98,6 +98,7 @@ def load_adapter(
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         weights = folder / WEIGHTS
         adapter = _parse(config, tensor_headers(weights), tensor_reader(weights), str(source), _sha256(weights))
+        adapter.source = pinned(str(source), folder)
         if head is not None:
             adapter.heads, notes = load_head(path)
             adapter.config |= notes

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
 from osrm_peft.files import new_file
+from osrm_peft.hub import public_name
 from osrm_peft.layers import weight_shape
 from osrm_peft.packaged import resolve_model
 
@@ -86,6 +87,7 @@ class LoraAdapter:
         source: the folder, Hub id or model that it came from.
         sha256: of the weight file, None for a live model.
         layouts: {layer: (channels, height, width) of a convolution's kernel, or () of an embedding}; no linear layers.
+        padded: the least rank to write, see `save_pretrained`.
     """
 
     factors: Mapping[str, Factors]
@@ -95,6 +97,7 @@ class LoraAdapter:
     source: str = ""
     sha256: str | None = None
     layouts: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    padded: int = 1
 
     @property
     def shapes(self) -> dict[str, tuple[int, int, int]]:
@@ -123,6 +126,7 @@ class LoraAdapter:
         """The LoraConfig under which stock PEFT reproduces these factors."""
         rank = self.rank
         fields: dict[str, Any] = {name: self.config.get(name) for name in _KEPT}
+        fields["base_model_name_or_path"] = public_name(self.base_model)
         fields["fan_in_fan_out"] = bool(fields["fan_in_fan_out"])
         if not self.heads:  # PEFT would add (and re-initialise) a classifier of its own for these task types
             fields["task_type"] = None if fields["task_type"] in ("SEQ_CLS", "TOKEN_CLS") else fields["task_type"]
@@ -131,8 +135,8 @@ class LoraAdapter:
 
     @property
     def rank(self) -> int:
-        """The largest rank of any layer, at least 1."""
-        return max([1, *(rank for _, rank, _ in self.shapes.values())])
+        """The largest rank of any layer, at least `padded`."""
+        return max([self.padded, *(rank for _, rank, _ in self.shapes.values())])
 
     def state_dict(self) -> dict[str, Tensor]:
         """The tensors as PEFT names them, in the adapter's dtype; s is folded into B (alpha = r)."""
@@ -162,7 +166,9 @@ class LoraAdapter:
         """
         model = self._load_base(base) if isinstance(base, str) else base
         self._check_fits(model)
-        peft_model = get_peft_model(model, self.peft_config())
+        config = self.peft_config()
+        config.base_model_name_or_path = None  # PEFT fills in this model's, and would warn of another
+        peft_model = get_peft_model(model, config)
         result: Any = set_peft_model_state_dict(peft_model, self.state_dict())
         lost = [key for key in result.missing_keys if "lora_" in key] + list(result.unexpected_keys)
         if lost:

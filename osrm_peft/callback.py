@@ -2,15 +2,18 @@
 
 import inspect
 import logging
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import CallbackHandler
 
+from osrm_peft.card import write_manifest
 from osrm_peft.distributed import whole
 from osrm_peft.initialization import initialize_osrm_weights, load_out_of_task
-from osrm_peft.layers import lora_layers
+from osrm_peft.layers import lora_layers, unwrapped
 from osrm_peft.out_of_task import OutOfTask
 from osrm_peft.spectrum import Pool
 from osrm_peft.subspace import procrustes_drift
@@ -30,6 +33,7 @@ class OSRMCallback(TrainerCallback):
     * To every training log (console, history, TensorBoard, W&B, …) it adds means over layers: `osrm/drift`, the
       Procrustes distance D/‖Ã‖ between A and its initial Ã (OSRM paper, Fig. 3), and `osrm/out_of_task_energy`,
       tr(A S_¬t Aᵀ) / tr S_¬t. The log history (`trainer_state.json`) has `osrm/drift/<layer>` besides.
+    * When the Trainer pushes to the Hub, the card and `osrm_peft.json` are ours, with the last evaluation's scores.
     * On resume it checks nothing: the checkpoint's A has replaced the initial one, from which drift still counts.
       Where the features are gone by then, it does nothing at all.
 
@@ -53,7 +57,15 @@ class OSRMCallback(TrainerCallback):
 
     def on_init_end(self, args, state, control, model=None, processing_class=None, **kwargs) -> None:
         """Set A."""
-        _go_first(self)
+        handler = _caller(CallbackHandler)
+        if handler is not None and self in handler.callbacks:
+            # Before the callbacks that report to TensorBoard, W&B, …: these write what is in `logs` when they run. The
+            # Trainer puts a user's callbacks last, and its list is out of reach otherwise.
+            handler.callbacks.remove(self)
+            handler.callbacks.insert(0, self)
+        trainer = _caller(Trainer)
+        if trainer is not None:  # its push would replace our card by its own, with the base model's local path
+            trainer.create_model_card = lambda *_, **__: self._write_card(trainer.args, trainer.state, trainer.model)
         progress = not args.disable_tqdm and state.is_local_process_zero
         try:
             initialize_osrm_weights(
@@ -128,6 +140,23 @@ class OSRMCallback(TrainerCallback):
         # would drown the loss.
         state.log_history[-1].update(found | {f"osrm/drift/{name}": value for name, value in drift.items()})
 
+    def on_push_begin(self, args, state, control, model=None, **kwargs) -> None:
+        """Before a checkpoint is pushed: its card."""
+        if state.is_world_process_zero:
+            self._write_card(args, state, model)
+
+    def _write_card(self, args, state, model) -> None:
+        """Manifest and card into the output folder, with the scores of the last evaluation."""
+        found: dict[str, Any] = next((log for log in reversed(state.log_history) if any(map(_is_score, log))), {})
+        scores = [
+            {"task": "evaluation set", "metric": name.removeprefix("eval_"), "value": value}
+            for name, value in found.items()
+            if _is_score(name)
+        ]
+        config = unwrapped(model).peft_config[self.adapter_name]
+        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+        write_manifest(args.output_dir, config.manifest() | ({"scores": scores} if scores else {}))
+
     def _weights(self, model) -> dict[str, Tensor]:
         layers = lora_layers(model, self.adapter_name)
         return {name: layer.lora_A[self.adapter_name].weight for name, layer in layers.items()}
@@ -136,16 +165,13 @@ class OSRMCallback(TrainerCallback):
         return {name: whole(weight).float() for name, weight in self._weights(model).items()}
 
 
-def _go_first(callback: TrainerCallback) -> None:
-    """Move the callback before those that report to TensorBoard, W&B, …: these write what is in `logs` when they run.
+def _is_score(name: str) -> bool:
+    return name.startswith("eval_") and not name.endswith(("_runtime", "_per_second", "_compilation_time"))
 
-    The Trainer puts a user's callbacks last and gives them no way to its list, so it is found in the calling frame.
-    Where it is not there, only those reports lack our numbers.
-    """
+
+def _caller(kind: type) -> Any:
+    """The object of this class from whose method we were called; None where there is none."""
     frame = inspect.currentframe()
-    while frame is not None and not isinstance(frame.f_locals.get("self"), CallbackHandler):
+    while frame is not None and not isinstance(frame.f_locals.get("self"), kind):
         frame = frame.f_back
-    callbacks = frame.f_locals["self"].callbacks if frame is not None else []
-    if callback in callbacks:
-        callbacks.remove(callback)
-        callbacks.insert(0, callback)
+    return None if frame is None else frame.f_locals["self"]

@@ -9,7 +9,7 @@ import yaml
 from rich.console import Console
 from rich.markup import escape
 
-from osrm_peft import cli_checkpoints, cli_features, cli_merge  # noqa: F401 (their commands)
+from osrm_peft import cli_checkpoints, cli_features, cli_merge, cli_report  # noqa: F401 (their commands)
 from osrm_peft.cli_base import ConfigOption, SuiteOption, TaskOption, app, chosen, console, say, values
 
 
@@ -41,41 +41,53 @@ def evaluate(
     rows: Annotated[int | None, typer.Option(help="Validation rows a task. Default: all.")] = None,
     max_length: int = 128,
     out: Annotated[Path | None, typer.Option(help="Write the scores to this JSON file.")] = None,
+    save: Annotated[bool, typer.Option("--save", help="Put the scores into the folder's manifest and card.")] = False,
 ) -> None:
     """Score an adapter on a suite's tasks: a merged one with each task's head, a single one on its own task.
 
     Under `accelerate launch … -m osrm_peft` the processes share the rows.
     """
     from osrm_peft.adapter_reader import load_adapter
+    from osrm_peft.card import record_scores
     from osrm_peft.distributed import local_device, start
     from osrm_peft.evaluation import evaluate_task
-    from osrm_peft.files import read_manifest, versions, write_json
+    from osrm_peft.files import MANIFEST, read_manifest, versions, write_json
+    from osrm_peft.hub import local_folder
     from osrm_peft.merging.masked import MaskedAdapter
     from osrm_peft.report import MultiTaskTable, Score
     from osrm_peft.tasks import load_task
     from osrm_peft.training import load_base, load_tokenizer
 
-    manifest = read_manifest(adapter)
+    folder = local_folder(adapter, ["*.json", "*.safetensors", "heads/*.safetensors"])
+    manifest = read_manifest(folder)
     merged = manifest.get("kind") in ("merged", "emr") and "inputs" in manifest
-    masked = MaskedAdapter.from_pretrained(adapter) if manifest.get("kind") == "emr" else None
+    masked = MaskedAdapter.from_pretrained(folder) if manifest.get("kind") == "emr" else None
     names = task or (list(manifest["inputs"]) if merged else [manifest["task"]] if "task" in manifest else None)
     if names is None:
         raise ValueError(f"{adapter} does not say which task it is for: name it with --task")
-    scores, processes = [], start()
+    if save and (not manifest or not Path(adapter).is_dir()):
+        raise ValueError(f"--save writes the scores into a folder of ours, with {MANIFEST}; {adapter} is none")
+    scores, records, processes = [], [], start()
     for name in names:
         rows_of_task = load_task(suite, name).sample(validation=rows)
         if masked is not None:
-            base = model or manifest["base_model"] or ""
+            base = model or manifest.get("base_model") or ""
             with_task: Any = masked.load(load_base(base, rows_of_task.num_labels).eval(), name)
         else:
-            loaded = load_adapter(adapter, head=name if merged else None)
-            base = model or loaded.base_model or ""
+            loaded = load_adapter(folder, head=name if merged else None)
+            base = model or manifest.get("base_model") or loaded.base_model or ""
             with_task = loaded.attach(base)
         tokenizer, with_task = load_tokenizer(base), with_task.to(local_device())
         value = evaluate_task(with_task, rows_of_task, tokenizer, max_length=max_length, distributed=True)
         method, scale = (manifest["method"], manifest["scale"]) if merged else ("individual", None)
         scores.append(Score(Path(adapter).name, method, scale, 0, name, value))
+        records.append(
+            {"task": name, "metric": rows_of_task.metric, "value": value, "split": "validation"}
+            | {"rows": len(rows_of_task.validation), "dataset": "nyu-mll/glue" if suite == "glue" else None}
+        )
     console.print(MultiTaskTable.of(scores).terminal(f"Scores in percent on {suite}"))
+    if save and processes.main:
+        record_scores(folder, records)
     if out is not None and processes.main:
         settings = {
             "adapter": adapter,
@@ -86,6 +98,22 @@ def evaluate(
         }
         found = {score.task: score.score for score in scores}
         write_json(out, {"scores": found, "settings": settings, "manifest": manifest, "versions": versions()})
+
+
+@app.command()
+def push(
+    folder: Annotated[Path, typer.Argument(help="An adapter, a merge (adapter or model), or a features file.")],
+    repo: Annotated[str, typer.Argument(help="user/name on the Hub; made if it is not there.")],
+    public: Annotated[bool, typer.Option("--public", help="Make a public repository. Default: private.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch; made if it is not there. Default: main.")] = None,
+    pr: Annotated[bool, typer.Option("--pr", help="Open a pull request.")] = False,
+    message: Annotated[str | None, typer.Option(help="Of the commit.")] = None,
+) -> None:
+    """Push to the Hub, with a model card, as one commit. The token is that of `hf auth login`, or HF_TOKEN."""
+    from osrm_peft.push import push_to_hub
+
+    address = push_to_hub(folder, repo, private=not public, revision=revision, create_pr=pr, commit_message=message)
+    say(f"pushed {folder} to {address}")
 
 
 @app.command()

@@ -80,10 +80,11 @@ def features(
 
 def _check_same(found: "TaskFeatures", recipe: "Recipe") -> None:
     """Is a file that is there already what is asked for?"""
+    from osrm_peft.hub import public_name
     from osrm_peft.packaged import resolve_model
 
     asked = {"statistic": (recipe.osrm or {}).get("statistic", found.statistic), "seed": recipe.seed}
-    asked |= {"base_model": resolve_model(recipe.model)}
+    asked |= {"base_model": public_name(resolve_model(recipe.model))}
     wrong = [name for name, value in asked.items() if getattr(found, name) != value]
     if wrong or found.k > recipe.k:
         name = wrong[0] if wrong else "k"

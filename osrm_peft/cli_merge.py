@@ -33,7 +33,7 @@ def merge(
         typer.Option(help="λ, or features. Default: the method's paper's. Repeat it for a sweep: OUT/scale_<λ>."),
     ] = None,
     space: Annotated[str | None, typer.Option(help="auto, weight, core or knots.")] = None,
-    rank: Annotated[int | None, typer.Option(help="Largest rank of the result. Default: exact.")] = None,
+    rank: Annotated[str | None, typer.Option(help="Largest rank of the result, or serving. Default: exact.")] = None,
     base_model: Annotated[
         str | None, typer.Option(help="The base model, where the adapters name it differently.")
     ] = None,
@@ -63,7 +63,7 @@ def merge(
         "weights": values(weight) or weights,
         "scale": scales[0] if len(scales) == 1 else scales or None,
         "space": space,
-        "rank": rank,
+        "rank": None if rank is None else parse_yaml(rank),
         "base_model": base_model,
         "statistics": pairs(statistics) or None,
         "features": pairs(features) or None,
@@ -96,6 +96,8 @@ def merge(
             written = read_manifest(folder)
             kept = min(written["energy_kept"].values())
             say(f"wrote {folder}: rank {written['written_rank']}, energy kept per layer at least {kept:.4f}")
+            for one_rank, energy in written.get("serving", {}).items():
+                say(f"  at rank {one_rank} the worst layer keeps {energy:.4f} of its energy")
 
 
 @app.command()

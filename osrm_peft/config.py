@@ -7,8 +7,10 @@ from typing import Any
 
 from peft import LoraConfig
 
+from osrm_peft.card import write_manifest
 from osrm_peft.checks import choice, integer, number
-from osrm_peft.files import ADAPTER_NOTES, versions, write_json
+from osrm_peft.files import command, versions
+from osrm_peft.hub import public_name
 from osrm_peft.moments import STATISTICS
 from osrm_peft.subspace import IN_TASK, NULL_SPACES, check_protect
 
@@ -20,7 +22,8 @@ class OSRMLoraConfig(LoraConfig):
     """LoRA with OSRM's A (Zhang & Zhou, ACL 2025). `get_peft_model` makes a plain LoRA model of it.
 
     A is set by `OSRMCallback` (in a Trainer) or `initialize_osrm_weights` (by hand). What is saved is a plain LoRA
-    adapter: `adapter_config.json` holds LoraConfig's fields only, the fields below go to `osrm_config.json` beside it.
+    adapter: `adapter_config.json` holds LoraConfig's fields only, the fields below go to the
+    manifest `osrm_peft.json` beside it.
 
     The defaults are the best of our study (README, "Which A"): A keeps off the directions that hold 90 % of the other
     tasks' energy, and takes of the rest those with most of the task's own. The paper's choice is
@@ -94,17 +97,29 @@ class OSRMLoraConfig(LoraConfig):
         return {name: getattr(self, name) for name in _OWN_FIELDS if name != "provenance"}
 
     def to_dict(self) -> dict[str, Any]:
-        """LoraConfig's fields only: what `adapter_config.json` holds and stock PEFT knows."""
-        return {name: value for name, value in super().to_dict().items() if name not in _OWN_FIELDS}
+        """LoraConfig's fields only, and no folder of this machine: what `adapter_config.json` holds."""
+        fields = {name: value for name, value in super().to_dict().items() if name not in _OWN_FIELDS}
+        return fields | {"base_model_name_or_path": public_name(self.base_model_name_or_path)}
+
+    def manifest(self) -> dict[str, Any]:
+        """How the adapter was made, for its folder."""
+        return {
+            "kind": "adapter",
+            "base_model": public_name(self.base_model_name_or_path),
+            "task_type": None if self.task_type is None else str(getattr(self.task_type, "value", self.task_type)),
+            "osrm": {
+                "initialized": bool(self.provenance),
+                "settings": self.osrm_settings(),
+                "provenance": self.provenance,
+            },
+            "command": command(),
+            "versions": versions(),
+        }
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Write `adapter_config.json` (as PEFT does) and `osrm_config.json` beside it."""
+        """Write `adapter_config.json` (as PEFT does), the manifest `osrm_peft.json` and the card beside it."""
         super().save_pretrained(save_directory, **kwargs)
-        notes = {"initialized": bool(self.provenance), "settings": self.osrm_settings()}
-        write_json(
-            Path(save_directory) / ADAPTER_NOTES,
-            notes | {"provenance": self.provenance, "versions": versions()},
-        )
+        write_manifest(save_directory, self.manifest())
 
 
 _OWN_FIELDS = {field.name for field in dataclasses.fields(OSRMLoraConfig)} - {

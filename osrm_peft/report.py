@@ -80,7 +80,20 @@ class MultiTaskTable:
             )
         return cls(tasks, rows)
 
-    def _cells(self) -> tuple[list[str], list[list[str]]]:
+    def best(self) -> dict[str, float]:
+        """{column: the highest mean of its merges}; individual adapters do not compete."""
+        merged = [row["scores"] for row in self.rows if row["method"] != "individual"]
+        return {column: max(scores[column] for scores in merged) for column in [*self.tasks, AVERAGE] if merged}
+
+    def swept(self) -> list[str]:
+        """The merge methods that have scores at more than one λ."""
+        scales: dict[str, set[float | None]] = {}
+        for row in self.rows:
+            scales.setdefault(row["method"], set()).add(row["scale"])
+        return [method for method, tried in scales.items() if len(tried) > 1]
+
+    def cells(self) -> tuple[list[str], list[list[str]]]:
+        """(header, rows) as text, for any kind of table."""
         header = ["adapters", "merge", "λ", *self.tasks, AVERAGE]
         lines = []
         for row in self.rows:
@@ -93,7 +106,7 @@ class MultiTaskTable:
 
     def markdown(self) -> str:
         """A Markdown table."""
-        header, lines = self._cells()
+        header, lines = self.cells()
         rule = ["---", "---", "--:"] + ["--:"] * (len(header) - 3)
         return "\n".join("| " + " | ".join(cells) + " |" for cells in [header, rule, *lines])
 
@@ -104,8 +117,8 @@ class MultiTaskTable:
         for name in [*self.tasks, "average"]:
             words = name.split("_")
             table.add_column("\n".join(words), justify="right", min_width=max(map(len, words)))
-        merged = [row["scores"] for row in self.rows if row["method"] != "individual"]
-        _, lines = self._cells()
+        best = self.best()
+        _, lines = self.cells()
         init = None
         for row, (_, method, scale, *cells) in zip(self.rows, lines, strict=True):
             if row["init"] != init:
@@ -113,8 +126,7 @@ class MultiTaskTable:
                 table.add_section()
                 table.add_row(f"[bold]{init}[/bold]")
             for number, column in enumerate([*self.tasks, AVERAGE]):
-                best = max((scores[column] for scores in merged), default=None)
-                if method != "individual" and row["scores"][column] == best:
+                if method != "individual" and row["scores"][column] == best[column]:
                     cells[number] = f"[bold]{cells[number]}[/bold]"
             table.add_row(f" {method} {scale}", *cells)
         return table
@@ -123,9 +135,9 @@ class MultiTaskTable:
 def plot_scales(table: MultiTaskTable, path: str | Path) -> None:
     """Plot the average over tasks against λ, a panel a merge method, a line a kind of adapter; write a PNG."""
     pyplot = _pyplot()
-    swept = [method for method in _methods(table) if len(_scales(table, method)) > 1]
-    figure, axes = pyplot.subplots(1, max(1, len(swept)), figsize=(3.6 * max(1, len(swept)), 3.2), squeeze=False)
-    for axis, method in zip(axes[0], swept, strict=False):
+    methods = table.swept()
+    figure, axes = pyplot.subplots(1, max(1, len(methods)), figsize=(3.6 * max(1, len(methods)), 3.2), squeeze=False)
+    for axis, method in zip(axes[0], methods, strict=False):
         for init in dict.fromkeys(row["init"] for row in table.rows):
             rows = [row for row in table.rows if (row["init"], row["method"]) == (init, method)]
             rows.sort(key=lambda row: row["scale"])
@@ -135,9 +147,9 @@ def plot_scales(table: MultiTaskTable, path: str | Path) -> None:
                 [row["spread"][AVERAGE] or 0 for row in rows],
                 marker="o",
                 capsize=2,
-                label=init,
+                label=plot_label(init),
             )
-        axis.set(title=method, xlabel="scale λ", ylim=_limits(table, swept))
+        axis.set(title=plot_label(method), xlabel="scale λ", ylim=_limits(table, methods))
         axis.grid(alpha=0.3)
     axes[0][0].set_ylabel("average over tasks [%]")
     axes[0][0].legend()
@@ -145,14 +157,6 @@ def plot_scales(table: MultiTaskTable, path: str | Path) -> None:
     with new_file(path) as partial:
         figure.savefig(partial, dpi=120, format="png")
     pyplot.close(figure)
-
-
-def _methods(table: MultiTaskTable) -> Sequence[str]:
-    return list(dict.fromkeys(row["method"] for row in table.rows))
-
-
-def _scales(table: MultiTaskTable, method: str) -> set[float]:
-    return {row["scale"] for row in table.rows if row["method"] == method}
 
 
 def _limits(table: MultiTaskTable, methods: Sequence[str]) -> tuple[float, float]:
@@ -188,9 +192,10 @@ def plot_interference(panels: Mapping[str, Interference], path: str | Path) -> N
             for column, value in enumerate(values):
                 color = "black" if value > dark else "white"
                 axis.text(column, row, f"{value:.2g}", ha="center", va="center", color=color, fontsize=8)
-        axis.set_xticks(range(len(found.tasks)), found.tasks, rotation=40, ha="right")
-        axis.set_yticks(range(len(found.tasks)), found.tasks if axis is axes[0][0] else [])
-        axis.set(title=title, xlabel="features of", ylabel="adapter of" if axis is axes[0][0] else None)
+        names = [plot_label(task) for task in found.tasks]
+        axis.set_xticks(range(len(names)), names, rotation=40, ha="right")
+        axis.set_yticks(range(len(names)), names if axis is axes[0][0] else [])
+        axis.set(title=plot_label(title), xlabel="features of", ylabel="adapter of" if axis is axes[0][0] else None)
     figure.suptitle(_interference_title(next(iter(panels.values()))), fontsize=9)
     figure.tight_layout()
     figure.colorbar(image, ax=axes[0].tolist(), shrink=0.8)
@@ -202,6 +207,25 @@ def plot_interference(panels: Mapping[str, Interference], path: str | Path) -> N
 def _interference_title(found: Interference) -> str:
     below = "E‖W₀ h_t‖²" if found.relative_to == "base" else "E‖τ_t h_t‖²"
     return f"E‖τ_j h_t‖² / {below} in percent, geometric mean over layers"
+
+
+def plot_drift(curves: Mapping[str, Sequence[tuple[float, float]]], path: str | Path) -> None:
+    """Plot OSRM's drift D/‖Ã‖, the mean over layers, against training steps: {adapter: (step, drift)}; write a PNG."""
+    pyplot = _pyplot()
+    figure, axes = pyplot.subplots(figsize=(6.4, 3.6), layout="constrained")
+    for adapter, points in curves.items():
+        axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=plot_label(adapter))
+    axes.set(xlabel="training step", ylabel="drift of A, mean over layers", ylim=(0, None))
+    axes.grid(alpha=0.3)
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=8)
+    with new_file(path) as partial:
+        figure.savefig(partial, dpi=120, format="png")
+    pyplot.close(figure)
+
+
+def plot_label(name: str) -> str:
+    """A name as matplotlib draws it letter by letter: not as mathematics ($), and not left out of a legend (_)."""
+    return (" " if name.startswith("_") else "") + name.replace("$", r"\$")
 
 
 def _pyplot() -> Any:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils import CONFIG_NAME
 from torch import Tensor
 from transformers import (
     AutoModelForSequenceClassification,
@@ -24,9 +25,11 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 
 from osrm_peft.callback import OSRMCallback
+from osrm_peft.card import write_manifest
 from osrm_peft.config import OSRMLoraConfig
 from osrm_peft.distributed import whole
-from osrm_peft.files import MANIFEST, check_replaceable, new_folder, versions, write_json
+from osrm_peft.files import check_replaceable, command, new_folder, read_manifest, read_object, versions, write_json
+from osrm_peft.hub import public_name
 from osrm_peft.packaged import resolve_model
 from osrm_peft.tasks import Task, tokenize
 
@@ -136,9 +139,12 @@ def train_task(
     if trainer.is_world_process_zero():
         with new_folder(output_dir, "adapter") as folder:
             peft_model.save_pretrained(str(folder), state_dict=weights)
-            manifest = {
+            config = read_object(folder / CONFIG_NAME)
+            write_json(folder / CONFIG_NAME, config | {"base_model_name_or_path": public_name(peft_model.name_or_path)})
+            manifest = read_manifest(folder) | {  # an OSRMLoraConfig has told of the choice of A there
                 "kind": "adapter",
                 "base_model": model,
+                "task_type": config["task_type"],
                 "task": task.name,
                 "num_labels": task.num_labels,
                 "metric": task.metric,
@@ -147,9 +153,10 @@ def train_task(
                 "seed": seed,
                 "training": overrides,
                 "log": trainer.state.log_history,
+                "command": command(),
                 "versions": versions(),
             }
-            write_json(folder / MANIFEST, manifest)
+            write_manifest(folder, manifest)
         shutil.rmtree(checkpoints, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
     return output_dir

@@ -97,7 +97,7 @@ def test_a_resumed_run_keeps_the_checkpoint_s_a_and_ends_as_if_never_stopped(tmp
     )
     checkpoint = tmp_path / "cut/checkpoint-4"  # a Trainer's checkpoint is a stock adapter with our notes, too
     assert set(json.loads((checkpoint / "adapter_config.json").read_text())) == set(LoraConfig().to_dict())
-    assert (checkpoint / "osrm_config.json").is_file()
+    assert json.loads((checkpoint / "osrm_peft.json").read_text())["osrm"]["initialized"]
 
 
 def test_a_model_without_lora_is_an_error_at_once(tmp_path):

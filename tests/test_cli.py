@@ -78,7 +78,7 @@ def test_features_train_merge_evaluate(tmp_path, call):
         (["inspect", "none"], "'none' is neither a folder nor a Hub repository"),
         (["merge", "[/red]zz", "--out", "o"], "error: '[/red]zz' is neither a folder"),
         (["train", "-c", "none.yaml"], "no recipe none.yaml"),
-        (["evaluate", "none", "--suite", "x"], "none does not say which task it is for: name it with --task"),
+        (["evaluate", "none", "--suite", "x"], "'none' is neither a folder nor a Hub repository"),
         (["features"], "error: give a recipe (--config), or --model and --suite"),
         (["features", "--model", "packaged"], "error: give a recipe (--config), or --model and --suite"),
         (["features", "--model", "m", "--suite", "s", "--dtype", "float16"], "error: unknown dtype 'float16': choose"),

@@ -8,7 +8,7 @@ import sys
 from datasets import Dataset
 
 from osrm_peft import list_tasks
-from tests.static_hub import StaticHub
+from tests.hub import Hub
 
 # GLUE's own columns, labels and split names on the Hub
 COLUMNS = {
@@ -51,9 +51,9 @@ def write_glue(folder):
 
 def test_the_paper_s_eight_tasks_come_from_the_hub_with_its_metrics(tmp_path):
     write_glue(tmp_path / "glue")
-    with StaticHub("nyu-mll/glue", tmp_path / "glue") as url:
-        environment = os.environ | {"HF_ENDPOINT": url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
-        environment |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+    with Hub() as hub:
+        hub.seed("nyu-mll/glue", tmp_path / "glue", kind="dataset")
+        environment = os.environ | hub.environment(tmp_path / "home")
         done = subprocess.run([sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)

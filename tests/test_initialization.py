@@ -147,10 +147,11 @@ def test_a_saved_adapter_is_stock_peft_with_our_notes_beside_it(others, tmp_path
     model.save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "adapter_config.json").read_text())
     assert set(saved) == set(LoraConfig().to_dict())
-    notes = json.loads((tmp_path / "osrm_config.json").read_text())
+    manifest = json.loads((tmp_path / "osrm_peft.json").read_text())
+    notes = manifest["osrm"]
     assert notes["initialized"] and notes["settings"]["statistic"] == "token"
     assert [given["task"] for given in notes["provenance"]["out_of_task"]] == ["a", "b"]
-    assert notes["provenance"]["weight_hash"] and notes["versions"]["peft"]
+    assert notes["provenance"]["weight_hash"] and manifest["versions"]["peft"]
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # stock PEFT must not warn of unknown fields
         assert type(PeftConfig.from_pretrained(str(tmp_path))) is LoraConfig
@@ -161,7 +162,7 @@ def test_a_saved_adapter_is_stock_peft_with_our_notes_beside_it(others, tmp_path
 
 def test_an_adapter_that_was_never_initialised_says_so(tmp_path):
     osrm_model().save_pretrained(tmp_path)
-    assert json.loads((tmp_path / "osrm_config.json").read_text())["initialized"] is False
+    assert json.loads((tmp_path / "osrm_peft.json").read_text())["osrm"]["initialized"] is False
 
 
 def other_model():

@@ -26,7 +26,7 @@ from osrm_peft.moments import STATISTICS, FeatureMoments
 from osrm_peft.out_of_task import check_tasks
 from osrm_peft.tensor_files import write_tensors
 from tests.conftest import make_base, make_batch
-from tests.static_hub import StaticHub
+from tests.hub import Hub
 from tests.test_initialization import PAPER
 
 WIDTH = 24
@@ -300,10 +300,9 @@ def test_features_from_the_hub(tmp_path):
         features = collect_features(make_base(), [make_batch()], task=task, target_modules=TARGETS, progress=False)
         features.save(tmp_path / f"{path}.features.safetensors")
     (tmp_path / "two/model.safetensors").write_bytes(b"not ours")
-    hub = StaticHub("someone/features", branches, kind="models")
-    with hub as url:
-        environment = os.environ | {"HF_ENDPOINT": url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
-        environment |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+    with Hub() as hub:
+        hub.seed("someone/features", branches)
+        environment = os.environ | hub.environment(tmp_path / "home")
         command = [sys.executable, "-c", SCRIPT, "someone/features", *SOURCES]
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
 
+from osrm_peft.card import write_manifest
 from osrm_peft.checkpoints.blocks import Blocks
 from osrm_peft.checkpoints.model_files import crc32_of
 from osrm_peft.checkpoints.plan import STATE, CheckpointPlan, plan_checkpoints
@@ -126,7 +127,8 @@ def execute(
             write_heads(plan, partial / "heads")
     whole = {file: found[0] for file, found in state["crc32"].items()} if folders == [""] else {}
     files = {path.relative_to(partial).as_posix() for path in partial.rglob("*") if path.is_file()} - {STATE}
-    write_json(partial / MANIFEST, plan.manifest() | {"crc32": whole, "files": sorted({*files, MANIFEST})})
+    files |= {MANIFEST, "README.md"}
+    write_manifest(partial, plan.manifest() | {"crc32": whole, "files": sorted(files)})
     check_replaceable(out, "checkpoint")  # as it is by now
     (partial / STATE).unlink()
     put_in_place(partial, out)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from osrm_peft.files import MANIFEST, read_manifest, read_object
-from osrm_peft.hub import local_folder
+from osrm_peft.hub import local_folder, pinned
 from osrm_peft.tensor_files import DTYPES
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -67,6 +67,7 @@ class ModelFiles:
     def __init__(self, source: str | Path) -> None:
         self.source = str(source)
         self.folder = local_folder(str(source), ["*.safetensors", INDEX, MANIFEST, *BESIDE], "model folder")
+        self.source = pinned(self.source, self.folder)
         if not (self.folder / "config.json").is_file():
             raise FileNotFoundError(f"{source} holds no config.json: give a folder that save_pretrained wrote")
         self.config: dict[str, Any] = read_object(self.folder / "config.json")

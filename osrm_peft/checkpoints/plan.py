@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 
 from osrm_peft.checkpoints.model_files import ModelFiles
 from osrm_peft.checks import choice, integer, number
-from osrm_peft.files import MANIFEST, versions
+from osrm_peft.files import MANIFEST, command, versions
 from osrm_peft.merging.inputs import Weights, check_names, weights_by_layer, weights_by_task
 from osrm_peft.merging.registry import METHODS, Method, get_method
 
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 VOCAB = ("error", "intersect")
 BASE = "base"  # the base model's name among the inputs
 STATE = "merge_state.json"  # of an unfinished merge
-_RESERVED = ("heads", MANIFEST, STATE)
+_RESERVED = ("heads", "README.md", MANIFEST, STATE)
 OUTPUT_DTYPES = ("float32", "bfloat16", "float16", "float64")
 CHECKPOINT_METHODS = tuple(
     sorted(name for name, one in METHODS.items() if one.needs is None and "weight" in one.spaces)
@@ -81,12 +81,13 @@ class CheckpointPlan:
             "seed": self.seed,
             "inputs": {name: {"source": one.source, "files": one.identity()} for name, one in every.items()},
             **self.settings,
+            "command": command(),
             "versions": versions(),
         }
 
     def fingerprint(self) -> str:
         """Of all that decides the result."""
-        about = {name: value for name, value in self.manifest().items() if name != "versions"}
+        about = {name: value for name, value in self.manifest().items() if name not in ("command", "versions")}
         return hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
     def check_unchanged(self) -> None:

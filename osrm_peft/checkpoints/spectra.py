@@ -104,8 +104,10 @@ def plot_spectra(found: Spectra, path: str | Path) -> None:
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     for model, matrices in found.items():
-        longest = max(map(len, matrices.values()))
         rows = [torch.tensor(values) / max(values[0], 1e-300) for values in matrices.values() if values]
+        if not rows:  # an adapter that does nothing has no singular values
+            continue
+        longest = max(map(len, rows))
         padded = torch.stack([torch.nn.functional.pad(row, (0, longest - len(row))) for row in rows])
         index = range(1, longest + 1)
         axes.plot(index, padded.median(0).values, label=model)

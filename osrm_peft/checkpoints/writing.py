@@ -11,10 +11,11 @@ import torch
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
+from osrm_peft.card import write_manifest
 from osrm_peft.checkpoints.blocks import Blocks
 from osrm_peft.checkpoints.model_files import BESIDE, INDEX
 from osrm_peft.checkpoints.plan import CheckpointPlan
-from osrm_peft.files import MANIFEST, new_file, write_json
+from osrm_peft.files import new_file, write_json
 from osrm_peft.tensor_files import file_head
 
 
@@ -52,7 +53,7 @@ def write_rest(plan: CheckpointPlan, folder: Path, sums: dict[str, str]) -> None
         total = plan.size_of(list(plan.shapes))
         write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
     if plan.method.per_task:
-        write_json(folder / MANIFEST, plan.manifest() | {"model": folder.name, "crc32": sums})
+        write_manifest(folder, plan.manifest() | {"model": folder.name, "crc32": sums})
 
 
 def write_heads(plan: CheckpointPlan, folder: Path) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from osrm_peft.adapter_reader import load_adapter
 from osrm_peft.adapters import TARGETS, Factors, FactorsOnDemand, LoraAdapter
 from osrm_peft.checks import choice, number
+from osrm_peft.hub import is_local, public_name
 
 Adapters = Mapping[str, str | Path | PeftModel | LoraAdapter]
 Weights = Mapping[str, float | Mapping[str, float]] | Sequence[float] | None
@@ -159,13 +160,14 @@ def _common_base(adapters: Mapping[str, LoraAdapter], base_model: str | None) ->
     if base_model is not None:
         return base_model
     bases = {name: (adapter.base_model, adapter.config.get("revision")) for name, adapter in adapters.items()}
-    if len(set(bases.values())) > 1:
+    paths = {base for base, _ in bases.values() if base and is_local(base)}  # PEFT writes them, we the last part
+    if len({(public_name(base), revision) for base, revision in bases.values()}) > 1 or len(paths) > 1:
         listed = ", ".join(f"{name}: {base}{f'@{rev}' if rev else ''}" for name, (base, rev) in bases.items())
         raise ValueError(
             f"the adapters have different base models ({listed}): they cannot be merged; "
             "if these are names of one and the same model, say so with base_model=NAME"
         )
-    return next(iter(bases.values()))[0]
+    return next(iter(paths), next(iter(bases.values()))[0])
 
 
 def _prefixes(adapters: dict[str, LoraAdapter]) -> dict[str, str]:

@@ -1,6 +1,7 @@
 """Exact algebra on products B·A without forming them: balancing, bases, recompression. All in float64."""
 
 import math
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -12,6 +13,7 @@ from osrm_peft.moments import FeatureMoments
 
 _EPS = torch.finfo(torch.float64).eps
 _WIDE = 1024
+SERVING = (8, 16, 32, 64, 128, 256, 320, 512)  # the ranks that vLLM makes room for
 
 
 class Compressed(NamedTuple):
@@ -62,6 +64,16 @@ def compress_matrix(X: Tensor, rank: int | None = None) -> Compressed:
     U, S, Vh = U.flip(1), S.flip(0), Vh.flip(0)  # the largest first
     cut = _cut(U, S, Vh, rank)
     return cut._replace(energy_kept=float(S.square().sum()) / square)
+
+
+def least_energy(found: Iterable[Compressed], ranks: Sequence[int]) -> dict[int, float]:
+    """{rank: share of its squared norm that the layer keeps which would lose most by it}."""
+    least = dict.fromkeys(ranks, 1.0)
+    for factors, kept in found:
+        energy = _thin_svd(factors.s * factors.B.double(), factors.A.double())[1].square()
+        if energy.any():
+            least = {rank: min(one, kept * float(energy[:rank].sum() / energy.sum())) for rank, one in least.items()}
+    return least
 
 
 def column_basis(parts: list[Tensor]) -> Tensor:

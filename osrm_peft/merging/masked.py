@@ -15,10 +15,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from osrm_peft.adapters import HEADS, LoraAdapter, load_head, save_head
+from osrm_peft.card import write_manifest
 from osrm_peft.checks import number
-from osrm_peft.files import MANIFEST, new_folder, read_manifest, write_json
+from osrm_peft.files import new_folder, read_manifest
+from osrm_peft.hub import local_folder
 from osrm_peft.layers import as_weight, weight_shape
+from osrm_peft.merging.inputs import check_names
 from osrm_peft.merging.lowrank import compress_matrix
+from osrm_peft.push import Pushable
 
 MASKS = "emr.safetensors"
 
@@ -46,7 +50,7 @@ class MaskedLayer(NamedTuple):
 
 
 @dataclass(frozen=True)
-class MaskedAdapter:
+class MaskedAdapter(Pushable):
     """The result of `merge_adapters(…, method="emr")`: task t's task vector is λ · scales[t] · M_t ⊙ τ_uni.
 
     Attributes:
@@ -116,17 +120,21 @@ class MaskedAdapter:
             save_file(tensors, partial / MASKS, {"format": "pt", "osrm_peft": json.dumps(notes)})
             for name, adapter in self.tasks.items():
                 save_head(adapter.heads, adapter.config, partial / HEADS / f"{name}.safetensors")
-            write_json(partial / MANIFEST, self.manifest)
+            write_manifest(partial, self.manifest)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "MaskedAdapter":
         """Read what `save_pretrained` wrote.
 
+        Args:
+            folder: or a Hub id, `user/name` or `user/name@revision`.
+
         Raises:
             FileNotFoundError: it is no such folder.
             ValueError: a file in it is damaged.
         """
-        folder, manifest = Path(folder), read_manifest(folder)
+        folder = local_folder(str(folder), [MASKS, f"{HEADS}/*.safetensors", "*.json"], "folder of an EMR merge")
+        manifest = read_manifest(folder)
         if not (folder / MASKS).is_file():
             raise FileNotFoundError(f"{folder} holds no {MASKS}: it is not an EMR merge")
         try:
@@ -143,7 +151,7 @@ class MaskedAdapter:
                 if layer.unified.dim() != 2 or layer.masks.shape != (len(names), -(-layer.unified.numel() // 8)):
                     raise ValueError(f"{name}: masks {tuple(layer.masks.shape)} of {tuple(layer.unified.shape)}")
             tasks, dtype = {}, next(iter(layers.values())).unified.dtype
-            for name in names:
+            for name in check_names(dict.fromkeys(names)):  # none of them leads out of the folder
                 heads, config = load_head(folder / HEADS / f"{name}.safetensors")
                 config |= {"base_model_name_or_path": manifest.get("base_model"), "target_modules": list(layers)}
                 tasks[name] = LoraAdapter({}, heads, config, dtype, source=str(folder), layouts=layouts)

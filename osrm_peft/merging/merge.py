@@ -35,7 +35,7 @@ def merge_adapters(
     weights: Weights | str = None,
     scale: float | str | None = None,
     space: str = "auto",
-    rank: int | None = None,
+    rank: int | str | None = None,
     heads: str = "per_task",
     base_model: str | None = None,
     statistics: Statistics | None = None,
@@ -59,7 +59,9 @@ def merge_adapters(
         scale: λ, what multiplies the merged direction; None: the paper's default of the method, or 1 with weights from
             features. `"features"`: of each layer the one that minimises Σ_t E‖(τ_merged − τ_t) h_t‖².
         space: `"weight"`, `"core"`, `"knots"`, or `"auto"`: the core where that is exact, else as in the paper.
-        rank: largest rank of the result, at least 1; None keeps it exact. The lost energy is in the manifest.
+        rank: largest rank of the result, at least 1; None keeps it exact. `"serving"`: the least of vLLM's 8, 16, 32,
+            64, 128, 256, 320 and 512 that holds the exact result, with zero directions up to it (512 may cut it). The
+            manifest tells the energy kept, for `"serving"` also what each smaller rank would keep.
         heads: what becomes of trained heads: `"per_task"` keeps each, `"error"` refuses them.
         base_model: the base model of all adapters, where their configs name it differently (a local copy, say).
         statistics: {task: file or object} for Fisher (`collect_fisher`) and RegMean (`collect_gram`).
@@ -112,7 +114,7 @@ def execute(plan: MergePlan, processes: Processes = ALONE, *, progress: bool = F
         manifest["chosen_weights"] = {
             name: dict(zip(tasks, weight.tolist(), strict=True)) for name, weight in weights.items()
         }
-    return MergedAdapter(layers, plan.scale, plan.rank, plan.inputs.templates(), plan.dtype, manifest)
+    return MergedAdapter(layers, plan.scale, plan.rank, plan.inputs.templates(), plan.dtype, manifest, plan.padded)
 
 
 def _gathered(plan: MergePlan, merge: Callable[[], dict[str, Any]], processes: Processes) -> dict[str, Any]:

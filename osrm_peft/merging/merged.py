@@ -10,9 +10,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from osrm_peft.adapters import HEADS, Factors, LoraAdapter, save_head
+from osrm_peft.card import write_manifest
 from osrm_peft.checks import number
-from osrm_peft.files import MANIFEST, new_folder, write_json
-from osrm_peft.merging.lowrank import Compressed, compress
+from osrm_peft.files import new_folder
+from osrm_peft.merging.lowrank import SERVING, Compressed, compress, least_energy
+from osrm_peft.push import Pushable
 
 
 class MergedLayer(NamedTuple):
@@ -38,7 +40,7 @@ class MergedLayer(NamedTuple):
 
 
 @dataclass(frozen=True)
-class MergedAdapter:
+class MergedAdapter(Pushable):
     """The result of `merge_adapters`.
 
     Attributes:
@@ -48,6 +50,7 @@ class MergedAdapter:
         tasks: {task: its adapter with head and config, without factors}.
         dtype: of the written factors: the adapters' own.
         manifest: how it was made.
+        padded: the least rank to write; layers of lower rank get zero directions.
     """
 
     layers: dict[str, MergedLayer]
@@ -56,6 +59,7 @@ class MergedAdapter:
     tasks: dict[str, LoraAdapter]
     dtype: torch.dtype
     manifest: dict[str, Any]
+    padded: int = 1
 
     def at_scale(self, scale: float) -> "MergedAdapter":
         """The same merge at another λ, without merging again."""
@@ -89,7 +93,7 @@ class MergedAdapter:
         return self.for_task(task).attach(base)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write the shared adapter, `heads/<task>.safetensors` and the manifest `osrm_peft.json`, all or nothing.
+        """Write the shared adapter, `heads/<task>.safetensors`, the manifest `osrm_peft.json` and card, all or nothing.
 
         Raises:
             FileExistsError: the folder holds something that is not ours.
@@ -102,7 +106,10 @@ class MergedAdapter:
                 if adapter.heads:
                     save_head(adapter.heads, adapter.config, partial / HEADS / f"{name}.safetensors")
             energy = {name: one.energy_kept for name, one in found.items()}
-            write_json(partial / MANIFEST, self.manifest | {"written_rank": shared.rank, "energy_kept": energy})
+            manifest = self.manifest | {"written_rank": shared.rank, "energy_kept": energy}
+            if self.padded > 1:
+                manifest["serving"] = least_energy(found.values(), [rank for rank in SERVING if rank <= shared.rank])
+            write_manifest(partial, manifest)
 
     def _found(self) -> dict[str, Compressed]:
         return {name: layer.at(self.scale, self.rank) for name, layer in self.layers.items()}
@@ -112,4 +119,4 @@ class MergedAdapter:
             raise ValueError(f"no task {task!r} was merged, only {', '.join(self.tasks)}")
         template = self.tasks[task] if task is not None else replace(next(iter(self.tasks.values())), heads={})
         factors = {name: one.factors for name, one in found.items()}
-        return replace(template, factors=factors, dtype=self.dtype, source="merge", sha256=None)
+        return replace(template, factors=factors, dtype=self.dtype, source="merge", sha256=None, padded=self.padded)

@@ -1,7 +1,7 @@
 """MergePlan: a merge with every choice made and checked, before any work."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -11,8 +11,9 @@ from torch import Tensor
 
 from osrm_peft.checks import choice, integer, number
 from osrm_peft.features import TaskFeatures
-from osrm_peft.files import versions
+from osrm_peft.files import command, versions
 from osrm_peft.fisher import DiagonalFisher
+from osrm_peft.hub import pinned
 from osrm_peft.merging.inputs import (
     Adapters,
     Inputs,
@@ -22,9 +23,11 @@ from osrm_peft.merging.inputs import (
     weights_by_layer,
     weights_by_task,
 )
+from osrm_peft.merging.lowrank import SERVING
 from osrm_peft.merging.registry import Method, get_method
 from osrm_peft.merging.spaces import SPACES
 from osrm_peft.merging.statistics import Statistics, statistics_of
+from osrm_peft.moment_files import features_file
 
 GUIDED = ("features", "features_global")
 _SUMS = ("task_arithmetic", "concat")  # methods whose result is Σ w τ: whose weights features can choose
@@ -41,6 +44,7 @@ class MergePlan:
         space: where it runs.
         scale: λ; 1 where features choose it.
         rank: largest rank of the result; None keeps it exact.
+        padded: the least rank to write.
         heads: what becomes of trained heads.
         seed: of methods that draw.
         inputs: the adapters.
@@ -58,6 +62,7 @@ class MergePlan:
     space: str
     scale: float
     rank: int | None
+    padded: int
     heads: str
     seed: int
     inputs: Inputs
@@ -86,13 +91,15 @@ class MergePlan:
             "scale": self.scale,
             "weights": self.guided_weights or weights,
             "space": self.space,
-            "rank": self.rank,
+            "rank": "serving" if self.padded > 1 else self.rank,
             "heads": self.heads,
             "base_model": self.inputs.base,
+            "task_type": next(iter(self.inputs.adapters.values())).config.get("task_type"),
             "inputs": {
                 name: {"source": adapter.source, "sha256": adapter.sha256, "rank": adapter.rank}
                 for name, adapter in self.inputs.adapters.items()
             },
+            "command": command(),
             "versions": versions(),
             **self.sources,
             **({"seed": self.seed} if self.method.prepare else {}),
@@ -119,7 +126,7 @@ class MergePlan:
         size, T = self.dtype.itemsize, len(self.inputs.adapters)
         if self.method.per_task:
             return sum(size * o * n + T * -(-o * n // 8) for o, n in self.inputs.shapes.values())
-        rank = max(map(self.output_rank, self.inputs.shapes))
+        rank = max(self.padded, *map(self.output_rank, self.inputs.shapes))
         return sum(size * rank * (o + n) for o, n in self.inputs.shapes.values())
 
 
@@ -130,7 +137,7 @@ def plan_merge(
     weights: Weights | str = None,
     scale: float | str | None = None,
     space: str = "auto",
-    rank: int | None = None,
+    rank: int | str | None = None,
     heads: str = "per_task",
     base_model: str | None = None,
     statistics: Statistics | None = None,
@@ -142,10 +149,11 @@ def plan_merge(
     chosen = get_method(method)
     options = chosen.bind(method, options)
     space = chosen.space(method, choice("space", space, ("auto", *SPACES)))
-    rank = None if rank is None else integer("rank", rank, 1)
+    serving = rank == "serving"
+    rank = None if rank is None or serving else integer("rank", rank, 1)
     seed = integer("seed", seed, 0)
     guided, guided_scale, scale = _guidance(method, chosen, weights, scale)
-    if chosen.per_task and (rank is not None or guided_scale):
+    if chosen.per_task and (rank is not None or serving or guided_scale):
         raise ValueError(f"{method} gives a shared vector and masks, not one LoRA: it has no rank, no scale to choose")
     if chosen.needs is None and statistics is not None:
         raise ValueError(f"{method} takes no statistics: leave them out (for weights or scale='features': features=…)")
@@ -169,17 +177,18 @@ def plan_merge(
     if uses_features:
         moments = statistics_of("features", TaskFeatures, features, inputs, "'features'")
     sources = {
-        name: {task: str(one) if isinstance(one, (str, Path)) else "in memory" for task, one in given.items()}
+        name: {task: _named(one) for task, one in given.items()}
         for name, given in (("statistics", statistics), ("features", features))
         if given is not None
     }
-    return MergePlan(
+    plan = MergePlan(
         name=method,
         method=chosen,
         options=options,
         space=space,
         scale=scale,
         rank=rank,
+        padded=1,
         heads=heads,
         seed=seed,
         inputs=inputs,
@@ -190,6 +199,18 @@ def plan_merge(
         features=moments,
         sources=sources,
     )
+    if not serving:
+        return plan
+    exact = max(map(plan.output_rank, inputs.shapes))
+    legal = next((one for one in SERVING if one >= exact), SERVING[-1])
+    return replace(plan, padded=legal, rank=legal if legal < exact else None)
+
+
+def _named(source: Any) -> str:
+    """What the manifest tells of statistics: of a file on the Hub with the commit."""
+    if not isinstance(source, (str, Path)):
+        return "in memory"
+    return str(source) if Path(source).exists() else pinned(str(source), features_file(source))
 
 
 def _guidance(

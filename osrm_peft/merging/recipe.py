@@ -29,7 +29,7 @@ class MergeRecipe:
     weights: Any = None
     scale: Any = None
     space: str = "auto"
-    rank: int | None = None
+    rank: int | str | None = None
     heads: str = "per_task"
     base_model: str | None = None
     statistics: dict[str, str] | None = None

@@ -360,7 +360,7 @@ def test_the_folder_holds_bits_heads_and_the_manifest(folders, tmp_path):
     merged = merge_adapters(folders(), "emr")
     merged.save_pretrained(tmp_path / "out")
     files = sorted(str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*") if path.is_file())
-    assert files == [MASKS, "heads/t1.safetensors", "heads/t2.safetensors", "osrm_peft.json"]
+    assert files == ["README.md", MASKS, "heads/t1.safetensors", "heads/t2.safetensors", "osrm_peft.json"]
     with safe_open(tmp_path / "out" / MASKS, "pt") as file:
         sizes = {key: np.prod(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
     assert sum(size for key, size in sizes.items() if key.endswith(".masks")) == 4 * 2 * 16 * 16 / 8
@@ -439,7 +439,9 @@ def test_a_folder_whose_tensors_do_not_fit_each_other_is_refused(folders, damage
 def test_a_folder_that_is_no_emr_merge_says_so(folders, tmp_path):
     adapters = folders()
     merge_adapters(adapters, "ties").save_pretrained(tmp_path / "ties")
-    for folder in (tmp_path / "nothing", adapters["t1"], tmp_path / "ties"):
+    with pytest.raises(FileNotFoundError, match=r"nothing' is neither a folder of an EMR merge nor a Hub repository"):
+        MaskedAdapter.from_pretrained(tmp_path / "nothing")
+    for folder in (adapters["t1"], tmp_path / "ties"):
         with pytest.raises(FileNotFoundError, match=r"holds no emr.safetensors: it is not an EMR merge"):
             MaskedAdapter.from_pretrained(folder)
     merge_adapters(adapters, "emr").save_pretrained(tmp_path / "emr")

@@ -69,6 +69,7 @@ def test_the_saved_folder_holds_the_shared_adapter_the_heads_and_how_it_was_made
     merged.save_pretrained(tmp_path / "out")
     files = sorted(str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*") if path.is_file())
     assert files == [
+        "README.md",
         "adapter_config.json",
         "adapter_model.safetensors",
         "heads/t1.safetensors",

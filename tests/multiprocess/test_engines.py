@@ -79,7 +79,7 @@ def test_steps(engine, run_of):
 def test_save(engine, run_of):
     shapes = {tuple(tensor.shape) for tensor in adapter(run_of(engine), "whole").values()}
     assert shapes == {(8, 384), (384, 8), (6, 384), (6,)}
-    assert (run_of(engine).folder / "whole/osrm_config.json").is_file()
+    assert json.loads((run_of(engine).folder / "whole/osrm_peft.json").read_text())["osrm"]["initialized"]
 
 
 @engines

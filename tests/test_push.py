@@ -1,0 +1,400 @@
+"""Pushing to and loading from a Hub on loopback, through the real client in a process of its own."""
+
+import json
+import os
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from safetensors.torch import load_file, save_file
+
+from osrm_peft import TaskFeatures, load_adapter, merge_adapters, push_to_hub
+from osrm_peft.collection import collect_features
+from tests.conftest import make_adapter, make_base, make_batch
+from tests.hub import Hub
+
+START = """
+import json, sys, time
+from pathlib import Path
+import torch
+import osrm_peft
+from osrm_peft import MaskedAdapter, TaskFeatures, load_adapter, merge_adapters, push_to_hub
+root = Path(sys.argv[1])
+slept = []
+time.sleep = slept.append  # the client waits between its tries
+
+def same(one, other):
+    one, other = one.state_dict(), other.state_dict()
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+def refused(function, *arguments, **named):
+    try:
+        function(*arguments, **named)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+"""
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """Two adapters of a base model in a local folder, and their tasks' features."""
+    root = tmp_path_factory.mktemp("secret_home")
+    make_base().save_pretrained(root / "base")
+    for seed, task in enumerate(("t1", "t2"), 1):
+        make_adapter(root / task, seed=seed)
+        config = json.loads((root / task / "adapter_config.json").read_text())
+        config["base_model_name_or_path"] = str(root / "base")  # as PEFT writes it of a model from a folder
+        (root / task / "adapter_config.json").write_text(json.dumps(config))
+        features = collect_features(
+            make_base(), [make_batch(seed=seed)], task=task, target_modules=["query", "value"], progress=False
+        )
+        features.save(root / f"{task}.features.safetensors")
+    return root
+
+
+def run(hub, root, home, script, **environment):
+    command = [sys.executable, "-c", START + script + "\nprint(json.dumps(found))", str(root)]
+    environment = os.environ | hub.environment(home) | {"HF_HUB_DISABLE_PROGRESS_BARS": "1"} | environment
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=root)
+    assert done.returncode == 0, done.stderr
+    assert hub.token not in done.stdout + done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+ROUND_TRIP = """
+found = {}
+for task in ("t1", "t2"):
+    push_to_hub(root / task, f"someone/{task}")
+merged = merge_adapters({"t1": "someone/t1", "t2": "someone/t2@main"}, "lore", max_iterations=30)
+found["inputs"] = [one["source"] for one in merged.manifest["inputs"].values()]
+found["address"] = merged.push_to_hub("someone/merged")
+pulled = {task: load_adapter("someone/merged", head=task) for task in ("t1", "t2")}
+found["equal"] = [same(pulled[task], merged.for_task(task)) for task in pulled]
+first = load_adapter("someone/merged").source
+found["source"] = first
+half = merged.at_scale(0.5)
+half.push_to_hub("someone/merged", commit_message="half")
+found["new"] = same(load_adapter("someone/merged"), half.for_task(None))
+found["old"] = same(load_adapter(first), merged.for_task(None))
+half.push_to_hub("someone/merged", revision="half")
+found["pr"] = merged.push_to_hub("someone/merged", create_pr=True)
+alone = merge_adapters({"t1": "someone/t1"}, "average")
+alone.push_to_hub("someone/merged")  # of one task: the other's head goes
+emr = merge_adapters({"t1": "someone/t1", "t2": "someone/t2"}, "emr")
+emr.push_to_hub("someone/emr")
+back = MaskedAdapter.from_pretrained("someone/emr")
+found["emr"] = all(torch.equal(a, b) for a, b in zip(emr.deltas("t2").values(), back.deltas("t2").values()))
+for task in ("t1", "t2"):
+    push_to_hub(root / f"{task}.features.safetensors", "someone/features")
+loaded = TaskFeatures.load("someone/features:t2.features.safetensors")
+found["features"] = [loaded.task, loaded.k]
+loaded.push_to_hub("someone/again")
+merge_adapters({"t1": "someone/t1"}, "task_arithmetic", scale="features",
+               features={"t1": "someone/features:t1.features.safetensors"}).save_pretrained("guided")
+found["kept"] = json.loads(Path("guided/osrm_peft.json").read_text())["features"]
+"""
+
+
+@pytest.fixture(scope="module")
+def hub():
+    with Hub() as hub:
+        yield hub
+
+
+@pytest.fixture(scope="module")
+def found(hub, root, tmp_path_factory):
+    return run(hub, root, tmp_path_factory.mktemp("home"), ROUND_TRIP)
+
+
+def card_of(hub, repo, revision="main"):
+    return ModelCard(hub.files(repo, revision)["README.md"].decode())
+
+
+def test_what_was_pushed_is_what_is_pulled(found, hub):
+    assert found["equal"] == [True, True] and found["new"] and found["old"] and found["emr"]
+    assert all(repo.private for repo in hub.repos.values())
+    assert found["address"].startswith(f"{hub.url}/someone/merged/commit/")
+    assert found["features"] == ["t2", 4]
+
+
+def test_inputs_from_the_hub_are_recorded_with_their_commit(found, hub):
+    heads = [next(iter(reversed(hub.repos[f"someone/{task}"].commits))) for task in ("t1", "t2")]
+    assert found["inputs"] == [f"someone/t1@{heads[0]}", f"someone/t2@{heads[1]}"]
+    assert found["source"].startswith("someone/merged@") and len(found["source"]) == len("someone/merged@") + 40
+    features = next(iter(reversed(hub.repos["someone/features"].commits)))
+    assert found["kept"] == {"t1": f"someone/features@{features}:t1.features.safetensors"}
+
+
+def test_branches_and_pull_requests(found, hub):
+    repo = hub.repos["someone/merged"]
+    assert set(repo.heads) == {"main", "half", "refs/pr/1"} and found["pr"].startswith(repo.url)
+    scales = {
+        branch: json.loads(hub.files("someone/merged", branch)["osrm_peft.json"])["scale"] for branch in repo.heads
+    }
+    assert scales == {"main": 1.0, "half": 0.5, "refs/pr/1": 1.0}
+
+
+def test_a_push_replaces_what_was_there(found, hub):
+    weights = {"adapter_config.json", "adapter_model.safetensors", "osrm_peft.json", "README.md", ".gitattributes"}
+    assert set(hub.files("someone/merged")) == weights | {"heads/t1.safetensors"}
+    assert set(hub.files("someone/merged", "half")) == weights | {"heads/t1.safetensors", "heads/t2.safetensors"}
+    both = {"t1.features.safetensors", "t2.features.safetensors", "osrm_peft.json", "README.md", ".gitattributes"}
+    assert set(hub.files("someone/features")) == both
+    assert set(json.loads(hub.files("someone/features")["osrm_peft.json"])["files"]) == {
+        one for one in both if "t" in one[:1]
+    }
+
+
+def test_no_local_folder_and_no_token_reaches_the_hub(found, hub, root):
+    for repo in hub.repos.values():
+        for commit in repo.commits.values():
+            for name, file in commit.files.items():
+                assert b"secret_home" not in file.content and hub.token.encode() not in file.content, name
+    assert json.loads(hub.files("someone/t1")["adapter_config.json"])["base_model_name_or_path"] == "base"
+    assert json.loads(hub.files("someone/emr")["osrm_peft.json"])["base_model"] == "base"
+
+
+def test_every_card_is_one_that_the_hub_reads(found, hub):
+    """The real Hub would also check these fields; loopback has no such check, so they are compared one by one."""
+    for repo, library, tags in (
+        ("someone/t1", "peft", ["osrm_peft", "lora"]),
+        ("someone/merged", "peft", ["osrm_peft", "lora", "merge", "average"]),
+        ("someone/emr", "osrm_peft", ["osrm_peft", "lora", "merge", "emr"]),
+        ("someone/features", "osrm_peft", ["osrm_peft", "features"]),
+    ):
+        card = card_of(hub, repo)
+        assert card.data.library_name == library and card.data.tags == tags
+        assert card.data.get("base_model") is None  # it has no name on the Hub
+        assert repo in card.text and "USER/NAME" not in card.text
+    assert card_of(hub, "someone/t1").data.pipeline_tag == "text-classification"
+
+
+FAULTS = """
+found = {}
+merged = merge_adapters({"t1": root / "t1", "t2": root / "t2"}, "ties")
+found["push"] = refused(merged.push_to_hub, "someone/faulty")
+"""
+
+
+@pytest.mark.parametrize(
+    ("match", "how", "times", "fails"),
+    [
+        ("POST /api/models/someone/faulty/commit", 503, 1, "HfHubHTTPError"),
+        ("PUT", "drop", 99, "Error"),
+        ("PUT", 500, 99, "Error"),
+        ("PUT", 503, 1, None),
+    ],
+)
+def test_a_push_that_fails_changes_nothing_and_is_made_again(match, how, times, fails, root, tmp_path):
+    with Hub() as hub:
+        hub.fail(match, how, times)
+        found = run(hub, root, tmp_path, FAULTS)["push"]
+        if fails is not None:
+            assert fails in found
+            assert set(hub.files("someone/faulty")) == {".gitattributes"}
+            hub.faults.clear()
+            assert (
+                "someone/faulty/commit"
+                in run(hub, root, tmp_path, FAULTS.replace("refused(merged.push_to_hub, ", "merged.push_to_hub("))[
+                    "push"
+                ]
+            )
+        assert "heads/t2.safetensors" in hub.files("someone/faulty")
+
+
+def test_without_a_token_nothing_is_made(root, tmp_path):
+    with Hub() as hub:
+        found = run(hub, root, tmp_path, FAULTS, HF_TOKEN="", HF_HUB_DISABLE_IMPLICIT_TOKEN="1")["push"]
+        assert "401" in found and not hub.repos
+        found = run(hub, root, tmp_path, FAULTS, HF_TOKEN="hf_wrong")["push"]
+        assert "401" in found and not hub.repos and "hf_wrong" not in found
+
+
+def test_the_command_pushes_and_reads(root, tmp_path, hub, found):
+    environment = os.environ | hub.environment(tmp_path)
+    command = [sys.executable, "-m", "osrm_peft"]
+    merge = [*command, "merge", "t1=someone/t1", "t2=someone/t2", "--rank", "serving", "--out", tmp_path / "merged"]
+    for step in (merge, [*command, "push", tmp_path / "merged", "someone/cli", "--public", "--message", "mine"]):
+        done = subprocess.run(list(map(str, step)), env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    assert "someone/cli/commit/" in done.stdout and hub.token not in done.stdout + done.stderr
+    manifest = json.loads(hub.files("someone/cli")["osrm_peft.json"])
+    assert manifest["rank"] == "serving" and manifest["written_rank"] == 8 and manifest["serving"] == {"8": 1.0}
+    assert manifest["command"] == "osrm-peft merge t1=someone/t1 t2=someone/t2 --rank serving --out merged"
+    assert not hub.repos["someone/cli"].private
+    assert next(reversed(hub.repos["someone/cli"].commits.values())).title == "mine"
+
+
+def test_a_model_merged_from_the_hub_names_its_parents(hub, root, tmp_path):
+    for seed in (1, 2):
+        make_base(seed=seed).save_pretrained(tmp_path / f"m{seed}")
+        hub.seed(f"someone/m{seed}", tmp_path / f"m{seed}")
+    script = """
+found = {"push": None}
+from osrm_peft import merge_checkpoints
+merge_checkpoints({"a": "someone/m1", "b": "someone/m2@main"}, root / "model_out", "average")
+found["push"] = push_to_hub(root / "model_out", "someone/model")
+"""
+    run(hub, root, tmp_path / "home", script)
+    card = card_of(hub, "someone/model")
+    assert card.data.base_model == ["someone/m1", "someone/m2"] and card.data.base_model_relation == "merge"
+    assert card.data.library_name == "transformers"
+    assert {"config.json", "model.safetensors"} <= set(hub.files("someone/model"))
+    assert b"secret_home" not in hub.files("someone/model")["osrm_peft.json"]
+
+
+@pytest.mark.parametrize("names", ["../t1/adapter_model.safetensors", "/etc/hostname", "sub/../../x", ""])
+def test_a_manifest_cannot_name_files_outside_its_folder(names, tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/osrm_peft.json").write_text(json.dumps({"kind": "checkpoint", "files": [names]}))
+    with pytest.raises(ValueError, match=r"which is no file in its folder"):
+        push_to_hub(tmp_path / "model", "someone/model")
+
+
+def test_a_link_out_of_the_folder_is_not_pushed(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "private.txt").write_text("mine")
+    (tmp_path / "model/config.json").symlink_to(tmp_path / "private.txt")
+    (tmp_path / "model/osrm_peft.json").write_text(json.dumps({"kind": "checkpoint", "files": ["config.json"]}))
+    with pytest.raises(ValueError, match=r"which is no file in its folder"):
+        push_to_hub(tmp_path / "model", "someone/model")
+    make_adapter(tmp_path / "adapter")
+    (tmp_path / "adapter/adapter_model.safetensors").unlink()
+    (tmp_path / "adapter/adapter_model.safetensors").symlink_to(tmp_path / "private.txt")
+    with pytest.raises(ValueError, match=r"which is no file in its folder"):
+        push_to_hub(tmp_path / "adapter", "someone/adapter")
+
+
+@pytest.mark.parametrize(
+    ("what", "repo", "arguments", "error", "message"),
+    [
+        ("t1", "no spaces", {}, ValueError, r"repo_id='no spaces' is no name of a repository, such as user/name"),
+        ("t1", "u/n", {"create_pr": True, "revision": "x"}, ValueError, r"a pull request has a branch of its own"),
+        ("none", "u/n", {}, FileNotFoundError, r"no folder or features file .*none"),
+        ("base", "u/n", {}, ValueError, r"base is nothing that osrm_peft or PEFT wrote"),
+        ("base/model.safetensors", "u/n", {}, ValueError, r"is no features file, or damaged"),
+    ],
+)
+def test_bad_pushes_are_refused_before_the_hub_is_asked(what, repo, arguments, error, message, root):
+    with pytest.raises(error, match=message):
+        push_to_hub(root / what, repo, **arguments)
+
+
+def test_an_adapter_without_weights_is_refused(tmp_path):
+    make_adapter(tmp_path / "adapter")
+    (tmp_path / "adapter/adapter_model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"lacks adapter_model.safetensors: write it again"):
+        push_to_hub(tmp_path / "adapter", "someone/adapter")
+
+
+def test_heads_of_an_emr_folder_cannot_lie_outside(root, tmp_path):
+    from osrm_peft import MaskedAdapter
+
+    adapters = {"t1": root / "t1", "t2": root / "t2"}
+    merge_adapters(adapters, "emr").save_pretrained(tmp_path / "emr")
+    path = tmp_path / "emr/emr.safetensors"
+    tensors = load_file(path)
+    notes = {"tasks": ["../../t1", "t2"], "layouts": {}}
+    save_file(tensors, path, {"format": "pt", "osrm_peft": json.dumps(notes)})
+    with pytest.raises(ValueError, match=r"the task name '../../t1' cannot be a file name"):
+        MaskedAdapter.from_pretrained(tmp_path / "emr")
+
+
+# Loads elsewhere
+
+
+def test_stock_peft_alone_loads_a_merged_adapter(root, tmp_path):
+    """In a process that finds what the registry installed, and not this package."""
+    merged = merge_adapters({"t1": root / "t1", "t2": root / "t2"}, "ties")
+    merged.save_pretrained(tmp_path / "merged")
+    batch, model = make_batch(), merged.load(make_base())
+    save_file(
+        {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}, tmp_path / "batch.safetensors"
+    )
+    script = """
+import sys
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForSequenceClassification
+try:
+    import osrm_peft
+    raise SystemExit("osrm_peft is there")
+except ModuleNotFoundError:
+    pass
+base = AutoModelForSequenceClassification.from_pretrained(sys.argv[1]).eval()
+model = PeftModel.from_pretrained(base, sys.argv[2] + "/merged")
+batch = load_file(sys.argv[2] + "/batch.safetensors")
+save_file({"logits": model(**batch).logits.detach()}, sys.argv[2] + "/logits.safetensors")
+"""
+    site = next(path for path in sys.path if path.endswith("site-packages"))
+    command = [sys.executable, "-S", "-c", f"import sys; sys.path.append({site!r})\n{script}", root / "base", tmp_path]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    with torch.no_grad():
+        expected = model(**batch).logits
+    torch.testing.assert_close(load_file(tmp_path / "logits.safetensors")["logits"], expected, rtol=0, atol=1e-6)
+
+
+def test_adapters_of_the_serving_rank_are_swapped_under_a_running_model(root, tmp_path):
+    from peft import PeftModel
+    from peft.utils.hotswap import hotswap_adapter
+
+    adapters = {"t1": root / "t1", "t2": root / "t2"}
+    for name, given in (("one", {"t1": root / "t1"}), ("both", adapters)):
+        merged = merge_adapters(given, "task_arithmetic", scale=1.0, rank="serving", heads="per_task")
+        merged.save_pretrained(tmp_path / name)
+    shapes = [
+        {k: v.shape for k, v in load_file(tmp_path / name / "adapter_model.safetensors").items()}
+        for name in ("one", "both")
+    ]
+    assert shapes[0] == shapes[1] and {shape[0] for key, shape in shapes[0].items() if "lora_A" in key} == {8}
+    batch = make_batch()
+    model = PeftModel.from_pretrained(make_base(), tmp_path / "one").eval()
+    with torch.no_grad():
+        before = model(**batch).logits
+        hotswap_adapter(model, str(tmp_path / "both"), adapter_name="default", torch_device="cpu")
+        after = model(**batch).logits
+        expected = load_adapter(tmp_path / "both").attach(make_base())(**batch).logits
+    torch.testing.assert_close(after, expected, rtol=0, atol=1e-6)
+    assert (after - before).abs().max() > 1e-4
+
+
+def test_the_serving_rank_is_the_least_that_holds_the_result(root, tmp_path):
+    adapters = {}
+    for seed, rank in enumerate((2, 3, 6), 1):
+        make_adapter(tmp_path / f"r{seed}", seed=seed, r=rank)
+        adapters[f"r{seed}"] = tmp_path / f"r{seed}"
+    exact = merge_adapters(adapters, "task_arithmetic")
+    served = merge_adapters(adapters, "task_arithmetic", rank="serving")
+    served.save_pretrained(tmp_path / "served")
+    manifest = json.loads((tmp_path / "served/osrm_peft.json").read_text())
+    assert manifest["written_rank"] == 16 and list(manifest["serving"]) == ["8", "16"]  # 2 + 3 + 6 = 11
+    for name, delta in load_adapter(tmp_path / "served").factors.items():
+        torch.testing.assert_close(delta.delta().double(), exact.deltas()[name], rtol=0, atol=1e-6)
+    cut = merge_adapters(adapters, "task_arithmetic", rank=8)
+    assert manifest["serving"]["8"] == pytest.approx(min(cut.energy_kept().values()), rel=1e-6)
+    assert manifest["serving"]["16"] == 1.0
+    with pytest.raises(ValueError, match=r"rank='eight' must be a whole number"):
+        merge_adapters(adapters, "ties", rank="eight")
+    with pytest.raises(ValueError, match=r"emr gives a shared vector and masks"):
+        merge_adapters(adapters, "emr", rank="serving")
+
+
+def test_attaching_an_adapter_warns_of_nothing(root):
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*base_model_name_or_path.*")
+        load_adapter(root / "t1").attach(make_base())
+
+
+def test_features_files_do_not_tell_where_the_model_lies(root):
+    from transformers import AutoModelForSequenceClassification
+
+    model = AutoModelForSequenceClassification.from_pretrained(root / "base")
+    features = collect_features(model, [make_batch()], task="t", target_modules=["query"], progress=False)
+    features.save(root / "local.features.safetensors")
+    assert features.base_model == "base"
+    assert b"secret_home" not in (root / "local.features.safetensors").read_bytes()
+    assert TaskFeatures.load(root / "local.features.safetensors").base_model == "base"
