@@ -155,7 +155,8 @@ class OSRMCallback(TrainerCallback):
         ]
         config = unwrapped(model).peft_config[self.adapter_name]
         Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-        write_manifest(args.output_dir, config.manifest() | ({"scores": scores} if scores else {}))
+        more = {"scores": scores, "repo_id": args.hub_model_id, "seed": args.seed}
+        write_manifest(args.output_dir, config.manifest() | {name: value for name, value in more.items() if value})
 
     def _weights(self, model) -> dict[str, Tensor]:
         layers = lora_layers(model, self.adapter_name)

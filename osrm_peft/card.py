@@ -99,6 +99,7 @@ def model_card(manifest: Mapping[str, Any]) -> ModelCard:
         recipe=yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True) if about.get("kind") == "merged" else "",
         versions=", ".join(f"{library} {version}" for library, version in (about.get("versions") or {}).items()),
     )
+    body = re.sub(r"\n{3,}", "\n\n", body)
     return ModelCard(f"---\n{_metadata(about, base).to_yaml()}\n---\n\n{body}")
 
 

@@ -10,7 +10,7 @@ from peft import LoraConfig
 from osrm_peft.card import write_manifest
 from osrm_peft.checks import choice, integer, number
 from osrm_peft.files import command, versions
-from osrm_peft.hub import public_name
+from osrm_peft.hub import public, public_name
 from osrm_peft.moments import STATISTICS
 from osrm_peft.subspace import IN_TASK, NULL_SPACES, check_protect
 
@@ -102,8 +102,8 @@ class OSRMLoraConfig(LoraConfig):
         return fields | {"base_model_name_or_path": public_name(self.base_model_name_or_path)}
 
     def manifest(self) -> dict[str, Any]:
-        """How the adapter was made, for its folder."""
-        return {
+        """How the adapter was made, for its folder, which others may push: no folder of this machine is in it."""
+        found = {
             "kind": "adapter",
             "base_model": public_name(self.base_model_name_or_path),
             "task_type": None if self.task_type is None else str(getattr(self.task_type, "value", self.task_type)),
@@ -115,6 +115,7 @@ class OSRMLoraConfig(LoraConfig):
             "command": command(),
             "versions": versions(),
         }
+        return public(found)
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write `adapter_config.json` (as PEFT does), the manifest `osrm_peft.json` and the card beside it."""

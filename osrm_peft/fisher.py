@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from osrm_peft.checks import choice, integer
 from osrm_peft.distributed import ALONE
 from osrm_peft.files import new_file
+from osrm_peft.hub import local_file
 from osrm_peft.layer_inputs import samples, undisturbed
 from osrm_peft.layers import base_name, base_of, target_layers, unwrapped
 
@@ -53,15 +54,14 @@ class DiagonalFisher:
 
     @classmethod
     def load(cls, path: str | Path) -> "DiagonalFisher":
-        """Read a file written by `save`.
+        """Read a file written by `save`, here or on the Hub (`owner/name[@revision][:FILE]`).
 
         Raises:
-            FileNotFoundError: no such file.
+            FileNotFoundError: neither a file nor a Hub repository with one.
             ValueError: not a Fisher file, damaged, or of a newer format.
         """
-        path = Path(path)
-        if not path.is_file():
-            raise FileNotFoundError(f"no Fisher file {path}: write it with `osrm-peft statistics --kind fisher`")
+        remedy = "write it with `osrm-peft statistics --kind fisher`"
+        path = local_file(str(path), ".fisher.safetensors", "Fisher file", remedy)
         try:
             with safe_open(path, framework="pt") as file:
                 header = json.loads((file.metadata() or {}).get("osrm_peft_fisher", "null"))

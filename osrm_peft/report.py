@@ -80,10 +80,15 @@ class MultiTaskTable:
             )
         return cls(tasks, rows)
 
-    def best(self) -> dict[str, float]:
-        """{column: the highest mean of its merges}; individual adapters do not compete."""
+    def best(self) -> list[list[bool]]:
+        """For each row and column whether no merge has a higher mean; individual adapters do not compete."""
         merged = [row["scores"] for row in self.rows if row["method"] != "individual"]
-        return {column: max(scores[column] for scores in merged) for column in [*self.tasks, AVERAGE] if merged}
+        columns = [*self.tasks, AVERAGE]
+        highest = {column: max(scores[column] for scores in merged) for column in columns if merged}
+        return [  # equal means of several seeds may differ in their last bit
+            [row["method"] != "individual" and row["scores"][one] >= highest[one] - 1e-9 for one in columns]
+            for row in self.rows
+        ]
 
     def swept(self) -> list[str]:
         """The merge methods that have scores at more than one λ."""
@@ -117,17 +122,14 @@ class MultiTaskTable:
         for name in [*self.tasks, "average"]:
             words = name.split("_")
             table.add_column("\n".join(words), justify="right", min_width=max(map(len, words)))
-        best = self.best()
         _, lines = self.cells()
         init = None
-        for row, (_, method, scale, *cells) in zip(self.rows, lines, strict=True):
+        for row, (_, method, scale, *cells), best in zip(self.rows, lines, self.best(), strict=True):
             if row["init"] != init:
                 init = row["init"]
                 table.add_section()
                 table.add_row(f"[bold]{init}[/bold]")
-            for number, column in enumerate([*self.tasks, AVERAGE]):
-                if method != "individual" and row["scores"][column] == best[column]:
-                    cells[number] = f"[bold]{cells[number]}[/bold]"
+            cells = [f"[bold]{cell}[/bold]" if one else cell for cell, one in zip(cells, best, strict=True)]
             table.add_row(f" {method} {scale}", *cells)
         return table
 

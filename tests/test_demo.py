@@ -50,6 +50,7 @@ def test_the_demo_runs_stops_goes_on_and_reports(tmp_path, monkeypatch):
     assert len(table.rows) == rows and len(calls) == 2 * rows + 1
 
     report = (out / "report.md").read_text()
+    assert "<table" in (out / "report.html").read_text()
     for name in ("plain LoRA", "OSRM", "individual", *demo.MERGES):
         assert f"| {name} |" in report
     assert "one seed" in report and "one seed" in console.export_text() and '"train_rows": 32' in report

@@ -66,7 +66,7 @@ def merge(*inputs, **others):
 def results(tmp_path):
     """Every kind of result, as the commands write them."""
     root = tmp_path / "results"
-    about = {"settings": {"k": 17}, "versions": {"peft": "0.21"}}
+    about = {"settings": {"k": 17, "out": "/home/me/results"}, "versions": {"peft": "0.21"}}
     put(root / "demo/scores.json", {"scores": rows()} | about)
     shares = {"seed7": {"plain": crosstalk("a", "b"), "OSRM": crosstalk("a", "b", share=0.001)}}
     put(root / "demo/interference.json", {"interference": shares} | about)
@@ -164,10 +164,28 @@ def test_scores_are_mean_and_spread_and_the_best_merge_is_marked(results):
     assert page.marked == ["91.0 ± 1.4", "66.0 ± 1.4", "71.0 ± 1.4"]  # not the single adapters'
 
 
+def test_equal_means_are_both_the_best(tmp_path):
+    """Means over the same seeds' scores in another order: the last bits may differ."""
+    orders = {"ties": (0.1, 0.7, 0.3), "lore": (0.3, 0.1, 0.7), "tsv": (0.7, 0.3, 0.1), "average": (0.1, 0.2, 0.3)}
+    scores = [
+        {"init": "x", "method": method, "scale": 1.0, "seed": seed, "task": "a", "score": score + 1e-12 * len(method)}
+        for method, order in orders.items()
+        for seed, score in enumerate(order)
+    ]
+    page = Page(html_report(gather([put(tmp_path / "scores.json", {"scores": scores})])))
+    assert len(page.marked) == 2 * 3  # the task and the average
+
+
 def test_one_seed_has_no_spread_and_one_scale_no_curve(tmp_path):
     one = [row for row in rows() if row["seed"] == 0 and row["scale"] in (None, 1.0)]
     page = html_report(gather([put(tmp_path / "other.json", {"scores": one})]))
     assert "±" not in page and "<img" not in page and Page(page).headings[1] == str(tmp_path / "other.json")
+
+
+def test_folders_of_this_machine_are_not_shown(results, monkeypatch):
+    monkeypatch.chdir(results.parent)
+    page = html_report(gather(["results"]))
+    assert "/home/me" not in page and str(results.parent) not in page and "results/demo" in page
 
 
 def test_nothing_comes_from_elsewhere(results):

@@ -92,6 +92,8 @@ for task in ("t1", "t2"):
 loaded = TaskFeatures.load("someone/features:t2.features.safetensors")
 found["features"] = [loaded.task, loaded.k]
 loaded.push_to_hub("someone/again")
+from osrm_peft.checkpoints.spectra import spectra
+found["spectra"] = len(spectra({"t1": "someone/t1", "t2": "someone/t2@main"})["t2"])
 merge_adapters({"t1": "someone/t1"}, "task_arithmetic", scale="features",
                features={"t1": "someone/features:t1.features.safetensors"}).save_pretrained("guided")
 found["kept"] = json.loads(Path("guided/osrm_peft.json").read_text())["features"]
@@ -117,7 +119,7 @@ def test_what_was_pushed_is_what_is_pulled(found, hub):
     assert found["equal"] == [True, True] and found["new"] and found["old"] and found["emr"]
     assert all(repo.private for repo in hub.repos.values())
     assert found["address"].startswith(f"{hub.url}/someone/merged/commit/")
-    assert found["features"] == ["t2", 4]
+    assert found["features"] == ["t2", 4] and found["spectra"] == 4
 
 
 def test_inputs_from_the_hub_are_recorded_with_their_commit(found, hub):
@@ -236,6 +238,8 @@ def test_a_model_merged_from_the_hub_names_its_parents(hub, root, tmp_path):
 found = {"push": None}
 from osrm_peft import merge_checkpoints
 merge_checkpoints({"a": "someone/m1", "b": "someone/m2@main"}, root / "model_out", "average")
+from osrm_peft.training import load_base
+load_base("someone/m1@main", 3)
 found["push"] = push_to_hub(root / "model_out", "someone/model")
 """
     run(hub, root, tmp_path / "home", script)
@@ -398,3 +402,92 @@ def test_features_files_do_not_tell_where_the_model_lies(root):
     assert features.base_model == "base"
     assert b"secret_home" not in (root / "local.features.safetensors").read_bytes()
     assert TaskFeatures.load(root / "local.features.safetensors").base_model == "base"
+
+
+# The Trainer's own pushes
+
+
+TRAINER = """
+import json, sys
+from pathlib import Path
+import torch
+from datasets import Dataset
+from peft import get_peft_model
+from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments
+from osrm_peft import OSRMCallback, OSRMLoraConfig
+root = Path(sys.argv[1])
+base = AutoModelForSequenceClassification.from_pretrained(root / "base")
+files = [str(root / f"{task}.features.safetensors") for task in ("t1", "t2")]
+paper = {"null_space": "random", "protect": None, "statistic": "token"}
+config = OSRMLoraConfig(r=4, target_modules=["query", "value"], task_type="SEQ_CLS", out_of_task=files, **paper)
+rows = Dataset.from_dict({"input_ids": [[1, 2, 3, 4]] * 8, "attention_mask": [[1] * 4] * 8, "labels": [0, 1] * 4})
+args = TrainingArguments("trained", max_steps=4, save_steps=2, eval_strategy="steps", eval_steps=2, push_to_hub=True,
+                         hub_model_id="user/trained", hub_private_repo=True, hub_always_push=True, report_to="none",
+                         use_cpu=True, disable_tqdm=True)
+def measure(given):
+    return {"accuracy": float((given.predictions.argmax(1) == given.label_ids).mean())}
+trainer = Trainer(get_peft_model(base, config), args, train_dataset=rows, eval_dataset=rows, compute_metrics=measure,
+                  callbacks=[OSRMCallback()])
+trainer.train()
+trainer.push_to_hub()
+scores = trainer.evaluate()
+found = {"accuracy": scores["eval_accuracy"], "left": sorted(vars(trainer.model).keys() - vars(base).keys())}
+"""
+
+
+def test_the_trainer_s_own_push_has_our_card(root, tmp_path):
+    with Hub() as hub:
+        environment = os.environ | hub.environment(tmp_path / "home") | {"HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+        command = [sys.executable, "-c", TRAINER + "\nprint(json.dumps(found))", str(root)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        accuracy = json.loads(done.stdout.splitlines()[-1])["accuracy"]
+        commits = [one for one in hub.repos["user/trained"].commits.values() if "README.md" in one.files]
+        assert len(commits) >= 2  # while it trains, too
+        for commit in commits:
+            card = ModelCard(commit.files["README.md"].content.decode())
+            assert card.data.library_name == "peft" and card.data.tags == ["osrm_peft", "lora", "osrm"]
+            for name, file in commit.files.items():
+                if name != "training_args.bin":  # the Trainer's own, pickled: it has the output folder
+                    assert b"secret_home" not in file.content, name
+        manifest = json.loads(commits[-1].files["osrm_peft.json"].content)
+        assert manifest["osrm"]["initialized"] and manifest["repo_id"] == "user/trained"
+        results = {one.metric_type: one.metric_value for one in card.data.eval_results}
+        assert results["accuracy"] == accuracy and set(results) == {"accuracy", "loss"}
+        assert "user/trained" in card.text
+
+
+TRAIN = """
+from osrm_peft import load_task, train_task
+from peft import LoraConfig
+for name in ("questions", "sms_spam"):
+    lora = LoraConfig(r=4, target_modules=["query"], task_type="SEQ_CLS")
+    training = {"max_steps": 3, "learning_rate": 2e-3, "per_device_train_batch_size": 8, "disable_tqdm": True}
+    train_task(load_task("packaged", name).sample(train=24), root / name, lora=lora, training=training, max_length=32)
+merge_adapters({name: root / name for name in ("questions", "sms_spam")}, "average").save_pretrained(root / "merged")
+found = {}
+"""
+
+
+def test_the_pulled_copy_scores_what_the_pushed_one_did(tmp_path):
+    """On the packaged model and tasks, by the commands: evaluate, push, evaluate what the Hub has."""
+    with Hub() as hub:
+        run(hub, tmp_path, tmp_path / "home", TRAIN)
+        environment = os.environ | hub.environment(tmp_path / "other_home")
+        rows = ["--rows", "40", "--max-length", "32"]
+        for words in (
+            ["evaluate", tmp_path / "merged", *rows, "--save", "--out", tmp_path / "local.json"],
+            ["push", tmp_path / "merged", "someone/scored"],
+            ["evaluate", "someone/scored", *rows, "--out", tmp_path / "pulled.json"],
+        ):
+            command = [sys.executable, "-m", "osrm_peft", *map(str, words)]
+            done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
+            assert done.returncode == 0, done.stderr
+        local, pulled = (json.loads((tmp_path / f"{name}.json").read_text())["scores"] for name in ("local", "pulled"))
+        assert local == pulled and set(local) == {"questions", "sms_spam"}
+        results = card_of(hub, "someone/scored").data.eval_results
+        assert {one.dataset_name: one.metric_value for one in results} == local
+        config = json.loads(hub.files("someone/scored")["adapter_config.json"])
+        assert config["base_model_name_or_path"] == "packaged"
+        trained = json.loads((tmp_path / "questions/adapter_config.json").read_text())
+        assert trained["base_model_name_or_path"] == "packaged"

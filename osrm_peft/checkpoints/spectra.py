@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from osrm_peft.adapter_reader import load_adapter
 from osrm_peft.checkpoints.model_files import ModelFiles
 from osrm_peft.files import new_file
+from osrm_peft.hub import local_folder
 from osrm_peft.merging.lowrank import compress
 
 SHARES = (0.5, 0.1, 0.01)
@@ -32,7 +33,8 @@ def spectra(models: Mapping[str, str], *, base: str | None = None, layer: str = 
     Raises:
         ValueError: no matrix matches; or models and adapters are mixed.
     """
-    adapters = [name for name, source in models.items() if (Path(source) / "adapter_config.json").is_file()]
+    folders = {name: local_folder(source, ["adapter_config.json"], "model folder") for name, source in models.items()}
+    adapters = [name for name, folder in folders.items() if (folder / "adapter_config.json").is_file()]
     if adapters and len(adapters) < len(models):
         raise ValueError(f"{', '.join(adapters)} are adapters, the others full models: give either")
     found = _of_adapters(models, layer) if adapters else _of_models(models, base, layer, progress)
