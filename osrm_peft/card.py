@@ -24,6 +24,7 @@ _PIPELINES = {  # {PEFT's task type: (the Hub's name, transformers' class)}
     "QUESTION_ANS": ("question-answering", "AutoModelForQuestionAnswering"),
     "FEATURE_EXTRACTION": ("feature-extraction", "AutoModel"),
 }
+_METRICS = {"matthews": "matthews_correlation"}  # the Hub's names
 _RECIPE = ("method", "options", "scale", "weights", "space", "rank", "seed", "statistics", "features")
 _FACTS = {
     "method": "method", "scale": "scale λ", "space": "space", "seed": "seed", "written_rank": "rank as written",
@@ -79,6 +80,8 @@ def model_card(manifest: Mapping[str, Any]) -> ModelCard:
         "adapters": {task: one.get("source", "") for task, one in (about.get("inputs") or {}).items()}
     }
     recipe |= {key: about[key] for key in _RECIPE if about.get(key) not in (None, {})}
+    if all(_weight(about.get("weights"), task) == 1 for task in inputs):
+        recipe.pop("weights", None)
     recipe |= {"scale": "features"} if about.get("scale_of_layers") else {}
     environment = Environment(loader=PackageLoader("osrm_peft", "."), finalize=_shown, keep_trailing_newline=True)
     body = environment.get_template("model_card.md").render(
@@ -89,7 +92,7 @@ def model_card(manifest: Mapping[str, Any]) -> ModelCard:
         code=_code,
         link=_link,
         repo=repr(repo),
-        base_name=repr(name),
+        base_name=repr(base or name),
         load_base=f"from transformers import {auto}\n\nbase = {auto}.from_pretrained({name!r}{labels})\n",
         head=f", head={inputs[0]!r}" if inputs and task_type == "SEQ_CLS" else "",
         first_task=repr(inputs[0]) if inputs else "task",
@@ -149,7 +152,7 @@ def _metadata(about: dict[str, Any], base: str | None) -> ModelCardData:
             dataset_name=score["task"],
             dataset_config=score["task"] if score.get("dataset") else None,
             dataset_split=score.get("split"),
-            metric_type=score["metric"],
+            metric_type=_METRICS.get(score["metric"], score["metric"]),
             metric_value=score["value"],
         )
         for score in scores
@@ -193,7 +196,9 @@ def _facts(about: dict[str, Any]) -> Iterator[tuple[str, object]]:
         yield from ((f"{key} of {task}", one) for task, one in (sources if isinstance(sources, dict) else {}).items())
     osrm, projected = about.get("osrm") or {}, about.get("projected") or {}
     settings, provenance = osrm.get("settings") or projected, osrm.get("provenance") or projected
-    yield from ((f"OSRM {name}", settings[name]) for name in _SETTINGS if name in settings)
+    shown = {name: settings[name] for name in _SETTINGS if settings.get(name) is not None}
+    shown |= {"protect": "all directions"} if settings.get("protect", 0) is None and "keep" not in shown else {}
+    yield from ((f"OSRM {name}", value) for name, value in shown.items())
     others = [one["task"] for one in provenance.get("out_of_task") or [] if isinstance(one, dict)]
     if others:
         yield "kept away from", ", ".join(others)

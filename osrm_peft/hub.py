@@ -49,7 +49,7 @@ def local_file(source: str, suffix: str, what: str, remedy: str) -> Path:
     repo, _, name = source.partition(":")
     slashes = repo.partition("@")[0].count("/")  # revisions (refs/pr/1) and FILEs may have more
     if (path.suffix == ".safetensors" and not name) or path.is_dir() or slashes != 1 or ".." in Path(name).parts:
-        raise FileNotFoundError(f"no {what} {path}: {remedy}")
+        raise FileNotFoundError(f"no {what} {source}: {remedy}")
     folder = local_folder(repo, [name or f"*{suffix}"], what)
     found = [folder / name] if name else folder.rglob(f"*{suffix}")
     names = sorted(str(file.relative_to(folder)) for file in found if file.is_file())

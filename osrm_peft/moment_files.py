@@ -28,7 +28,7 @@ def features_header(path: Path) -> dict[str, Any]:
     with safe_open(path, framework="pt") as file:
         header = json.loads((file.metadata() or {}).get("osrm_peft", "null"))
     if not isinstance(header, dict) or not isinstance(header.get("task"), str) or not header["task"]:
-        raise ValueError(f"its header names no task: {str(header)[:80]}")
+        raise ValueError("its header names no task")
     return header
 
 

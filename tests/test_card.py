@@ -92,7 +92,7 @@ def test_the_metadata_of_a_merged_adapter():
     first = results[0]["results"][0]
     assert first["task"] == {"type": "text-classification"}
     assert first["dataset"] == {"name": "cola", "type": "nyu-mll/glue", "config": "cola", "split": "validation"}
-    assert first["metrics"] == [{"type": "matthews", "value": 0.6123456}]
+    assert first["metrics"] == [{"type": "matthews_correlation", "value": 0.6123456}]
     assert len(results[0]["results"]) == 2
 
 
@@ -144,7 +144,10 @@ def test_a_card_tells_scores_inputs_and_energy():
     assert "| sst2 | sst2 | cdcdcdcdcdcd | 8 | by layer |" in text
     assert "* energy kept: at least 0.98 in every layer" in text
     assert "TIES-Merging (Yadav et al., NeurIPS 2023), arXiv:2306.01708" in text
-    assert "* kept away from: sst2, mrpc" in str(model_card(OSRM))
+    text = str(model_card(OSRM))
+    assert "* kept away from: sst2, mrpc" in text and "* OSRM protect: 0.9" in text
+    paper = OSRM["osrm"] | {"settings": {"statistic": "token", "protect": None}}
+    assert "* OSRM protect: all directions" in str(model_card(OSRM | {"osrm": paper}))
 
 
 def test_no_folder_of_this_machine_is_in_a_card():
@@ -175,8 +178,10 @@ def test_the_recipe_in_a_card_makes_the_merge_again(tmp_path):
     assert {key: again[key] for key in same} == {key: merged.manifest[key] for key in same}
 
 
-HOSTILE = ['a|b', "<script>alert(1)</script>", "`rm`", "[x](http://evil)", "![x](y)", "a\n# heading", "---\ntags: evil",
-           "*bold* _x_", "{{ 7 * 7 }}", "{% raw %}", "```\n# out", "&lt;b&gt;", "$x$", "a\u202eb", "'; print(1) #"]  # fmt: skip
+HOSTILE = [
+    "a|b", "<script>alert(1)</script>", "`rm`", "[x](http://evil)", "![x](y)", "a\n# heading", "---\ntags: evil",
+    "*bold* _x_", "{{ 7 * 7 }}", "{% raw %}", "```\n# out", "&lt;b&gt;", "$x$", "a\u202eb", "'; print(1) #",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", HOSTILE)
