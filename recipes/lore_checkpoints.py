@@ -47,10 +47,14 @@ console = Console()
 
 
 def main() -> None:
-    """Train, merge, score, sweep; what is there already is kept."""
+    """Run what is asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("results/lore_checkpoints"))
-    out = parser.parse_args().out
+    reproduce(parser.parse_args().out)
+
+
+def reproduce(out: Path) -> None:
+    """Train, merge, score, sweep; what is there already is kept."""
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     known = out / "scores.json"

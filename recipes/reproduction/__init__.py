@@ -1,0 +1,1 @@
+"""The experiments of both papers as graphs of cached artefacts."""

@@ -1,0 +1,136 @@
+"""What the experiments show: Markdown, JSON, tidy CSV, plots, and all of it as one HTML page."""
+
+import csv
+import json
+import platform
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from osrm_peft.files import new_file, versions, write_json
+from osrm_peft.html_report import write_report
+from osrm_peft.report import AVERAGE, MultiTaskTable, plot_scales
+from reproduction.experiments import Experiment
+from reproduction.suite import Suite
+
+
+def write_outputs(suite: Suite, experiments: Sequence[Experiment], cache: Path, out: Path, command: str) -> None:
+    """Write OUT/<experiment>/{scores.json, scores.csv, table.md, plot.png}, OUT/README.md and OUT/report.html.
+
+    Args:
+        command: how this was made, for the files.
+    """
+    made = {"command": command, "settings": _settings(suite), "versions": versions()}
+    texts = []
+    for one in experiments:
+        folder = out / one.name
+        folder.mkdir(parents=True, exist_ok=True)
+        if one.made is not None:
+            text = _copied(one.made.path(cache), folder)
+        elif one.read is not None:
+            text = _values(one, cache, folder, made)
+        else:
+            text = _scores(suite, one, cache, folder, made)
+        with new_file(folder / "table.md") as path:
+            path.write_text(text + "\n", encoding="utf-8")
+        plots = [f"![{path.stem}]({one.name}/{path.name})" for path in sorted(folder.glob("*.png"))]
+        texts.append("\n\n".join([f"## {one.title}", text, *plots]))
+    how = f"`{command}` on {platform.system()} {platform.machine()}, {', '.join(map(' '.join, versions().items()))}"
+    with new_file(out / "README.md") as path:
+        head = f"# {suite.model}, {len(suite.tasks)} tasks\n\nPercent; ± is the sample standard deviation over seeds."
+        path.write_text("\n\n".join([head, *texts, f"Made by {how}."]) + "\n", encoding="utf-8")
+    if any(one.cells for one in experiments):
+        write_report([out], out / "report.html")
+
+
+def _scores(suite: Suite, experiment: Experiment, cache: Path, folder: Path, made: Mapping[str, Any]) -> str:
+    found = list(experiment.scores(cache))
+    rows = [score for score, _ in found]
+    table = MultiTaskTable.of(rows)
+    write_json(folder / "scores.json", {"scores": [asdict(score) for score in rows], **made})
+    with new_file(folder / "scores.csv") as path, path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, [*asdict(rows[0]), "x"])
+        writer.writeheader()
+        writer.writerows(asdict(score) | {"x": x} for score, x in found)
+    if experiment.x == "λ":
+        plot_scales(table, folder / "plot.png")
+    elif experiment.x:
+        _plot(experiment, {score.init: x for score, x in found}, table, folder / "plot.png")
+    return "\n\n".join([table.markdown(), *_paper(suite, experiment, table)])
+
+
+def _paper(suite: Suite, experiment: Experiment, table: MultiTaskTable) -> list[str]:
+    """The paper's numbers, if the configuration has them."""
+    known = suite.paper.get(experiment.name)
+    if known is None:
+        return []
+    header = ["the paper's", *table.tasks, AVERAGE]
+    lines = [header, ["---", *["--:"] * (len(header) - 1)]]
+    lines += [[name, *(str(row.get(column, "")) for column in header[1:])] for name, row in known["rows"].items()]
+    text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return [f"The paper's {known['table']} (p. {known['page']}):", text]
+
+
+def _values(experiment: Experiment, cache: Path, folder: Path, made: Mapping[str, Any]) -> str:
+    """Layers × columns."""
+    assert experiment.read is not None
+    columns = {name: experiment.read(node.path(cache)) for name, node in experiment.values.items()}
+    layers = list(next(iter(columns.values())))
+    write_json(folder / "values.json", {"values": columns, **made})
+    with new_file(folder / "values.csv") as path, path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["layer", "column", "value"])
+        writer.writerows([layer, name, found[layer]] for name, found in columns.items() for layer in layers)
+    _plot_layers(experiment, columns, layers, folder / "plot.png")
+    rows = [["layer", *columns], ["---", *["--:"] * len(columns)]]
+    rows += [[layer, *(f"{found[layer]:.3g}" for found in columns.values())] for layer in layers]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def _copied(source: Path, folder: Path) -> str:
+    for path in source.glob("*.png"):
+        shutil.copyfile(path, folder / path.name)
+    return (source / "table.md").read_text(encoding="utf-8").strip()
+
+
+def _plot(experiment: Experiment, x_of: Mapping[str, float], table: MultiTaskTable, path: Path) -> None:
+    """The average against x, a line a kind of adapter and method."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for row in table.rows:
+        name = f"{row['init'].partition(',')[0]}, {row['method']}"
+        lines.setdefault(name, []).append((x_of[row["init"]], row["scores"][AVERAGE]))
+    for name, points in lines.items():
+        axes.plot(*zip(*sorted(points), strict=True), marker="o", label=name)
+    axes.set(xlabel=experiment.x, ylabel="average over tasks [%]", xscale="log" if experiment.x == "k" else "linear")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    with new_file(path) as partial:
+        figure.savefig(partial, format="png", dpi=120)
+
+
+def _plot_layers(
+    experiment: Experiment, columns: Mapping[str, Mapping[str, float]], layers: Sequence[str], path: Path
+) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for name, found in columns.items():
+        axes.plot(range(len(layers)), [found[layer] for layer in layers], marker="o", label=name)
+    axes.set(xlabel="layer, in model order", ylabel=experiment.title.partition(" (")[0])
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    with new_file(path) as partial:
+        figure.savefig(partial, format="png", dpi=120)
+
+
+def _settings(suite: Suite) -> dict[str, Any]:
+    return json.loads(
+        json.dumps({name: value for name, value in asdict(suite).items() if name not in ("paper", "tuned")})
+    )
