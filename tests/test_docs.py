@@ -110,8 +110,8 @@ def test_every_method_is_in_the_table_with_its_scale():
 
 
 def test_commands_and_files_that_the_readme_names_exist():
-    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), flags=re.M))
-    assert set(re.findall(r"(?:^|`)make ([a-z]+)", README, flags=re.M)) <= targets
+    targets = set(re.findall(r"^([a-z0-9-]+):", (ROOT / "Makefile").read_text(), flags=re.M))
+    assert set(re.findall(r"(?:^|`)make ([a-z0-9-]+)", README, flags=re.M)) <= targets
     commands = set(re.findall(r"osrm-peft ([a-z]+)", README))
     assert {"features", "train", "merge", "evaluate", "demo", "inspect", "interference", "statistics"} <= commands
     printed = subprocess.run(

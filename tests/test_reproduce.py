@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import yaml
 from reproduction.experiments import EXPERIMENTS, planned
-from reproduction.graph import Node, levels, make, missing, ordered, run
+from reproduction.graph import Node, levels, make, missing, ordered, plan_table, run
 from reproduction.suite import OSRM, PLAIN, Suite
+from rich.console import Console
 from transformers import BertTokenizerFast
 
 from tests.conftest import make_base
@@ -81,6 +82,16 @@ def test_inputs_of_what_is_there_are_not_made(tmp_path):
     assert missing([end], tmp_path) == []
 
 
+def test_a_plan_counts_what_is_there(tmp_path):
+    end = diamond([])
+    make(ordered([end])[0], tmp_path)
+    console = Console(width=120)
+    with console.capture() as captured:
+        console.print(plan_table([end], tmp_path))
+    row = next(line for line in captured.get().splitlines() if "text" in line)
+    assert row.replace("│", "").split()[:6] == ["text", "4", "1", "3", "3", "files"]
+
+
 def test_a_note_tells_how_an_artefact_was_made(tmp_path):
     log = []
     end = diamond(log)
@@ -95,9 +106,10 @@ def test_every_configuration_is_planned_without_loading_anything(path):
     suite = Suite.from_yaml(path)
     experiments = planned(suite, [])
     nodes = ordered(node for one in experiments for node in one.needs())
-    assert len({one.key for one in nodes}) == len(nodes) > 50
+    assert len({one.key for one in nodes}) == len(nodes) > 40
     kinds = {one.kind for one in nodes}
-    assert {"features", "adapter", "merged", "alone", "statistic", "projected", "rate"} <= kinds
+    assert {"features", "adapter", "merged", "alone", "statistic"} <= kinds
+    assert ("rate" in kinds) == (len(suite.rates) > 1) and ("projected" in kinds) == ("post" in suite.experiments)
 
 
 def test_the_small_reproduction_has_every_experiment_and_three_seeds():
@@ -173,8 +185,9 @@ def tiny(tmp_path_factory):
         "rates": [1e-3, 1e-2], "max_length": 8, "train_rows": 16, "validation_rows": 8, "held_out": 8, "k": 4,
         "seeds": [1, 2], "tuning_seed": 0,
         "experiments": {
-            "main": {}, "rank": {"k": [2, 4]}, "drift": {}, "scales": {"scales": [0.5, 1.0]}, "tasks": {},
-            "samples": {"k": [2, 4]}, "blocks": {"modules": ["query", "key", "value"]}, "post": {},
+            "main": {}, "rank": {"k": [2, 4]}, "drift": {}, "scales": {"scales": [0.5, 1.0]},
+            "tasks": {"merges": ["ties"]}, "samples": {"k": [2, 4], "merges": ["ties"]}, "post": {"merges": ["ties"]},
+            "blocks": {"modules": ["query", "key", "value"], "merges": ["ties"]},
         },
         "paper": {"main": {"table": "Table 1", "page": 6, "rows": {"individual": {"one": 81.25, "two": 70.0}}}},
     }  # fmt: skip
@@ -233,7 +246,6 @@ def test_the_rank_of_h_is_bounded_by_its_samples(out):
 
 def test_nothing_is_made_twice(out, tiny):
     before = {path: path.stat().st_mtime_ns for path in (tiny / "cache").rglob("*.note.json")}
-    assert "to make" in command(tiny, "--cache", tiny / "cache", "--dry-run")
     printed = command(tiny, "--cache", tiny / "cache", "--out", tiny / "again", "--experiments", "scales", "post")
     assert "[1/" not in printed
     assert before == {path: path.stat().st_mtime_ns for path in (tiny / "cache").rglob("*.note.json")}
