@@ -14,6 +14,7 @@ from osrm_peft.card import escaped, model_card, record_scores
 from osrm_peft.files import read_manifest
 from osrm_peft.hub import is_local, pinned, public, public_name
 from osrm_peft.merging.recipe import MergeRecipe
+from osrm_peft.moment_files import features_file
 from tests.conftest import make_adapter, make_base
 
 COMMIT = "0123456789" * 4
@@ -150,6 +151,20 @@ def test_a_card_tells_scores_inputs_and_energy():
     assert "* OSRM protect: all directions" in str(model_card(OSRM | {"osrm": paper}))
 
 
+def test_what_a_card_says_of_serving_weights_and_heads():
+    text = str(model_card(MERGED | {"serving": {"8": 0.75, "16": 1.0}, "weights": {"cola": 1.0, "sst2": 1.0}}))
+    assert "* energy that rank 8 would keep: 0.75 in the worst layer" in text
+    recipe = yaml.safe_load(re.search(r"^```yaml\n(.+?)^```", text, re.DOTALL | re.MULTILINE)[1])
+    assert "weights" not in recipe and recipe["scale"] == 1.0
+    text = str(model_card(MERGED | {"scale_of_layers": "chosen by features", "features": {"cola": "c", "sst2": "s"}}))
+    recipe = yaml.safe_load(re.search(r"^```yaml\n(.+?)^```", text, re.DOTALL | re.MULTILINE)[1])
+    assert recipe["scale"] == "features" and recipe["features"] == {"cola": "c", "sst2": "s"}
+    assert "head='cola'" in text and "head=" not in str(model_card(MERGED | {"task_type": "CAUSAL_LM"}))
+    assert "from_pretrained('FacebookAI/roberta-large', num_labels=2)" in str(model_card(OSRM))
+    projected = {key: value for key, value in EVERY["projected"].items() if key != "osrm"}
+    assert metadata(projected)["tags"] == ["osrm_peft", "lora", "osrm"]
+
+
 def test_no_folder_of_this_machine_is_in_a_card():
     for base in ("/home/me/models/roberta", "C:\\Users\\me\\roberta", "~/models/roberta"):
         for manifest in EVERY.values():
@@ -272,7 +287,11 @@ def test_only_what_came_from_the_hub_is_pinned(tmp_path):
     snapshot = tmp_path / "hub/models--u--n/snapshots" / COMMIT
     assert pinned("u/n", snapshot) == pinned("u/n@main", snapshot) == f"u/n@{COMMIT}"
     assert pinned("u/n@refs/pr/1:sub/x", snapshot / "sub/x") == f"u/n@{COMMIT}:sub/x"
-    assert pinned(str(tmp_path), tmp_path) == str(tmp_path)
+    local = tmp_path / "snapshots/adapter"  # a folder of that name, and not of the Hub's cache
+    local.mkdir(parents=True)
+    assert pinned(str(local), local) == str(local)
+    with pytest.raises(FileNotFoundError, match=r"no features file u/n:\.\./x: write it"):
+        features_file("u/n:../x")
 
 
 def test_adapters_of_one_local_base_merge_whoever_wrote_them(tmp_path):

@@ -11,8 +11,11 @@ import torch
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 
-from osrm_peft import TaskFeatures, load_adapter, merge_adapters, push_to_hub
+from osrm_peft import LoraAdapter, TaskFeatures, load_adapter, merge_adapters, push_to_hub
+from osrm_peft.adapters import Factors
 from osrm_peft.collection import collect_features
+from osrm_peft.merging.lowrank import Compressed, least_energy
+from osrm_peft.merging.plan import plan_merge
 from tests.conftest import make_adapter, make_base, make_batch
 from tests.hub import Hub
 
@@ -79,10 +82,12 @@ half = merged.at_scale(0.5)
 half.push_to_hub("someone/merged", commit_message="half")
 found["new"] = same(load_adapter("someone/merged"), half.for_task(None))
 found["old"] = same(load_adapter(first), merged.for_task(None))
-half.push_to_hub("someone/merged", revision="half")
+for branch in ("half", "third"):
+    half.push_to_hub("someone/merged", revision=branch)
 found["pr"] = merged.push_to_hub("someone/merged", create_pr=True)
 alone = merge_adapters({"t1": "someone/t1"}, "average")
-alone.push_to_hub("someone/merged")  # of one task: the other's head goes
+for branch in (None, "third"):  # of one task: the other's head goes, there
+    alone.push_to_hub("someone/merged", revision=branch)
 emr = merge_adapters({"t1": "someone/t1", "t2": "someone/t2"}, "emr")
 emr.push_to_hub("someone/emr")
 back = MaskedAdapter.from_pretrained("someone/emr")
@@ -92,6 +97,8 @@ for task in ("t1", "t2"):
 loaded = TaskFeatures.load("someone/features:t2.features.safetensors")
 found["features"] = [loaded.task, loaded.k]
 loaded.push_to_hub("someone/again")
+loaded.k = 77
+loaded.push_to_hub("someone/features")  # anew: it replaces what was told of the old one
 from osrm_peft.checkpoints.spectra import spectra
 found["spectra"] = len(spectra({"t1": "someone/t1", "t2": "someone/t2@main"})["t2"])
 merge_adapters({"t1": "someone/t1"}, "task_arithmetic", scale="features",
@@ -132,22 +139,26 @@ def test_inputs_from_the_hub_are_recorded_with_their_commit(found, hub):
 
 def test_branches_and_pull_requests(found, hub):
     repo = hub.repos["someone/merged"]
-    assert set(repo.heads) == {"main", "half", "refs/pr/1"} and found["pr"].startswith(repo.url)
+    assert set(repo.heads) == {"main", "half", "third", "refs/pr/1"} and found["pr"].startswith(repo.url)
     scales = {
         branch: json.loads(hub.files("someone/merged", branch)["osrm_peft.json"])["scale"] for branch in repo.heads
     }
-    assert scales == {"main": 1.0, "half": 0.5, "refs/pr/1": 1.0}
+    assert scales == {"main": 1.0, "half": 0.5, "third": 1.0, "refs/pr/1": 1.0}
 
 
 def test_a_push_replaces_what_was_there(found, hub):
     weights = {"adapter_config.json", "adapter_model.safetensors", "osrm_peft.json", "README.md", ".gitattributes"}
-    assert set(hub.files("someone/merged")) == weights | {"heads/t1.safetensors"}
+    for branch in ("main", "third"):
+        assert set(hub.files("someone/merged", branch)) == weights | {"heads/t1.safetensors"}
     assert set(hub.files("someone/merged", "half")) == weights | {"heads/t1.safetensors", "heads/t2.safetensors"}
     both = {"t1.features.safetensors", "t2.features.safetensors", "osrm_peft.json", "README.md", ".gitattributes"}
     assert set(hub.files("someone/features")) == both
-    assert set(json.loads(hub.files("someone/features")["osrm_peft.json"])["files"]) == {
-        one for one in both if "t" in one[:1]
+    told = json.loads(hub.files("someone/features")["osrm_peft.json"])["files"]
+    assert {name: one["k"] for name, one in told.items()} == {
+        "t1.features.safetensors": 4,
+        "t2.features.safetensors": 77,
     }
+    assert set(told) == {one for one in both if "t" in one[:1]}
 
 
 def test_no_local_folder_and_no_token_reaches_the_hub(found, hub, root):
@@ -378,6 +389,8 @@ def test_the_serving_rank_is_the_least_that_holds_the_result(root, tmp_path):
     assert manifest["written_rank"] == 16 and list(manifest["serving"]) == ["8", "16"]  # 2 + 3 + 6 = 11
     for name, delta in load_adapter(tmp_path / "served").factors.items():
         torch.testing.assert_close(delta.delta().double(), exact.deltas()[name], rtol=0, atol=1e-6)
+    exact.save_pretrained(tmp_path / "exact")
+    assert "serving" not in json.loads((tmp_path / "exact/osrm_peft.json").read_text())
     cut = merge_adapters(adapters, "task_arithmetic", rank=8)
     assert manifest["serving"]["8"] == pytest.approx(min(cut.energy_kept().values()), rel=1e-6)
     assert manifest["serving"]["16"] == 1.0
@@ -385,6 +398,25 @@ def test_the_serving_rank_is_the_least_that_holds_the_result(root, tmp_path):
         merge_adapters(adapters, "ties", rank="eight")
     with pytest.raises(ValueError, match=r"emr gives a shared vector and masks"):
         merge_adapters(adapters, "emr", rank="serving")
+
+
+def test_what_does_not_fit_into_the_largest_serving_rank_is_cut_to_it():
+    config = {"base_model_name_or_path": "base", "target_modules": ["q"]}
+    factors = Factors(torch.ones(2, 600), torch.ones(600, 2))
+    adapters = {task: LoraAdapter({"q": factors}, {}, config) for task in "ab"}
+    plan = plan_merge(adapters, "ties", rank="serving")  # of dense matrices: any rank up to 600
+    assert (plan.padded, plan.rank) == (512, 512)
+    plan = plan_merge(adapters, "task_arithmetic", rank="serving")
+    assert (plan.padded, plan.rank) == (8, None) and plan.output_bytes() == 4 * 8 * 1200
+
+
+def test_the_least_energy_is_of_the_worst_layer_and_counts_what_was_cut():
+    one = Compressed(Factors(torch.eye(2, 3), torch.diag(torch.tensor([3.0, 1.0]))), 1.0)  # 9 and 1 of 10
+    other = Compressed(Factors(torch.eye(2, 3), torch.diag(torch.tensor([4.0, 3.0]))), 0.5)  # 16 and 9 of 25
+    nothing = Compressed(Factors(torch.zeros(2, 3), torch.zeros(2, 2)), 1.0)
+    assert least_energy([one, other, nothing], [1, 2]) == pytest.approx({1: 0.5 * 16 / 25, 2: 0.5})
+    assert least_energy([one, nothing], [1]) == pytest.approx({1: 0.9})
+    assert least_energy([nothing], [1]) == {1: 1.0}
 
 
 def test_attaching_an_adapter_warns_of_nothing(root):
@@ -430,8 +462,8 @@ trainer = Trainer(get_peft_model(base, config), args, train_dataset=rows, eval_d
                   callbacks=[OSRMCallback()])
 trainer.train()
 trainer.push_to_hub()
-scores = trainer.evaluate()
-found = {"accuracy": scores["eval_accuracy"], "left": sorted(vars(trainer.model).keys() - vars(base).keys())}
+scores = [log for log in trainer.state.log_history if "eval_loss" in log]
+found = {"first": scores[0]["eval_loss"], "last": scores[-1]["eval_loss"], "accuracy": scores[-1]["eval_accuracy"]}
 """
 
 
@@ -441,7 +473,8 @@ def test_the_trainer_s_own_push_has_our_card(root, tmp_path):
         command = [sys.executable, "-c", TRAINER + "\nprint(json.dumps(found))", str(root)]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
-        accuracy = json.loads(done.stdout.splitlines()[-1])["accuracy"]
+        measured = json.loads(done.stdout.splitlines()[-1])
+        assert measured["first"] != measured["last"]
         commits = [one for one in hub.repos["user/trained"].commits.values() if "README.md" in one.files]
         assert len(commits) >= 2  # while it trains, too
         for commit in commits:
@@ -453,7 +486,7 @@ def test_the_trainer_s_own_push_has_our_card(root, tmp_path):
         manifest = json.loads(commits[-1].files["osrm_peft.json"].content)
         assert manifest["osrm"]["initialized"] and manifest["repo_id"] == "user/trained"
         results = {one.metric_type: one.metric_value for one in card.data.eval_results}
-        assert results["accuracy"] == accuracy and set(results) == {"accuracy", "loss"}
+        assert results == {"accuracy": measured["accuracy"], "loss": measured["last"]}
         assert "user/trained" in card.text
 
 
