@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.utils import HFValidationError, validate_repo_id
-from jinja2 import Environment, PackageLoader
+from jinja2 import Environment, PackageLoader, TemplateError
 
 from osrm_peft.files import MANIFEST, new_file, read_manifest, write_json
 from osrm_peft.hub import public, public_name
@@ -68,7 +68,19 @@ def model_card(manifest: Mapping[str, Any]) -> ModelCard:
 
     Args:
         manifest: what `osrm_peft.json` holds; its `repo_id` is where it was pushed to.
+
+    Raises:
+        ValueError: it is not what we write: a field of another kind.
     """
+    try:
+        return _model_card(manifest)
+    except (AttributeError, KeyError, TypeError, ValueError, TemplateError) as error:
+        raise ValueError(
+            f"the manifest {MANIFEST} is damaged ({type(error).__name__}: {error}): write it anew"
+        ) from error
+
+
+def _model_card(manifest: Mapping[str, Any]) -> ModelCard:
     about, base = public(dict(manifest)), public_name(manifest.get("base_model"))
     inputs, task_type = list(about.get("inputs") or {}), about.get("task_type")
     auto = _PIPELINES.get(str(task_type), ("", "AutoModel"))[1]

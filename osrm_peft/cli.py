@@ -60,7 +60,7 @@ def evaluate(
 
     folder = local_folder(adapter, ["*.json", "*.safetensors", "heads/*.safetensors"])
     manifest = read_manifest(folder)
-    merged = manifest.get("kind") in ("merged", "emr") and "inputs" in manifest
+    merged = manifest.get("kind") in ("merged", "emr") and isinstance(manifest.get("inputs"), dict)
     masked = MaskedAdapter.from_pretrained(folder) if manifest.get("kind") == "emr" else None
     names = task or (list(manifest["inputs"]) if merged else [manifest["task"]] if "task" in manifest else None)
     if names is None:
@@ -79,7 +79,7 @@ def evaluate(
             with_task = loaded.attach(base)
         tokenizer, with_task = load_tokenizer(base), with_task.to(local_device())
         value = evaluate_task(with_task, rows_of_task, tokenizer, max_length=max_length, distributed=True)
-        method, scale = (manifest["method"], manifest["scale"]) if merged else ("individual", None)
+        method, scale = (str(manifest.get("method")), manifest.get("scale")) if merged else ("individual", None)
         scores.append(Score(Path(adapter).name, method, scale, 0, name, value))
         records.append(
             {"task": name, "metric": rows_of_task.metric, "value": value, "split": "validation"}

@@ -63,6 +63,7 @@ def push_to_hub(
     if create_pr and revision is not None:
         raise ValueError(f"a pull request has a branch of its own: give create_pr or revision={revision!r}, not both")
     files, manifest = _contents(folder)
+    model_card(manifest)  # a damaged manifest shows here
     api = HfApi()
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id  # with its owner's name
     if revision is not None:
@@ -122,7 +123,7 @@ def _contents(folder: Path) -> tuple[dict[str, Path], dict[str, Any]]:
         found = {name: folder / _inside(folder, name) for name in _names(folder, kind)}
         needed = {"emr.safetensors"} if kind == "emr" else {CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME}
     elif kind == "checkpoint":
-        found = {name: folder / _inside(folder, name) for name in manifest.get("files", [])}
+        found = {name: folder / _inside(folder, name) for name in map(str, manifest.get("files") or [])}
         needed = set(found)
     else:
         raise ValueError(
@@ -170,9 +171,12 @@ def _features_there(repo_id: str, revision: str | None, names: set[str]) -> dict
     """Of the features files that are in the repository: what its manifest tells."""
     try:
         known = read_object(Path(hf_hub_download(repo_id, MANIFEST, revision=revision))).get("files")
-    except EntryNotFoundError:
+    except (EntryNotFoundError, ValueError):  # none, or not one of ours: made anew
         return {}
-    return {name: one for name, one in (known or {}).items() if name in names} if isinstance(known, dict) else {}
+    known = known if isinstance(known, dict) else {}
+    return {
+        name: one for name, one in known.items() if name in names and isinstance(one, dict) and {*_FEATURES} <= {*one}
+    }
 
 
 def _public_config(path: Path) -> bytes:

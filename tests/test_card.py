@@ -228,6 +228,21 @@ def test_names_from_files_stay_text(name, kind):
         compile(block, name, "exec")
 
 
+@pytest.mark.parametrize(
+    "value", [None, [], {}, "x", 5, [1], {"a": 1}, {"a": {"b": 1}}, [{}], [None], {"a": None}], ids=repr
+)
+@pytest.mark.parametrize("name", EVERY)
+def test_a_damaged_manifest_gives_a_card_or_one_error(name, value):
+    refused = 0
+    for key in {*EVERY[name], "scores", "serving", "files", "projected", "osrm", "repo_id", "num_labels", "task_type"}:
+        try:
+            ModelCard(str(model_card(EVERY[name] | {key: value})))
+        except ValueError as error:
+            refused += 1
+            assert re.search(r"the manifest osrm_peft.json is damaged \(\w+: .*\): write it anew", str(error))
+    assert refused or value in (None, [], {})
+
+
 def test_escaped_text_is_one_line_of_itself():
     assert escaped("a  b\nc") == "a b c"
     assert escaped("a_b*c") == r"a\_b\*c"

@@ -298,6 +298,14 @@ def test_bad_pushes_are_refused_before_the_hub_is_asked(what, repo, arguments, e
         push_to_hub(root / what, repo, **arguments)
 
 
+def test_a_damaged_manifest_is_refused_before_the_hub_is_asked(root, tmp_path):
+    merge_adapters({"t1": root / "t1"}, "average").save_pretrained(tmp_path / "out")
+    manifest = json.loads((tmp_path / "out/osrm_peft.json").read_text())
+    (tmp_path / "out/osrm_peft.json").write_text(json.dumps(manifest | {"inputs": [1, 2]}))
+    with pytest.raises(ValueError, match=r"the manifest osrm_peft.json is damaged"):
+        push_to_hub(tmp_path / "out", "someone/out")
+
+
 def test_an_adapter_without_weights_is_refused(tmp_path):
     make_adapter(tmp_path / "adapter")
     (tmp_path / "adapter/adapter_model.safetensors").unlink()
