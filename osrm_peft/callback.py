@@ -2,6 +2,8 @@
 
 import inspect
 import logging
+import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +55,7 @@ class OSRMCallback(TrainerCallback):
         self.checked = False  # a second train() goes on from the trained A
         self.first_step = False  # in the first step of a fresh run
         self.initial: dict[str, Tensor] = {}  # {layer: (r, n) copy of Ã, float32 on the CPU}
+        self.repo_id: Callable[[], str | None] = lambda: None
         self.pools: dict[str, Pool] = {}  # {layer: the other tasks' pooled moments}
 
     def on_init_end(self, args, state, control, model=None, processing_class=None, **kwargs) -> None:
@@ -65,7 +68,10 @@ class OSRMCallback(TrainerCallback):
             handler.callbacks.insert(0, self)
         trainer = _caller(Trainer)
         if trainer is not None:  # its push would replace our card by its own, with the base model's local path
-            trainer.create_model_card = lambda *_, **__: self._write_card(trainer.args, trainer.state, trainer.model)
+            self.repo_id = lambda: trainer.hub_model_id
+            trainer.create_model_card = lambda *_, **__: self.on_push_begin(
+                trainer.args, trainer.state, trainer.control, trainer.model
+            )
         progress = not args.disable_tqdm and state.is_local_process_zero
         try:
             initialize_osrm_weights(
@@ -147,16 +153,19 @@ class OSRMCallback(TrainerCallback):
 
     def _write_card(self, args, state, model) -> None:
         """Manifest and card into the output folder, with the scores of the last evaluation."""
-        found: dict[str, Any] = next((log for log in reversed(state.log_history) if any(map(_is_score, log))), {})
+        logs = ({name: one for name, one in log.items() if _is_score(name, one)} for log in reversed(state.log_history))
+        found = next(filter(None, logs), {})
         scores = [
             {"task": "evaluation set", "metric": name.removeprefix("eval_"), "value": value}
             for name, value in found.items()
-            if _is_score(name)
         ]
-        config = unwrapped(model).peft_config[self.adapter_name]
+        model = unwrapped(model)
+        config = model.peft_config[self.adapter_name]
         Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-        more = {"scores": scores, "repo_id": args.hub_model_id, "seed": args.seed}
-        write_manifest(args.output_dir, config.manifest() | {name: value for name, value in more.items() if value})
+        more = {"scores": scores, "repo_id": self.repo_id(), "seed": args.seed}
+        more["num_labels"] = getattr(model.config, "num_labels", None)
+        kept = {name: value for name, value in more.items() if value not in (None, [])}
+        write_manifest(args.output_dir, config.manifest() | kept)
 
     def _weights(self, model) -> dict[str, Tensor]:
         layers = lora_layers(model, self.adapter_name)
@@ -166,8 +175,9 @@ class OSRMCallback(TrainerCallback):
         return {name: whole(weight).float() for name, weight in self._weights(model).items()}
 
 
-def _is_score(name: str) -> bool:
-    return name.startswith("eval_") and not name.endswith(("_runtime", "_per_second", "_compilation_time"))
+def _is_score(name: str, value: Any) -> bool:
+    measured = name.startswith("eval_") and not name.endswith(("_runtime", "_per_second", "_compilation_time"))
+    return measured and isinstance(value, (int, float)) and math.isfinite(value)
 
 
 def _caller(kind: type) -> Any:

@@ -39,9 +39,10 @@ class _Plain(str):
 
 def write_manifest(folder: str | Path, manifest: Mapping[str, Any]) -> None:
     """Write a folder's manifest, and its card `README.md`."""
-    with new_file(Path(folder) / "README.md") as path:
-        path.write_text(str(model_card(manifest)), encoding="utf-8")
+    card = str(model_card(manifest))
     write_json(Path(folder) / MANIFEST, manifest)
+    with new_file(Path(folder) / "README.md") as path:
+        path.write_text(card, encoding="utf-8")
 
 
 def record_scores(folder: str | Path, scores: list[dict[str, Any]]) -> None:
@@ -57,6 +58,7 @@ def record_scores(folder: str | Path, scores: list[dict[str, Any]]) -> None:
     if not manifest:
         raise ValueError(f"{folder} has no {MANIFEST} that could hold scores: osrm_peft did not write it")
     tasks = {score["task"] for score in scores}
+    model_card(manifest)  # a damaged one shows here
     kept = [score for score in manifest.get("scores") or [] if score["task"] not in tasks]
     write_manifest(folder, manifest | {"scores": kept + scores})
 
@@ -100,6 +102,8 @@ def _model_card(manifest: Mapping[str, Any]) -> ModelCard:
         about=about,
         base=base,
         osrm=OSRM,
+        set_by_osrm=_is_osrm(about),
+        by_name=task_type in ("SEQ_CLS", "CAUSAL_LM"),
         title=_title(about),
         code=_code,
         link=_link,
@@ -144,7 +148,7 @@ def _metadata(about: dict[str, Any], base: str | None) -> ModelCardData:
     kind, pipeline = about.get("kind"), _PIPELINES.get(str(about.get("task_type")), ("", ""))[0]
     merge = kind in ("merged", "emr", "checkpoint")
     tags = ["osrm_peft", *(["lora"] if kind in ("adapter", "merged", "emr") else [])]
-    tags += ["osrm"] if about.get("osrm") or about.get("projected") else []
+    tags += ["osrm"] if _is_osrm(about) or about.get("projected") else []
     tags += ["merge", str(about.get("method"))] if merge else ["features"] if kind == "features" else []
     fields: dict[str, Any] = {"library_name": _LIBRARIES.get(str(kind), "osrm_peft"), "tags": tags}
     models = [base] if base and _is_repository(base) else []
@@ -184,8 +188,13 @@ def _title(about: dict[str, Any]) -> str:
         return f"{about.get('method')} merge of {'models' if kind == 'checkpoint' else 'LoRA adapters'}: {tasks}"
     if kind == "features":
         return f"Task features: {', '.join(one['task'] for one in about.get('files', {}).values())}"
-    how = "OSRM-projected LoRA" if about.get("projected") else "OSRM LoRA" if about.get("osrm") else "LoRA"
+    how = "OSRM-projected LoRA" if about.get("projected") else "OSRM LoRA" if _is_osrm(about) else "LoRA"
     return f"{how} adapter" + (f": {about['task']}" if about.get("task") else "")
+
+
+def _is_osrm(about: dict[str, Any]) -> bool:
+    """Whether OSRM set A (an OSRMLoraConfig alone does not)."""
+    return bool((about.get("osrm") or {}).get("initialized"))
 
 
 def _weight(weights: Any, task: str) -> object:

@@ -1,6 +1,7 @@
 """Checks of single values: one error that names the option, the value and the bound."""
 
 import math
+import re
 from numbers import Integral, Real
 from typing import Any
 
@@ -42,4 +43,15 @@ def choice(name: str, value: Any, choices: tuple[str, ...]) -> str:
     """
     if value not in choices:
         raise ValueError(f"unknown {name} {value!r}: choose from {', '.join(choices)}")
+    return value
+
+
+def task_name(value: Any) -> str:
+    """`value` if it can be the name of a task: files are called so.
+
+    Raises:
+        ValueError: it is no text, has more than 200 characters, begins with a dot, or has one that names of files lack.
+    """
+    if not isinstance(value, str) or not re.fullmatch(r"(?!\.)[^/\\:\x00-\x1f]{1,200}", value):
+        raise ValueError(f"the task name {value!r} cannot be a file name, and files are called so: give it another")
     return value

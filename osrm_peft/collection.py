@@ -15,6 +15,7 @@ from torch.distributed.fsdp import FSDPModule
 from osrm_peft.checks import choice, integer
 from osrm_peft.distributed import Processes, execution_device
 from osrm_peft.features import TaskFeatures, tokenizer_hash
+from osrm_peft.hub import public_name
 from osrm_peft.layer_inputs import Batch, Collector, check_rereadable, samples, undisturbed, watch_inputs
 from osrm_peft.layers import (
     all_lora_layers,
@@ -152,7 +153,7 @@ def _collect(
         moments = {name: collector.moments[name] for name in collector.widths}
         return TaskFeatures(
             task, base_name(model), weight_hash(model, moments), statistic, seen, seed, reference, adapted,
-            tokenizer=getattr(tokenizer, "name_or_path", None),
+            tokenizer=public_name(getattr(tokenizer, "name_or_path", None)),
             tokenizer_hash=None if tokenizer is None else tokenizer_hash(tokenizer),
             layers=moments,
         )  # fmt: skip

@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from osrm_peft.checks import integer
+from osrm_peft.checks import integer, task_name
 from osrm_peft.files import new_file
 from osrm_peft.layers import base_name, base_of, hash_of, input_width, weight_hash
 from osrm_peft.moment_files import (
@@ -109,7 +109,7 @@ class TaskFeatures:
     def push_to_hub(self, repo_id: str, **arguments: Any) -> str:
         """Push the file and a card, see `push.push_to_hub`; a repository may hold the files of several tasks."""
         with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / f"{self.task}{SUFFIX}"
+            path = Path(folder) / f"{task_name(self.task)}{SUFFIX}"
             self.save(path)
             return push_to_hub(path, repo_id, **arguments)
 

@@ -123,7 +123,7 @@ def _read(file: Path) -> tuple[str | None, Found[Any]]:
 
 def _parse(content: dict[str, Any]) -> tuple[str | None, Any]:
     kind, log = content.get("kind"), content.get("log")
-    if isinstance(content.get("scores"), list):
+    if "kind" not in content and isinstance(content.get("scores"), list):
         return "scores", _table(content["scores"])
     if isinstance(content.get("interference"), dict):
         runs = content["interference"].items()

@@ -48,7 +48,12 @@ def local_file(source: str, suffix: str, what: str, remedy: str) -> Path:
         return path
     repo, _, name = source.partition(":")
     slashes = repo.partition("@")[0].count("/")  # revisions (refs/pr/1) and FILEs may have more
-    if (path.suffix == ".safetensors" and not name) or path.is_dir() or slashes != 1 or ".." in Path(name).parts:
+    if (
+        (path.suffix == ".safetensors" and not name)
+        or path.is_dir()
+        or slashes != 1
+        or {"..", "/"} & {*Path(name).parts}
+    ):
         raise FileNotFoundError(f"no {what} {source}: {remedy}")
     folder = local_folder(repo, [name or f"*{suffix}"], what)
     found = [folder / name] if name else folder.rglob(f"*{suffix}")
@@ -65,11 +70,11 @@ def pinned(source: str, place: Path) -> str:
     Args:
         place: the folder or file on this machine that `source` was found at.
     """
-    parts = place.parts
-    if Path(source).exists() or "snapshots" not in parts[:-1]:
+    cached = re.search(r"models--[^/\\]+[/\\]snapshots[/\\]([^/\\]+)", str(place))
+    if Path(source).exists() or cached is None:
         return source
     repo, _, file = source.partition(":")
-    return f"{repo.partition('@')[0]}@{parts[parts.index('snapshots') + 1]}" + (f":{file}" if file else "")
+    return f"{repo.partition('@')[0]}@{cached[1]}" + (f":{file}" if file else "")
 
 
 def public_name(model: str | None) -> str | None:
@@ -93,12 +98,18 @@ def is_local(model: str) -> bool:
 
 
 def public(value: Any) -> Any:
-    """A manifest, or part of one, with the last part only of every absolute path in it."""
+    """A manifest, or part of one, with the last part only of every path in it that begins with a root, `~` or `.`."""
     if isinstance(value, dict):
         return {public(key): _public_command(one) if key == "command" else public(one) for key, one in value.items()}
     if isinstance(value, (list, tuple)):
         return [public(one) for one in value]
-    return _last_part(value) if isinstance(value, str) and _is_absolute(value) else value
+    return _without_folders(value) if isinstance(value, str) else value
+
+
+def _without_folders(text: str) -> str:
+    if _is_absolute(text):
+        return _last_part(text)
+    return re.sub(r"(?<=[:=\s])(?:~|\.{1,2})?/(?!/)\S+", lambda found: _last_part(found[0]), text)
 
 
 def _public_command(command: Any) -> Any:
@@ -108,7 +119,7 @@ def _public_command(command: Any) -> Any:
 
 
 def _is_absolute(name: str) -> bool:
-    return bool(re.match(r"~|[/\\]|[A-Za-z]:[/\\]", name))
+    return bool(re.match(r"~|\.{0,2}[/\\]|[A-Za-z]:[/\\]", name))
 
 
 def _last_part(path: str) -> str:

@@ -16,8 +16,8 @@ from osrm_peft.adapters import Factors, LoraAdapter
 from osrm_peft.card import write_manifest
 from osrm_peft.checks import number
 from osrm_peft.features import TaskFeatures
-from osrm_peft.files import command, new_folder, read_manifest, versions
-from osrm_peft.hub import public_name
+from osrm_peft.files import MANIFEST, command, new_folder, read_manifest, versions
+from osrm_peft.hub import local_folder, public_name
 from osrm_peft.initialization import layer_generator
 from osrm_peft.out_of_task import OutOfTask, check_tasks, describe, load_features
 from osrm_peft.push import Pushable
@@ -70,7 +70,9 @@ class Projection(Pushable):
         Raises:
             FileExistsError: `folder` holds something that is not an adapter of ours.
         """
-        origin = read_manifest(self.adapter.source) if Path(self.adapter.source).is_dir() else {}
+        source = self.adapter.source  # a folder, user/name@commit, or what a live model is called
+        known = Path(source).is_dir() or "@" in source
+        origin = read_manifest(local_folder(source, [MANIFEST])) if known else {}
         described: dict[str, Any] = {
             key: origin[key] for key in ("task", "num_labels", "metric", "seed") if key in origin
         }

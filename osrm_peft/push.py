@@ -3,12 +3,11 @@
 import json
 import tempfile
 from collections.abc import Iterator
-from fnmatch import fnmatchcase
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HFValidationError
+from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError
@@ -17,10 +16,11 @@ from osrm_peft.card import model_card
 from osrm_peft.files import CONTENTS, MANIFEST, read_manifest, read_object
 from osrm_peft.hub import public, public_name
 from osrm_peft.moment_files import features_header
+from osrm_peft.tensor_files import tensor_headers
 
-# names of ours in a repository: those that a newer push does not have are removed by it
-_FEATURES = ("task", "base_model", "weight_hash", "statistic", "k", "seed")  # of a header
-_OURS = (CONFIG_NAME, "*.safetensors", "*.safetensors.index.json", "heads/*.safetensors")
+_FEATURES = ("task", "base_model", "weight_hash", "statistic", "k", "seed")  # of a features file's header
+_CONFIGS = (CONFIG_NAME, "config.json", "tokenizer_config.json")
+_NAMES = ("base_model_name_or_path", "_name_or_path", "name_or_path", "special_tokens_map_file", "tokenizer_file")
 
 
 def push_to_hub(
@@ -58,37 +58,55 @@ def push_to_hub(
     folder = Path(folder)
     try:
         validate_repo_id(repo_id)
-    except HFValidationError as error:
+    except (HFValidationError, TypeError) as error:
         raise ValueError(f"repo_id={repo_id!r} is no name of a repository, such as user/name: {error}") from error
     if create_pr and revision is not None:
         raise ValueError(f"a pull request has a branch of its own: give create_pr or revision={revision!r}, not both")
     files, manifest = _contents(folder)
     model_card(manifest)  # a damaged manifest shows here
-    api = HfApi()
+    message = commit_message or f"Push {manifest['kind']} with osrm_peft"
+    try:
+        return _commit(HfApi(), repo_id, files, manifest, private, revision, create_pr, message)
+    except (OSError, ValueError):
+        raise  # among them HfHubHTTPError, which tells what the Hub has to say
+    except Exception as error:  # of the client's transport
+        raise OSError(f"the Hub cannot be reached ({type(error).__name__}: {error}): push again") from error
+
+
+def _commit(
+    api: HfApi,
+    repo_id: str,
+    files: dict[str, Path],
+    manifest: dict[str, Any],
+    private: bool,
+    revision: str | None,
+    create_pr: bool,
+    message: str,
+) -> str:
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id  # with its owner's name
     if revision is not None:
         api.create_branch(repo_id, branch=revision, exist_ok=True)
-    there = set(api.list_repo_files(repo_id, revision=revision))
-    if manifest["kind"] == "features":
-        manifest["files"] = _features_there(repo_id, revision, there) | manifest["files"]
-        stale: set[str] = set()
-    else:
-        stale = {name for name in there - set(files) if any(fnmatchcase(name, pattern) for pattern in _OURS)}
-    manifest = public(manifest) | {"repo_id": repo_id}
-    contents: dict[str, Any] = dict(files)
+    head = str(api.repo_info(repo_id, revision=revision).sha)
+    there = set(api.list_repo_files(repo_id, revision=head))
+    known = _manifest_there(repo_id, head) if MANIFEST in there else {}
+    features = manifest["kind"] == "features"
+    if known and (known.get("kind") == "features") != features:
+        raise ValueError(f"{repo_id} holds {known.get('kind')}, this is {manifest['kind']}: name another repository")
+    if features:
+        manifest["files"] = _told(known, there) | manifest["files"]
+    manifest = public(manifest) | {"repo_id": repo_id, "base_model": public_name(manifest.get("base_model"))}
+    contents: dict[str, Any] = dict(files) | {"README.md": str(model_card(manifest)).encode()}
+    manifest["pushed"] = sorted({*contents, MANIFEST, *(manifest["files"] if features else ())})
     contents[MANIFEST] = json.dumps(manifest, indent=2, ensure_ascii=False).encode()
-    contents["README.md"] = str(model_card(manifest)).encode()
-    if CONFIG_NAME in files:
-        contents[CONFIG_NAME] = _public_config(files[CONFIG_NAME])
-    operations = [
+    contents |= {name: _public_config(files[name]) for name in _CONFIGS if name in files}
+    operations: list[CommitOperationAdd | CommitOperationDelete] = [
         CommitOperationAdd(name, one if isinstance(one, bytes) else str(one)) for name, one in contents.items()
     ]
+    before = known.get("pushed")
+    stale = there & {*map(str, before if isinstance(before, list) else ())} - {*manifest["pushed"]}
+    operations += [CommitOperationDelete(name) for name in sorted(stale)]
     commit = api.create_commit(
-        repo_id,
-        [*operations, *(CommitOperationDelete(name) for name in sorted(stale))],
-        commit_message=commit_message or f"Push {manifest['kind']} with osrm_peft",
-        revision=revision,
-        create_pr=create_pr,
+        repo_id, operations, commit_message=message, revision=revision, create_pr=create_pr, parent_commit=head
     )
     return str(commit.pr_url if create_pr else commit.commit_url)
 
@@ -114,46 +132,56 @@ def _contents(folder: Path) -> tuple[dict[str, Path], dict[str, Any]]:
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder or features file {folder}")
     manifest = read_manifest(folder)
-    if not manifest and (folder / CONFIG_NAME).is_file():  # stock PEFT's
-        config = read_object(folder / CONFIG_NAME)
-        manifest = {"kind": "adapter", "base_model": config.get("base_model_name_or_path")}
-        manifest["task_type"] = config.get("task_type")
-    kind = manifest.get("kind")
+    if not manifest and (folder / CONFIG_NAME).is_file():
+        manifest = _of_peft(folder)
+    kind = manifest["kind"] = str(manifest.get("kind"))
     if kind in CONTENTS:
-        found = {name: folder / _inside(folder, name) for name in _names(folder, kind)}
+        names = list(_names(folder, kind))
         needed = {"emr.safetensors"} if kind == "emr" else {CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME}
     elif kind == "checkpoint":
-        found = {name: folder / _inside(folder, name) for name in map(str, manifest.get("files") or [])}
-        needed = set(found)
+        names = [str(name) for name in manifest.get("files") or [] if name not in ("README.md", MANIFEST)]
+        needed = {"config.json", *names}
     else:
         raise ValueError(
             f"{folder} is nothing that osrm_peft or PEFT wrote (no {MANIFEST}, no {CONFIG_NAME}): give the folder "
             "of an adapter or a merge, or a features file"
         )
+    found = {name: _inside(folder, name) for name in names}
     missing = sorted(name for name in needed if not (folder / name).is_file())
     if missing:
         raise FileNotFoundError(f"{folder} lacks {missing[0]}: write it again")
-    return {name: path for name, path in found.items() if name not in (MANIFEST, "README.md")}, manifest
+    return found, manifest
+
+
+def _of_peft(folder: Path) -> dict[str, Any]:
+    """The manifest of an adapter that stock PEFT wrote."""
+    config = read_object(folder / CONFIG_NAME)
+    if config.get("peft_type") != "LORA":
+        raise ValueError(f"{folder} is a {config.get('peft_type')} adapter: only LoRA adapters are pushed")
+    manifest = {"kind": "adapter", "base_model": config.get("base_model_name_or_path")}
+    manifest["task_type"] = config.get("task_type")
+    weights = _inside(folder, SAFETENSORS_WEIGHTS_NAME)
+    shapes = {name: shape for name, (shape, _) in (tensor_headers(weights) if weights.is_file() else {}).items()}
+    heads = {name: shape for name, shape in shapes.items() if ".lora_" not in name and shape}
+    return manifest | ({"num_labels": heads[max(heads)][0]} if heads else {})
 
 
 def _names(folder: Path, kind: str) -> Iterator[str]:
-    for name in sorted(CONTENTS[kind]):
+    for name in sorted(CONTENTS[kind] - {"README.md", MANIFEST}):
         path = folder / name
         found = sorted(path.glob("*.safetensors")) if path.is_dir() else [path] if path.is_file() else []
         yield from (one.relative_to(folder).as_posix() for one in found)
 
 
-def _inside(folder: Path, name: str) -> str:
-    """A name from a manifest, refused if it leads out of the folder."""
-    parts = PurePosixPath(name).parts
-    if (
-        not parts
-        or ".." in parts
-        or name.startswith("/")
-        or not (folder / name).resolve().is_relative_to(folder.resolve())
-    ):
-        raise ValueError(f"{folder / MANIFEST} names {name!r}, which is no file in its folder")
-    return name
+def _inside(folder: Path, name: str) -> Path:
+    """The file of this name, refused if it lies outside the folder."""
+    path = folder / name
+    if not name or not path.resolve().is_relative_to(folder.resolve()):
+        raise ValueError(
+            f"{name!r} of {folder} is no file in its folder, but leads out of it: copy what is to be pushed into one "
+            "folder (of the Hub's cache: download with local_dir=…)"
+        )
+    return path
 
 
 def _about_features(path: Path) -> dict[str, Any]:
@@ -167,19 +195,23 @@ def _about_features(path: Path) -> dict[str, Any]:
         ) from error
 
 
-def _features_there(repo_id: str, revision: str | None, names: set[str]) -> dict[str, Any]:
-    """Of the features files that are in the repository: what its manifest tells."""
+def _manifest_there(repo_id: str, revision: str) -> dict[str, Any]:
+    """The manifest in the repository; empty where it is not one of ours."""
     try:
-        known = read_object(Path(hf_hub_download(repo_id, MANIFEST, revision=revision))).get("files")
-    except (EntryNotFoundError, ValueError):  # none, or not one of ours: made anew
+        return read_object(Path(hf_hub_download(repo_id, MANIFEST, revision=revision)))
+    except ValueError:
         return {}
-    known = known if isinstance(known, dict) else {}
-    return {
-        name: one for name, one in known.items() if name in names and isinstance(one, dict) and {*_FEATURES} <= {*one}
-    }
+
+
+def _told(known: dict[str, Any], names: set[str]) -> dict[str, Any]:
+    """What the repository's manifest tells of the features files that are there."""
+    files = known.get("files")
+    told = files.items() if isinstance(files, dict) else ()
+    return {name: one for name, one in told if name in names and isinstance(one, dict) and {*_FEATURES} <= {*one}}
 
 
 def _public_config(path: Path) -> bytes:
+    """A configuration without the folders that its models lie in."""
     config = read_object(path)
-    config["base_model_name_or_path"] = public_name(config.get("base_model_name_or_path"))
-    return json.dumps(public(config), indent=2, sort_keys=True).encode()
+    shown = {name: public_name(one) for name, one in config.items() if name in _NAMES and isinstance(one, str)}
+    return json.dumps(config | shown, indent=2, sort_keys=True, ensure_ascii=False).encode()

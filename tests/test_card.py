@@ -161,6 +161,9 @@ def test_what_a_card_says_of_serving_weights_and_heads():
     assert recipe["scale"] == "features" and recipe["features"] == {"cola": "c", "sst2": "s"}
     assert "head='cola'" in text and "head=" not in str(model_card(MERGED | {"task_type": "CAUSAL_LM"}))
     assert "from_pretrained('FacebookAI/roberta-large', num_labels=2)" in str(model_card(OSRM))
+    unset = OSRM | {"osrm": OSRM["osrm"] | {"initialized": False}}
+    assert metadata(unset)["tags"] == ["osrm_peft", "lora"] and "A plain LoRA adapter" in str(model_card(unset))
+    assert "attach(base)" in str(model_card(OSRM | {"task_type": "TOKEN_CLS"}))
     projected = {key: value for key, value in EVERY["projected"].items() if key != "osrm"}
     assert metadata(projected)["tags"] == ["osrm_peft", "lora", "osrm"]
 

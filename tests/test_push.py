@@ -11,7 +11,7 @@ import torch
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 
-from osrm_peft import LoraAdapter, TaskFeatures, load_adapter, merge_adapters, push_to_hub
+from osrm_peft import LoraAdapter, TaskFeatures, load_adapter, merge_adapters, merge_checkpoints, push_to_hub
 from osrm_peft.adapters import Factors
 from osrm_peft.collection import collect_features
 from osrm_peft.merging.lowrank import Compressed, least_energy
@@ -261,11 +261,11 @@ found["push"] = push_to_hub(root / "model_out", "someone/model")
     assert b"secret_home" not in hub.files("someone/model")["osrm_peft.json"]
 
 
-@pytest.mark.parametrize("names", ["../t1/adapter_model.safetensors", "/etc/hostname", "sub/../../x", ""])
+@pytest.mark.parametrize("names", ["../t1/adapter_model.safetensors", "/etc/hostname", "sub/../../x", "../../y"])
 def test_a_manifest_cannot_name_files_outside_its_folder(names, tmp_path):
     (tmp_path / "model").mkdir()
     (tmp_path / "model/osrm_peft.json").write_text(json.dumps({"kind": "checkpoint", "files": [names]}))
-    with pytest.raises(ValueError, match=r"which is no file in its folder"):
+    with pytest.raises(ValueError, match=r"is no file in its folder, but leads out of it"):
         push_to_hub(tmp_path / "model", "someone/model")
 
 
@@ -274,12 +274,12 @@ def test_a_link_out_of_the_folder_is_not_pushed(tmp_path):
     (tmp_path / "private.txt").write_text("mine")
     (tmp_path / "model/config.json").symlink_to(tmp_path / "private.txt")
     (tmp_path / "model/osrm_peft.json").write_text(json.dumps({"kind": "checkpoint", "files": ["config.json"]}))
-    with pytest.raises(ValueError, match=r"which is no file in its folder"):
+    with pytest.raises(ValueError, match=r"is no file in its folder, but leads out of it"):
         push_to_hub(tmp_path / "model", "someone/model")
     make_adapter(tmp_path / "adapter")
     (tmp_path / "adapter/adapter_model.safetensors").unlink()
     (tmp_path / "adapter/adapter_model.safetensors").symlink_to(tmp_path / "private.txt")
-    with pytest.raises(ValueError, match=r"which is no file in its folder"):
+    with pytest.raises(ValueError, match=r"is no file in its folder, but leads out of it"):
         push_to_hub(tmp_path / "adapter", "someone/adapter")
 
 
@@ -296,6 +296,59 @@ def test_a_link_out_of_the_folder_is_not_pushed(tmp_path):
 def test_bad_pushes_are_refused_before_the_hub_is_asked(what, repo, arguments, error, message, root):
     with pytest.raises(error, match=message):
         push_to_hub(root / what, repo, **arguments)
+
+
+OTHERS = """
+found = {}
+push_to_hub(root / "t1", "someone/mixed")
+found["kinds"] = refused(push_to_hub, root / "t1.features.safetensors", "someone/mixed")
+push_to_hub(root / "t1", "someone/theirs")  # beside what is not ours
+loaded = TaskFeatures.load(root / "t1.features.safetensors")
+loaded.task = "../escaped"
+found["task"] = refused(loaded.push_to_hub, "someone/none")
+"""
+
+
+def test_what_is_not_ours_stays(root, tmp_path):
+    theirs = tmp_path / "theirs"
+    for name in ("french/adapter_model.safetensors", "optimizer.safetensors", "heads/x.safetensors"):
+        (theirs / name).parent.mkdir(parents=True, exist_ok=True)
+        (theirs / name).write_bytes(b"theirs")
+    with Hub() as hub:
+        hub.seed("someone/theirs", theirs)
+        found = run(hub, root, tmp_path / "home", OTHERS)
+        kept = {"french/adapter_model.safetensors", "optimizer.safetensors", "heads/x.safetensors"}
+        assert kept < set(hub.files("someone/theirs"))
+        assert "someone/mixed holds adapter, this is features: name another repository" in found["kinds"]
+        assert "the task name '../escaped' cannot be a file name" in found["task"] and "someone/none" not in hub.repos
+        card = card_of(hub, "someone/mixed")
+        assert "num_labels=3)" in card.text  # as wide as the head that the adapter has
+
+
+def test_configurations_of_a_model_tell_no_folder(root, tmp_path):
+    make_base().save_pretrained(tmp_path / "model")
+    merge_checkpoints({"a": tmp_path / "model"}, tmp_path / "out", "average")
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    (tmp_path / "out/config.json").write_text(json.dumps(config | {"_name_or_path": "/secret_home/base", "x": "/"}))
+    with Hub() as hub:
+        run(hub, tmp_path, tmp_path / "home", "found = push_to_hub(root / 'out', 'someone/model')")
+        pushed = json.loads(hub.files("someone/model")["config.json"])
+    assert pushed == config | {"_name_or_path": "base", "x": "/"}
+
+
+def test_no_hub_is_one_error(root, tmp_path):
+    environment = os.environ | {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_TOKEN": "hf_x", "HF_HUB_OFFLINE": "0"}
+    command = [sys.executable, "-m", "osrm_peft", "push", str(root / "t1"), "someone/t1"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2 and "error: the Hub cannot be reached" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_only_lora_is_pushed_as_lora(tmp_path):
+    make_adapter(tmp_path / "adapter")
+    path = tmp_path / "adapter/adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"peft_type": "IA3"}))
+    with pytest.raises(ValueError, match=r"is a IA3 adapter: only LoRA adapters are pushed"):
+        push_to_hub(tmp_path / "adapter", "someone/adapter")
 
 
 def test_a_damaged_manifest_is_refused_before_the_hub_is_asked(root, tmp_path):

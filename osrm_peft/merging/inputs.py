@@ -1,6 +1,5 @@
 """What goes into a merge, read and checked before any work: adapters and weights."""
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from osrm_peft.adapter_reader import load_adapter
 from osrm_peft.adapters import TARGETS, Factors, FactorsOnDemand, LoraAdapter
-from osrm_peft.checks import choice, number
+from osrm_peft.checks import choice, number, task_name
 from osrm_peft.hub import is_local, public_name
 
 Adapters = Mapping[str, str | Path | PeftModel | LoraAdapter]
@@ -75,10 +74,7 @@ def check_names(adapters: Any) -> list[str]:
         raise TypeError(f"adapters must map task names to adapters, got a {type(adapters).__name__}")
     if not adapters:
         raise ValueError("no adapters to merge: give at least one")
-    for name in adapters:
-        if not isinstance(name, str) or not re.fullmatch(r"(?!\.)[^/\\\0]{1,200}", name):
-            raise ValueError(f"the task name {name!r} cannot be a file name: its head is saved as heads/<task>")
-    return list(adapters)
+    return [task_name(name) for name in adapters]
 
 
 def gather(adapters: Adapters, *, base_model: str | None, heads: str, rank: int | None) -> Inputs:

@@ -193,7 +193,7 @@ def test_a_merge_that_ended_in_the_middle_leaves_no_result(ended, trained, fault
     out = ended / f"{fault}-{method}" / "out"
     if fault in ("before_the_end", "full_disk") and method == "ties":
         same(tensors_of(out), tensors_of(trained["b"]))
-        assert names(out) == ["config.json", "model.safetensors", "osrm_peft.json"]
+        assert names(out) == ["README.md", "config.json", "model.safetensors", "osrm_peft.json"]
     else:
         assert not out.exists()
     assert names(out.parent)[0] == PARTIAL
@@ -260,7 +260,7 @@ def test_a_disk_that_fills_up_is_told(ended, method):
 def test_nothing_of_an_abandoned_merge_is_left_in_another(ended, trained, tmp_path):
     out = a_copy(ended, tmp_path, "between_shards", "emr")
     merge_checkpoints({"m": trained["b"]}, out)
-    assert names(out) == ["config.json", "model.safetensors", "osrm_peft.json"]
+    assert names(out) == ["README.md", "config.json", "model.safetensors", "osrm_peft.json"]
 
 
 # going on
@@ -562,7 +562,7 @@ def test_what_others_put_there_meanwhile_is_not_lost(small, tmp_path, monkeypatc
 def test_an_earlier_result_is_replaced_whole(trained, whole, tmp_path):
     out = Path(shutil.copytree(whole["ties"], tmp_path / "out"))
     merge_checkpoints({"a": trained["a"]}, out)
-    assert names(out) == ["config.json", "model.safetensors", "osrm_peft.json"]
+    assert names(out) == ["README.md", "config.json", "model.safetensors", "osrm_peft.json"]
     merge_checkpoints(out=out, **arguments(trained, "emr"))
     assert names(out) == names(whole["emr"])
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -573,7 +573,7 @@ def test_an_empty_folder_and_a_new_one_are_filled(small, tmp_path):
     (tmp_path / "empty").mkdir()
     for place in ("empty", "deep/down/new"):
         assert merge_checkpoints(models, tmp_path / place) == tmp_path / place
-        assert names(tmp_path / place) == ["config.json", "model.safetensors", "osrm_peft.json"]
+        assert names(tmp_path / place) == ["README.md", "config.json", "model.safetensors", "osrm_peft.json"]
 
 
 def test_a_result_can_be_merged_into_its_own_folder(small, tmp_path):
