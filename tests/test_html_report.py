@@ -182,6 +182,13 @@ def test_one_seed_has_no_spread_and_one_scale_no_curve(tmp_path):
     assert "±" not in page and "<img" not in page and Page(page).headings[1] == str(tmp_path / "other.json")
 
 
+def test_a_merged_folder_that_was_scored_is_still_one(tmp_path):
+    scored = merge("p", "q") | {"scores": [{"task": "p", "metric": "accuracy", "value": 0.5}]}
+    put(tmp_path / "one/osrm_peft.json", scored)
+    found = gather([tmp_path])
+    assert len(found.merged) == 1 and not found.scores
+
+
 def test_folders_of_this_machine_are_not_shown(results, monkeypatch):
     monkeypatch.chdir(results.parent)
     page = html_report(gather(["results"]))
