@@ -35,8 +35,8 @@ def write(folder, **changes):
 
 
 def test_every_recipe_parses_and_builds_its_lora_config():
-    training = [path for path in CONFIGS if not path.name.startswith("merge")]
-    assert len(training) == 3 and len(CONFIGS) == 4
+    training = [path for path in CONFIGS if not path.name.startswith(("merge", "reproduce"))]
+    assert len(training) == 3
     for path in training:
         recipe = Recipe.from_yaml(path)
         for task in recipe.task_names():

@@ -195,8 +195,8 @@ def tiny(tmp_path_factory):
     return root
 
 
-def command(root, *words, launch=()):
-    words = [*launch, ROOT / "recipes/reproduce.py", "--config", root / "tiny.yaml", *words]
+def command(root, *words, launch=(), config="tiny.yaml"):
+    words = [*launch, ROOT / "recipes/reproduce.py", "--config", root / config, *words]
     done = subprocess.run(
         [sys.executable, *map(str, words)],
         cwd=root,
@@ -254,13 +254,25 @@ def test_nothing_is_made_twice(out, tiny):
 
 def test_submitted_jobs_make_the_same(out, tiny):
     """submitit's local executor runs jobs as its SLURM executor does, in processes here."""
-    words = ["--cache", tiny / "jobs", "--out", tiny / "submitted", "--experiments", "rank", "--submit", "local"]
-    command(tiny, *words, "--submit-option", "timeout_min=5")
-    assert (tiny / "submitted/rank/values.csv").read_text() == (out / "rank/values.csv").read_text()
+    content = yaml.safe_load((tiny / "tiny.yaml").read_text())
+    (tiny / "jobs.yaml").write_text(yaml.safe_dump(content | {"experiments": {"rank": {"k": [2]}}}))
+    words = [
+        "--cache",
+        tiny / "jobs",
+        "--out",
+        tiny / "submitted",
+        "--submit",
+        "local",
+        "--submit-option",
+        "timeout_min=5",
+    ]
+    assert "1 jobs: features" in command(tiny, *words, config="jobs.yaml")
+    submitted, whole = (json.loads((one / "rank/values.json").read_text()) for one in (tiny / "submitted", out))
+    assert submitted["values"] == {"k = 2": whole["values"]["k = 2"]}
 
 
 def test_two_processes_make_the_same(out, tiny):
     launch = ["-m", "accelerate.commands.launch", "--config_file", str(ROOT / "accelerate_configs/cpu_ddp.yaml")]
-    words = ["--cache", tiny / "two", "--out", tiny / "shared", "--experiments", "rank"]
+    words = ["--cache", tiny / "two", "--out", tiny / "shared", "--experiments", "rank"]  # of features, shared out
     command(tiny, *words, launch=launch)
     assert (tiny / "shared/rank/values.csv").read_text() == (out / "rank/values.csv").read_text()

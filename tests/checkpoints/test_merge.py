@@ -325,7 +325,7 @@ def test_emr_writes_a_model_for_each(three, base, tmp_path):
     for task, expected in emr_by_hand(three, base).items():
         same(tensors_of(out / task), expected, rtol=1e-4, atol=1e-5)
         same(AutoModelForSequenceClassification.from_pretrained(out / task).state_dict(), tensors_of(out / task))
-    assert sorted(path.name for path in out.iterdir()) == ["a", "b", "c", "osrm_peft.json"]
+    assert sorted(path.name for path in out.iterdir()) == ["README.md", "a", "b", "c", "osrm_peft.json"]
     single = merge_checkpoints({"a": three["a"]}, tmp_path / "single", "emr", base=base)
     same(tensors_of(single / "a"), tensors_of(three["a"]), rtol=1e-5, atol=1e-6)
 
@@ -345,7 +345,7 @@ def test_emr_keeps_heads_beside_the_models(tmp_path):
     base = noisy(tmp_path / "base", 0)
     models = {name: noisy(tmp_path / name, seed, num_labels=seed + 1) for seed, name in ((1, "x"), (2, "y"))}
     out = merge_checkpoints(models, tmp_path / "out", "emr", base=base, heads=["classifier*"])
-    assert sorted(path.name for path in out.iterdir()) == ["heads", "osrm_peft.json", "x", "y"]
+    assert sorted(path.name for path in out.iterdir()) == ["README.md", "heads", "osrm_peft.json", "x", "y"]
     assert set(load_file(out / "heads" / "y.safetensors")) == {"classifier.weight", "classifier.bias"}
     assert "classifier.weight" not in tensors_of(out / "y")
 
@@ -440,7 +440,7 @@ def test_what_belongs_to_the_model_comes_with_it(three, base, tmp_path):
     for name, content in (extra | {"optimizer.pt": "large", "notes.txt": "mine"}).items():
         (folder / name).write_text(content)
     out = merge_checkpoints(three, tmp_path / "out", "ties", base=folder)
-    expected = {*extra, "config.json", "model.safetensors", "osrm_peft.json"}
+    expected = {*extra, "README.md", "config.json", "model.safetensors", "osrm_peft.json"}
     assert {path.name for path in out.iterdir()} == expected
     assert all((out / name).read_text() == content for name, content in extra.items())
     config = json.loads((out / "config.json").read_text())
