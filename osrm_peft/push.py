@@ -98,7 +98,7 @@ def _commit(
     contents: dict[str, Any] = dict(files) | {"README.md": str(model_card(manifest)).encode()}
     manifest["pushed"] = sorted({*contents, MANIFEST, *(manifest["files"] if features else ())})
     contents[MANIFEST] = json.dumps(manifest, indent=2, ensure_ascii=False).encode()
-    contents |= {name: _public_config(files[name]) for name in _CONFIGS if name in files}
+    contents |= {name: _public_config(files[name]) for name in files if Path(name).name in _CONFIGS}
     operations: list[CommitOperationAdd | CommitOperationDelete] = [
         CommitOperationAdd(name, one if isinstance(one, bytes) else str(one)) for name, one in contents.items()
     ]
@@ -140,13 +140,15 @@ def _contents(folder: Path) -> tuple[dict[str, Path], dict[str, Any]]:
         needed = {"emr.safetensors"} if kind == "emr" else {CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME}
     elif kind == "checkpoint":
         names = [str(name) for name in manifest.get("files") or [] if name not in ("README.md", MANIFEST)]
-        needed = {"config.json", *names}
+        needed = set(names)
     else:
         raise ValueError(
             f"{folder} is nothing that osrm_peft or PEFT wrote (no {MANIFEST}, no {CONFIG_NAME}): give the folder "
             "of an adapter or a merge, or a features file"
         )
     found = {name: _inside(folder, name) for name in names}
+    if not found:
+        raise ValueError(f"{folder / MANIFEST} names no files: write the model again")
     missing = sorted(name for name in needed if not (folder / name).is_file())
     if missing:
         raise FileNotFoundError(f"{folder} lacks {missing[0]}: write it again")

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from osrm_peft import LoraAdapter, TaskFeatures, load_adapter, merge_adapters, merge_checkpoints, push_to_hub
 from osrm_peft.adapters import Factors
 from osrm_peft.collection import collect_features
+from osrm_peft.fisher import collect_fisher
 from osrm_peft.merging.lowrank import Compressed, least_energy
 from osrm_peft.merging.plan import plan_merge
 from tests.conftest import make_adapter, make_base, make_batch
@@ -55,6 +56,9 @@ def root(tmp_path_factory):
             make_base(), [make_batch(seed=seed)], task=task, target_modules=["query", "value"], progress=False
         )
         features.save(root / f"{task}.features.safetensors")
+        model = load_adapter(root / task).attach(make_base())
+        fisher = collect_fisher(model, [make_batch(seed=seed)], task=task, progress=False)
+        fisher.save(root / f"fisher/{task}.fisher.safetensors")
     return root
 
 
@@ -103,6 +107,11 @@ from osrm_peft.checkpoints.spectra import spectra
 found["spectra"] = len(spectra({"t1": "someone/t1", "t2": "someone/t2@main"})["t2"])
 merge_adapters({"t1": "someone/t1"}, "task_arithmetic", scale="features",
                features={"t1": "someone/features:t1.features.safetensors"}).save_pretrained("guided")
+merged = merge_adapters({"t1": "someone/t1"}, "fisher",
+                        statistics={"t1": "someone/fisher:t1.fisher.safetensors"})
+found["fisher"] = merged.manifest["statistics"]["t1"]
+merged = merge_adapters({"t1": "someone/t1"}, "fisher", statistics={"t1": "someone/fisher1"})
+found["fisher1"] = merged.manifest["statistics"]["t1"]
 found["kept"] = json.loads(Path("guided/osrm_peft.json").read_text())["features"]
 """
 
@@ -115,6 +124,10 @@ def hub():
 
 @pytest.fixture(scope="module")
 def found(hub, root, tmp_path_factory):
+    hub.seed("someone/fisher", root / "fisher")
+    alone = tmp_path_factory.mktemp("fisher1")
+    (alone / "t1.fisher.safetensors").write_bytes((root / "fisher/t1.fisher.safetensors").read_bytes())
+    hub.seed("someone/fisher1", alone)
     return run(hub, root, tmp_path_factory.mktemp("home"), ROUND_TRIP)
 
 
@@ -124,7 +137,7 @@ def card_of(hub, repo, revision="main"):
 
 def test_what_was_pushed_is_what_is_pulled(found, hub):
     assert found["equal"] == [True, True] and found["new"] and found["old"] and found["emr"]
-    assert all(repo.private for repo in hub.repos.values())
+    assert all(repo.private for name, repo in hub.repos.items() if not name.startswith("someone/fisher"))
     assert found["address"].startswith(f"{hub.url}/someone/merged/commit/")
     assert found["features"] == ["t2", 4] and found["spectra"] == 4
 
@@ -133,6 +146,9 @@ def test_inputs_from_the_hub_are_recorded_with_their_commit(found, hub):
     heads = [next(iter(reversed(hub.repos[f"someone/{task}"].commits))) for task in ("t1", "t2")]
     assert found["inputs"] == [f"someone/t1@{heads[0]}", f"someone/t2@{heads[1]}"]
     assert found["source"].startswith("someone/merged@") and len(found["source"]) == len("someone/merged@") + 40
+    fisher, fisher1 = (hub.repos[f"someone/{name}"].heads["main"].oid for name in ("fisher", "fisher1"))
+    assert found["fisher"] == f"someone/fisher@{fisher}:t1.fisher.safetensors"
+    assert found["fisher1"] == f"someone/fisher1@{fisher1}"
     features = next(iter(reversed(hub.repos["someone/features"].commits)))
     assert found["kept"] == {"t1": f"someone/features@{features}:t1.features.safetensors"}
 
@@ -334,6 +350,23 @@ def test_configurations_of_a_model_tell_no_folder(root, tmp_path):
         run(hub, tmp_path, tmp_path / "home", "found = push_to_hub(root / 'out', 'someone/model')")
         pushed = json.loads(hub.files("someone/model")["config.json"])
     assert pushed == config | {"_name_or_path": "base", "x": "/"}
+
+
+def test_a_model_for_each_task_is_pushed_whole(tmp_path):
+    for seed in (0, 1, 2):
+        make_base(seed=seed).save_pretrained(tmp_path / f"m{seed}")
+    config = json.loads((tmp_path / "m0/config.json").read_text()) | {"_name_or_path": "/secret_home/base"}
+    (tmp_path / "m0/config.json").write_text(json.dumps(config))
+    models = {name: tmp_path / f"m{name}" for name in "12"}
+    merge_checkpoints(models, tmp_path / "out", "emr", base=tmp_path / "m0")
+    with Hub() as hub:
+        run(hub, tmp_path, tmp_path / "home", "found = push_to_hub(root / 'out', 'someone/emr')")
+        pushed = hub.files("someone/emr")
+    assert {f"{name}/{file}" for name in "12" for file in ("config.json", "model.safetensors")} < set(pushed)
+    assert all(b"secret_home" not in content for content in pushed.values())
+    (tmp_path / "out/osrm_peft.json").write_text(json.dumps({"kind": "checkpoint", "method": "emr", "files": []}))
+    with pytest.raises(ValueError, match=r"osrm_peft.json names no files: write the model again"):
+        push_to_hub(tmp_path / "out", "someone/emr")
 
 
 def test_no_hub_is_one_error(root, tmp_path):

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from osrm_peft.checks import choice, integer, number
 from osrm_peft.features import TaskFeatures
-from osrm_peft.files import command, versions
+from osrm_peft.files import MANIFEST, command, versions
 from osrm_peft.fisher import DiagonalFisher
-from osrm_peft.hub import pinned
+from osrm_peft.hub import local_folder, pinned
 from osrm_peft.merging.inputs import (
     Adapters,
     Inputs,
@@ -27,7 +27,6 @@ from osrm_peft.merging.lowrank import SERVING
 from osrm_peft.merging.registry import Method, get_method
 from osrm_peft.merging.spaces import SPACES
 from osrm_peft.merging.statistics import Statistics, statistics_of
-from osrm_peft.moment_files import features_file
 
 GUIDED = ("features", "features_global")
 _SUMS = ("task_arithmetic", "concat")  # methods whose result is Σ w τ: whose weights features can choose
@@ -210,7 +209,9 @@ def _named(source: Any) -> str:
     """What the manifest tells of statistics: of a file on the Hub with the commit."""
     if not isinstance(source, (str, Path)):
         return "in memory"
-    return str(source) if Path(source).exists() else pinned(str(source), features_file(source))
+    if Path(source).exists():
+        return str(source)
+    return pinned(str(source), local_folder(str(source).partition(":")[0], [MANIFEST]))
 
 
 def _guidance(
