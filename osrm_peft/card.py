@@ -159,8 +159,9 @@ def _metadata(about: dict[str, Any], base: str | None) -> ModelCardData:
         fields["base_model"] = models[0] if len(models) == 1 else models
         fields["base_model_relation"] = "merge" if kind == "checkpoint" else "adapter"
     scores = about.get("scores") or []
-    title = (about.get("repo_id") or _title(about)).split("/")[-1]
-    fields |= {"pipeline_tag": pipeline, "datasets": list(dict.fromkeys(_datasets(scores))), "model_name": title}
+    datasets = dict.fromkeys(score["dataset"] for score in scores if score.get("dataset"))
+    fields |= {"pipeline_tag": pipeline, "datasets": list(datasets)}
+    fields["model_name"] = (about.get("repo_id") or _title(about)).split("/")[-1] if scores else None
     fields["eval_results"] = [
         EvalResult(
             task_type=pipeline or "text-classification",
@@ -173,13 +174,7 @@ def _metadata(about: dict[str, Any], base: str | None) -> ModelCardData:
         )
         for score in scores
     ]
-    if not scores:
-        del fields["model_name"]
     return ModelCardData(**{key: value for key, value in fields.items() if value})
-
-
-def _datasets(scores: list[dict[str, Any]]) -> Iterator[str]:
-    return (score["dataset"] for score in scores if score.get("dataset"))
 
 
 def _title(about: dict[str, Any]) -> str:

@@ -59,12 +59,12 @@ class Node:
         return cache / self.kind / f"{self.key}.note.json"
 
 
-def ordered(wanted: Iterable[Node]) -> list[Node]:
-    """The nodes and all that they need, inputs first, equal ones once."""
+def ordered(wanted: Iterable[Node], is_there: Callable[[Node], bool] = lambda node: False) -> list[Node]:
+    """The nodes and all that they need, inputs first, equal ones once; what is there is left out, with its inputs."""
     found: dict[str, Node] = {}
 
     def visit(node: Node) -> None:
-        if node.key not in found:
+        if node.key not in found and not is_there(node):
             for one in node.inputs.values():
                 visit(one)
             found[node.key] = node
@@ -76,18 +76,7 @@ def ordered(wanted: Iterable[Node]) -> list[Node]:
 
 def missing(wanted: Iterable[Node], cache: Path) -> list[Node]:
     """Those to make, inputs first: what only artefacts that are there need is not made."""
-    found: dict[str, Node] = {}
-
-    def visit(node: Node) -> None:
-        if node.key in found or node.note(cache).is_file():
-            return
-        for one in node.inputs.values():
-            visit(one)
-        found[node.key] = node
-
-    for node in wanted:
-        visit(node)
-    return list(found.values())
+    return ordered(wanted, lambda node: node.note(cache).is_file())
 
 
 def levels(nodes: Iterable[Node]) -> list[list[Node]]:

@@ -57,7 +57,7 @@ def _scores(suite: Suite, experiment: Experiment, cache: Path, folder: Path, mad
     if experiment.x == "λ":
         plot_scales(table, folder / "plot.png")
     elif experiment.x:
-        _plot(experiment, {score.init: x for score, x in found}, table, folder / "plot.png")
+        _plot_average(experiment, {score.init: x for score, x in found}, table, folder / "plot.png")
     return "\n\n".join([table.markdown(), *_paper(suite, experiment, table)])
 
 
@@ -67,10 +67,8 @@ def _paper(suite: Suite, experiment: Experiment, table: MultiTaskTable) -> list[
     if known is None:
         return []
     header = ["the paper's", *table.tasks, AVERAGE]
-    lines = [header, ["---", *["--:"] * (len(header) - 1)]]
-    lines += [[name, *(str(row.get(column, "")) for column in header[1:])] for name, row in known["rows"].items()]
-    text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    return [f"The paper's {known['table']} (p. {known['page']}):", text]
+    rows = [[name, *(str(row.get(column, "")) for column in header[1:])] for name, row in known["rows"].items()]
+    return [f"The paper's {known['table']} (p. {known['page']}):", _markdown(header, rows)]
 
 
 def _values(experiment: Experiment, cache: Path, folder: Path, made: Mapping[str, Any]) -> str:
@@ -83,10 +81,11 @@ def _values(experiment: Experiment, cache: Path, folder: Path, made: Mapping[str
         writer = csv.writer(file)
         writer.writerow(["layer", "column", "value"])
         writer.writerows([layer, name, found[layer]] for name, found in columns.items() for layer in layers)
-    _plot_layers(experiment, columns, layers, folder / "plot.png")
-    rows = [["layer", *columns], ["---", *["--:"] * len(columns)]]
-    rows += [[layer, *(f"{found[layer]:.3g}" for found in columns.values())] for layer in layers]
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    lines = {name: [(place, found[layer]) for place, layer in enumerate(layers)] for name, found in columns.items()}
+    title = experiment.title.partition(" (")[0]
+    _plot(lines, folder / "plot.png", xlabel="layer, in model order", ylabel=title)
+    rows = [[layer, *(f"{found[layer]:.3g}" for found in columns.values())] for layer in layers]
+    return _markdown(["layer", *columns], rows)
 
 
 def _copied(source: Path, folder: Path) -> str:
@@ -95,39 +94,34 @@ def _copied(source: Path, folder: Path) -> str:
     return (source / "table.md").read_text(encoding="utf-8").strip()
 
 
-def _plot(experiment: Experiment, x_of: Mapping[str, float], table: MultiTaskTable, path: Path) -> None:
+def _plot_average(experiment: Experiment, x_of: Mapping[str, float], table: MultiTaskTable, path: Path) -> None:
     """The average against x, a line a kind of adapter and method."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
     lines: dict[str, list[tuple[float, float]]] = {}
     for row in table.rows:
         name = f"{row['init'].partition(',')[0]}, {row['method']}"
         lines.setdefault(name, []).append((x_of[row["init"]], row["scores"][AVERAGE]))
-    for name, points in lines.items():
-        axes.plot(*zip(*sorted(points), strict=True), marker="o", label=name)
-    axes.set(xlabel=experiment.x, ylabel="average over tasks [%]", xscale="log" if experiment.x == "k" else "linear")
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
-    with new_file(path) as partial:
-        figure.savefig(partial, format="png", dpi=120)
+    scale = "log" if experiment.x == "k" else "linear"
+    _plot(lines, path, xlabel=experiment.x, ylabel="average over tasks [%]", xscale=scale)
 
 
-def _plot_layers(
-    experiment: Experiment, columns: Mapping[str, Mapping[str, float]], layers: Sequence[str], path: Path
-) -> None:
+def _plot(lines: Mapping[str, Sequence[tuple[float, float]]], path: Path, **axes_options: Any) -> None:
+    """{name: points (x, y)}, a line each; write a PNG."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    for name, found in columns.items():
-        axes.plot(range(len(layers)), [found[layer] for layer in layers], marker="o", label=name)
-    axes.set(xlabel="layer, in model order", ylabel=experiment.title.partition(" (")[0])
+    for name, points in lines.items():
+        axes.plot(*zip(*sorted(points), strict=True), marker="o", label=name)
+    axes.set(**axes_options)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     with new_file(path) as partial:
         figure.savefig(partial, format="png", dpi=120)
+
+
+def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---", *["--:"] * (len(header) - 1)], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def _settings(suite: Suite) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from osrm_peft import (
     merge_adapters,
     project_adapter,
 )
-from osrm_peft.demo import Merge
+from osrm_peft.demo import STATISTICS_ROWS, Merge
 from osrm_peft.distributed import Processes, local_device
 from osrm_peft.features import TaskFeatures
 from osrm_peft.files import write_json
@@ -31,7 +31,6 @@ from osrm_peft.yaml_io import fields_from_yaml
 from reproduction.graph import Node
 
 PLAIN, OSRM = "LoRA", "OSRM"
-STATISTICS_ROWS = 100
 
 
 @dataclass(frozen=True)
