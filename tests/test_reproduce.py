@@ -3,9 +3,11 @@
 import csv
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from statistics import fmean, stdev
 
 import pytest
 import yaml
@@ -239,6 +241,18 @@ def test_the_main_table_has_every_method_without_and_with_osrm(out):
     assert "±" in text and "The paper's Table 1 (p. 6)" in text and "| individual | 81.25 | 70.0 |" in text
 
 
+def test_what_osrm_adds_is_paired_by_seed(out):
+    rows = [row for row in csv.DictReader((out / "main/scores.csv").open(encoding="utf-8")) if row["method"] == "ties"]
+    score = {(row["init"], row["seed"], row["task"]): 100 * float(row["score"]) for row in rows}
+    differences = {
+        task: [score[OSRM, seed, task] - score[PLAIN, seed, task] for seed in "12"] for task in ("one", "two")
+    }
+    differences["average"] = [fmean(pair) for pair in zip(*differences.values(), strict=True)]
+    cells = [f"{fmean(pair):.1f} ± {stdev(pair):.1f}" for pair in differences.values()]
+    assert f"| OSRM − LoRA | ties | 1 | {' | '.join(cells)} |" in (out / "main/table.md").read_text()
+    assert "The difference" not in (out / "post/table.md").read_text()
+
+
 def test_the_rank_of_h_is_bounded_by_its_samples(out):
     values = json.loads((out / "rank/values.json").read_text())["values"]
     assert {key: max(found.values()) for key, found in values.items()} == {"k = 2": 2, "k = 4": 4}
@@ -272,7 +286,19 @@ def test_submitted_jobs_make_the_same(out, tiny):
 
 
 def test_two_processes_make_the_same(out, tiny):
+    """Features, projections and scores of the same adapters; and adapters, whose batches are twice as large."""
+    shutil.copytree(tiny / "cache", tiny / "two")
+    for kind in ("features", "projected", "statistic", "alone", "merged"):
+        shutil.rmtree(tiny / "two" / kind)
+    for note in (tiny / "two/adapter").glob("*.note.json"):
+        if json.loads(note.read_text())["about"]["init"] == OSRM:
+            note.unlink()
+            shutil.rmtree(note.with_name(note.name.removesuffix(".note.json")))
     launch = ["-m", "accelerate.commands.launch", "--config_file", str(ROOT / "accelerate_configs/cpu_ddp.yaml")]
-    words = ["--cache", tiny / "two", "--out", tiny / "shared", "--experiments", "rank"]  # of features, shared out
-    command(tiny, *words, launch=launch)
-    assert (tiny / "shared/rank/values.csv").read_text() == (out / "rank/values.csv").read_text()
+    words = ["--cache", tiny / "two", "--out", tiny / "shared", "--experiments", "rank", "drift", "post"]
+    printed = command(tiny, *words, launch=launch)
+    assert all(f"] {kind} " in printed for kind in ("features", "adapter", "projected", "alone", "merged"))
+    for name in ("rank/values.csv", "post/scores.csv"):
+        assert (tiny / "shared" / name).read_text() == (out / name).read_text()
+    drifts = [json.loads((one / "drift/values.json").read_text())["values"]["one"] for one in (tiny / "shared", out)]
+    assert drifts[0].keys() == drifts[1].keys()

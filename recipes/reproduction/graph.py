@@ -160,4 +160,6 @@ def _seconds_per_cost(folder: Path) -> float | None:
 
 
 def _short(about: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name}={value}" for name, value in about.items() if not isinstance(value, (dict, list)))
+    """On one line: numbers, names and short lists."""
+    parts = {name: value for name, value in about.items() if not isinstance(value, dict)}
+    return ", ".join(f"{k}={v}" for k, v in parts.items() if not (isinstance(v, list) and len(v) > 3))

@@ -5,15 +5,15 @@ import json
 import platform
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from osrm_peft.files import new_file, versions, write_json
 from osrm_peft.html_report import write_report
-from osrm_peft.report import AVERAGE, MultiTaskTable, plot_scales
+from osrm_peft.report import AVERAGE, MultiTaskTable, Score, plot_scales
 from reproduction.experiments import Experiment
-from reproduction.suite import Suite
+from reproduction.suite import OSRM, PLAIN, Suite
 
 
 def write_outputs(suite: Suite, experiments: Sequence[Experiment], cache: Path, out: Path, command: str) -> None:
@@ -58,7 +58,19 @@ def _scores(suite: Suite, experiment: Experiment, cache: Path, folder: Path, mad
         plot_scales(table, folder / "plot.png")
     elif experiment.x:
         _plot_average(experiment, {score.init: x for score, x in found}, table, folder / "plot.png")
-    return "\n\n".join([table.markdown(), *_paper(suite, experiment, table)])
+    return "\n\n".join([table.markdown(), *_difference(rows), *_paper(suite, experiment, table)])
+
+
+def _difference(scores: Sequence[Score]) -> list[str]:
+    """What OSRM adds: its scores minus those of plain LoRA, seed by seed, where an experiment has both."""
+
+    def found(init: str) -> dict[Score, float]:
+        ours = [score for score in scores if score.init.startswith(init)]
+        return {replace(one, init=one.init.replace(init, f"{OSRM} − {PLAIN}", 1), score=0.0): one.score for one in ours}
+
+    plain = found(PLAIN)
+    both = [replace(one, score=score - plain[one]) for one, score in found(OSRM).items() if one in plain]
+    return ["The difference:", MultiTaskTable.of(both).markdown()] if both else []
 
 
 def _paper(suite: Suite, experiment: Experiment, table: MultiTaskTable) -> list[str]:
