@@ -25,7 +25,7 @@ _PIPELINES = {  # {PEFT's task type: (the Hub's name, transformers' class)}
     "FEATURE_EXTRACTION": ("feature-extraction", "AutoModel"),
 }
 _METRICS = {"matthews": "matthews_correlation"}  # the Hub's names
-_RECIPE = ("method", "options", "scale", "weights", "space", "rank", "seed", "statistics", "features")
+_RECIPE = ("base_model", "method", "options", "scale", "weights", "space", "rank", "seed", "statistics", "features")
 _FACTS = {
     "method": "method", "scale": "scale λ", "space": "space", "seed": "seed", "written_rank": "rank as written",
     "vocab": "vocabulary", "train_rows": "training rows",

@@ -180,10 +180,13 @@ def test_no_folder_of_this_machine_is_in_a_card():
 def test_the_recipe_in_a_card_makes_the_merge_again(tmp_path):
     for seed, task in enumerate(("t1", "t2"), 1):
         make_adapter(tmp_path / task, seed=seed)
+        config = json.loads((tmp_path / task / "adapter_config.json").read_text())
+        config["base_model_name_or_path"] = f"copies/{task}"  # of one base model
+        (tmp_path / task / "adapter_config.json").write_text(json.dumps(config))
     adapters = {task: str(tmp_path / task) for task in ("t1", "t2")}
     options = {"density": 0.3, "trim": "layer"}
     weights = {"t1": 1, "t2": {"*query": 0.5, "*": 1}}
-    merged = merge_adapters(adapters, "ties", weights=weights, scale=0.7, rank=6, **options)
+    merged = merge_adapters(adapters, "ties", weights=weights, scale=0.7, rank=6, base_model="someone/base", **options)
     merged.save_pretrained(tmp_path / "merged")
     text = (tmp_path / "merged/README.md").read_text()
     written = re.search(r"^```yaml\n(.+?)^```", text, re.DOTALL | re.MULTILINE)[1]
@@ -192,7 +195,7 @@ def test_the_recipe_in_a_card_makes_the_merge_again(tmp_path):
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe | {"adapters": adapters}))
     plan = MergeRecipe.from_yaml(tmp_path / "recipe.yaml").plan()
     again = plan.manifest()
-    same = ("method", "options", "scale", "weights", "space", "rank")
+    same = ("base_model", "method", "options", "scale", "weights", "space", "rank")
     assert {key: again[key] for key in same} == {key: merged.manifest[key] for key in same}
 
 

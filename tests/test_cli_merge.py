@@ -85,7 +85,9 @@ def test_a_dry_run_says_what_would_be_merged_and_writes_nothing(adapters, tmp_pa
     written = (out / "adapter_model.safetensors").stat().st_size
     assert "weights written 4.1 kB in float32" in printed  # 4 layers, rank 8, 16 + 16 wide, 4 bytes
     assert 4 * 8 * (16 + 16) * 4 < written < 2 * 4 * 8 * (16 + 16) * 4  # and safetensors' header
-    assert "dense vector and 1-bit masks" in call("merge", *adapters.values(), "-m", "emr", "--dry-run")
+    assert "dense vector and 1-bit masks" in call(
+        "merge", *adapters.values(), "--out", tmp_path / "emr", "-m", "emr", "--dry-run"
+    )
     text = call("merge", "a=no/such", "--dry-run", code=2)
     assert "neither a folder nor a Hub repository" in text
 
