@@ -24,7 +24,8 @@ import transformers
 from rich.console import Console
 from transformers import TrainerCallback
 
-from osrm_peft import MaskedAdapter, TaskFeatures, evaluate_task, load_adapter, merge_adapters, project_adapter
+from osrm_peft import TaskFeatures, evaluate_task, load_adapter, merge_adapters, project_adapter
+from osrm_peft.base_models import load_tokenizer
 from osrm_peft.demo import RECIPE as DEMO
 from osrm_peft.files import versions, write_json
 from osrm_peft.layers import lora_layers
@@ -32,7 +33,7 @@ from osrm_peft.recipe import Recipe
 from osrm_peft.spectrum import Pool
 from osrm_peft.subspace import procrustes_drift
 from osrm_peft.tasks import Task, load_task
-from osrm_peft.training import load_base, load_tokenizer, train_task
+from osrm_peft.training import train_task
 
 PAPER: dict[str, Any] = {"statistic": "token", "null_space": "random", "protect": None}
 INITS: dict[str, dict[str, Any] | None] = {  # OSRMLoraConfig fields; None: PEFT's own A
@@ -178,7 +179,10 @@ class Study:
             for rate in RATES:
                 adapters = {name: self._train(recipe, init, name, rate, task)[0] for name, task in tasks.items()}
                 merged = merge_adapters(adapters, "task_arithmetic", scale=0.3)  # type: ignore[arg-type]
-                models = {"alone": lambda n, a=adapters: _alone(a[n]), "TA 0.3": lambda n, m=merged: _merged(m, n, 0)}  # type: ignore[misc]
+                models = {
+                    "alone": lambda n, a=adapters: _alone(a[n]),
+                    "TA 0.3": lambda n, m=merged: m.load(RECIPE.model, n),
+                }
                 scores = {key: {n: self._score(of, tasks[n]) for n in tasks} for key, of in models.items()}
                 found[f"{rate:g}"] = {
                     "mean": statistics.fmean(v for one in scores.values() for v in one.values())
@@ -198,7 +202,7 @@ class Study:
             options = {"statistics": grams} if method == "regmean" else {}
             merged = merge_adapters(adapters, method, scale=scale, **options)  # type: ignore[arg-type]
             scores[column] = {
-                name: self._score(lambda n, merged=merged: _merged(merged, n, tasks[n].num_labels), tasks[name])  # type: ignore[misc]
+                name: self._score(lambda n, merged=merged: merged.load(RECIPE.model, n), tasks[name])  # type: ignore[misc]
                 for name in self.names
             }
         return scores
@@ -216,13 +220,7 @@ def _held_out(name: str) -> Task:
 
 
 def _alone(adapter: Path) -> torch.nn.Module:
-    return load_adapter(adapter).attach(RECIPE.model).merge_and_unload()
-
-
-def _merged(merged: Any, name: str, num_labels: int) -> torch.nn.Module:
-    if isinstance(merged, MaskedAdapter):
-        return merged.load(load_base(RECIPE.model, num_labels).eval(), name)
-    return merged.for_task(name).attach(RECIPE.model).merge_and_unload()
+    return load_adapter(adapter).attach(RECIPE.model)
 
 
 def tables(out: Path) -> str:

@@ -13,8 +13,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from osrm_peft.base_models import load_base
 from osrm_peft.files import new_file
 from osrm_peft.hub import public_name
 from osrm_peft.layers import weight_shape
@@ -164,7 +165,7 @@ class LoraAdapter:
         Raises:
             ValueError: `base` lacks a layer, or its head has another shape.
         """
-        model = self._load_base(base) if isinstance(base, str) else base
+        model = self.load_base_model(base) if isinstance(base, str) else base
         self._check_fits(model)
         config = self.peft_config()
         config.base_model_name_or_path = None  # PEFT fills in this model's, and would warn of another
@@ -201,15 +202,12 @@ class LoraAdapter:
                     f"load the base model with num_labels={len(tensor)}"
                 )
 
-    def _load_base(self, name: str) -> PreTrainedModel:
+    def load_base_model(self, name: str) -> PreTrainedModel:
+        """The base model of this name, as this adapter needs it: of its task type, with a head of its width."""
         task_type = self.config.get("task_type")
         if self.heads and task_type == "SEQ_CLS":
             num_labels = len(self.heads[max(self.heads)])  # the last layer: classifier, classifier.out_proj, score
-            return AutoModelForSequenceClassification.from_pretrained(
-                resolve_model(name),
-                num_labels=num_labels,
-                ignore_mismatched_sizes=True,  # ours replaces the head
-            )
+            return load_base(name, num_labels)  # ours replaces the head
         if task_type == "CAUSAL_LM":
             return AutoModelForCausalLM.from_pretrained(resolve_model(name))
         raise ValueError(

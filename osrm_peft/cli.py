@@ -48,6 +48,7 @@ def evaluate(
     Under `accelerate launch … -m osrm_peft` the processes share the rows.
     """
     from osrm_peft.adapter_reader import load_adapter
+    from osrm_peft.base_models import load_tokenizer
     from osrm_peft.card import record_scores
     from osrm_peft.distributed import local_device, start
     from osrm_peft.evaluation import evaluate_task
@@ -56,7 +57,6 @@ def evaluate(
     from osrm_peft.merging.masked import MaskedAdapter
     from osrm_peft.report import MultiTaskTable, Score
     from osrm_peft.tasks import load_task
-    from osrm_peft.training import load_base, load_tokenizer
 
     folder = local_folder(adapter, ["*.json", "*.safetensors", "heads/*.safetensors"])
     manifest = read_manifest(folder)
@@ -72,7 +72,7 @@ def evaluate(
         rows_of_task = load_task(suite, name).sample(validation=rows)
         if masked is not None:
             base = model or manifest.get("base_model") or ""
-            with_task: Any = masked.load(load_base(base, rows_of_task.num_labels).eval(), name)
+            with_task: Any = masked.load(base, name)
         else:
             loaded = load_adapter(folder, head=name if merged else None)
             base = model or manifest.get("base_model") or loaded.base_model or ""

@@ -110,10 +110,10 @@ def interference(
     out: Annotated[Path, typer.Option(help="Folder for interference.json and .png.")] = Path("results/interference"),
 ) -> None:
     """Before merging: how strongly each adapter acts on the other tasks' features."""
+    from osrm_peft.base_models import load_base
     from osrm_peft.crosstalk import interference as measure
     from osrm_peft.files import versions, write_json
     from osrm_peft.report import interference_table, plot_interference
-    from osrm_peft.training import load_base
 
     named, files = sources(adapters), pairs(features)
     model = None if base is None else load_base(base, 2)

@@ -11,17 +11,16 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from osrm_peft.adapter_reader import load_adapter
-from osrm_peft.adapters import LoraAdapter
+from osrm_peft.base_models import load_base, load_tokenizer
 from osrm_peft.crosstalk import Interference, interference
 from osrm_peft.demo_results import Scores, read_scores, report
 from osrm_peft.evaluation import evaluate_task
 from osrm_peft.files import new_file, versions, write_json
 from osrm_peft.html_report import write_report
-from osrm_peft.merging import MaskedAdapter, MergedAdapter, merge_adapters
+from osrm_peft.merging import merge_adapters
 from osrm_peft.merging.registry import METHODS
 from osrm_peft.recipe import STATISTIC_KINDS, Recipe
 from osrm_peft.report import MultiTaskTable, plot_interference, plot_scales
-from osrm_peft.training import load_base, load_tokenizer
 
 RECIPE = Recipe(
     model="packaged",
@@ -153,14 +152,6 @@ def _run_seed(out: Path, recipe: Recipe, osrm: dict[str, Any], bar: tqdm) -> dic
         options: dict[str, Any] = {"max_length": recipe.max_length, "progress": False}
         return {name: evaluate_task(model_of(name), tasks[name], tokenizer, **options) for name in names}
 
-    def baked(adapter: LoraAdapter) -> nn.Module:
-        return adapter.attach(recipe.model).merge_and_unload()  # the same logits, without the adapter's cost
-
-    def with_task(merged: MergedAdapter | MaskedAdapter, name: str) -> nn.Module:
-        if isinstance(merged, MaskedAdapter):
-            return merged.load(load_base(recipe.model, tasks[name].num_labels).eval(), name)
-        return baked(merged.for_task(name))
-
     scores, measured = Scores(folder / "scores.json"), {}
     for init, one in (("plain LoRA", recipe), ("OSRM", with_osrm)):
         short = init.split()[0]
@@ -183,7 +174,7 @@ def _run_seed(out: Path, recipe: Recipe, osrm: dict[str, Any], bar: tqdm) -> dic
         measured[init] = interference(adapters, features, base=load_base(recipe.model, 2))
         if not scores.has(init, "individual", None):
             bar.set_postfix_str(f"evaluate {init} alone")
-            found = evaluate(lambda name, adapters=adapters: baked(load_adapter(adapters[name])))  # type: ignore[misc]
+            found = evaluate(lambda name, adapters=adapters: load_adapter(adapters[name]).attach(recipe.model))  # type: ignore[misc]
             scores.add(init, "individual", None, recipe.seed, found)
         bar.update()
         for label, merge in MERGES.items():
@@ -203,7 +194,7 @@ def _run_seed(out: Path, recipe: Recipe, osrm: dict[str, Any], bar: tqdm) -> dic
             for scale in missing:
                 bar.set_postfix_str(f"evaluate {init}, {label}, λ = {scale:g}")
                 scaled = merged.at_scale(scale)
-                found = evaluate(lambda name, scaled=scaled: with_task(scaled, name))  # type: ignore[misc]
+                found = evaluate(lambda name, scaled=scaled: scaled.load(recipe.model, name))  # type: ignore[misc]
                 scores.add(init, label, scale, recipe.seed, found)
                 bar.update()
     return measured

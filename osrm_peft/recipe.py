@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 from transformers import DataCollatorWithPadding
 
 from osrm_peft.adapter_reader import load_adapter
+from osrm_peft.base_models import load_base, load_tokenizer
 from osrm_peft.checks import choice, integer
 from osrm_peft.collection import collect_features, collect_gram
 from osrm_peft.config import OSRMLoraConfig
@@ -18,7 +19,7 @@ from osrm_peft.distributed import Processes, local_device, spread
 from osrm_peft.features import TaskFeatures
 from osrm_peft.fisher import DiagonalFisher, collect_fisher
 from osrm_peft.tasks import Task, list_tasks, load_task, tokenize
-from osrm_peft.training import PAPER_LORA, load_base, load_tokenizer, train_task
+from osrm_peft.training import PAPER_LORA, train_task
 from osrm_peft.yaml_io import fields_from_yaml
 
 STATISTIC_KINDS = ("gram", "fisher")

@@ -12,10 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import CONFIG_NAME
 from torch import Tensor
 from transformers import (
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
     DataCollatorWithPadding,
-    PreTrainedModel,
     PrinterCallback,
     Trainer,
     TrainerCallback,
@@ -24,13 +21,13 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint
 
+from osrm_peft.base_models import load_base, load_tokenizer
 from osrm_peft.callback import OSRMCallback
 from osrm_peft.card import write_manifest
 from osrm_peft.config import OSRMLoraConfig
 from osrm_peft.distributed import whole
 from osrm_peft.files import check_replaceable, command, new_folder, read_manifest, read_object, versions, write_json
 from osrm_peft.hub import public_name
-from osrm_peft.packaged import resolve_model
 from osrm_peft.tasks import Task, tokenize
 
 # The OSRM paper's settings (§5.1 and Table 10), except the learning rate, which depends on model, task and init.
@@ -44,30 +41,6 @@ PAPER_TRAINING: dict[str, Any] = {
     "per_device_train_batch_size": 64,
     "num_train_epochs": 10,
 }
-
-
-def load_base(model: str, num_labels: int, device_map: str | None = None) -> PreTrainedModel:
-    """A pre-trained model with a fresh classification head (`num_labels=1`: regression), in float32.
-
-    Args:
-        model: Hub id, folder, or `"packaged"`.
-        num_labels: width of the head. It is drawn from torch's global generator: seed it first.
-        device_map: `"auto"` spreads a model over the GPUs of this machine, and its memory where they are too few.
-    """
-    base = AutoModelForSequenceClassification.from_pretrained(
-        resolve_model(model), num_labels=num_labels, ignore_mismatched_sizes=True, device_map=device_map
-    )
-    if base.config.pad_token_id is None:  # decoders such as Llama have none; classification pools at the last token
-        base.config.pad_token_id = load_tokenizer(model).pad_token_id
-    return base
-
-
-def load_tokenizer(model: str):
-    """The model's tokenizer, with a padding token (the end-of-sequence token where the model has none)."""
-    tokenizer = AutoTokenizer.from_pretrained(resolve_model(model))
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
 
 
 def train_task(

@@ -24,11 +24,11 @@ from transformers import (
 )
 
 from osrm_peft import evaluate_task, load_merged, load_task, merge_checkpoints
+from osrm_peft.base_models import load_base, load_tokenizer
 from osrm_peft.checkpoints.spectra import plot_spectra, spectra, spectra_table
 from osrm_peft.files import new_file, versions, write_json
 from osrm_peft.report import MultiTaskTable, Score
 from osrm_peft.tasks import Task, tokenize
-from osrm_peft.training import load_base, load_tokenizer
 
 # Three tasks: of two models θ₀ is the mean and δ₁ = −δ₂, so LoRE's direct sum is the average, whatever μ and λ are.
 TASKS, LONG = ("questions", "product_reviews", "tweets"), "tweets"

@@ -7,7 +7,9 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import save_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
 
 from osrm_peft import load_adapter, merge_adapters
 from osrm_peft.layers import as_weight, lora_layers
@@ -34,6 +36,27 @@ VARIANTS = {
 
 def kind_of(variant):
     return VARIANTS[variant].get("kind", "bert")
+
+
+@pytest.mark.parametrize("has_tokenizer", [True, False])
+def test_a_decoder_attached_by_name_pads_as_its_tokenizer(has_tokenizer, tmp_path):
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    base = LlamaForSequenceClassification(LlamaConfig(vocab_size=50, num_labels=3, **sizes))
+    base.save_pretrained(tmp_path / "base")
+    if has_tokenizer:
+        words = Tokenizer(WordLevel({"<unk>": 0, "</s>": 7}, "<unk>"))
+        PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>").save_pretrained(tmp_path / "base")
+    adapted = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"], task_type="SEQ_CLS")).eval()
+    adapted.save_pretrained(tmp_path / "adapter")
+    model = load_adapter(tmp_path / "adapter").attach(str(tmp_path / "base"))
+    assert model.config.pad_token_id == (7 if has_tokenizer else None)
+    rows = torch.tensor([[1, 2, 3], [4, 5, 7]])
+    with torch.no_grad():
+        alone = torch.cat([adapted(row[None]).logits for row in (rows[0], rows[1, :2])])
+        if has_tokenizer:
+            torch.testing.assert_close(model(rows).logits, alone)
+        else:
+            torch.testing.assert_close(model(rows[:1]).logits, alone[:1])
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

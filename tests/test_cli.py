@@ -9,9 +9,9 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from osrm_peft import TaskFeatures, list_tasks
+from osrm_peft.base_models import load_base
 from osrm_peft.recipe import Recipe
 from osrm_peft.tensor_files import tensor_headers
-from osrm_peft.training import load_base
 from tests.test_recipes import write
 
 COMMAND = [str(Path(sys.executable).with_name("osrm-peft"))]

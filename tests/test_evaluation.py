@@ -6,10 +6,10 @@ from sklearn.metrics import matthews_corrcoef
 from transformers import AutoTokenizer
 
 from osrm_peft import Task, evaluate_task, load_task
+from osrm_peft.base_models import load_base
 from osrm_peft.evaluation import predict, score
 from osrm_peft.packaged import resolve_model
 from osrm_peft.tasks import tokenize
-from osrm_peft.training import load_base
 
 
 def task_of(labels, num_labels, metric):

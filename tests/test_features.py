@@ -10,10 +10,10 @@ from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, DataCollatorWithPadding
 
 from osrm_peft import TaskFeatures, collect_features, load_task
+from osrm_peft.base_models import load_base
 from osrm_peft.layers import target_layers, weight_hash
 from osrm_peft.packaged import resolve_model
 from osrm_peft.tasks import tokenize
-from osrm_peft.training import load_base
 from tests.conftest import make_base, make_batch
 
 TARGETS = ["query", "value"]

@@ -9,8 +9,8 @@ from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
 
 from osrm_peft import OSRMLoraConfig
+from osrm_peft.base_models import load_base
 from osrm_peft.recipe import Recipe
-from osrm_peft.training import load_base
 from osrm_peft.yaml_io import parse_yaml
 
 ROOT = Path(__file__).parent.parent

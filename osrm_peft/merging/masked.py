@@ -96,10 +96,16 @@ class MaskedAdapter(Pushable):
         finally:
             _write(before)
 
-    def load(self, base: PreTrainedModel, task: str) -> PreTrainedModel:
-        """`base` with this task's weights and head written into it for good."""
-        _write(self._weights_of(task, base))
-        return base
+    def load(self, base: PreTrainedModel | str, task: str) -> PreTrainedModel:
+        """`base` with this task's weights and head written into it for good.
+
+        Args:
+            base: the base model, with a head of the task's width, or its name (see `LoraAdapter.attach`).
+        """
+        self._place(task)
+        model = self.tasks[task].load_base_model(base) if isinstance(base, str) else base
+        _write(self._weights_of(task, model))
+        return model
 
     def adapter(self, task: str, rank: int | None = None) -> LoraAdapter:
         """This task as an ordinary LoRA adapter with its head: of full rank, or the best of this rank."""

@@ -10,7 +10,6 @@ from typing import Any
 from peft import LoraConfig
 
 from osrm_peft import (
-    MaskedAdapter,
     OSRMLoraConfig,
     evaluate_task,
     load_adapter,
@@ -18,6 +17,7 @@ from osrm_peft import (
     merge_adapters,
     project_adapter,
 )
+from osrm_peft.base_models import load_tokenizer
 from osrm_peft.demo import STATISTICS_ROWS, Merge
 from osrm_peft.distributed import Processes, local_device
 from osrm_peft.features import TaskFeatures
@@ -26,7 +26,7 @@ from osrm_peft.merging.registry import METHODS
 from osrm_peft.out_of_task import OutOfTask
 from osrm_peft.recipe import Recipe
 from osrm_peft.tasks import Task
-from osrm_peft.training import PAPER_LORA, load_base, load_tokenizer, train_task
+from osrm_peft.training import PAPER_LORA, train_task
 from osrm_peft.yaml_io import fields_from_yaml
 from reproduction.graph import Node
 
@@ -215,12 +215,9 @@ class Suite:
             found = []
             for scale in merge.scales:
                 for task in adapters:
-                    rows, scaled = self.recipe(seed).task(task), merged.at_scale(scale)
-                    if isinstance(scaled, MaskedAdapter):
-                        model: Any = scaled.load(load_base(self.model, rows.num_labels).eval(), task)
-                    else:
-                        model = scaled.for_task(task).attach(self.model).merge_and_unload()
-                    found.append({"scale": scale, "task": task, "score": self._score(rows, model, processes)})
+                    model = merged.at_scale(scale).load(self.model, task)
+                    score = self._score(self.recipe(seed).task(task), model, processes)
+                    found.append({"scale": scale, "task": task, "score": score})
             processes.from_main(lambda: write_json(path, {"scores": found}))
 
         about = self._about(merge=list(merge), seed=seed, tasks=list(adapters), validation_rows=self.validation_rows)

@@ -286,6 +286,14 @@ def test_load_writes_a_task_for_good(folders):
     assert same_bits(model, state(expected))
 
 
+def test_load_takes_the_base_model_by_name(folders, base_folder):
+    merged = merge_adapters(folders(), "emr")
+    model = merged.load(base_folder, "t1")
+    assert not model.training and same_bits(model, state(merged.load(make_base(3), "t1")))
+    with pytest.raises(ValueError, match="no task 'x' was merged, only t1, t2"):
+        merged.load("nowhere", "x")
+
+
 def narrower(adapters):
     merged = merge_adapters(adapters, "emr")
     return merged, make_base(3, hidden_size=8), "t1", r"has \(8, 8\) at '.*query', the merge \(16, 16\): pass the base"

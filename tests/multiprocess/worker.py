@@ -21,11 +21,12 @@ from transformers import TrainerCallback, TrainingArguments
 
 import osrm_peft.training
 from osrm_peft import initialize_osrm_weights
+from osrm_peft.base_models import load_base
 from osrm_peft.cli import main as command
 from osrm_peft.distributed import start, whole
 from osrm_peft.layers import lora_layers
 from osrm_peft.recipe import Recipe
-from osrm_peft.training import load_base, train_task
+from osrm_peft.training import train_task
 
 STEPS, CHECKPOINT, KILLED = 4, 2, 3
 
