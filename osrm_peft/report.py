@@ -42,7 +42,7 @@ class MultiTaskTable:
     """Scores in percent: rows (init, method, λ) × tasks and their average, mean and spread over seeds.
 
     Attributes:
-        tasks: the columns, before the average.
+        tasks: the columns; where they are several, the average comes after them.
         rows: {"init", "method", "scale", "seeds", "scores": {column: mean}, "spread": {column: sample std or None}}.
     """
 
@@ -80,10 +80,15 @@ class MultiTaskTable:
             )
         return cls(tasks, rows)
 
+    @property
+    def columns(self) -> list[str]:
+        """The tasks, and their average where they are several."""
+        return [*self.tasks, AVERAGE] if len(self.tasks) > 1 else self.tasks
+
     def best(self) -> list[list[bool]]:
         """For each row and column whether no merge has a higher mean; individual adapters do not compete."""
         merged = [row["scores"] for row in self.rows if row["method"] != "individual"]
-        columns = [*self.tasks, AVERAGE]
+        columns = self.columns
         highest = {column: max(scores[column] for scores in merged) for column in columns if merged}
         return [  # equal means of several seeds may differ in their last bit
             [row["method"] != "individual" and row["scores"][one] >= highest[one] - 1e-9 for one in columns]
@@ -99,11 +104,11 @@ class MultiTaskTable:
 
     def cells(self) -> tuple[list[str], list[list[str]]]:
         """(header, rows) as text, for any kind of table."""
-        header = ["adapters", "merge", "λ", *self.tasks, AVERAGE]
+        header = ["adapters", "merge", "λ", *self.columns]
         lines = []
         for row in self.rows:
             cells = [row["init"], row["method"], "" if row["scale"] is None else f"{row['scale']:g}"]
-            for column in [*self.tasks, AVERAGE]:
+            for column in self.columns:
                 spread = row["spread"][column]
                 cells.append(f"{row['scores'][column]:.1f}" + ("" if spread is None else f" ± {spread:.1f}"))
             lines.append(cells)
@@ -119,8 +124,8 @@ class MultiTaskTable:
         """A table for `rich` to print, narrow enough for 80 columns; the best merge of each column in bold."""
         table = Table(title=title, title_justify="left", box=HORIZONTALS, show_edge=False, padding=0)
         table.add_column("merge and λ", no_wrap=True)
-        for name in [*self.tasks, "average"]:
-            words = name.split("_")
+        for name in self.columns:
+            words = ["average"] if name == AVERAGE else name.split("_")
             table.add_column("\n".join(words), justify="right", min_width=max(map(len, words)))
         _, lines = self.cells()
         init = None

@@ -37,9 +37,10 @@ class Experiment:
         name: as in the configuration.
         title: with the paper's table or figure.
         cells: of its table of scores.
-        x: what its plot has on the axis; "" for no plot, "λ" for a panel a method.
+        x: what its plot has on the axis; "" for none: no plot of scores, one of values over layers; "λ" for a panel a
+            method.
         averaged: show the mean over tasks only (their number differs).
-        values: {column: node} of an experiment that has no scores.
+        values: {column, or x: node} of an experiment that has no scores.
         read: of these: read(path of the node's artefact) → {layer: value}.
         made: a folder with `table.md` and plots, made elsewhere.
     """
@@ -49,7 +50,7 @@ class Experiment:
     cells: list[Cell] = field(default_factory=list)
     x: str = ""
     averaged: bool = False
-    values: dict[str, Node] = field(default_factory=dict)
+    values: Mapping[Any, Node] = field(default_factory=dict)
     read: Callable[[Path], dict[str, float]] | None = None
     made: Node | None = None
 
@@ -79,8 +80,9 @@ def main(suite: Suite, options: Mapping[str, Any]) -> Experiment:
 def rank(suite: Suite, options: Mapping[str, Any]) -> Experiment:
     """Rank of H against k."""
     ks, seed = options.get("k", [2, 10, 50, 100]), suite.seeds[0]
-    values = {f"k = {k}": replace(suite, k=k).ranks(suite.tasks[0], seed) for k in ks}
-    return Experiment("rank", "Rank of H, the others' samples, against k (OSRM, Fig. 2)", values=values, read=_json)
+    values = {k: replace(suite, k=k).ranks(suite.tasks[0], seed) for k in ks}
+    title = "Rank of H, the others' samples, against k (OSRM, Fig. 2)"
+    return Experiment("rank", title, x="k", values=values, read=_json)
 
 
 def drift(suite: Suite, options: Mapping[str, Any]) -> Experiment:

@@ -4,9 +4,10 @@ import csv
 import json
 import platform
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from osrm_peft.files import new_file, versions, write_json
@@ -78,7 +79,7 @@ def _paper(suite: Suite, experiment: Experiment, table: MultiTaskTable) -> list[
     known = suite.paper.get(experiment.name)
     if known is None:
         return []
-    header = ["the paper's", *table.tasks, AVERAGE]
+    header = ["the paper's", *table.columns]
     rows = [[name, *(str(row.get(column, "")) for column in header[1:])] for name, row in known["rows"].items()]
     return [f"The paper's {known['table']} (p. {known['page']}):", _markdown(header, rows)]
 
@@ -86,16 +87,21 @@ def _paper(suite: Suite, experiment: Experiment, table: MultiTaskTable) -> list[
 def _values(experiment: Experiment, cache: Path, folder: Path, made: Mapping[str, Any]) -> str:
     """Layers × columns."""
     assert experiment.read is not None
-    columns = {name: experiment.read(node.path(cache)) for name, node in experiment.values.items()}
+    values = {key: experiment.read(node.path(cache)) for key, node in experiment.values.items()}
+    columns = {f"{experiment.x} = {key}" if experiment.x else key: found for key, found in values.items()}
     layers = list(next(iter(columns.values())))
     write_json(folder / "values.json", {"values": columns, **made})
     with new_file(folder / "values.csv") as path, path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["layer", "column", "value"])
         writer.writerows([layer, name, found[layer]] for name, found in columns.items() for layer in layers)
-    lines = {name: [(place, found[layer]) for place, layer in enumerate(layers)] for name, found in columns.items()}
+    if experiment.x:
+        over: dict[str, Callable[..., float]] = {"largest of the layers": max, "mean": fmean, "smallest": min}
+        lines = {name: [(x, of(found.values())) for x, found in values.items()] for name, of in over.items()}
+    else:
+        lines = {name: list(enumerate(found[layer] for layer in layers)) for name, found in columns.items()}
     title = experiment.title.partition(" (")[0]
-    _plot(lines, folder / "plot.png", xlabel="layer, in model order", ylabel=title)
+    _plot(lines, folder / "plot.png", xlabel=experiment.x or "layer, in model order", ylabel=title)
     rows = [[layer, *(f"{found[layer]:.3g}" for found in columns.values())] for layer in layers]
     return _markdown(["layer", *columns], rows)
 
