@@ -84,14 +84,24 @@ def test_inputs_of_what_is_there_are_not_made(tmp_path):
     assert missing([end], tmp_path) == []
 
 
+def planned_row(end, cache):
+    console = Console(width=120)
+    with console.capture() as captured:
+        console.print(plan_table([end], cache))
+    return next(line for line in captured.get().splitlines() if "text" in line).replace("│", "").split()
+
+
 def test_a_plan_counts_what_is_there(tmp_path):
     end = diamond([])
     make(ordered([end])[0], tmp_path)
-    console = Console(width=120)
-    with console.capture() as captured:
-        console.print(plan_table([end], tmp_path))
-    row = next(line for line in captured.get().splitlines() if "text" in line)
-    assert row.replace("│", "").split()[:6] == ["text", "4", "1", "3", "3", "files"]
+    assert planned_row(end, tmp_path)[:6] == ["text", "4", "1", "3", "3", "files"]
+
+
+def test_a_plan_does_not_guess_the_time_of_another_model(tmp_path):
+    made, same, other = (node(name, [], about={"name": name, "model": name[0]}) for name in ("small", "same", "large"))
+    make(made, tmp_path)
+    assert planned_row(same, tmp_path) == ["text", "1", "0", "1", "1", "files", "0", "min"]
+    assert planned_row(other, tmp_path) == ["text", "1", "0", "1", "1", "files"]
 
 
 def test_a_note_tells_how_an_artefact_was_made(tmp_path):

@@ -135,7 +135,7 @@ def dispatch(wanted: Iterable[Node], cache: Path, executor: Any, console: Consol
 
 
 def plan_table(wanted: Iterable[Node], cache: Path) -> Table:
-    """What would be made, and its cost; in time where artefacts of the kind were made here before."""
+    """What would be made, and its cost; in time where such artefacts of the same model were made here before."""
     every, todo = ordered(wanted), {node.key for node in missing(wanted, cache)}
     table = Table(title="What the experiments need", title_justify="left")
     for column in ("artefact", "all", "there", "to make", "work", "about"):
@@ -144,7 +144,7 @@ def plan_table(wanted: Iterable[Node], cache: Path) -> Table:
     for kind in dict.fromkeys(node.kind for node in every):
         nodes = [node for node in every if node.kind == kind]
         left = [node for node in nodes if node.key in todo]
-        work, speed = sum(node.cost for node in left), _seconds_per_cost(cache / kind)
+        work, speed = sum(node.cost for node in left), _seconds_per_cost(cache / kind, nodes[0].about.get("model"))
         total += (speed or 0) * work
         there = sum(node.note(cache).is_file() for node in nodes)
         cells = [f"{len(nodes)}", f"{there}", f"{len(left)}", f"{work:g} {nodes[0].unit}"]
@@ -153,8 +153,10 @@ def plan_table(wanted: Iterable[Node], cache: Path) -> Table:
     return table
 
 
-def _seconds_per_cost(folder: Path) -> float | None:
+def _seconds_per_cost(folder: Path, model: Any) -> float | None:
+    """As of artefacts of the same model in this folder; None where there are none."""
     notes = [read_object(path) for path in folder.glob("*.note.json")]
+    notes = [note for note in notes if note["about"].get("model") == model]
     cost = sum(note["cost"] for note in notes)
     return sum(note["seconds"] for note in notes) / cost if cost else None
 
