@@ -49,7 +49,7 @@ def evaluate(
     """
     from osrm_peft.adapter_reader import load_adapter
     from osrm_peft.base_models import load_tokenizer
-    from osrm_peft.card import record_scores
+    from osrm_peft.card import model_card, record_scores
     from osrm_peft.distributed import local_device, start
     from osrm_peft.evaluation import evaluate_task
     from osrm_peft.files import MANIFEST, read_manifest, versions, write_json
@@ -60,6 +60,7 @@ def evaluate(
 
     folder = local_folder(adapter, ["*.json", "*.safetensors", "heads/*.safetensors"])
     manifest = read_manifest(folder)
+    model_card(manifest)  # a damaged one shows here
     merged = manifest.get("kind") in ("merged", "emr") and isinstance(manifest.get("inputs"), dict)
     masked = MaskedAdapter.from_pretrained(folder) if manifest.get("kind") == "emr" else None
     names = task or (list(manifest["inputs"]) if merged else [manifest["task"]] if "task" in manifest else None)

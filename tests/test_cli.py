@@ -95,6 +95,11 @@ def test_an_error_is_one_line_and_exit_code_2(arguments, message, call):
     assert message in call(*arguments, code=2)
 
 
+def test_a_damaged_manifest_is_not_evaluated(tmp_path, call):
+    (tmp_path / "osrm_peft.json").write_text(json.dumps({"kind": "adapter", "task": "tweets", "base_model": ["x"]}))
+    assert "the manifest osrm_peft.json is damaged" in call("evaluate", tmp_path, code=2)
+
+
 def test_an_output_that_is_not_ours_is_refused_before_any_work(tmp_path, call):
     (tmp_path / "thesis.txt").touch()
     assert "is not a folder that osrm_peft wrote" in run("merge", "a=no/such", "--out", tmp_path, code=2)
