@@ -4,11 +4,17 @@
 
 Fine-tunes all weights of the packaged MiniLM on three tasks, on the last with three checkpoints on the way; merges the
 task models (each keeps its head) and the checkpoints by average, DARE, TIES and LoRE; sweeps LoRE's μ and rank ratio.
-Writes scores.json, table.md, sweep.png and the task vectors' spectrum.png (Fig. 1).
+Writes into OUT/results: table.md, scores.csv, sweep.png, the task vectors' spectrum.png (Fig. 1), and scores.json of
+the task models and of the run; beside them spectrum.json, for `osrm-peft report`, too.
 """
 
 import argparse
+import csv
 import json
+import shlex
+import sys
+from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -57,14 +63,18 @@ def reproduce(out: Path) -> None:
     """Train, merge, score, sweep; what is there already is kept."""
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    known = out / "scores.json"
+    known = out / "measured.json"
+    made = {
+        "settings": {"rows": ROWS, "validation": VALIDATION, "max_length": LENGTH, "seed": SEED, "steps": STEPS},
+        "command": shlex.join(["python", *sys.argv]),
+        "versions": versions(),
+    }
     scores: dict[str, dict[str, float]] = json.loads(known.read_text())["scores"] if known.is_file() else {}
 
     def score(name: str, merge: Any) -> None:
         if name not in scores:
             scores[name] = merge()
-            settings = {"rows": ROWS, "validation": VALIDATION, "max_length": LENGTH, "seed": SEED, "steps": STEPS}
-            write_json(known, {"scores": scores, "settings": settings, "versions": versions()})
+            write_json(known, {"scores": scores, **made})
             console.print(f"{name}: {scores[name]}")
 
     tasks = {name: load_task("packaged", name).sample(train=ROWS, validation=VALIDATION) for name in TASKS}
@@ -99,9 +109,10 @@ def reproduce(out: Path) -> None:
 
         score(f"tasks/{label}", merged)
         score(f"run/{label}", merged_run)
-    report(scores, list(steps), out)
+    report(scores, list(steps), made, out / "results")
     found = spectra({name: str(folder) for name, folder in experts.items()}, base=str(base), layer="*layer.*.weight")
-    plot_spectra(found, out / "spectrum.png")
+    write_json(out / "spectrum.json", {"singular_values": found, **made})
+    plot_spectra(found, out / "results/spectrum.png")
     console.print(spectra_table(found))
 
 
@@ -137,20 +148,33 @@ def evaluate(folder: Path, task: Task) -> float:
     return evaluate_task(model, task, load_tokenizer("packaged"), max_length=LENGTH, progress=False)
 
 
-def report(scores: dict[str, dict[str, float]], steps: list[str], out: Path) -> None:
+def report(scores: dict[str, dict[str, float]], steps: list[str], made: dict[str, Any], out: Path) -> None:
     """Table 1's shape, and the sweeps."""
-    rows = [Score("task models", "Baseline", None, SEED, name, scores[f"tasks/{name} alone"][name]) for name in TASKS]
-    rows += [
-        Score("task models", label, None, SEED, name, scores[f"tasks/{label}"][name])
-        for label in MERGES for name in TASKS
-    ]  # fmt: skip
-    run = [Score("one run", name, None, SEED, LONG, scores[f"run/{name}"][LONG]) for name in steps]
-    run += [Score("one run", label, None, SEED, LONG, scores[f"run/{label}"][LONG]) for label in MERGES]
-    tables = [MultiTaskTable.of(rows), MultiTaskTable.of(run)]
-    for table, title in zip(tables, ("Task models, in percent", "Checkpoints of one run, in percent"), strict=True):
+    out.mkdir(parents=True, exist_ok=True)
+    swept = [f"{key}={value:g}" for key, values in SWEEPS.items() for value in values]
+
+    def rows(kind: str, labels: Iterable[str]) -> list[Score]:
+        title, names = ("task models", TASKS) if kind == "tasks" else ("one run", (LONG,))
+        return [Score(title, one, None, SEED, name, scores[f"{kind}/{one}"][name]) for one in labels for name in names]
+
+    alone = [Score("task models", "Baseline", None, SEED, name, scores[f"tasks/{name} alone"][name]) for name in TASKS]
+    tasks, run = alone + rows("tasks", MERGES), rows("run", [*steps, *MERGES])
+    tables = {
+        "Task models, in percent": MultiTaskTable.of(tasks),
+        "Checkpoints of one run, in percent": MultiTaskTable.of(run),
+        "LoRE of the task models, in percent": MultiTaskTable.of(rows("tasks", swept)),
+        "LoRE of the checkpoints, in percent": MultiTaskTable.of(rows("run", swept)),
+    }
+    for title, table in tables.items():
         console.print(table.terminal(title))
+    for kind, found in (("tasks", tasks), ("run", run)):
+        write_json(out / kind / "scores.json", {"scores": [asdict(one) for one in found], **made})
+    with new_file(out / "scores.csv") as partial, partial.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["models", "merge", "task", "score"])
+        writer.writerows([*name.split("/"), task, one] for name, of in scores.items() for task, one in of.items())
     with new_file(out / "table.md") as partial:
-        partial.write_text("\n\n".join(table.markdown() for table in tables) + "\n", encoding="utf-8")
+        partial.write_text("\n\n".join(table.markdown() for table in tables.values()) + "\n", encoding="utf-8")
     plot_sweeps(scores, out / "sweep.png")
 
 

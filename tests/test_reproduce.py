@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 import yaml
 from reproduction.experiments import EXPERIMENTS, planned
 from reproduction.graph import Node, levels, make, missing, ordered, plan_table, run
+from reproduction.outputs import write_outputs
 from reproduction.suite import OSRM, PLAIN, Suite
 from rich.console import Console
 from transformers import BertTokenizerFast
@@ -237,6 +239,8 @@ def test_every_experiment_writes_its_tables_and_plots(out):
     text = (out / "README.md").read_text()
     assert all(f"({name}/plot.png)" in text for name in ("rank", "drift", "scales", "tasks", "samples"))
     assert "recipes/reproduce.py --config" in text and "torch" in text
+    assert re.search(r"\(\d+ artefacts, \d+ minutes of work\)", text)
+    assert re.search(r"\| one \| OSRM \| 0\.0?01 \| \d+\.\d \| \d+\.\d \|", text)  # the learning rate of its grid
     assert "<table" in (out / "report.html").read_text()
 
 
@@ -261,6 +265,31 @@ def test_what_osrm_adds_is_paired_by_seed(out):
     cells = [f"{fmean(pair):.1f} ± {stdev(pair):.1f}" for pair in differences.values()]
     assert f"| OSRM − LoRA | ties | 1 | {' | '.join(cells)} |" in (out / "main/table.md").read_text()
     assert "The difference" not in (out / "post/table.md").read_text()
+
+
+def test_what_the_lore_recipe_wrote_is_shown(tmp_path):
+    import lore_checkpoints as recipe
+
+    swept = [f"{key}={value:g}" for key, values in recipe.SWEEPS.items() for value in values]
+    scores = {f"tasks/{name} alone": {name: 0.9} for name in recipe.TASKS}
+    scores |= {f"run/{name}": {recipe.LONG: 0.5} for name in ("checkpoint-1", *recipe.MERGES, *swept)}
+    for place, name in enumerate((*recipe.MERGES, *swept)):
+        scores[f"tasks/{name}"] = {task: place / 100 + number / 10 for number, task in enumerate(recipe.TASKS)}
+    (experiment,) = planned(suite_of(experiments={"lore": {}}), [])
+    recipe.report(scores, ["checkpoint-1"], {"versions": {}}, experiment.made.path(tmp_path) / "results")
+    write_outputs(suite_of(), [experiment], tmp_path, tmp_path / "out", "the command")
+    for name in ("tasks/scores.json", "run/scores.json", "scores.csv", "sweep.png", "table.md"):
+        assert (tmp_path / "out/lore" / name).stat().st_size > 0
+    table = (tmp_path / "out/lore/table.md").read_text()
+    assert (
+        "| task models | TIES |  | 2.0 | 12.0 | 22.0 | 12.0 |" in table
+        and "| one run | checkpoint-1 |  | 50.0 |" in table
+    )
+    assert "| task models | rank_ratio=0.4 |  | 12.0 | 22.0 | 32.0 | 22.0 |" in table
+    assert (
+        table.strip() in (tmp_path / "out/README.md").read_text()
+        and "TIES" in (tmp_path / "out/report.html").read_text()
+    )
 
 
 def test_the_rank_of_h_is_bounded_by_its_samples(out):

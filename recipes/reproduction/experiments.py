@@ -42,7 +42,7 @@ class Experiment:
         averaged: show the mean over tasks only (their number differs).
         values: {column, or x: node} of an experiment that has no scores.
         read: of these: read(path of the node's artefact) → {layer: value}.
-        made: a folder with `table.md` and plots, made elsewhere.
+        made: what another recipe wrote: a folder `results` with `table.md`, plots and scores.
     """
 
     name: str

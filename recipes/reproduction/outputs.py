@@ -10,10 +10,12 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from osrm_peft.files import new_file, versions, write_json
+from osrm_peft.files import new_file, read_object, versions, write_json
 from osrm_peft.html_report import write_report
+from osrm_peft.hub import public_name
 from osrm_peft.report import AVERAGE, MultiTaskTable, Score, plot_scales
 from reproduction.experiments import Experiment
+from reproduction.graph import Node, ordered
 from reproduction.suite import OSRM, PLAIN, Suite
 
 
@@ -29,7 +31,8 @@ def write_outputs(suite: Suite, experiments: Sequence[Experiment], cache: Path, 
         folder = out / one.name
         folder.mkdir(parents=True, exist_ok=True)
         if one.made is not None:
-            text = _copied(one.made.path(cache), folder)
+            shutil.copytree(one.made.path(cache) / "results", folder, dirs_exist_ok=True)
+            text = (folder / "table.md").read_text(encoding="utf-8").strip()
         elif one.read is not None:
             text = _values(one, cache, folder, made)
         else:
@@ -38,12 +41,37 @@ def write_outputs(suite: Suite, experiments: Sequence[Experiment], cache: Path, 
             path.write_text(text + "\n", encoding="utf-8")
         plots = [f"![{path.stem}]({one.name}/{path.name})" for path in sorted(folder.glob("*.png"))]
         texts.append("\n\n".join([f"## {one.title}", text, *plots]))
-    how = f"`{command}` on {platform.system()} {platform.machine()}, {', '.join(map(' '.join, versions().items()))}"
+    nodes = [
+        node for node in ordered(one for each in experiments for one in each.needs()) if node.note(cache).is_file()
+    ]
+    minutes = sum(read_object(node.note(cache))["seconds"] for node in nodes) / 60
+    texts += _rates([node for node in nodes if node.kind == "rate"], cache)
+    machine = f"{platform.system()} {platform.machine()}, {', '.join(map(' '.join, versions().items()))}"
+    how = f"`{command}` ({len(nodes)} artefacts, {minutes:.0f} minutes of work) on {machine}"
     with new_file(out / "README.md") as path:
-        head = f"# {suite.model}, {len(suite.tasks)} tasks\n\nPercent; ± is the sample standard deviation over seeds."
+        seeds = ", ".join(map(str, suite.seeds))
+        head = (
+            f"# The papers' experiments on {public_name(suite.model)}, {len(suite.tasks)} tasks\n\n"
+            f"Scores in percent. Seeds of the main table: {seeds} (± is the sample standard deviation over several); "
+            f"of all others: {suite.seeds[0]}. Differences of a few points in one seed are noise."
+        )
         path.write_text("\n\n".join([head, *texts, f"Made by {how}."]) + "\n", encoding="utf-8")
-    if any(one.cells for one in experiments):
+    if any(one.cells or one.made for one in experiments):
         write_report([out], out / "report.html")
+
+
+def _rates(nodes: Sequence[Node], cache: Path) -> list[str]:
+    """The learning rates that were chosen, with the scores on held-out training rows."""
+    found = [(node.about, json.loads(node.path(cache).read_text(encoding="utf-8"))) for node in nodes]
+    if not found:
+        return []
+    rates = list(found[0][1]["scores"])
+    rows = [
+        [about["task"], about["init"], f"{one['rate']:g}", *(f"{100 * one['scores'][rate]:.1f}" for rate in rates)]
+        for about, one in found
+    ]
+    table = _markdown(["task", "adapters", "chosen", *(f"score at {rate}" for rate in rates)], rows)
+    return [f"## Learning rates, chosen on held-out training rows\n\n{table}"]
 
 
 def _scores(suite: Suite, experiment: Experiment, cache: Path, folder: Path, made: Mapping[str, Any]) -> str:
@@ -106,12 +134,6 @@ def _values(experiment: Experiment, cache: Path, folder: Path, made: Mapping[str
     return _markdown(["layer", *columns], rows)
 
 
-def _copied(source: Path, folder: Path) -> str:
-    for path in source.glob("*.png"):
-        shutil.copyfile(path, folder / path.name)
-    return (source / "table.md").read_text(encoding="utf-8").strip()
-
-
 def _plot_average(experiment: Experiment, x_of: Mapping[str, float], table: MultiTaskTable, path: Path) -> None:
     """The average against x, a line a kind of adapter and method."""
     lines: dict[str, list[tuple[float, float]]] = {}
@@ -126,13 +148,17 @@ def _plot(lines: Mapping[str, Sequence[tuple[float, float]]], path: Path, **axes
     """{name: points (x, y)}, a line each; write a PNG."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4), layout="constrained")
+    figure = Figure(figsize=(8, 4), layout="constrained")
     axes = figure.subplots()
     for name, points in lines.items():
         axes.plot(*zip(*sorted(points), strict=True), marker="o", label=name)
     axes.set(**axes_options)
+    xs = sorted({x for points in lines.values() for x, _ in points})
+    if len(xs) <= 12:
+        axes.set_xticks(xs, [f"{x:g}" for x in xs])
+        axes.minorticks_off()
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    figure.legend(fontsize=8, loc="outside right center")
     with new_file(path) as partial:
         figure.savefig(partial, format="png", dpi=120)
 
