@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from osrm_peft.base_models import load_base
 from osrm_peft.files import new_file
 from osrm_peft.hub import public_name
-from osrm_peft.layers import weight_shape
+from osrm_peft.layers import last_layer, weight_shape
 from osrm_peft.packaged import resolve_model
 
 CONFIG, WEIGHTS, HEADS = "adapter_config.json", "adapter_model.safetensors", "heads"
@@ -206,8 +206,7 @@ class LoraAdapter:
         """The base model of this name, as this adapter needs it: of its task type, with a head of its width."""
         task_type = self.config.get("task_type")
         if self.heads and task_type == "SEQ_CLS":
-            num_labels = len(self.heads[max(self.heads)])  # the last layer: classifier, classifier.out_proj, score
-            return load_base(name, num_labels)  # ours replaces the head
+            return load_base(name, len(self.heads[last_layer(self.heads)]))  # ours replaces the head
         if task_type == "CAUSAL_LM":
             return AutoModelForCausalLM.from_pretrained(resolve_model(name))
         raise ValueError(
@@ -247,5 +246,5 @@ def _as_peft(pair: dict[str, Tensor], layout: tuple[int, ...] | None) -> Iterato
 
 
 def below(module: str) -> Callable[[str], bool]:
-    """Whether a parameter name lies in a module that PEFT knows as `module`."""
-    return re.compile(rf"(.+\.)?{re.escape(module)}\..+").fullmatch  # type: ignore[return-value]
+    """Whether a parameter name lies in a module that PEFT knows as `module`: whose name ends so (`pre_classifier`)."""
+    return re.compile(rf".*{re.escape(module)}\..+").fullmatch  # type: ignore[return-value]

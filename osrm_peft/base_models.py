@@ -1,14 +1,16 @@
 """Base models and their tokenizers, by name."""
 
-from contextlib import suppress
+import logging
 
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
 from osrm_peft.packaged import resolve_model
 
+logger = logging.getLogger(__name__)
+
 
 def load_base(model: str, num_labels: int, device_map: str | None = None) -> PreTrainedModel:
-    """A pre-trained model with a fresh classification head (`num_labels=1`: regression), in float32.
+    """A pre-trained model with a fresh classification head (`num_labels=1`: regression), in its checkpoint's dtype.
 
     Args:
         model: Hub id, folder, or `"packaged"`.
@@ -18,9 +20,12 @@ def load_base(model: str, num_labels: int, device_map: str | None = None) -> Pre
     base = AutoModelForSequenceClassification.from_pretrained(
         resolve_model(model), num_labels=num_labels, ignore_mismatched_sizes=True, device_map=device_map
     )
-    if base.config.pad_token_id is None:  # decoders such as Llama have none; classification pools at the last token
-        with suppress(OSError, ValueError):  # without a tokenizer beside it, a model takes one row at a time
-            base.config.pad_token_id = load_tokenizer(model).pad_token_id
+    config = base.config.get_text_config()
+    if getattr(config, "pad_token_id", None) is None:  # of decoders such as Llama, which classify at the last token
+        try:
+            config.pad_token_id = load_tokenizer(model).pad_token_id
+        except (OSError, ValueError) as error:
+            logger.warning("%s has no padding token, and takes one row at a time: no tokenizer (%s)", model, error)
     return base
 
 

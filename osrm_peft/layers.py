@@ -191,3 +191,8 @@ def _as_config(base: nn.Module, target_modules: list[str] | str | LoraConfig | N
             raise ValueError(f"PEFT knows no default target_modules for model type {model_type!r}: name them")
         config.target_modules = list(TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING[model_type])
     return _maybe_include_all_linear_layers(config, base)  # type: ignore[return-value]
+
+
+def last_layer(heads: Iterable[str]) -> str:
+    """Of a head's parameters one of its last layer: of classifier, classifier.out_proj or score, not pre_classifier."""
+    return max(heads, key=lambda name: ("pre_classifier" not in name, name))

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from osrm_peft.card import model_card
 from osrm_peft.files import CONTENTS, MANIFEST, read_manifest, read_object
 from osrm_peft.hub import public, public_name
+from osrm_peft.layers import last_layer
 from osrm_peft.moment_files import features_header
 from osrm_peft.tensor_files import tensor_headers
 
@@ -165,7 +166,7 @@ def _of_peft(folder: Path) -> dict[str, Any]:
     weights = _inside(folder, SAFETENSORS_WEIGHTS_NAME)
     shapes = {name: shape for name, (shape, _) in (tensor_headers(weights) if weights.is_file() else {}).items()}
     heads = {name: shape for name, shape in shapes.items() if ".lora_" not in name and shape}
-    return manifest | ({"num_labels": heads[max(heads)][0]} if heads else {})
+    return manifest | ({"num_labels": heads[last_layer(heads)][0]} if heads else {})
 
 
 def _names(folder: Path, kind: str) -> Iterator[str]:

@@ -9,9 +9,19 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
+from transformers import (
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
+    Gemma3Config,
+    Gemma3ForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    PreTrainedTokenizerFast,
+)
 
 from osrm_peft import load_adapter, merge_adapters
+from osrm_peft.base_models import load_base
 from osrm_peft.layers import as_weight, lora_layers
 from tests.conftest import make_adapter, make_base, make_batch, tensors_of
 
@@ -57,6 +67,30 @@ def test_a_decoder_attached_by_name_pads_as_its_tokenizer(has_tokenizer, tmp_pat
             torch.testing.assert_close(model(rows).logits, alone)
         else:
             torch.testing.assert_close(model(rows[:1]).logits, alone[:1])
+
+
+def test_a_head_of_two_layers_is_as_wide_as_the_last(tmp_path):
+    """PEFT keeps DistilBERT's pre_classifier, too: its name ends like that of the classifier."""
+    config = DistilBertConfig(vocab_size=50, dim=16, hidden_dim=24, n_layers=1, n_heads=2, num_labels=3)
+    base = DistilBertForSequenceClassification(config).eval()
+    base.save_pretrained(tmp_path / "base")
+    adapted = get_peft_model(base, LoraConfig(r=2, target_modules=["q_lin"], task_type="SEQ_CLS")).eval()
+    adapted.save_pretrained(tmp_path / "adapter")
+    adapter = load_adapter(tmp_path / "adapter")
+    assert {name.split(".")[0] for name in adapter.heads} == {"classifier", "pre_classifier"}
+    rows = torch.tensor([[1, 2, 3], [4, 5, 7]])
+    with torch.no_grad():
+        torch.testing.assert_close(adapter.attach(str(tmp_path / "base"))(rows).logits, adapted(rows).logits)
+
+
+def test_a_model_of_several_configurations_is_loaded_by_name(tmp_path):
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = {"vocab_size": 50, "num_key_value_heads": 1, "head_dim": 8, **sizes}
+    vision = {"image_size": 28, "patch_size": 14, **sizes}
+    config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=1)
+    assert not hasattr(config, "pad_token_id")
+    Gemma3ForSequenceClassification(config).save_pretrained(tmp_path)
+    assert load_base(str(tmp_path), 3).config.get_text_config().pad_token_id == 0
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

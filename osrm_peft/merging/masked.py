@@ -100,7 +100,11 @@ class MaskedAdapter(Pushable):
         """`base` with this task's weights and head written into it for good.
 
         Args:
-            base: the base model, with a head of the task's width, or its name (see `LoraAdapter.attach`).
+            base: the base model, with a head of the task's width; or its name (see `LoraAdapter.attach`): then the
+                model is in eval mode.
+
+        Raises:
+            ValueError: no such task, or `base` lacks a layer or has another shape. Nothing was changed then.
         """
         self._place(task)
         model = self.tasks[task].load_base_model(base) if isinstance(base, str) else base
