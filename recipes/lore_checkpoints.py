@@ -1,11 +1,11 @@
 """LoRE-Merging of full models, the shape of its paper's Table 1: task models, and checkpoints of one run.
 
-    python recipes/lore_checkpoints.py --out results/lore_checkpoints      # about 10 minutes on 2 cores; resumable
+    python recipes/lore_checkpoints.py --out results/lore_checkpoints      # 10 to 25 minutes on 2 cores; resumable
 
 Fine-tunes all weights of the packaged MiniLM on three tasks, on the last with three checkpoints on the way; merges the
 task models (each keeps its head) and the checkpoints by average, DARE, TIES and LoRE; sweeps LoRE's μ and rank ratio.
 Writes into OUT/results: table.md, scores.csv, sweep.png, the task vectors' spectrum.png (Fig. 1), and scores.json of
-the task models and of the run; beside them spectrum.json, for `osrm-peft report`, too.
+the task models and of the run; into OUT spectrum.json. `osrm-peft report` shows them all.
 """
 
 import argparse
@@ -64,12 +64,11 @@ def reproduce(out: Path) -> None:
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     known = out / "measured.json"
-    made = {
-        "settings": {"rows": ROWS, "validation": VALIDATION, "max_length": LENGTH, "seed": SEED, "steps": STEPS},
-        "command": shlex.join(["python", *sys.argv]),
-        "versions": versions(),
-    }
-    scores: dict[str, dict[str, float]] = json.loads(known.read_text())["scores"] if known.is_file() else {}
+    made = {"settings": settings(), "command": shlex.join(["python", *sys.argv]), "versions": versions()}
+    before = json.loads(known.read_text()) if known.is_file() else {"scores": {}, "settings": settings()}
+    if before["settings"] != settings():
+        raise ValueError(f"{known} was measured with other settings: name another --out")
+    scores: dict[str, dict[str, float]] = before["scores"]
 
     def score(name: str, merge: Any) -> None:
         if name not in scores:
@@ -92,7 +91,7 @@ def reproduce(out: Path) -> None:
              for key, values in SWEEPS.items() for value in values}  # fmt: skip
     for label, options in {**MERGES, **swept}.items():
         under = options["method"] in NEEDS_BASE
-        place = out / "merged" / label.replace(" ", "_").replace(",", "")
+        place = out / "merged" / label
 
         def merged(options: Any = options, under: bool = under, place: Path = place) -> dict[str, float]:
             found = merge_checkpoints(
@@ -116,9 +115,15 @@ def reproduce(out: Path) -> None:
     console.print(spectra_table(found))
 
 
+def settings() -> dict[str, Any]:
+    """What decides the results."""
+    found = {"tasks": TASKS, "rows": ROWS, "validation": VALIDATION, "max_length": LENGTH, "seed": SEED, "steps": STEPS}
+    return json.loads(json.dumps(found | {"merges": MERGES, "sweeps": SWEEPS}))
+
+
 def fine_tune(task: Task, out: Path, *, checkpoints: int) -> None:
     """All weights, from the pre-trained model in `out/base`; as many checkpoints, evenly spaced."""
-    if any(out.glob(f"checkpoint-{STEPS}/config.json")):
+    if any(out.glob(f"checkpoint-{STEPS}/model.safetensors")):
         return
     set_seed(SEED)
     tokenizer, model = load_tokenizer("packaged"), load_base("packaged", task.num_labels)
@@ -155,10 +160,14 @@ def report(scores: dict[str, dict[str, float]], steps: list[str], made: dict[str
 
     def rows(kind: str, labels: Iterable[str]) -> list[Score]:
         title, names = ("task models", TASKS) if kind == "tasks" else ("one run", (LONG,))
-        return [Score(title, one, None, SEED, name, scores[f"{kind}/{one}"][name]) for one in labels for name in names]
+        scale = {one: MERGES.get(one, {}).get("scale", 1.0) for one in labels}
+        return [
+            Score(title, one, scale[one], SEED, name, scores[f"{kind}/{one}"][name]) for one in labels for name in names
+        ]
 
-    alone = [Score("task models", "Baseline", None, SEED, name, scores[f"tasks/{name} alone"][name]) for name in TASKS]
-    tasks, run = alone + rows("tasks", MERGES), rows("run", [*steps, *MERGES])
+    alone = [Score("one each", "individual", None, SEED, name, scores[f"tasks/{name} alone"][name]) for name in TASKS]
+    at = [Score(name, "individual", None, SEED, LONG, scores[f"run/{name}"][LONG]) for name in steps]
+    tasks, run = alone + rows("tasks", MERGES), at + rows("run", MERGES)
     tables = {
         "Task models, in percent": MultiTaskTable.of(tasks),
         "Checkpoints of one run, in percent": MultiTaskTable.of(run),
@@ -174,7 +183,8 @@ def report(scores: dict[str, dict[str, float]], steps: list[str], made: dict[str
         writer.writerow(["models", "merge", "task", "score"])
         writer.writerows([*name.split("/"), task, one] for name, of in scores.items() for task, one in of.items())
     with new_file(out / "table.md") as partial:
-        partial.write_text("\n\n".join(table.markdown() for table in tables.values()) + "\n", encoding="utf-8")
+        texts = [f"{title}:\n\n{table.markdown()}" for title, table in tables.items()]
+        partial.write_text("\n\n".join(texts) + "\n", encoding="utf-8")
     plot_sweeps(scores, out / "sweep.png")
 
 
@@ -188,6 +198,8 @@ def plot_sweeps(scores: dict[str, dict[str, float]], path: Path) -> None:
             found = [scores[f"{kind}/{key}={value:g}"].values() for value in values]
             axes.plot(values, [100 * sum(one) / len(one) for one in found], marker="o", label=kind)
         axes.set(xlabel=key, xscale="log", ylabel="mean score, percent")
+        axes.set_xticks(values, [f"{value:g}" for value in values])
+        axes.minorticks_off()
         axes.legend()
     with new_file(path) as partial:
         figure.savefig(partial, format="png", dpi=150)

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import transformers
 from reproduction.experiments import planned
-from reproduction.graph import dispatch, plan_table, run
+from reproduction.graph import dispatch, missing, plan_table, run
 from reproduction.outputs import write_outputs
 from reproduction.suite import Suite
 from rich.console import Console
@@ -56,11 +56,11 @@ def main() -> None:
     else:
         run(wanted, arguments.cache, processes, console)
     if processes.main:
+        shown = [one for one in planned(suite, []) if not missing(one.needs(), arguments.cache)]
         out = arguments.out or arguments.cache / arguments.config.stem
-        write_outputs(
-            suite, experiments, arguments.cache, out, f"python recipes/reproduce.py {shlex.join(sys.argv[1:])}"
-        )
-        console.print(f"wrote {out}/README.md and {out}/report.html")
+        write_outputs(suite, shown, arguments.cache, out, f"python recipes/reproduce.py {shlex.join(sys.argv[1:])}")
+        pages = [str(path) for path in (out / "README.md", out / "report.html") if path.exists()]
+        console.print(f"wrote {' and '.join(pages)}: all experiments of the configuration whose artefacts are there")
 
 
 def _executor(arguments: argparse.Namespace):

@@ -81,6 +81,9 @@ def test_a_head_of_two_layers_is_as_wide_as_the_last(tmp_path):
     rows = torch.tensor([[1, 2, 3], [4, 5, 7]])
     with torch.no_grad():
         torch.testing.assert_close(adapter.attach(str(tmp_path / "base"))(rows).logits, adapted(rows).logits)
+    merge_adapters({"t": tmp_path / "adapter"}, "average").for_task("t").save_pretrained(tmp_path / "merged")
+    again = PeftModel.from_pretrained(DistilBertForSequenceClassification(config), str(tmp_path / "merged")).eval()
+    assert all(torch.equal(tensor, adapter.heads[name]) for name, tensor in load_adapter(again).heads.items())
 
 
 def test_a_model_of_several_configurations_is_loaded_by_name(tmp_path):

@@ -264,7 +264,7 @@ def test_what_osrm_adds_is_paired_by_seed(out):
     differences["average"] = [fmean(pair) for pair in zip(*differences.values(), strict=True)]
     cells = [f"{fmean(pair):.1f} ± {stdev(pair):.1f}" for pair in differences.values()]
     assert f"| OSRM − LoRA | ties | 1 | {' | '.join(cells)} |" in (out / "main/table.md").read_text()
-    assert "The difference" not in (out / "post/table.md").read_text()
+    assert "What OSRM adds" not in (out / "post/table.md").read_text()
 
 
 def test_what_the_lore_recipe_wrote_is_shown(tmp_path):
@@ -281,11 +281,9 @@ def test_what_the_lore_recipe_wrote_is_shown(tmp_path):
     for name in ("tasks/scores.json", "run/scores.json", "scores.csv", "sweep.png", "table.md"):
         assert (tmp_path / "out/lore" / name).stat().st_size > 0
     table = (tmp_path / "out/lore/table.md").read_text()
-    assert (
-        "| task models | TIES |  | 2.0 | 12.0 | 22.0 | 12.0 |" in table
-        and "| one run | checkpoint-1 |  | 50.0 |" in table
-    )
-    assert "| task models | rank_ratio=0.4 |  | 12.0 | 22.0 | 32.0 | 22.0 |" in table
+    assert "| task models | TIES | 1 | 2.0 | 12.0 | 22.0 | 12.0 |" in table and "| task models | DARE | 0.5 |" in table
+    assert "| checkpoint-1 | individual |  | 50.0 |" in table and "| one each | individual |  | 90.0 |" in table
+    assert "| task models | rank_ratio=0.4 | 1 | 12.0 | 22.0 | 32.0 | 22.0 |" in table
     assert (
         table.strip() in (tmp_path / "out/README.md").read_text()
         and "TIES" in (tmp_path / "out/report.html").read_text()

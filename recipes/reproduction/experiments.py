@@ -20,13 +20,13 @@ BLOCKS = {"q": 1, "q, v": 2, "q, k, v": 3}
 
 
 class Cell(NamedTuple):
-    """Where the scores of a node go: table row (label, method), seed; x of the plot."""
+    """Where the scores of a node go: table row (label, method), seed; x of the plot, if it has one."""
 
     label: str
     method: str
     seed: int
     node: Node
-    x: float = 0.0
+    x: float | str = ""
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,7 @@ class Experiment:
         name: as in the configuration.
         title: with the paper's table or figure.
         cells: of its table of scores.
+        note: what one must know to read it.
         x: what its plot has on the axis; "" for none: no plot of scores, one of values over layers; "λ" for a panel a
             method.
         averaged: show the mean over tasks only (their number differs).
@@ -47,6 +48,7 @@ class Experiment:
 
     name: str
     title: str
+    note: str = ""
     cells: list[Cell] = field(default_factory=list)
     x: str = ""
     averaged: bool = False
@@ -58,23 +60,22 @@ class Experiment:
         """All nodes whose artefacts are shown."""
         return [cell.node for cell in self.cells] + [*self.values.values(), *([self.made] if self.made else [])]
 
-    def scores(self, cache: Path) -> Iterator[tuple[Score, float]]:
+    def scores(self, cache: Path) -> Iterator[tuple[Score, float | str]]:
         """(score, x) of every cell."""
         for cell in self.cells:
-            found = json.loads(cell.node.path(cache).read_text(encoding="utf-8"))["scores"]
-            scales = dict.fromkeys(one["scale"] for one in found)
-            for scale in scales:
-                ours = [one for one in found if one["scale"] == scale]
-                if self.averaged:
-                    ours = [{"task": "mean of these tasks", "score": sum(one["score"] for one in ours) / len(ours)}]
-                for one in ours:
-                    yield Score(cell.label, cell.method, scale, cell.seed, one["task"], one["score"]), cell.x
+            for one in json.loads(cell.node.path(cache).read_text(encoding="utf-8"))["scores"]:
+                yield Score(cell.label, cell.method, one["scale"], cell.seed, one["task"], one["score"]), cell.x
 
 
 def main(suite: Suite, options: Mapping[str, Any]) -> Experiment:
     """Individual adapters and every merge, without and with OSRM."""
     cells = [cell for seed in suite.seeds for init in (PLAIN, OSRM) for cell in _row(suite, init, init, seed, EVERY)]
-    return Experiment("main", "Individual and merged adapters, without and with OSRM (OSRM, Tables 1–5, 11–15)", cells)
+    title = "Individual and merged adapters, without and with OSRM (OSRM, Tables 1–5, 11–15)"
+    note = (
+        "*TA features* is task arithmetic with weights chosen by features, *lore features* LoRE with its scale chosen "
+        "so, *knots ties* and *core ties* are TIES in KnOTS' and in the core space."
+    )
+    return Experiment("main", title, note, cells)
 
 
 def rank(suite: Suite, options: Mapping[str, Any]) -> Experiment:
@@ -82,13 +83,16 @@ def rank(suite: Suite, options: Mapping[str, Any]) -> Experiment:
     ks, seed = options.get("k", [2, 10, 50, 100]), suite.seeds[0]
     values = {k: replace(suite, k=k).ranks(suite.tasks[0], seed) for k in ks}
     title = "Rank of H, the others' samples, against k (OSRM, Fig. 2)"
-    return Experiment("rank", title, x="k", values=values, read=_json)
+    note = f"Of all tasks but {suite.tasks[0]}, the statistic `sample`: a row of H is the mean of one sample's tokens."
+    return Experiment("rank", title, note, x="k", values=values, read=_json)
 
 
 def drift(suite: Suite, options: Mapping[str, Any]) -> Experiment:
     """How far training moves A from the A that OSRM chose, in each layer."""
     values = {task: suite.adapter(OSRM, task, suite.seeds[0]) for task in suite.tasks}
-    return Experiment("drift", "Change of Ã after fine-tuning, a layer (OSRM, Fig. 3)", values=values, read=_drift)
+    title = "Change of Ã after fine-tuning, a layer (OSRM, Fig. 3)"
+    note = "Procrustes distance of A to the Ã that OSRM chose, relative to ‖Ã‖."
+    return Experiment("drift", title, note, values=values, read=_drift)
 
 
 def scales(suite: Suite, options: Mapping[str, Any]) -> Experiment:
@@ -96,7 +100,7 @@ def scales(suite: Suite, options: Mapping[str, Any]) -> Experiment:
     steps = tuple(options.get("scales", [0.1, 0.2, 0.3, 0.5, 0.7, 1.0]))
     merges = {name: Merge(name, steps) for name in ("task_arithmetic", "ties")}
     cells = [cell for init in (PLAIN, OSRM) for cell in _merged(suite, init, init, suite.seeds[0], merges, suite.tasks)]
-    return Experiment("scales", "Score against λ (OSRM, Fig. 4)", cells, x="λ")
+    return Experiment("scales", "Score against λ (OSRM, Fig. 4)", cells=cells, x="λ")
 
 
 def tasks(suite: Suite, options: Mapping[str, Any]) -> Experiment:
@@ -105,8 +109,9 @@ def tasks(suite: Suite, options: Mapping[str, Any]) -> Experiment:
     for count in options.get("tasks", range(2, len(suite.tasks) + 1)):
         for init in (PLAIN, OSRM):
             some, label = suite.tasks[:count], f"{init}, N = {count}"
-            cells += _merged(suite, init, label, suite.seeds[0], merges, some, count)
-    return Experiment("tasks", "Score against the number of tasks N (OSRM, Fig. 5)", cells, x="N", averaged=True)
+            cells += _row(suite, init, label, suite.seeds[0], merges, count, some)
+    note = f"The first N of {', '.join(suite.tasks)}, which differ in difficulty: see the individual adapters."
+    return Experiment("tasks", "Score against the number of tasks N (OSRM, Fig. 5)", note, cells, "N", averaged=True)
 
 
 def samples(suite: Suite, options: Mapping[str, Any]) -> Experiment:
@@ -114,7 +119,8 @@ def samples(suite: Suite, options: Mapping[str, Any]) -> Experiment:
     cells, merges = [], {name: EVERY[name] for name in options.get("merges", FEW)}
     for k in options.get("k", [2, 10, 100, 1000]):
         cells += _row(replace(suite, k=k, tuned=suite), OSRM, f"{OSRM}, k = {k}", suite.seeds[0], merges, k)
-    return Experiment("samples", "Score against the number of samples k (OSRM, Table 6)", cells, x="k")
+    note = "At the learning rates that were chosen with the main table's k."
+    return Experiment("samples", "Score against the number of samples k (OSRM, Table 6)", note, cells, x="k")
 
 
 def blocks(suite: Suite, options: Mapping[str, Any]) -> Experiment:
@@ -125,7 +131,7 @@ def blocks(suite: Suite, options: Mapping[str, Any]) -> Experiment:
         one = replace(suite, lora=suite.lora | {"target_modules": modules}, tuned=suite)
         for init in (PLAIN, OSRM):
             cells += _row(one, init, f"{init}, {block}", suite.seeds[0], merges, BLOCKS[block])
-    return Experiment("blocks", "Learnable blocks (OSRM, Table 7)", cells)
+    return Experiment("blocks", "Learnable blocks (OSRM, Table 7)", "At the learning rates of the main table.", cells)
 
 
 def post(suite: Suite, options: Mapping[str, Any]) -> Experiment:
@@ -136,21 +142,19 @@ def post(suite: Suite, options: Mapping[str, Any]) -> Experiment:
         adapters = {task: suite.projected(task, seed, chosen) for task in suite.tasks}
         cells += [Cell(label, "individual", seed, suite.alone(task, one, seed)) for task, one in adapters.items()]
         cells += [Cell(label, name, seed, suite.merged(merge, adapters, seed)) for name, merge in merges.items()]
-    return Experiment("post", "OSRM applied after fine-tuning (OSRM, Table 16)", cells)
+    return Experiment("post", "OSRM applied after fine-tuning (OSRM, Table 16)", cells=cells)
 
 
 def lore(suite: Suite, options: Mapping[str, Any]) -> Experiment:
     """LoRE-Merging of full models and of checkpoints, by `recipes/lore_checkpoints.py`; on the packaged model only."""
     import lore_checkpoints as recipe
 
-    about = {
-        name: getattr(recipe, name) for name in ("TASKS", "ROWS", "VALIDATION", "STEPS", "SEED", "MERGES", "SWEEPS")
-    }
-
     def make(path: Path, inputs: Mapping[str, Path], processes: Processes) -> None:
-        processes.from_main(lambda: recipe.reproduce(path))
+        if processes.count > 1:
+            raise ValueError("lore trains in one process: make it without accelerate launch (--experiments lore)")
+        recipe.reproduce(path)
 
-    made = Node("lore", about, make, cost=len(recipe.TASKS) * recipe.STEPS, unit="steps")
+    made = Node("lore", recipe.settings(), make, cost=len(recipe.TASKS) * recipe.STEPS, unit="steps")
     return Experiment("lore", "Full models and checkpoints of one run (LoRE, Table 1 and Fig. 1)", made=made)
 
 
@@ -172,18 +176,23 @@ def planned(suite: Suite, names: Sequence[str]) -> list[Experiment]:
     return [EXPERIMENTS[name](suite, suite.experiments[name] or {}) for name in names or suite.experiments]
 
 
-def _row(suite: Suite, init: str, label: str, seed: int, merges: Mapping[str, Merge], x: float = 0.0) -> list[Cell]:
+def _row(
+    suite: Suite, init: str, label: str, seed: int, merges: Mapping[str, Merge], x: float | str = "",
+    tasks: Sequence[str] | None = None,
+) -> list[Cell]:  # fmt: skip
     """Individual scores, and those of the merges."""
+    tasks = suite.tasks if tasks is None else tasks
     alone = [
-        Cell(label, "individual", seed, suite.alone(task, suite.adapter(init, task, seed), seed), x)
-        for task in suite.tasks
+        Cell(label, "individual", seed, suite.alone(task, suite.adapter(init, task, seed, tasks), seed), x)
+        for task in tasks
     ]
-    return alone + _merged(suite, init, label, seed, merges, suite.tasks, x)
+    return alone + _merged(suite, init, label, seed, merges, tasks, x)
 
 
 def _merged(
-    suite: Suite, init: str, label: str, seed: int, merges: Mapping[str, Merge], tasks: Sequence[str], x: float = 0.0
-) -> list[Cell]:
+    suite: Suite, init: str, label: str, seed: int, merges: Mapping[str, Merge], tasks: Sequence[str],
+    x: float | str = "",
+) -> list[Cell]:  # fmt: skip
     adapters = {task: suite.adapter(init, task, seed, tasks) for task in tasks}
     return [Cell(label, name, seed, suite.merged(merge, adapters, seed), x) for name, merge in merges.items()]
 

@@ -10,10 +10,14 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import yaml
+
 from osrm_peft.files import new_file, read_object, versions, write_json
 from osrm_peft.html_report import write_report
 from osrm_peft.hub import public_name
 from osrm_peft.report import AVERAGE, MultiTaskTable, Score, plot_scales
+from osrm_peft.tasks import load_task
+from osrm_peft.training import PAPER_LORA
 from reproduction.experiments import Experiment
 from reproduction.graph import Node, ordered
 from reproduction.suite import OSRM, PLAIN, Suite
@@ -23,6 +27,7 @@ def write_outputs(suite: Suite, experiments: Sequence[Experiment], cache: Path, 
     """Write OUT/<experiment>/{scores.json, scores.csv, table.md, plot.png}, OUT/README.md and OUT/report.html.
 
     Args:
+        experiments: whose artefacts are there.
         command: how this was made, for the files.
     """
     made = {"command": command, "settings": _settings(suite), "versions": versions()}
@@ -40,7 +45,7 @@ def write_outputs(suite: Suite, experiments: Sequence[Experiment], cache: Path, 
         with new_file(folder / "table.md") as path:
             path.write_text(text + "\n", encoding="utf-8")
         plots = [f"![{path.stem}]({one.name}/{path.name})" for path in sorted(folder.glob("*.png"))]
-        texts.append("\n\n".join([f"## {one.title}", text, *plots]))
+        texts.append("\n\n".join(filter(None, [f"## {one.title}", one.note, text, *plots])))
     nodes = [
         node for node in ordered(one for each in experiments for one in each.needs()) if node.note(cache).is_file()
     ]
@@ -50,14 +55,25 @@ def write_outputs(suite: Suite, experiments: Sequence[Experiment], cache: Path, 
     how = f"`{command}` ({len(nodes)} artefacts, {minutes:.0f} minutes of work) on {machine}"
     with new_file(out / "README.md") as path:
         seeds = ", ".join(map(str, suite.seeds))
+        shown = {name: one for name, one in _settings(suite).items() if name != "experiments"}
+        shown["lora"] = PAPER_LORA | suite.lora
+        dumped = yaml.safe_dump(shown, sort_keys=False, default_flow_style=None)
         head = (
             f"# The papers' experiments on {public_name(suite.model)}, {len(suite.tasks)} tasks\n\n"
-            f"Scores in percent. Seeds of the main table: {seeds} (± is the sample standard deviation over several); "
-            f"of all others: {suite.seeds[0]}. Differences of a few points in one seed are noise."
+            f"Scores in percent: {_metrics(suite)}. Seeds of the main table: {seeds} (± is the sample standard "
+            f"deviation over several), of the other experiments {suite.seeds[0]}: differences of a few points in one "
+            f"seed are noise. Settings:\n\n```yaml\n{dumped}```"
         )
         path.write_text("\n\n".join([head, *texts, f"Made by {how}."]) + "\n", encoding="utf-8")
     if any(one.cells or one.made for one in experiments):
         write_report([out], out / "report.html")
+
+
+def _metrics(suite: Suite) -> str:
+    tasks: dict[str, list[str]] = {}
+    for name in suite.tasks:
+        tasks.setdefault(load_task(suite.suite, name).metric, []).append(name)
+    return "; ".join(f"{metric} of {', '.join(names)}" for metric, names in tasks.items())
 
 
 def _rates(nodes: Sequence[Node], cache: Path) -> list[str]:
@@ -71,12 +87,12 @@ def _rates(nodes: Sequence[Node], cache: Path) -> list[str]:
         for about, one in found
     ]
     table = _markdown(["task", "adapters", "chosen", *(f"score at {rate}" for rate in rates)], rows)
-    return [f"## Learning rates, chosen on held-out training rows\n\n{table}"]
+    return [f"## Learning rates, chosen on held-out training rows of seed {found[0][0]['seed']}\n\n{table}"]
 
 
 def _scores(suite: Suite, experiment: Experiment, cache: Path, folder: Path, made: Mapping[str, Any]) -> str:
     found = list(experiment.scores(cache))
-    rows = [score for score, _ in found]
+    rows = _averaged([score for score, _ in found]) if experiment.averaged else [score for score, _ in found]
     table = MultiTaskTable.of(rows)
     write_json(folder / "scores.json", {"scores": [asdict(score) for score in rows], **made})
     with new_file(folder / "scores.csv") as path, path.open("w", newline="", encoding="utf-8") as file:
@@ -90,6 +106,14 @@ def _scores(suite: Suite, experiment: Experiment, cache: Path, folder: Path, mad
     return "\n\n".join([table.markdown(), *_difference(rows), *_paper(suite, experiment, table)])
 
 
+def _averaged(scores: Sequence[Score]) -> list[Score]:
+    """The mean over tasks, where rows are of different tasks."""
+    groups: dict[Score, list[float]] = {}
+    for score in scores:
+        groups.setdefault(replace(score, task=AVERAGE, score=0.0), []).append(score.score)
+    return [replace(score, score=fmean(found)) for score, found in groups.items()]
+
+
 def _difference(scores: Sequence[Score]) -> list[str]:
     """What OSRM adds: its scores minus those of plain LoRA, seed by seed, where an experiment has both."""
 
@@ -99,7 +123,8 @@ def _difference(scores: Sequence[Score]) -> list[str]:
 
     plain = found(PLAIN)
     both = [replace(one, score=score - plain[one]) for one, score in found(OSRM).items() if one in plain]
-    return ["The difference:", MultiTaskTable.of(both).markdown()] if both else []
+    several = " (± of the paired differences)" if len({one.seed for one in both}) > 1 else ""
+    return [f"What OSRM adds, seed by seed{several}:", MultiTaskTable.of(both).markdown()] if both else []
 
 
 def _paper(suite: Suite, experiment: Experiment, table: MultiTaskTable) -> list[str]:
@@ -125,16 +150,20 @@ def _values(experiment: Experiment, cache: Path, folder: Path, made: Mapping[str
         writer.writerows([layer, name, found[layer]] for name, found in columns.items() for layer in layers)
     if experiment.x:
         over: dict[str, Callable[..., float]] = {"largest of the layers": max, "mean": fmean, "smallest": min}
+        if all(len({*found.values()}) == 1 for found in values.values()):
+            over = {"every layer": max}
         lines = {name: [(x, of(found.values())) for x, found in values.items()] for name, of in over.items()}
     else:
         lines = {name: list(enumerate(found[layer] for layer in layers)) for name, found in columns.items()}
     title = experiment.title.partition(" (")[0]
     _plot(lines, folder / "plot.png", xlabel=experiment.x or "layer, in model order", ylabel=title)
-    rows = [[layer, *(f"{found[layer]:.3g}" for found in columns.values())] for layer in layers]
+    shown = {name: {layer: one if isinstance(one, int) else f"{one:.3g}" for layer, one in found.items()}
+             for name, found in columns.items()}  # fmt: skip
+    rows = [[layer, *(str(found[layer]) for found in shown.values())] for layer in layers]
     return _markdown(["layer", *columns], rows)
 
 
-def _plot_average(experiment: Experiment, x_of: Mapping[str, float], table: MultiTaskTable, path: Path) -> None:
+def _plot_average(experiment: Experiment, x_of: Mapping[str, Any], table: MultiTaskTable, path: Path) -> None:
     """The average against x, a line a kind of adapter and method."""
     lines: dict[str, list[tuple[float, float]]] = {}
     for row in table.rows:
