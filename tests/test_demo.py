@@ -105,7 +105,13 @@ def test_the_plot_is_written(tmp_path):
 def test_ctrl_c_ends_the_command_with_a_word_on_how_to_go_on(tmp_path):
     """A real SIGINT to the real command, once it has begun to work."""
     command = [Path(sys.executable).with_name("osrm-peft"), "demo", "--out", tmp_path / "out"]
-    running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    running = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
+    )
     deadline = time.monotonic() + 120
     while not list(tmp_path.glob("out/seed42/features/*.safetensors")) and time.monotonic() < deadline:
         time.sleep(0.2)

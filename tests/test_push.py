@@ -210,6 +210,13 @@ found["push"] = refused(merged.push_to_hub, "someone/faulty")
 """
 
 
+WRONG_TOKEN = """
+import os
+os.environ["HF_TOKEN"] = "hf_wrong"
+found["wrong"] = refused(merged.push_to_hub, "someone/faulty")
+"""
+
+
 @pytest.mark.parametrize(
     ("match", "how", "times", "fails"),
     [
@@ -238,10 +245,10 @@ def test_a_push_that_fails_changes_nothing_and_is_made_again(match, how, times, 
 
 def test_without_a_token_nothing_is_made(root, tmp_path):
     with Hub() as hub:
-        found = run(hub, root, tmp_path, FAULTS, HF_TOKEN="", HF_HUB_DISABLE_IMPLICIT_TOKEN="1")["push"]
-        assert "401" in found and not hub.repos
-        found = run(hub, root, tmp_path, FAULTS, HF_TOKEN="hf_wrong")["push"]
-        assert "401" in found and not hub.repos and "hf_wrong" not in found
+        found = run(hub, root, tmp_path, FAULTS + WRONG_TOKEN, HF_TOKEN="")
+        assert "401" in found["push"] and "Invalid username" in found["push"]
+        assert "401" in found["wrong"] and "Invalid credentials" in found["wrong"]
+        assert not hub.repos and "hf_wrong" not in str(found)
 
 
 def test_the_command_pushes_and_reads(root, tmp_path, hub, found):

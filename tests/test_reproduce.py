@@ -307,16 +307,8 @@ def test_submitted_jobs_make_the_same(out, tiny):
     """submitit's local executor runs jobs as its SLURM executor does, in processes here."""
     content = yaml.safe_load((tiny / "tiny.yaml").read_text())
     (tiny / "jobs.yaml").write_text(yaml.safe_dump(content | {"experiments": {"rank": {"k": [2]}}}))
-    words = [
-        "--cache",
-        tiny / "jobs",
-        "--out",
-        tiny / "submitted",
-        "--submit",
-        "local",
-        "--submit-option",
-        "timeout_min=5",
-    ]
+    words = ["--cache", tiny / "jobs", "--out", tiny / "submitted"]
+    words += ["--submit", "local", "--submit-option", "timeout_min=5"]
     assert "1 jobs: features" in command(tiny, *words, config="jobs.yaml")
     submitted, whole = (json.loads((one / "rank/values.json").read_text()) for one in (tiny / "submitted", out))
     assert submitted["values"] == {"k = 2": whole["values"]["k = 2"]}
