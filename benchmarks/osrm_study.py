@@ -30,6 +30,7 @@ from osrm_peft.demo import RECIPE as DEMO
 from osrm_peft.files import versions, write_json
 from osrm_peft.layers import lora_layers
 from osrm_peft.recipe import Recipe
+from osrm_peft.report import markdown_table
 from osrm_peft.spectrum import Pool
 from osrm_peft.subspace import procrustes_drift
 from osrm_peft.tasks import Task, load_task
@@ -232,8 +233,7 @@ def tables(out: Path) -> str:
             found = [_columns(json.loads(file.read_text())) for file in sorted(out.glob(f"seed*/{init}.json"))]
             if len(found) == len(SEEDS) and set(wanted) & set(found[0]) - {"rate"}:
                 lines.append([init, *(_cell([one[column] for one in found if column in one]) for column in wanted)])
-        rule = ["---", *["--:"] * len(wanted)]
-        rendered.append("\n".join("| " + " | ".join(cells) + " |" for cells in [lines[0], rule, *lines[1:]]))
+        rendered.append(markdown_table(lines[0], lines[1:]))
     return "\n\n".join(rendered) + "\n"
 
 

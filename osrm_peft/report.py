@@ -116,9 +116,7 @@ class MultiTaskTable:
 
     def markdown(self) -> str:
         """A Markdown table."""
-        header, lines = self.cells()
-        rule = ["---", "---", "--:"] + ["--:"] * (len(header) - 3)
-        return "\n".join("| " + " | ".join(cells) + " |" for cells in [header, rule, *lines])
+        return markdown_table(*self.cells(), names=2)
 
     def terminal(self, title: str) -> Table:
         """A table for `rich` to print, narrow enough for 80 columns; the best merge of each column in bold."""
@@ -137,6 +135,12 @@ class MultiTaskTable:
             cells = [f"[bold]{cell}[/bold]" if one else cell for cell, one in zip(cells, best, strict=True)]
             table.add_row(f" {method} {scale}", *cells)
         return table
+
+
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]], names: int = 1) -> str:
+    """A Markdown table, its first columns (`names`) to the left, the others, of numbers, to the right."""
+    rule = ["---"] * names + ["--:"] * (len(header) - names)
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in [header, rule, *rows])
 
 
 def plot_scales(table: MultiTaskTable, path: str | Path) -> None:

@@ -160,9 +160,10 @@ def report(scores: dict[str, dict[str, float]], steps: list[str], made: dict[str
 
     def rows(kind: str, labels: Iterable[str]) -> list[Score]:
         title, names = ("task models", TASKS) if kind == "tasks" else ("one run", (LONG,))
-        scale = {one: MERGES.get(one, {}).get("scale", 1.0) for one in labels}
         return [
-            Score(title, one, scale[one], SEED, name, scores[f"{kind}/{one}"][name]) for one in labels for name in names
+            Score(title, one, MERGES.get(one, {}).get("scale", 1.0), SEED, name, scores[f"{kind}/{one}"][name])
+            for one in labels
+            for name in names
         ]
 
     alone = [Score("one each", "individual", None, SEED, name, scores[f"tasks/{name} alone"][name]) for name in TASKS]

@@ -15,7 +15,7 @@ import yaml
 from osrm_peft.files import new_file, read_object, versions, write_json
 from osrm_peft.html_report import write_report
 from osrm_peft.hub import public_name
-from osrm_peft.report import AVERAGE, MultiTaskTable, Score, plot_scales
+from osrm_peft.report import AVERAGE, MultiTaskTable, Score, markdown_table, plot_scales
 from osrm_peft.tasks import load_task
 from osrm_peft.training import PAPER_LORA
 from reproduction.experiments import Experiment
@@ -86,7 +86,7 @@ def _rates(nodes: Sequence[Node], cache: Path) -> list[str]:
         [about["task"], about["init"], f"{one['rate']:g}", *(f"{100 * one['scores'][rate]:.1f}" for rate in rates)]
         for about, one in found
     ]
-    table = _markdown(["task", "adapters", "chosen", *(f"score at {rate}" for rate in rates)], rows)
+    table = markdown_table(["task", "adapters", "chosen", *(f"score at {rate}" for rate in rates)], rows)
     return [f"## Learning rates, chosen on held-out training rows of seed {found[0][0]['seed']}\n\n{table}"]
 
 
@@ -134,7 +134,7 @@ def _paper(suite: Suite, experiment: Experiment, table: MultiTaskTable) -> list[
         return []
     header = ["the paper's", *table.columns]
     rows = [[name, *(str(row.get(column, "")) for column in header[1:])] for name, row in known["rows"].items()]
-    return [f"The paper's {known['table']} (p. {known['page']}):", _markdown(header, rows)]
+    return [f"The paper's {known['table']} (p. {known['page']}):", markdown_table(header, rows)]
 
 
 def _values(experiment: Experiment, cache: Path, folder: Path, made: Mapping[str, Any]) -> str:
@@ -157,10 +157,8 @@ def _values(experiment: Experiment, cache: Path, folder: Path, made: Mapping[str
         lines = {name: list(enumerate(found[layer] for layer in layers)) for name, found in columns.items()}
     title = experiment.title.partition(" (")[0]
     _plot(lines, folder / "plot.png", xlabel=experiment.x or "layer, in model order", ylabel=title)
-    shown = {name: {layer: one if isinstance(one, int) else f"{one:.3g}" for layer, one in found.items()}
-             for name, found in columns.items()}  # fmt: skip
-    rows = [[layer, *(str(found[layer]) for found in shown.values())] for layer in layers]
-    return _markdown(["layer", *columns], rows)
+    rows = [[layer, *(_shown(found[layer]) for found in columns.values())] for layer in layers]
+    return markdown_table(["layer", *columns], rows)
 
 
 def _plot_average(experiment: Experiment, x_of: Mapping[str, Any], table: MultiTaskTable, path: Path) -> None:
@@ -192,9 +190,8 @@ def _plot(lines: Mapping[str, Sequence[tuple[float, float]]], path: Path, **axes
         figure.savefig(partial, format="png", dpi=120)
 
 
-def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [header, ["---", *["--:"] * (len(header) - 1)], *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+def _shown(value: float) -> str:
+    return str(value) if isinstance(value, int) else f"{value:.3g}"
 
 
 def _settings(suite: Suite) -> dict[str, Any]:
