@@ -3,26 +3,28 @@
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from osrm_peft.adapter_config import CONFIG
+from osrm_peft.adapter_keys import PREFIX, TASK_HEADS, base_name, below, saved_modules
+from osrm_peft.base_identity import located
 from osrm_peft.base_models import load_base
 from osrm_peft.files import new_file
-from osrm_peft.hub import public_name
+from osrm_peft.layer_names import names_in
 from osrm_peft.layers import last_layer, weight_shape
 from osrm_peft.packaged import resolve_model
 
-CONFIG, WEIGHTS, HEADS = "adapter_config.json", "adapter_model.safetensors", "heads"
-PREFIX = "base_model.model."
+WEIGHTS, HEADS = "adapter_model.safetensors", "heads"
 
 TARGETS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 _KEPT = ("base_model_name_or_path", "revision", "task_type", "fan_in_fan_out", *TARGETS)  # in the config that we write
@@ -76,19 +78,47 @@ class FactorsOnDemand(Mapping[str, Factors]):
         return len(self.shapes)
 
 
+class TensorsOnDemand(Mapping[str, Tensor]):
+    """{parameter name: tensor} that are read from their file when asked for, and not kept.
+
+    Attributes:
+        shapes: {parameter name: shape}, known without reading.
+    """
+
+    def __init__(self, shapes: dict[str, tuple[int, ...]], read: Callable[[str], Tensor]) -> None:
+        self.shapes, self._read = shapes, read
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self.shapes:
+            raise KeyError(name)
+        return self._read(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+
 @dataclass
 class LoraAdapter:
     """A plain LoRA adapter.
 
     Attributes:
         factors: {layer name in the base model: Factors}, float32; those of a folder are read when they are used.
-        heads: {parameter name in the base model: tensor}: `modules_to_save`, such as a trained classifier.
-        config: the fields of `adapter_config.json`.
+        heads: {parameter name in the base model: tensor} of the task's own head, such as a trained classifier.
+        config: the fields of `adapter_config.json`, PEFT's defaults where one is missing.
         dtype: of the factors in the file; results are written in it.
         source: the folder, Hub id or model that it came from.
         sha256: of the weight file, None for a live model.
         layouts: {layer: (channels, height, width) of a convolution's kernel, or () of an embedding}; no linear layers.
         padded: the least rank to write, see `save_pretrained`.
+        modules: the same of modules of the pre-trained model that were trained whole (`modules_to_save`): `lm_head`,
+            `embed_tokens`, a norm; those of a folder are read when they are used.
+        copies: the same of frozen base weights that PEFT put into the file, since the vocabulary has new rows: loading
+            the adapter restores them.
+        weight_hash: of the base model's adapted layers (`layers.weight_hash`), where OSRM's manifest tells it.
+        folder: where the adapter's files are on this machine, a tokenizer perhaps among them.
     """
 
     factors: Mapping[str, Factors]
@@ -99,6 +129,10 @@ class LoraAdapter:
     sha256: str | None = None
     layouts: dict[str, tuple[int, ...]] = field(default_factory=dict)
     padded: int = 1
+    modules: Mapping[str, Tensor] = field(default_factory=dict)
+    copies: Mapping[str, Tensor] = field(default_factory=dict)
+    weight_hash: str | None = None
+    folder: Path | None = None
 
     @property
     def shapes(self) -> dict[str, tuple[int, int, int]]:
@@ -125,14 +159,30 @@ class LoraAdapter:
 
     def peft_config(self) -> LoraConfig:
         """The LoraConfig under which stock PEFT reproduces these factors."""
-        rank = self.rank
+        rank, saved = self.rank, [*self.heads, *self.modules]
         fields: dict[str, Any] = {name: self.config.get(name) for name in _KEPT}
-        fields["base_model_name_or_path"] = public_name(self.base_model)
+        fields["base_model_name_or_path"] = located(self.base_model)
         fields["fan_in_fan_out"] = bool(fields["fan_in_fan_out"])
-        if not self.heads:  # PEFT would add (and re-initialise) a classifier of its own for these task types
-            fields["task_type"] = None if fields["task_type"] in ("SEQ_CLS", "TOKEN_CLS") else fields["task_type"]
-        saved = [module for module in self.config.get("modules_to_save") or [] if any(map(below(module), self.heads))]
-        return LoraConfig(r=rank, lora_alpha=rank, modules_to_save=saved or None, inference_mode=True, **fields)
+        known = [module for module in saved_modules(self.config) if any(map(below(module), saved))]
+        if not self.heads and fields["task_type"] in TASK_HEADS:  # PEFT would add (and re-initialise) a head of its own
+            fields["task_type"] = None
+        unnamed = [name for name in saved if not any(below(module)(name) for module in known)]
+        saved_whole = [*known, *dict.fromkeys(name.rpartition(".")[0] for name in unnamed)]
+        return LoraConfig(r=rank, lora_alpha=rank, modules_to_save=saved_whole or None, inference_mode=True, **fields)
+
+    def without_heads(self) -> "LoraAdapter":
+        """The shared part: without the task's head, which PEFT must not adapt in its place."""
+        config, modules = self.config, sorted({name.rpartition(".")[0] for name in self.heads})
+        targets = config.get("target_modules")
+        every = isinstance(targets, str) and targets.lower() == "all-linear"
+        hit = modules if every else [one for one in modules if check_target_module_exists(_targets(config), one)]
+        if hit:
+            excluded = config.get("exclude_modules")
+            if isinstance(excluded, str):
+                config = config | {"exclude_modules": "|".join([f"(?:{excluded})", *map(re.escape, hit)])}
+            else:
+                config = config | {"exclude_modules": sorted({*(excluded or []), *hit})}
+        return replace(self, heads={}, config=config)
 
     @property
     def rank(self) -> int:
@@ -153,7 +203,12 @@ class LoraAdapter:
                     f"layer {name!r} overflows {self.dtype}: lower the scale, or give the adapters the dtype float32"
                 )
             tensors |= {f"{PREFIX}{name}.{key}": tensor for key, tensor in _as_peft(pair, self.layouts.get(name))}
-        return tensors | {f"{PREFIX}{name}": tensor.clone().contiguous() for name, tensor in self.heads.items()}
+        for name, tensor in self.copies.items():
+            layer, _, parameter = name.rpartition(".")
+            key = f"{layer}.base_layer.{parameter}" if layer in self.factors else name
+            tensors[f"{PREFIX}{key}"] = tensor.clone().contiguous()
+        saved = {**self.heads, **self.modules}
+        return tensors | {f"{PREFIX}{name}": tensor.clone().contiguous() for name, tensor in saved.items()}
 
     def attach(self, base: PreTrainedModel | str) -> PeftModel:
         """A PeftModel of `base` with this adapter and its head, in eval mode.
@@ -163,23 +218,53 @@ class LoraAdapter:
                 of the right width (sequence classification or causal language models).
 
         Raises:
-            ValueError: `base` lacks a layer, or its head has another shape.
+            ValueError: `base` lacks a layer, or its head or a trained module has another shape.
         """
         model = self.load_base_model(base) if isinstance(base, str) else base
-        self._check_fits(model)
-        config = self.peft_config()
+        if isinstance(model, PeftModel) or any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+            raise TypeError("the base model carries an adapter already: pass the model without it (`.unload()`)")
+        adapter = self._named_as_in(model)
+        adapter._check_fits(model)
+        config = adapter.peft_config()
         config.base_model_name_or_path = None  # PEFT fills in this model's, and would warn of another
+        config.target_modules = sorted(adapter.factors)
+        config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
         peft_model = get_peft_model(model, config)
-        result: Any = set_peft_model_state_dict(peft_model, self.state_dict())
+        result: Any = set_peft_model_state_dict(peft_model, adapter.state_dict())
         lost = [key for key in result.missing_keys if "lora_" in key] + list(result.unexpected_keys)
         if lost:
             raise ValueError(f"{type(model).__name__} and the adapter do not fit: {', '.join(sorted(lost)[:6])}")
         return peft_model.eval()
 
+    def renamed(self, new: Callable[[str], str]) -> "LoraAdapter":
+        """The same adapter with other names for its layers and for the modules that it has trained.
+
+        Args:
+            new: from a name in the base model (a layer's or a parameter's) to another.
+        """
+        back = {new(name): name for name in self.factors}
+        if len(back) < len(self.factors):
+            raise ValueError(f"{self.source}: two layers would get one name")
+        shapes = {name: self.shapes[old] for name, old in back.items()}
+        layouts = {new(name): layout for name, layout in self.layouts.items()}
+        heads = {new(name): tensor for name, tensor in self.heads.items()}
+        factors = FactorsOnDemand(shapes, lambda name: self.factors[back[name]])
+        modules, copies = (_renamed(part, new) for part in (self.modules, self.copies))
+        return replace(self, factors=factors, layouts=layouts, heads=heads, modules=modules, copies=copies)
+
+    def _named_as_in(self, model: PreTrainedModel) -> "LoraAdapter":
+        """The same with the names that its layers have in this model (in this version of transformers)."""
+        actual = {base_name(name): name for name, _ in model.named_modules()}
+        actual |= {base_name(name): name for name, _ in model.named_parameters()}
+        names = [*self.factors, *self.heads, *self.modules, *self.copies]
+        lost = [name for name in names if name not in actual]
+        found = {} if not lost else names_in(model, [name for name in lost if name in self.factors])
+        if not found and all(actual.get(name, name) == name for name in names):
+            return self
+        return self.renamed(lambda name: actual.get(found.get(name, name), found.get(name, name)))
+
     def _check_fits(self, model: PreTrainedModel) -> None:
-        """Before anything is wrapped: are the layers there, and have they and the head the right shapes?"""
-        if isinstance(model, PeftModel) or any(isinstance(module, BaseTunerLayer) for module in model.modules()):
-            raise TypeError("the base model carries an adapter already: pass the model without it (`.unload()`)")
+        """Before anything is wrapped: are the layers there, and have they, heads and modules the right shapes?"""
         modules = dict(model.named_modules())
         missing = sorted(set(self.factors) - set(modules))
         if missing:
@@ -187,18 +272,29 @@ class LoraAdapter:
                 f"{type(model).__name__} lacks {len(missing)} of the {len(self.factors)} adapted layers: "
                 f"{', '.join(missing[:4])}; the adapter is of {self.base_model}"
             )
-        for name, (o, _, n) in self.shapes.items():
-            shape, actual = (o, n), weight_shape(modules[name])
-            if actual not in (None, shape):
+        parameters = {name: tuple(one.shape) for name, one in model.named_parameters(remove_duplicate=False)}
+        for name, wanted in {one: shape_in(part, one) for part in (self.copies, self.modules) for one in part}.items():
+            actual = parameters.get(name)
+            if actual is None:
                 raise ValueError(
-                    f"layer {name!r} is {actual[0]}×{actual[1]}, the adapter's is "
+                    f"{type(model).__name__} has no {name!r}, which the adapter has trained; it is of {self.base_model}"
+                )
+            if actual != wanted:
+                remedy = "it is of another base model"
+                if actual[1:] == wanted[1:]:  # another vocabulary
+                    remedy = f"for its tokens call model.resize_token_embeddings({wanted[0]}) first"
+                raise ValueError(f"{name!r} has shape {actual} in the model and {wanted} in the adapter: {remedy}")
+        for name, (o, _, n) in self.shapes.items():
+            shape, actual_shape = (o, n), weight_shape(modules[name])
+            if actual_shape not in (None, shape):
+                raise ValueError(
+                    f"layer {name!r} is {actual_shape[0]}×{actual_shape[1]}, the adapter's is "
                     f"{shape[0]}×{shape[1]}; the adapter is of {self.base_model}"
                 )
-        shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
         for name, tensor in self.heads.items():
-            if shapes.get(name) != tuple(tensor.shape):
+            if parameters.get(name) != tuple(tensor.shape):
                 raise ValueError(
-                    f"the head {name!r} has shape {tuple(tensor.shape)}, the model's is {shapes.get(name)}: "
+                    f"the head {name!r} has shape {tuple(tensor.shape)}, the model's is {parameters.get(name)}: "
                     f"load the base model with num_labels={len(tensor)}"
                 )
 
@@ -245,6 +341,18 @@ def _as_peft(pair: dict[str, Tensor], layout: tuple[int, ...] | None) -> Iterato
             yield f"lora_{half}.weight", tensor.reshape(shape)
 
 
-def below(module: str) -> Callable[[str], bool]:
-    """Whether a parameter name lies in a module that PEFT knows as `module`: whose name ends so (`pre_classifier`)."""
-    return re.compile(rf".*{re.escape(module)}\..+").fullmatch  # type: ignore[return-value]
+def shape_in(tensors: Mapping[str, Tensor], name: str) -> tuple[int, ...]:
+    """The shape of a tensor, which is not read for that."""
+    return tensors.shapes[name] if isinstance(tensors, TensorsOnDemand) else tuple(tensors[name].shape)
+
+
+def _renamed(tensors: Mapping[str, Tensor], new: Callable[[str], str]) -> TensorsOnDemand:
+    back = {new(name): name for name in tensors}
+    return TensorsOnDemand(
+        {name: shape_in(tensors, old) for name, old in back.items()}, lambda name: tensors[back[name]]
+    )
+
+
+def _targets(config: Mapping[str, Any]) -> LoraConfig:
+    fields: dict[str, Any] = {name: config.get(name) for name in TARGETS}
+    return LoraConfig(**fields)

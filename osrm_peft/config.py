@@ -7,10 +7,11 @@ from typing import Any
 
 from peft import LoraConfig
 
+from osrm_peft.base_identity import located
 from osrm_peft.card import write_manifest
 from osrm_peft.checks import choice, integer, number
 from osrm_peft.files import command, versions
-from osrm_peft.hub import public, public_name
+from osrm_peft.hub import public
 from osrm_peft.moments import STATISTICS
 from osrm_peft.subspace import IN_TASK, NULL_SPACES, check_protect
 
@@ -97,15 +98,14 @@ class OSRMLoraConfig(LoraConfig):
         return {name: getattr(self, name) for name in _OWN_FIELDS if name != "provenance"}
 
     def to_dict(self) -> dict[str, Any]:
-        """LoraConfig's fields only, and no folder of this machine: what `adapter_config.json` holds."""
+        """LoraConfig's fields only: what `adapter_config.json` holds."""
         fields = {name: value for name, value in super().to_dict().items() if name not in _OWN_FIELDS}
-        return fields | {"base_model_name_or_path": public_name(self.base_model_name_or_path)}
+        return fields | {"base_model_name_or_path": located(self.base_model_name_or_path)}
 
     def manifest(self) -> dict[str, Any]:
-        """How the adapter was made, for its folder, which others may push: no folder of this machine is in it."""
+        """How the adapter was made, for its folder: of folders of this machine only the base model's is in it."""
         found = {
             "kind": "adapter",
-            "base_model": public_name(self.base_model_name_or_path),
             "task_type": None if self.task_type is None else str(getattr(self.task_type, "value", self.task_type)),
             "osrm": {
                 "initialized": bool(self.provenance),
@@ -115,7 +115,7 @@ class OSRMLoraConfig(LoraConfig):
             "command": command(),
             "versions": versions(),
         }
-        return public(found)
+        return public(found) | {"base_model": located(self.base_model_name_or_path)}
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write `adapter_config.json` (as PEFT does), the manifest `osrm_peft.json` and the card beside it."""

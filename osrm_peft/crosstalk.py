@@ -87,7 +87,7 @@ def interference(
     Raises:
         ValueError: see `merge_adapters`; or the base lacks a layer.
     """
-    inputs = gather(adapters, base_model=base_model, heads="per_task", rank=None)
+    inputs = gather(adapters, base_model=base_model, heads="per_task")
     moments_of = statistics_of("features", TaskFeatures, features, inputs, "interference")
     modules: dict[str, Any] = dict(base_of(base).named_modules()) if base is not None else {}
     check_unmerged({name: modules.get(name) for name in inputs.shapes})

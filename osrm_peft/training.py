@@ -21,13 +21,13 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint
 
+from osrm_peft.base_identity import located
 from osrm_peft.base_models import load_base, load_tokenizer
 from osrm_peft.callback import OSRMCallback
 from osrm_peft.card import write_manifest
 from osrm_peft.config import OSRMLoraConfig
 from osrm_peft.distributed import whole
 from osrm_peft.files import check_replaceable, command, new_folder, read_manifest, read_object, versions, write_json
-from osrm_peft.hub import public_name
 from osrm_peft.tasks import Task, tokenize
 
 # The OSRM paper's settings (§5.1 and Table 10), except the learning rate, which depends on model, task and init.
@@ -113,7 +113,7 @@ def train_task(
         with new_folder(output_dir, "adapter") as folder:
             peft_model.save_pretrained(str(folder), state_dict=weights)
             config = read_object(folder / CONFIG_NAME)
-            write_json(folder / CONFIG_NAME, config | {"base_model_name_or_path": public_name(peft_model.name_or_path)})
+            write_json(folder / CONFIG_NAME, config | {"base_model_name_or_path": located(peft_model.name_or_path)})
             manifest = read_manifest(folder) | {  # an OSRMLoraConfig has told of the choice of A there
                 "kind": "adapter",
                 "base_model": model,

@@ -19,7 +19,7 @@ from osrm_peft.checkpoints.plan import STATE, CheckpointPlan, plan_checkpoints
 from osrm_peft.checkpoints.writing import write_heads, write_rest, write_shard
 from osrm_peft.files import MANIFEST, check_replaceable, check_space, put_in_place, write_json
 from osrm_peft.hub import local_folder
-from osrm_peft.merging.inputs import Weights
+from osrm_peft.merging.weights import Weights
 
 _FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)  # no room, by disk, file or quota
 

@@ -16,8 +16,9 @@ from transformers import AutoTokenizer
 from osrm_peft.checkpoints.model_files import ModelFiles
 from osrm_peft.checks import choice, integer, number
 from osrm_peft.files import MANIFEST, command, versions
-from osrm_peft.merging.inputs import Weights, check_names, weights_by_layer, weights_by_task
+from osrm_peft.merging.inputs import check_names
 from osrm_peft.merging.registry import METHODS, Method, get_method
+from osrm_peft.merging.weights import Weights, weights_by_layer, weights_by_task
 
 logger = logging.getLogger(__name__)
 

@@ -1,8 +1,7 @@
 """What goes into a merge, read and checked before any work: adapters and weights."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +10,12 @@ from peft import PeftModel
 from torch import Tensor
 
 from osrm_peft.adapter_reader import load_adapter
-from osrm_peft.adapters import TARGETS, Factors, FactorsOnDemand, LoraAdapter
-from osrm_peft.checks import choice, number, task_name
-from osrm_peft.hub import is_local, public_name
+from osrm_peft.adapters import TARGETS, Factors, LoraAdapter
+from osrm_peft.base_identity import Base, common_base
+from osrm_peft.checks import choice, task_name
+from osrm_peft.merging.alignment import align
 
 Adapters = Mapping[str, str | Path | PeftModel | LoraAdapter]
-Weights = Mapping[str, float | Mapping[str, float]] | Sequence[float] | None
 
 HEAD_POLICIES = ("per_task", "error")
 
@@ -30,12 +29,14 @@ class Inputs:
         base: the base model's name.
         shapes: {layer: (o, n)} of all layers that any adapter has, sorted by name.
         prefixes: {task: what was put before its layers' names}, of adapters of the bare model.
+        renamed: whether an adapter's layers have other names here than in its own file.
     """
 
     adapters: dict[str, LoraAdapter]
     base: str | None
     shapes: dict[str, tuple[int, int]]
     prefixes: dict[str, str]
+    renamed: bool = False
 
     def factors(self, layer: str) -> list[Factors | None]:
         """One layer of each adapter, read now; None where it has none."""
@@ -52,14 +53,17 @@ class Inputs:
         return sum(adapter.shapes[layer][1] for adapter in self.adapters.values() if layer in adapter.shapes)
 
     def templates(self) -> dict[str, LoraAdapter]:
-        """Each task's head and config, for results; full layer names as targets unless all adapters name the same."""
+        """Each task's head and config, for results; full layer names as targets unless all adapters name the same.
+
+        Trained modules and copies of base weights are left out.
+        """
         targets = [[adapter.config.get(key) for key in TARGETS] for adapter in self.adapters.values()]
         config: dict[str, Any] = {"base_model_name_or_path": self.base}
-        if any(target != targets[0] for target in targets):
+        if self.renamed or any(target != targets[0] for target in targets):
             config |= dict.fromkeys(TARGETS) | {"target_modules": list(self.shapes)}
         layouts = {name: layout for adapter in self.adapters.values() for name, layout in adapter.layouts.items()}
         return {
-            name: replace(adapter, factors={}, config=adapter.config | config, layouts=layouts)
+            name: replace(adapter, factors={}, config=adapter.config | config, layouts=layouts, modules={}, copies={})
             for name, adapter in self.adapters.items()
         }
 
@@ -77,115 +81,42 @@ def check_names(adapters: Any) -> list[str]:
     return [task_name(name) for name in adapters]
 
 
-def gather(adapters: Adapters, *, base_model: str | None, heads: str, rank: int | None) -> Inputs:
-    """Load the adapters and check that they can be merged.
+def gather(adapters: Adapters, *, base_model: str | None, heads: str) -> Inputs:
+    """Load the adapters and check that their layers can be merged.
 
     Raises:
         TypeError, ValueError: see `merge_adapters`.
     """
     choice("heads policy", heads, HEAD_POLICIES)
     check_names(adapters)
-    loaded = {
-        name: adapter if isinstance(adapter, LoraAdapter) else load_adapter(adapter, whole=True)
-        for name, adapter in adapters.items()
+    loaded = {name: _load(name, adapter) for name, adapter in adapters.items()}
+    bases = {
+        name: Base(one.base_model, one.config.get("revision"), one.weight_hash, frozenset(one.shapes))
+        for name, one in loaded.items()
     }
-    base = _common_base(loaded, base_model)
+    base = common_base(bases, base_model)
     with_heads = [name for name, adapter in loaded.items() if adapter.heads]
     if heads == "error" and with_heads:
         raise ValueError(f"{', '.join(with_heads)} have trained heads and heads='error': use heads='per_task'")
-    prefixes = _prefixes(loaded)
-    loaded = {task: _renamed(adapter, prefixes[task]) for task, adapter in loaded.items()}
+    original = {task: set(adapter.shapes) for task, adapter in loaded.items()}
+    loaded, prefixes = align(loaded, base)
     shapes = _common_shapes(loaded)
-    widest = min(min(shape) for shape in shapes.values())
-    if rank is not None and rank > widest:
-        raise ValueError(f"rank={rank} is above {widest}, the smallest layer's width: lower it, or None for exact")
-    return Inputs(loaded, base, dict(sorted(shapes.items())), prefixes)
+    renamed = any(set(adapter.shapes) != original[task] for task, adapter in loaded.items())
+    return Inputs(loaded, base, dict(sorted(shapes.items())), prefixes, renamed)
 
 
-def weights_by_task(weights: Weights, tasks: list[str]) -> dict[str, Mapping[str, float]]:
-    """{task: {layer name pattern: number}}; `"*"` where the weight is one number.
-
-    Raises:
-        ValueError: not one for each adapter, or not finite.
-    """
-    if weights is None:
-        weights = [1.0] * len(tasks)
-    if isinstance(weights, Mapping):
-        if set(weights) != set(tasks):
-            raise ValueError(f"weights name {sorted(weights)}, the adapters are {sorted(tasks)}: give one for each")
-        weights = [weights[task] for task in tasks]  # type: ignore[misc]  # numbers or mappings: told apart below
-    weights = weights.tolist() if hasattr(weights, "tolist") else weights
-    if isinstance(weights, str) or not isinstance(weights, Sequence):
-        raise ValueError(
-            f"weights={weights!r} must be a list in the order of the adapters, or map task names to numbers"
-        )
-    if len(weights) != len(tasks):
-        raise ValueError(f"{len(weights)} weights for {len(tasks)} adapters: give one for each")
-    named: dict[str, Mapping[str, float]] = {}
-    for task, weight in zip(tasks, weights, strict=True):
-        patterns = weight if isinstance(weight, Mapping) else {"*": weight}
-        named[task] = {
-            pattern: number(f"weight of {task!r}" + ("" if patterns is not weight else f" at {pattern!r}"), value)
-            for pattern, value in patterns.items()
-        }
-    return named
-
-
-def weights_by_layer(weights: Mapping[str, Mapping[str, float]], layers: Iterable[str]) -> dict[str, Tensor]:
-    """{layer: (T,) float64}, of each task's patterns the first that matches.
-
-    Raises:
-        ValueError: a layer that no pattern matches.
-    """
-    return {
-        layer: torch.tensor([_weight(task, weight, layer) for task, weight in weights.items()], dtype=torch.float64)
-        for layer in layers
-    }
-
-
-def _weight(task: str, patterns: Mapping[str, float], layer: str) -> float:
-    for pattern, value in patterns.items():
-        if fnmatchcase(layer, pattern):
-            return value
-    raise ValueError(
-        f"no pattern of task {task!r} ({', '.join(patterns)}) matches layer {layer!r}: add '*' as the last"
-    )
-
-
-def _common_base(adapters: Mapping[str, LoraAdapter], base_model: str | None) -> str | None:
-    if base_model is not None:
-        return base_model
-    bases = {name: (adapter.base_model, adapter.config.get("revision")) for name, adapter in adapters.items()}
-    paths = {base for base, _ in bases.values() if base and is_local(base)}  # PEFT writes them, we the last part
-    if len({(public_name(base), revision) for base, revision in bases.values()}) > 1 or len(paths) > 1:
-        listed = ", ".join(f"{name}: {base}{f'@{rev}' if rev else ''}" for name, (base, rev) in bases.items())
-        raise ValueError(
-            f"the adapters have different base models ({listed}): they cannot be merged; "
-            "if these are names of one and the same model, say so with base_model=NAME"
-        )
-    return next(iter(paths), next(iter(bases.values()))[0])
-
-
-def _prefixes(adapters: dict[str, LoraAdapter]) -> dict[str, str]:
-    """What to put before layer names where one adapter was trained on the bare model, another inside a task's model.
-
-    (`encoder.layer.0.…` of BertModel is `bert.encoder.layer.0.…` of BertForSequenceClassification.)
-    """
-    prefixes = {}
-    for task, adapter in adapters.items():
-        others = sorted({name for other, one in adapters.items() if other != task for name in one.shapes})
-        longer = (other.removesuffix(name) for name in adapter.shapes for other in others if other.endswith(f".{name}"))
-        prefixes[task] = "" if set(others) & set(adapter.shapes) else next(longer, "")
-    return prefixes
-
-
-def _renamed(adapter: LoraAdapter, prefix: str) -> LoraAdapter:
-    if not prefix:
+def _load(task: str, adapter: str | Path | PeftModel | LoraAdapter) -> LoraAdapter:
+    """The adapter; of a live model with several, the one that is called like the task."""
+    if isinstance(adapter, LoraAdapter):
         return adapter
-    shapes = {prefix + name: shape for name, shape in adapter.shapes.items()}
-    factors = FactorsOnDemand(shapes, lambda name: adapter.factors[name.removeprefix(prefix)])
-    layouts = {prefix + name: layout for name, layout in adapter.layouts.items()}
-    return replace(adapter, factors=factors, layouts=layouts)
+    if isinstance(adapter, PeftModel) and len(adapter.peft_config) > 1:
+        if task not in adapter.peft_config:
+            raise ValueError(
+                f"the live model given for task {task!r} has several adapters ({', '.join(adapter.peft_config)}): call "
+                f"the task like its adapter, or give load_adapter(model, adapter_name=…)"
+            )
+        return load_adapter(adapter, adapter_name=task)
+    return load_adapter(adapter, whole=True)
 
 
 def _common_shapes(adapters: Mapping[str, LoraAdapter]) -> dict[str, tuple[int, int]]:

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from osrm_peft.adapter_keys import is_head
 from osrm_peft.adapters import HEADS, LoraAdapter, load_head, save_head
 from osrm_peft.card import write_manifest
 from osrm_peft.checks import number
@@ -129,7 +130,7 @@ class MaskedAdapter(Pushable):
         with new_folder(folder, "emr") as partial:
             save_file(tensors, partial / MASKS, {"format": "pt", "osrm_peft": json.dumps(notes)})
             for name, adapter in self.tasks.items():
-                save_head(adapter.heads, adapter.config, partial / HEADS / f"{name}.safetensors")
+                save_head({**adapter.heads, **adapter.modules}, adapter.config, partial / HEADS / f"{name}.safetensors")
             write_manifest(partial, self.manifest)
 
     @classmethod
@@ -164,7 +165,9 @@ class MaskedAdapter(Pushable):
             for name in check_names(dict.fromkeys(names)):  # none of them leads out of the folder
                 heads, config = load_head(folder / HEADS / f"{name}.safetensors")
                 config |= {"base_model_name_or_path": manifest.get("base_model"), "target_modules": list(layers)}
-                tasks[name] = LoraAdapter({}, heads, config, dtype, source=str(folder), layouts=layouts)
+                own = {key: one for key, one in heads.items() if not is_head(key, config, layers)}
+                heads = {key: one for key, one in heads.items() if key not in own}
+                tasks[name] = LoraAdapter({}, heads, config, dtype, source=str(folder), layouts=layouts, modules=own)
             return cls(layers, scales, float(manifest["scale"]), tasks, manifest)
         except (SafetensorError, ValueError, KeyError, OSError, TypeError) as error:
             raise ValueError(f"{folder} is damaged: {type(error).__name__}: {error}") from error
@@ -176,7 +179,11 @@ class MaskedAdapter(Pushable):
 
     def _weights_of(self, task: str, model: PreTrainedModel) -> dict[Tensor, Tensor]:
         """{parameter: its value for this task}, checked against the model."""
-        place, modules, parameters = self._place(task), dict(model.named_modules()), dict(model.named_parameters())
+        place, modules, parameters = (
+            self._place(task),
+            dict(model.named_modules()),
+            dict(model.named_parameters(remove_duplicate=False)),
+        )
         values: dict[Any, Tensor] = {}
         deltas: dict[Any, Tensor] = {}
         for name, layer in self.layers.items():
@@ -197,14 +204,18 @@ class MaskedAdapter(Pushable):
                     "does not change alike: one weight cannot hold both; use .adapter(task), whose layers are apart"
                 )
             values[weight] = weight.detach().float() + delta.to(weight.device)
-        for name, tensor in self.tasks[task].heads.items():
+        for name, tensor in {**self.tasks[task].heads, **self.tasks[task].modules}.items():
             actual = tuple(parameters[name].shape) if name in parameters else None
             if actual != tuple(tensor.shape):
+                remedy = f"load the base model with num_labels={len(tensor)}"
+                if name not in self.tasks[task].heads:
+                    remedy = f"call model.resize_token_embeddings({len(tensor)}) if it has new tokens"
+                what = "head" if name in self.tasks[task].heads else "module"
                 raise ValueError(
-                    f"the head {name!r} has shape {tuple(tensor.shape)}, the model's is {actual}: "
-                    f"load the base model with num_labels={len(tensor)}"
+                    f"the {what} {name!r} has shape {tuple(tensor.shape)}, the model's is {actual}: {remedy}"
                 )
-            values[parameters[name]] = tensor
+            under = deltas.get(parameters[name])  # of a copied base weight that is adapted, too
+            values[parameters[name]] = tensor if under is None else tensor.float() + under.to(tensor.device)
         return values
 
 

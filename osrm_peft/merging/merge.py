@@ -3,6 +3,7 @@
 import hashlib
 import logging
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from typing import Any, Literal, overload
 
 import torch
@@ -12,14 +13,16 @@ from tqdm.auto import tqdm
 from osrm_peft.adapters import Factors
 from osrm_peft.distributed import ALONE, Processes
 from osrm_peft.merging.guidance import best_scale, normal_equations, solve
-from osrm_peft.merging.inputs import Adapters, Weights
+from osrm_peft.merging.inputs import Adapters
 from osrm_peft.merging.lowrank import Compressed, compress, compress_matrix
 from osrm_peft.merging.masked import MaskedAdapter, MaskedLayer
 from osrm_peft.merging.merged import MergedAdapter, MergedLayer
+from osrm_peft.merging.modules import merge_modules
 from osrm_peft.merging.plan import MergePlan, plan_merge
 from osrm_peft.merging.registry import Merged, taken
 from osrm_peft.merging.spaces import Layer, enter
 from osrm_peft.merging.statistics import Statistics
+from osrm_peft.merging.weights import Weights
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +40,7 @@ def merge_adapters(
     space: str = "auto",
     rank: int | str | None = None,
     heads: str = "per_task",
+    modules: str | None = None,
     base_model: str | None = None,
     statistics: Statistics | None = None,
     features: Statistics | None = None,
@@ -63,6 +67,10 @@ def merge_adapters(
             64, 128, 256, 320 and 512 that holds the exact result, with zero directions up to it (512 may cut it). The
             manifest tells the energy kept, for `"serving"` also what each smaller rank would keep.
         heads: what becomes of trained heads: `"per_task"` keeps each, `"error"` refuses them.
+        modules: what becomes of modules of the pre-trained model that adapters trained whole (`lm_head`, embeddings,
+            norms): `"average"` by weights, Σ w_t M_t / Σ w_t (λ does not touch them), `"per_task"`, a task's name (that
+            one's), or `"error"`. None: the average (EMR: per task), and copies of frozen base weights must be equal;
+            where a policy is named, copies that differ follow it, too.
         base_model: the base model of all adapters, where their configs name it differently (a local copy, say).
         statistics: {task: file or object} for Fisher (`collect_fisher`) and RegMean (`collect_gram`).
         features: {task: file or TaskFeatures} (`collect_features`) where weights or scale are `"features"`.
@@ -78,11 +86,11 @@ def merge_adapters(
     Raises:
         TypeError: an option that the method does not have.
         ValueError: an unknown method or space, a number out of range, other weights or statistics than adapters,
-            different base models, or an adapter that is not plain LoRA. Nothing was computed then.
+            different base models or vocabularies, or an adapter that is not plain LoRA. Nothing was computed then.
     """
     plan = plan_merge(
-        adapters, method, weights=weights, scale=scale, space=space, rank=rank, heads=heads, base_model=base_model,
-        statistics=statistics, features=features, seed=seed, **options,
+        adapters, method, weights=weights, scale=scale, space=space, rank=rank, heads=heads, modules=modules,
+        base_model=base_model, statistics=statistics, features=features, seed=seed, **options,
     )  # fmt: skip
     return execute(plan, Processes.of(distributed), progress=progress)
 
@@ -114,7 +122,13 @@ def execute(plan: MergePlan, processes: Processes = ALONE, *, progress: bool = F
         manifest["chosen_weights"] = {
             name: dict(zip(tasks, weight.tolist(), strict=True)) for name, weight in weights.items()
         }
-    return MergedAdapter(layers, plan.scale, plan.rank, plan.inputs.templates(), plan.dtype, manifest, plan.padded)
+    trained = merge_modules(plan.inputs.adapters, plan.task_weights, plan.modules)
+    if trained.manifest:
+        manifest["modules"] = trained.manifest
+    own = {task: replace(one, modules=trained.own[task]) for task, one in plan.inputs.templates().items()}
+    return MergedAdapter(
+        layers, plan.scale, plan.rank, own, plan.dtype, manifest, plan.padded, trained.shared, trained.copies
+    )
 
 
 def _gathered(plan: MergePlan, merge: Callable[[], dict[str, Any]], processes: Processes) -> dict[str, Any]:
@@ -224,5 +238,11 @@ def _masked(plan: MergePlan, names: Iterable[str], processes: Processes) -> Mask
     layers = {name: layer for name, (layer, _, _) in found.items()}
     full, kept = (torch.stack([sums[place] for sums in found.values()]).sum(0) for place in (1, 2))
     scales = torch.where(kept > 0, full / kept.clamp_min(1e-300), 0).tolist()
-    tasks = plan.inputs.templates()
-    return MaskedAdapter(layers, dict(zip(tasks, scales, strict=True)), plan.scale, tasks, plan.manifest())
+    trained, manifest = merge_modules(plan.inputs.adapters, plan.task_weights, plan.modules), plan.manifest()
+    if trained.manifest:
+        manifest["modules"] = trained.manifest
+    tasks = {
+        task: replace(one, modules={**trained.shared, **trained.copies, **trained.own[task]})
+        for task, one in plan.inputs.templates().items()
+    }
+    return MaskedAdapter(layers, dict(zip(tasks, scales, strict=True)), plan.scale, tasks, manifest)

@@ -1,6 +1,6 @@
 """What a merge gives: a shared LoRA and the tasks' heads; rescaled, saved, or loaded onto a base model."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -47,10 +47,12 @@ class MergedAdapter(Pushable):
         layers: {layer name in the base model: MergedLayer}.
         scale: λ, what multiplies the merged direction.
         rank: largest rank of the result; None keeps the exact one.
-        tasks: {task: its adapter with head and config, without factors}.
+        tasks: {task: its adapter with head, modules of its own and config, without factors}.
         dtype: of the written factors: the adapters' own.
         manifest: how it was made.
         padded: the least rank to write; layers of lower rank get zero directions.
+        modules: {parameter: tensor} of trained modules of the pre-trained model, shared by the tasks.
+        copies: the same of frozen base weights that the adapters brought along (of a vocabulary with new rows).
     """
 
     layers: dict[str, MergedLayer]
@@ -60,6 +62,8 @@ class MergedAdapter(Pushable):
     dtype: torch.dtype
     manifest: dict[str, Any]
     padded: int = 1
+    modules: dict[str, Tensor] = field(default_factory=dict)
+    copies: dict[str, Tensor] = field(default_factory=dict)
 
     def at_scale(self, scale: float) -> "MergedAdapter":
         """The same merge at another λ, without merging again."""
@@ -102,9 +106,9 @@ class MergedAdapter(Pushable):
         with new_folder(folder, "merged") as partial:
             shared = self._adapter(None, found)
             shared.save_pretrained(partial)
-            for name, adapter in self.tasks.items():
-                if adapter.heads:
-                    save_head(adapter.heads, adapter.config, partial / HEADS / f"{name}.safetensors")
+            trained = self.modules or any(adapter.heads or adapter.modules for adapter in self.tasks.values())
+            for name, adapter in self.tasks.items() if trained else ():  # a task's file may be empty
+                save_head({**adapter.heads, **adapter.modules}, adapter.config, partial / HEADS / f"{name}.safetensors")
             energy = {name: one.energy_kept for name, one in found.items()}
             manifest = self.manifest | {"written_rank": shared.rank, "energy_kept": energy}
             if self.padded > 1:
@@ -117,6 +121,15 @@ class MergedAdapter(Pushable):
     def _adapter(self, task: str | None, found: dict[str, Compressed]) -> LoraAdapter:
         if task is not None and task not in self.tasks:
             raise ValueError(f"no task {task!r} was merged, only {', '.join(self.tasks)}")
-        template = self.tasks[task] if task is not None else replace(next(iter(self.tasks.values())), heads={})
-        factors = {name: one.factors for name, one in found.items()}
-        return replace(template, factors=factors, dtype=self.dtype, source="merge", sha256=None, padded=self.padded)
+        one = next(iter(self.tasks.values())).without_heads() if task is None else self.tasks[task]
+        own = {} if task is None else one.modules
+        return replace(
+            one,
+            factors={name: layer.factors for name, layer in found.items()},
+            modules={**self.modules, **own},
+            copies=self.copies,
+            dtype=self.dtype,
+            source="merge",
+            sha256=None,
+            padded=self.padded,
+        )

@@ -1,6 +1,6 @@
 """MergePlan: a merge with every choice made and checked, before any work."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import reduce
 from pathlib import Path
@@ -14,19 +14,13 @@ from osrm_peft.features import TaskFeatures
 from osrm_peft.files import MANIFEST, command, versions
 from osrm_peft.fisher import DiagonalFisher
 from osrm_peft.hub import local_folder, pinned
-from osrm_peft.merging.inputs import (
-    Adapters,
-    Inputs,
-    Weights,
-    check_names,
-    gather,
-    weights_by_layer,
-    weights_by_task,
-)
+from osrm_peft.merging.inputs import Adapters, Inputs, check_names, gather
 from osrm_peft.merging.lowrank import SERVING
+from osrm_peft.merging.modules import check_modules
 from osrm_peft.merging.registry import Method, get_method
 from osrm_peft.merging.spaces import SPACES
 from osrm_peft.merging.statistics import Statistics, statistics_of
+from osrm_peft.merging.weights import Weights, weights_by_layer, weights_by_task
 
 GUIDED = ("features", "features_global")
 _SUMS = ("task_arithmetic", "concat")  # methods whose result is Σ w τ: whose weights features can choose
@@ -45,6 +39,8 @@ class MergePlan:
         rank: largest rank of the result; None keeps it exact.
         padded: the least rank to write.
         heads: what becomes of trained heads.
+        modules: what becomes of trained modules of the pre-trained model; None averages them.
+        task_weights: {task: {name pattern: number}}, for those.
         seed: of methods that draw.
         inputs: the adapters.
         weights: {layer: (T,)} as given; 1 each where features choose them.
@@ -63,6 +59,8 @@ class MergePlan:
     rank: int | None
     padded: int
     heads: str
+    modules: str | None
+    task_weights: dict[str, Mapping[str, float]]
     seed: int
     inputs: Inputs
     weights: dict[str, Tensor]
@@ -138,6 +136,7 @@ def plan_merge(
     space: str = "auto",
     rank: int | str | None = None,
     heads: str = "per_task",
+    modules: str | None = None,
     base_model: str | None = None,
     statistics: Statistics | None = None,
     features: Statistics | None = None,
@@ -162,7 +161,10 @@ def plan_merge(
     # a string that is no choice is refused there, like any other value that is not a list or mapping
     named = weights_by_task(None if guided else weights, check_names(adapters))  # type: ignore[arg-type]
 
-    inputs = gather(adapters, base_model=base_model, heads=heads, rank=rank)
+    inputs = gather(adapters, base_model=base_model, heads=heads)
+    if modules is None and chosen.per_task:
+        modules = "per_task"
+    check_modules(inputs.adapters, modules, named)
     by_layer = weights_by_layer(named, inputs.shapes)
     for layer, weight in by_layer.items():
         try:
@@ -189,6 +191,8 @@ def plan_merge(
         rank=rank,
         padded=1,
         heads=heads,
+        modules=modules,
+        task_weights=named,
         seed=seed,
         inputs=inputs,
         weights=by_layer,

@@ -140,7 +140,6 @@ def rebase(folder, name):
         ({"weights": [1, float("nan")]}, ValueError, r"weight of 't2'=nan must be a finite number"),
         ({"space": "fourier"}, ValueError, r"unknown space 'fourier': choose from auto, weight, core, knots"),
         ({"rank": 0}, ValueError, r"rank=0 must be a whole number of at least 1"),
-        ({"rank": 17}, ValueError, r"rank=17 is above 16, the smallest layer's width"),
         ({"heads": "drop"}, ValueError, r"unknown heads policy 'drop': choose from per_task, error"),
         ({"heads": "error"}, ValueError, r"t1, t2 have trained heads and heads='error'"),
         ({"adapters": {}}, ValueError, r"no adapters to merge"),

@@ -1,0 +1,147 @@
+"""The fields of adapter_config.json: PEFT's defaults where they are missing, and what is not plain LoRA, by name."""
+
+import dataclasses
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import regex
+from peft import LoraConfig
+
+from osrm_peft.checks import number
+
+logger = logging.getLogger(__name__)
+
+CONFIG = "adapter_config.json"
+BAKE = "bake it into full weights with PEFT's merge_and_unload and merge the checkpoints"
+
+# LoraConfig fields under which an adapter is not just s·B·A: {field: what to do}
+NOT_PLAIN = {
+    "use_dora": f"DoRA rescales whole weight columns: {BAKE}",
+    "lora_bias": f"lora_B has a bias: {BAKE}",
+    "target_parameters": f"LoRA on bare parameters: {BAKE}",
+    "trainable_token_indices": f"trained token embeddings: {BAKE}",
+    "layer_replication": "layers are replicated: merge adapters trained without layer_replication",
+    "alora_invocation_tokens": "activated LoRA acts on some tokens only: it has no single task vector",
+    "use_qalora": f"QALoRA pools its inputs: {BAKE}",
+    "use_bdlora": f"block-diagonal LoRA: {BAKE}",
+    "arrow_config": "Arrow routes between adapters: merge the single adapters",
+    "kasa_config": f"KaSA changed the base weights: {BAKE}",
+    "monteclora_config": f"MonteCLoRA draws its weights: {BAKE}",
+}
+_INITIAL = (
+    f"save it as a plain adapter with PEFT's save_pretrained(…, path_initial_model_for_weight_conversion=…), or {BAKE}"
+)
+# initialisations that changed the base model's weights: {beginning of the name: what to do}
+BASE_CHANGING_INITS = {
+    "pissa": _INITIAL, "olora": _INITIAL, "corda": _INITIAL, "lora_ga": _INITIAL,
+    "loftq": f"load it on its own quantised base and {BAKE}",
+}  # fmt: skip
+
+_NUMBER, _TEXT, _FLAG, _MAPPING, _NAMES = (
+    "a finite number",
+    "text",
+    "true or false",
+    "a mapping",
+    "text or a list of it",
+)
+_KINDS = {
+    "lora_alpha": _NUMBER, "use_rslora": _FLAG, "fan_in_fan_out": _FLAG, "use_dora": _FLAG, "lora_bias": _FLAG,
+    "ensure_weight_tying": _FLAG, "inference_mode": _FLAG, "bias": _TEXT, "base_model_name_or_path": _TEXT,
+    "revision": _TEXT, "task_type": _TEXT, "peft_type": _TEXT, "target_modules": _NAMES, "exclude_modules": _NAMES,
+    "modules_to_save": _NAMES, "rank_pattern": _MAPPING, "alpha_pattern": _MAPPING, "auto_mapping": _MAPPING,
+}  # fmt: skip
+_MATCH_SECONDS = 0.5  # a pattern of alpha_pattern may take so long on one name
+
+
+def defaults() -> dict[str, Any]:
+    """{field: PEFT's default} of a LoraConfig."""
+    return {
+        field.name: field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        for field in dataclasses.fields(LoraConfig)
+    }
+
+
+def checked_config(config: Any, source: str) -> dict[str, Any]:
+    """The fields of a LoRA adapter's config, with PEFT's defaults for those that are missing.
+
+    Raises:
+        ValueError: no LoRA, a field of the wrong type, or one under which an adapter is not plain LoRA; names it and
+            the way out.
+    """
+    if not isinstance(config, Mapping):
+        raise ValueError(f"{source} is damaged: its {CONFIG} is not a JSON object")
+    config = {key: _plain(value) for key, value in config.items()}
+    if config.get("peft_type") != "LORA":
+        raise ValueError(f"{source} is a {config.get('peft_type')} adapter: only LoRA adapters can be merged")
+    known = defaults()
+    unknown = sorted(set(config) - set(known))
+    if unknown:
+        logger.warning(
+            "%s has fields that this version of PEFT does not know (%s): they are ignored, as PEFT ignores them; if "
+            "they change what the adapter computes, upgrade PEFT", source, ", ".join(unknown),
+        )  # fmt: skip
+    for field, kind in _KINDS.items():
+        value = config.get(field)
+        if value is not None and not _is_a(kind, value):
+            raise ValueError(f"{source} is damaged: {field}={value!r} in its {CONFIG} must be {kind}")
+        if value is None and field in config and field == "lora_alpha":
+            raise ValueError(f"{source} is damaged: lora_alpha=None in its {CONFIG} must be {kind}")
+    for option, remedy in NOT_PLAIN.items():
+        if config.get(option):
+            raise ValueError(f"{source} has {option}={config[option]!r}; {remedy}")
+    init = config.get("init_lora_weights")
+    for beginning, remedy in BASE_CHANGING_INITS.items():
+        if isinstance(init, str) and init.lower().startswith(beginning):
+            raise ValueError(
+                f"{source} has init_lora_weights={init!r}, which changed the base model's weights: {remedy}"
+            )
+    return known | config
+
+
+def scale_of(config: Mapping[str, Any], layer: str, rank: int, source: str) -> float:
+    """s of a layer: alpha/r, or alpha/√r for rsLoRA, with the layer's own rank and alpha (`alpha_pattern`).
+
+    Raises:
+        ValueError: a pattern is no regular expression or takes too long, or the alpha is no finite number.
+    """
+    alpha = config["lora_alpha"]
+    for pattern, value in (config.get("alpha_pattern") or {}).items():
+        try:  # as PEFT matches them; `regex` can be interrupted
+            found = regex.match(rf"(.*\.)?({pattern})$", layer, timeout=_MATCH_SECONDS)
+        except (regex.error, TimeoutError, RecursionError) as error:
+            reason = "takes too long" if isinstance(error, TimeoutError) else f"is no regular expression ({error})"
+            raise ValueError(
+                f"{source}: the pattern {pattern!r} of alpha_pattern in its {CONFIG} {reason} on {layer!r}: "
+                "name the layers literally"
+            ) from error
+        if found:
+            alpha = value
+            break
+    try:
+        return number("lora_alpha", alpha) / (rank**0.5 if config.get("use_rslora") else rank)
+    except ValueError as error:
+        raise ValueError(f"{source} is damaged: {error} (layer {layer!r})") from error
+
+
+def _plain(value: Any) -> Any:
+    """A live config's sets as lists, and its enumerations as text."""
+    if isinstance(value, (set, frozenset)):
+        return sorted(value)
+    return getattr(value, "value", value)
+
+
+def _is_a(kind: str, value: Any) -> bool:
+    if kind == _FLAG:
+        return isinstance(value, bool)
+    if kind == _TEXT:
+        return isinstance(value, str)
+    if kind == _MAPPING:
+        return isinstance(value, Mapping) and all(isinstance(key, str) for key in value)
+    if kind == _NAMES:
+        return isinstance(value, str) or (isinstance(value, list) and all(isinstance(one, str) for one in value))
+    try:
+        number("", value)
+    except (ValueError, OverflowError):
+        return False
+    return True

@@ -1,0 +1,121 @@
+"""What each tensor of an adapter file is, and the one name that its layer has whatever wrapped the model."""
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+PREFIX = "base_model.model."
+# components that wrappers put into names: torch.compile, FSDP, activation checkpointing, DDP and DeepSpeed
+_WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "module"}
+
+_HALF = re.compile(r"(.+)\.lora_(embedding_)?([AB])(?:\.([^.]+))?")  # a trailing `.weight` is cut off before
+_INDEX = re.compile(r"\.\d+(?=\.|$)")
+
+# the modules that PEFT trains and saves by itself for a task type (its classes PeftModelFor…)
+TASK_HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
+# components of names that are a task's output, and that no pre-trained model has
+_HEADS = {"classifier", "score", "qa_outputs", "pre_classifier", "classification_head", "v_head", "value_head"}
+# input and output embeddings: the only base weights that PEFT copies into an adapter's file of its own accord
+EMBEDDINGS = {
+    "embed_tokens", "lm_head", "wte", "word_embeddings", "shared", "embed_in", "embed_out", "tok_embeddings",
+    "embed_positions", "token_embedding", "embeddings", "decoder", "proj_out", "output", "lm_head_decoder",
+}  # fmt: skip
+
+
+class Part(NamedTuple):
+    """One tensor of an adapter file.
+
+    Attributes:
+        kind: `"lora"` (half of a pair), `"saved"` (a trained copy of a module), `"duplicate"` (the same once more),
+            `"original"` (the module before training, switched off by the adapter), `"base"` (a frozen base weight that
+            PEFT restores), `"bias"`, or `"unknown"`.
+        name: of the layer (`lora`), else of the parameter in the base model.
+        half: `"A"` or `"B"`; empty unless `lora`.
+        embedding: the pair is of an embedding (`lora_embedding_A`).
+        adapter: the adapter's name where the key has it (`lora_A.default.weight`).
+    """
+
+    kind: str
+    name: str
+    half: str = ""
+    embedding: bool = False
+    adapter: str = ""
+
+
+def base_name(key: str) -> str:
+    """A parameter's or layer's name in the base model: without PEFT's prefix, and without wrappers anywhere in it."""
+    parts = [part for part in key.split(".") if part not in _WRAPPERS]
+    while parts[:2] == ["base_model", "model"] and len(parts) > 2:
+        parts = parts[2:]
+    return ".".join(parts)
+
+
+def part_of(key: str, saved: Iterable[str], tied: bool = False) -> Part:
+    """What the tensor of this key is.
+
+    Args:
+        saved: the config's `modules_to_save`, and the heads that PEFT adds for the task type.
+        tied: the config's `ensure_weight_tying`: PEFT then saves the modules tied to those, too.
+    """
+    name = base_name(key)
+    pair = _HALF.fullmatch(name.removesuffix(".weight"))
+    if pair and name.endswith(".weight") != bool(pair[2]):
+        return Part("lora", pair[1], pair[3], bool(pair[2]), pair[4] or "")
+    if ".lora_" in name:
+        return Part("unknown", name)
+    layer, _, parameter = name.rpartition(".")
+    if layer.endswith(".base_layer"):
+        return Part("bias" if parameter == "bias" else "base", f"{layer.removesuffix('.base_layer')}.{parameter}")
+    if ".original_module." in name:
+        return Part("original", name.replace(".original_module.", "."))
+    copy = re.fullmatch(r"(.+)\.modules_to_save\.(.+\.)?([^.]+)", name)
+    if copy:  # the adapter's name may stand between: X.modules_to_save.default.weight
+        return Part("duplicate", f"{copy[1]}.{(copy[2] or '').removeprefix('default.')}{copy[3]}")
+    if any(below(module)(name) for module in saved):
+        return Part("saved", name)
+    if is_embedding(name):
+        return Part("saved" if tied else "base", name)
+    return Part("bias" if parameter == "bias" else "unknown", name)
+
+
+def below(module: str) -> Callable[[str], bool]:
+    """Predicate: is a parameter of the `modules_to_save` entry `module` (the end of a name, as PEFT matches it)?"""
+    return re.compile(rf".*{re.escape(module)}\..+").fullmatch  # type: ignore[return-value]
+
+
+def is_embedding(parameter: str) -> bool:
+    """Whether a parameter is of a module that is called like an input or output embedding."""
+    return parameter.rpartition(".")[0].rpartition(".")[2] in EMBEDDINGS
+
+
+def saved_modules(config: Mapping[str, Any]) -> list[str]:
+    """The modules that PEFT saves whole under this config: `modules_to_save`, and the task type's own heads."""
+    task_type = config.get("task_type")
+    heads = TASK_HEADS.get(str(getattr(task_type, "value", task_type)), ())
+    return list(dict.fromkeys([*(config.get("modules_to_save") or []), *heads]))
+
+
+def is_head(parameter: str, config: Mapping[str, Any], layers: Iterable[str]) -> bool:
+    """Whether a trained parameter is a task's head (new, the task's own), not a module of the pre-trained model.
+
+    For classification and question answering a head is what lies outside of the pre-trained model's own module, in
+    which the adapted layers are; for other task types it is known by its name.
+    """
+    parts = parameter.split(".")
+    if _HEADS & set(parts[:-1]):
+        return True
+    if str(getattr(config.get("task_type"), "value", config.get("task_type"))) not in TASK_HEADS:
+        return False
+    inside = {layer.split(".")[0] for layer in layers if _INDEX.search(layer)}
+    return parts[0] not in inside and not is_embedding(parameter)
+
+
+def stem(layer: str) -> str:
+    """The name before its first number, `model.layers` of `model.layers.0.mlp.up_proj`; else the name itself."""
+    found = _INDEX.search(layer)
+    return layer[: found.start()] if found else layer
+
+
+def shape_of_name(layer: str) -> str:
+    """The name with `#` for each number: equal for like layers of different depth."""
+    return re.sub(r"(?<=\.)\d+(?=\.|$)", "#", layer)
