@@ -15,10 +15,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from osrm_peft.base_models import load_base
+from osrm_peft.base_models import head_width, load_base
 from osrm_peft.files import new_file
 from osrm_peft.hub import public_name
-from osrm_peft.layers import last_layer, weight_shape
+from osrm_peft.layers import weight_shape
 from osrm_peft.packaged import resolve_model
 
 CONFIG, WEIGHTS, HEADS = "adapter_config.json", "adapter_model.safetensors", "heads"
@@ -197,16 +197,18 @@ class LoraAdapter:
         shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
         for name, tensor in self.heads.items():
             if shapes.get(name) != tuple(tensor.shape):
+                labels = head_width(model, {key: tuple(tensor.shape) for key, tensor in self.heads.items()})
                 raise ValueError(
-                    f"the head {name!r} has shape {tuple(tensor.shape)}, the model's is {shapes.get(name)}: "
-                    f"load the base model with num_labels={len(tensor)}"
+                    f"the head {name!r} has shape {tuple(tensor.shape)}, the model's is {shapes.get(name)}: load the "
+                    + ("base model of the adapter" if labels is None else f"base model with num_labels={labels}")
                 )
 
     def load_base_model(self, name: str) -> PreTrainedModel:
         """The base model of this name, as this adapter needs it: of its task type, with a head of its width."""
         task_type = self.config.get("task_type")
         if self.heads and task_type == "SEQ_CLS":
-            return load_base(name, len(self.heads[last_layer(self.heads)]))  # ours replaces the head
+            shapes = {key: tuple(tensor.shape) for key, tensor in self.heads.items()}
+            return load_base(name, head_width(name, shapes))  # ours replaces the head
         if task_type == "CAUSAL_LM":
             return AutoModelForCausalLM.from_pretrained(resolve_model(name))
         raise ValueError(

@@ -22,7 +22,10 @@ from osrm_peft.layers import (
     base_name,
     base_of,
     check_unmerged,
+    embedding_hash,
+    hash_of,
     input_width,
+    sampled_weights,
     target_layers,
     unwrapped,
     weight_hash,
@@ -151,8 +154,12 @@ def _collect(
 
     def features(collector: Collector, seen: int) -> TaskFeatures:
         moments = {name: collector.moments[name] for name in collector.widths}
+        sampled = sampled_weights(model, moments)
+        rows = next((key for key in sampled if isinstance(key, int)), None)
         return TaskFeatures(
-            task, base_name(model), weight_hash(model, moments), statistic, seen, seed, reference, adapted,
+            task, base_name(model), hash_of(sampled, moments), statistic, seen, seed, reference, adapted,
+            vocabulary=rows,
+            embedding_hash=None if rows is None else embedding_hash(sampled, rows),
             tokenizer=public_name(getattr(tokenizer, "name_or_path", None)),
             tokenizer_hash=None if tokenizer is None else tokenizer_hash(tokenizer),
             layers=moments,
@@ -199,12 +206,21 @@ def _run(
             stack.enter_context(model.disable_adapter())
         stack.enter_context(watch_inputs(watched, collector.see))
         if sides.encoder is not None:
-            handle = sides.encoder.register_forward_hook(lambda module, args, output: collector.encode(output[0]))
+            enter = collector.enter_encoder
+            for handle in (
+                sides.encoder.register_forward_pre_hook(lambda _, *called: enter(*called), with_kwargs=True),
+                sides.encoder.register_forward_hook(lambda module, args, output: collector.encode(output[0])),
+            ):
+                stack.callback(handle.remove)
+        if sides.decoder is not None:
+            handle = sides.decoder.register_forward_pre_hook(
+                lambda _, args, keywords: collector.encode(keywords.get("encoder_hidden_states")), with_kwargs=True
+            )
             stack.callback(handle.remove)
         for given in batches:
             batch = given.to(device)
             inputs = sides.with_decoder(batch.inputs, batch.labels)
-            collector.start(inputs, batch.positions, batch.counts)
+            collector.start(inputs, batch)
             root(**inputs | uncached)
             seen += batch.count if batch.counts else 0
     return seen

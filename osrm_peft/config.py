@@ -16,6 +16,21 @@ from osrm_peft.subspace import IN_TASK, NULL_SPACES, check_protect
 
 _DEFAULT_CHOICE: tuple[str, str, float] = ("token", "in_task", 0.9)  # the best of benchmarks/osrm_study.py
 
+# LoraConfig's options under which what is trained is not s·B·A alone: such adapters cannot be merged.
+_NOT_PLAIN = (
+    "use_dora",
+    "lora_bias",
+    "target_parameters",
+    "trainable_token_indices",
+    "layer_replication",
+    "alora_invocation_tokens",
+    "use_qalora",
+    "use_bdlora",
+    "arrow_config",
+    "kasa_config",
+    "monteclora_config",
+)
+
 
 @dataclass
 class OSRMLoraConfig(LoraConfig):
@@ -48,7 +63,8 @@ class OSRMLoraConfig(LoraConfig):
         osrm_seed: seed of the random choice in a null space.
 
     Raises:
-        ValueError: an unknown choice, a number out of its range, or options that contradict each other.
+        ValueError: an unknown choice, a number out of its range, options that contradict each other, or one of LoRA's
+            with which the adapter could not be merged (DoRA, trained biases, …).
     """
 
     out_of_task: list[str] | None = None
@@ -66,6 +82,16 @@ class OSRMLoraConfig(LoraConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for name in _NOT_PLAIN:
+            if getattr(self, name, None):
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r}: OSRM makes adapters to be merged, and no merge takes such a one "
+                    f"(it is not plain LoRA): leave {name} out, or use peft.LoraConfig"
+                )
+        if self.bias != "none":
+            raise ValueError(
+                f"bias={self.bias!r} trains biases, which no merge takes: leave it at 'none', or use peft.LoraConfig"
+            )
         for name, choices in (("statistic", STATISTICS), ("null_space", NULL_SPACES), ("in_task", IN_TASK)):
             choice(name, getattr(self, name), choices)
         if isinstance(self.out_of_task, (str, Path)):

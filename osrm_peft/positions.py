@@ -1,10 +1,13 @@
 """Which positions of a batch are real, and to which sample each belongs: padding masks, packed rows, decoders."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import inspect
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from osrm_peft.layers import base_of
 
@@ -17,14 +20,18 @@ class Positions:
         rows: b.
         keep: (b, s) bool, False at padding and beyond the samples that are wanted; None: all are real.
         samples: (b, s) which sample a position belongs to; None: each row is one.
+        frames: {f: (b, f) bool}, the same at other lengths: of audio models, whose mask is of samples of sound.
     """
 
     rows: int
     keep: Tensor | None = None
     samples: Tensor | None = None
+    frames: Mapping[int, Tensor] = field(default_factory=dict)
 
     def of(self, name: str, x: Tensor, whole_samples: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """(x, keep, samples) for one layer's input: (b, s, n) with (b, s) masks, or (b, n), one vector a sample.
+
+        A mask without any padding says nothing of a layer of another length: all its positions are real.
 
         Args:
             whole_samples: samples must be told apart, not just positions.
@@ -35,22 +42,32 @@ class Positions:
         if x.dim() > 3:  # images: (b, h, w, n)
             x = x.flatten(1, -2)
         if self.keep is None:
-            if whole_samples and len(x) != self.rows:
-                raise ValueError(
-                    f"layer {name!r} receives inputs of shape {tuple(x.shape)} for {self.rows} samples: they cannot "
-                    "be told apart; use statistic='token', or leave the layer out of target_modules"
-                )
-            return x, None, None
-        keep = self.keep.to(x.device)  # a device_map puts layers on several
-        samples = None if self.samples is None else self.samples.to(x.device)
-        if x.dim() == 2 and len(x) == self.keep.numel() != self.rows:
-            x = x.view(*self.keep.shape, -1)  # tokens of all samples in one row
-        if x.shape[:2] != self.keep.shape if x.dim() == 3 else len(x) != self.rows or self.samples is not None:
+            return self._all_of(name, x, whole_samples), None, None
+        keep = self.keep
+        for other in self.frames.values():
+            if x.shape[:2] == other.shape if x.dim() == 3 else len(x) == other.numel() != self.rows:
+                keep = other
+        if x.dim() == 2 and len(x) == keep.numel() != self.rows:
+            x = x.view(*keep.shape, -1)  # tokens of all samples in one row
+        if x.shape[:2] != keep.shape if x.dim() == 3 else len(x) != self.rows or self.samples is not None:
+            if self.samples is None and bool(self.keep.all()):
+                return self._all_of(name, x, whole_samples), None, None
             raise ValueError(
                 f"layer {name!r} receives inputs of shape {tuple(x.shape)}, but the attention_mask is "
-                f"{tuple(self.keep.shape)}: padding cannot be told apart; leave the layer out of target_modules"
+                f"{tuple(self.keep.shape)}: padding cannot be told apart; leave the layer out of target_modules, or "
+                "give batches without padding (of one sample each)"
             )
-        return x, keep, samples
+        # a device_map puts layers on several
+        return x, keep.to(x.device), None if self.samples is None else self.samples.to(x.device)
+
+    def _all_of(self, name: str, x: Tensor, whole_samples: bool) -> Tensor:
+        """x, all of whose positions are real."""
+        if whole_samples and len(x) != self.rows:
+            raise ValueError(
+                f"layer {name!r} receives inputs of shape {tuple(x.shape)} for {self.rows} samples: they cannot "
+                "be told apart; use statistic='token', or leave the layer out of target_modules"
+            )
+        return x
 
 
 def find_positions(inputs: Mapping[str, Any], rows: int, most: int) -> tuple[Positions, int]:
@@ -84,37 +101,93 @@ def _without_trailing_zeros(position_ids: Tensor) -> Tensor:
 
 
 class Sides:
-    """Which layers of a model see the decoder's positions, and which tensor in a pass is the encoder's output.
+    """Which layers of a model see which positions: the batch's, the decoder's, or all.
 
-    A model without an encoder has one side.
+    * An encoder–decoder model has two sides; the encoder's output in a pass tells which layers of the decoder read it.
+    * The mask of an audio model is of samples of sound: the model's own method makes it one of its frames.
+    * Images have no mask, nor has sound whose model hands its encoder none (Whisper): all positions count.
     """
 
     def __init__(self, model: nn.Module) -> None:
         base = base_of(model)
-        config = getattr(base, "config", None)
-        self.two = bool(getattr(config, "is_encoder_decoder", False))
+        self.two = bool(getattr(getattr(base, "config", None), "is_encoder_decoder", False))
         self.encoder = base.get_encoder() if self.two else None
-        self.prefix = next((f"{name}." for name, module in base.named_modules() if module is self.encoder), "")
+        decoder = base.get_decoder() if self.two and isinstance(base, PreTrainedModel) else None
+        self.decoder = None if decoder is base else decoder
+        names = {module: f"{name}." for name, module in base.named_modules()}
+        self._prefix = names.get(self.encoder, "")
+        self._images = tuple(names[tower] for tower in _image_towers(base) if names.get(tower, ".") != ".")
+        self._accepts = set(inspect.signature(base.forward).parameters)
+        self._audio = next((one for one in names if hasattr(one, "_get_feature_vector_attention_mask")), None)
         self._base = base
 
     def in_decoder(self, name: str, x: Tensor, encoded: Tensor | None) -> bool:
         """Whether this layer's input x has the decoder's positions: cross-attention reads the encoder's output."""
-        return self.two and not name.startswith(self.prefix) and not same_tensor(x, encoded)
+        return self.two and not name.startswith(self._prefix) and not same_tensor(x, encoded)
+
+    def sees_images(self, name: str) -> bool:
+        """Whether the layer lies in the part of a model for text and images that sees the images."""
+        return name.startswith(self._images)
 
     def with_decoder(self, inputs: dict[str, Any], labels: Tensor | None) -> dict[str, Any]:
-        """The inputs with those of the decoder, from token labels (−100 is padding) where the batch has none."""
-        if not self.two or labels is None or labels.dim() != 2 or labels.is_floating_point():
-            return inputs
-        if "decoder_input_ids" not in inputs and "decoder_inputs_embeds" not in inputs:
-            inputs = inputs | {"decoder_input_ids": self._base.prepare_decoder_input_ids_from_labels(labels)}
-        return {"decoder_attention_mask": (labels != -100).long()} | inputs
+        """The inputs with those of the decoder, from token labels (−100 is padding) where the batch has none.
 
-    def decoder_positions(self, inputs: Mapping[str, Any], main: Positions) -> Positions:
+        Where the model has no method that makes these, it is given the labels: its forward makes them from these.
+
+        Raises:
+            ValueError: nor does its forward.
+        """
+        if not self._of_tokens(labels):
+            return inputs
+        assert labels is not None
+        if "decoder_input_ids" not in inputs and "decoder_inputs_embeds" not in inputs:
+            make: Any = getattr(self._base, "prepare_decoder_input_ids_from_labels", None)
+            if make is not None:
+                inputs = inputs | {"decoder_input_ids": make(labels)}
+            elif "labels" in self._accepts:
+                inputs = inputs | {"labels": labels}
+            else:
+                raise ValueError(
+                    f"{type(self._base).__name__} makes no inputs of its decoder from labels: give decoder_input_ids "
+                    "in each batch, or take the model class that is trained on labels (…ForConditionalGeneration)"
+                )
+        mask = {"decoder_attention_mask": (labels != -100).long()}
+        return mask | inputs if "decoder_attention_mask" in self._accepts else inputs
+
+    def positions(self, inputs: Mapping[str, Any], main: Positions) -> Positions:
+        """The batch's positions, and where they are in an audio model's frames."""
+        sound = "input_values" in inputs or "input_features" in inputs
+        if self._audio is None or main.keep is None or not sound:
+            return main
+        frames, length = {}, torch.tensor([main.keep.shape[1]], device=main.keep.device)
+        audio: Any = self._audio
+        method = audio._get_feature_vector_attention_mask
+        adapted = "add_adapter" in inspect.signature(method).parameters  # layers before and after those that shorten
+        each: list[dict[str, Any]] = [{"add_adapter": False}, {"add_adapter": None}] if adapted else [{}]
+        for options in each:
+            f = int(audio._get_feat_extract_output_lengths(length, **options))
+            frames[f] = method(f, main.keep.long(), **options).bool()
+        return replace(main, frames=frames)
+
+    def decoder_positions(self, inputs: Mapping[str, Any], labels: Tensor | None, main: Positions) -> Positions:
         """The decoder's positions; where the model makes its inputs from the encoder's, these are the same."""
         if "decoder_attention_mask" in inputs:
             return Positions(main.rows, inputs["decoder_attention_mask"].bool())
+        if self._of_tokens(labels):
+            return Positions(main.rows, labels != -100)  # type: ignore[arg-type]
         made = "decoder_input_ids" not in inputs and "decoder_inputs_embeds" not in inputs
         return main if made else Positions(main.rows)
+
+    def _of_tokens(self, labels: Tensor | None) -> bool:
+        return self.two and labels is not None and labels.dim() == 2 and not labels.is_floating_point()
+
+
+def _image_towers(base: Any) -> Iterator[nn.Module]:
+    for modality in ("image", "video") if isinstance(base, PreTrainedModel) else ():
+        try:
+            yield base.get_encoder(modality=modality)
+        except (TypeError, ValueError, AttributeError):  # the model's own method knows no modalities
+            continue
 
 
 def same_tensor(x: Tensor, other: Tensor | None) -> bool:
