@@ -1,6 +1,7 @@
 """Which positions of a batch are real, and to which sample each belongs: padding masks, packed rows, decoders."""
 
 import inspect
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -39,35 +40,45 @@ class Positions:
         Raises:
             ValueError: the layer's input has another shape than the batch, so padding or samples cannot be told apart.
         """
-        if x.dim() > 3:  # images: (b, h, w, n)
-            x = x.flatten(1, -2)
         if self.keep is None:
             return self._all_of(name, x, whole_samples), None, None
-        keep = self.keep
-        for other in self.frames.values():
-            if x.shape[:2] == other.shape if x.dim() == 3 else len(x) == other.numel() != self.rows:
-                keep = other
-        if x.dim() == 2 and len(x) == keep.numel() != self.rows:
-            x = x.view(*keep.shape, -1)  # tokens of all samples in one row
-        if x.shape[:2] != keep.shape if x.dim() == 3 else len(x) != self.rows or self.samples is not None:
-            if self.samples is None and bool(self.keep.all()):
-                return self._all_of(name, x, whole_samples), None, None
-            raise ValueError(
-                f"layer {name!r} receives inputs of shape {tuple(x.shape)}, but the attention_mask is "
-                f"{tuple(self.keep.shape)}: padding cannot be told apart; leave the layer out of target_modules, or "
-                "give batches without padding (of one sample each)"
-            )
-        # a device_map puts layers on several
-        return x, keep.to(x.device), None if self.samples is None else self.samples.to(x.device)
+        for mask in (*self.frames.values(), self.keep):
+            found = _in_rows(x, mask)
+            if found is not None and len(mask) == self.rows:
+                x, each = found  # a device_map puts layers on several devices
+                masks = [None if one is None else one.to(x.device) for one in (mask, self.samples)]
+                keep, samples = (None if one is None else one.repeat_interleave(each, 1) for one in masks)
+                return x, keep, samples
+        if self.samples is None and x.dim() == 2 and len(x) == self.rows:
+            return x, self.keep.to(x.device), None
+        if self.samples is None and bool(self.keep.all()):
+            return self._all_of(name, x, whole_samples), None, None
+        raise ValueError(
+            f"layer {name!r} receives inputs of shape {tuple(x.shape)}, but the attention_mask is "
+            f"{tuple(self.keep.shape)}: padding cannot be told apart; leave the layer out of target_modules, or "
+            "give batches without padding (of one sample each)"
+        )
 
     def _all_of(self, name: str, x: Tensor, whole_samples: bool) -> Tensor:
         """x, all of whose positions are real."""
+        x = x.flatten(1, -2) if x.dim() > 3 else x  # images: (b, h, w, n)
         if whole_samples and len(x) != self.rows:
             raise ValueError(
                 f"layer {name!r} receives inputs of shape {tuple(x.shape)} for {self.rows} samples: they cannot "
                 "be told apart; use statistic='token', or leave the layer out of target_modules"
             )
         return x
+
+
+def _in_rows(x: Tensor, mask: Tensor) -> tuple[Tensor, int] | None:
+    """x as (b, s·m, n), and m, how many vectors it has at each of the mask's (b, s) positions; None if it fits not."""
+    b, s = mask.shape
+    if x.dim() == 2:  # tokens of all samples in one row; (b, n) is one vector a sample
+        return (x.view(b, s, -1), 1) if len(x) == b * s != b else None
+    between = list(x.shape[1:-1])
+    if len(x) == b and between.count(s) == 1:  # heads: (b, h, s, n) or (b, s, h, n)
+        return x.movedim(1 + between.index(s), 1).flatten(1, -2), math.prod(between) // s
+    return (x.flatten(1, -2), 1) if len(x) == b and math.prod(between) == s else None
 
 
 def find_positions(inputs: Mapping[str, Any], rows: int, most: int) -> tuple[Positions, int]:
@@ -116,7 +127,9 @@ class Sides:
         self.decoder = None if decoder is base else decoder
         names = {module: f"{name}." for name, module in base.named_modules()}
         self._prefix = names.get(self.encoder, "")
-        self._images = tuple(names[tower] for tower in _image_towers(base) if names.get(tower, ".") != ".")
+        images = {names[tower] for tower in _image_towers(base) if names.get(tower, ".") != "."}
+        images |= {name for name in names.values() if images and name.endswith("multi_modal_projector.")}
+        self._images = tuple(images)
         self._accepts = set(inspect.signature(base.forward).parameters)
         self._audio = next((one for one in names if hasattr(one, "_get_feature_vector_attention_mask")), None)
         self._base = base
