@@ -1,4 +1,5 @@
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -219,36 +220,35 @@ def test_a_run_with_model_init_goes_on_from_a_checkpoint(tmp_path, files):
 
 
 class Sweep:
-    """A backend of hyperparameter_search as transformers' own are, without their packages."""
+    """A backend of hyperparameter_search that does what transformers' own for optuna does, without that package."""
 
-    default_hp_space = staticmethod(lambda trial: trial)
+    default_hp_space = staticmethod(lambda trial: {"learning_rate": trial.params["learning_rate"]})
 
     def ensure_available(self):
         pass
 
     def run(self, trainer, n_trials, direction, **kwargs):
         scores = []
-        for trial in ({"learning_rate": 1e-2, "r": 4}, {"learning_rate": 1e-3, "r": 2})[:n_trials]:
-            trainer.train(trial=trial)
+        for number, (rate, r) in enumerate([(1e-2, 4), (1e-3, 2)][:n_trials]):
+            trainer.train(trial=SimpleNamespace(number=number, params={"learning_rate": rate, "r": r}))
             scores.append(trainer.compute_objective(trainer.evaluate()))
             trainer.model = trainer.model_wrapped = None
         return scores
 
 
 def test_each_trial_of_a_hyperparameter_search_begins_with_osrm_s_a(tmp_path, files, monkeypatch):
-    monkeypatch.setattr(transformers.trainer, "ALL_HYPERPARAMETER_SEARCH_BACKENDS", {HPSearchBackend.WANDB: Sweep})
-    monkeypatch.setattr(transformers.integrations, "hp_params", lambda trial: trial)
+    monkeypatch.setattr(transformers.trainer, "ALL_HYPERPARAMETER_SEARCH_BACKENDS", {HPSearchBackend.OPTUNA: Sweep})
+    monkeypatch.setattr(transformers.integrations, "hp_params", lambda trial: trial.params)
     ranks = []
 
     def model_init(trial=None):
-        ranks.append((trial or {}).get("r", 4))
+        ranks.append(4 if trial is None else trial.params["r"])
         config = OSRMLoraConfig(**(LORA | {"r": ranks[-1]}), **PAPER, out_of_task=files)
         return get_peft_model(make_base(), config)
 
     starts = Starts()
     trainer = make_trainer(tmp_path, files, [OSRMCallback(), starts], model_init)
-    space = {"hp_space": lambda trial: {"learning_rate": trial["learning_rate"]}}
-    assert len(trainer.hyperparameter_search(n_trials=2, backend="wandb", **space)) == 2
+    assert len(trainer.hyperparameter_search(n_trials=2, backend="optuna")) == 2
     assert ranks == [4, 4, 2] and starts.rates == [1e-2, 1e-3]
     for rank, seen in zip(ranks[1:], starts.seen, strict=True):
         model = get_peft_model(make_base(), OSRMLoraConfig(**(LORA | {"r": rank}), **PAPER, out_of_task=files))

@@ -6,7 +6,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForCondition
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from osrm_peft import collect_features
-from osrm_peft.positions import find_positions
+from osrm_peft.positions import Positions, find_positions
 from tests.conftest import TINY, make_base, make_batch
 
 TEXTS = [[5, 6, 7, 8, 9], [11, 12, 13], [21, 22, 23, 24]]
@@ -78,6 +78,49 @@ def test_reference_counts_the_decoder_s_padding_too():
     counted, real = (collect(model, [batch], "mean", ["q"], reference=reference) for reference in (True, False))
     for name in real.layers:
         assert not torch.allclose(counted.layers[name].mean(), real.layers[name].mean(), atol=1e-3), name
+
+
+class Unmasked(T5ForConditionalGeneration):
+    """Its decoder takes no mask, and its class has no method for the decoder's inputs."""
+
+    prepare_decoder_input_ids_from_labels = None
+
+    def forward(self, input_ids, attention_mask=None, decoder_input_ids=None, labels=None):
+        return super().forward(input_ids, attention_mask, decoder_input_ids, labels=labels)
+
+
+def test_labels_tell_of_the_decoder_s_padding_where_its_forward_takes_no_mask():
+    sizes = {"vocab_size": 50, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2}
+    torch.manual_seed(0)
+    model = Unmasked(T5Config(**sizes, decoder_start_token_id=0, pad_token_id=0)).eval()
+    batch = make_batch(rows=2, length=4) | {"labels": torch.tensor([[5, 6, 1, -100, -100], [7, 8, 9, 1, -100]])}
+    usual = T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0, pad_token_id=0)).eval()
+    usual.load_state_dict(model.state_dict())
+    found, expected = (collect(one, [batch], targets=["q", "v"]) for one in (model, usual))
+    for name, moments in expected.layers.items():
+        assert found.layers[name].count == moments.count
+        torch.testing.assert_close(found.layers[name].second_moment(), moments.second_moment(), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(("shape", "m"), [((2, 5, 7, 3), 5), ((2, 7, 5, 3), 5), ((14, 3), 1), ((2, 7, 3), 1)])
+def test_positions_are_found_in_inputs_of_every_shape(shape, m):
+    """Heads before or behind the positions, tokens in one row."""
+    generator = torch.Generator().manual_seed(0)
+    keep, x = torch.rand(2, 7, generator=generator) < 0.6, torch.randn(shape, generator=generator)
+    vectors, mask, _ = Positions(2, keep).of("layer", x, True)
+    placed = x.view(2, 7, 3) if len(shape) == 2 else x.movedim(shape.index(7), 1)
+    assert mask.sum() == m * keep.sum() and torch.equal(vectors[mask], placed[keep].flatten(0, -2))
+
+
+@pytest.mark.parametrize("shape", [(2, 6, 3), (5, 3), (2, 7, 7, 3), (2, 4, 6, 3)])
+def test_inputs_whose_positions_cannot_be_told_apart_are_refused_if_there_is_padding(shape):
+    x, keep = torch.randn(shape), torch.ones(2, 7, dtype=torch.bool)
+    every, mask, _ = Positions(2, keep).of("layer", x, False)
+    assert mask is None or bool(mask.all())
+    assert every.numel() == x.numel()
+    keep[1, -1] = False
+    with pytest.raises(ValueError, match=r"but the attention_mask is \(2, 7\): padding cannot be told apart"):
+        Positions(2, keep).of("layer", x, False)
 
 
 def test_an_adapter_is_off_wherever_it_sits_and_stays_merged():
