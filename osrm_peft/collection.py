@@ -54,10 +54,13 @@ def collect_features(
 
     Padding (0 in the batch's `attention_mask`) never enters; a tensor that several layers receive is counted once.
     In an encoder–decoder model each layer has the padding of what it reads: the decoder's self-attention that of
-    `decoder_attention_mask` (or of the token labels, from which the decoder's inputs are made where the batch has
-    none), its cross-attention the encoder's. In packed rows (`position_ids` that start again at 0) each part is a
-    sample. A PeftModel runs with its adapter off, a compiled model eagerly. The model is left as it was: hooks gone,
-    train mode and gradients untouched. It may lie on several devices (`device_map`), or be split by ZeRO-3 or FSDP2.
+    `decoder_attention_mask` (or of the token labels, from which the decoder's inputs are made as its own forward makes
+    them where the batch has none), its cross-attention the encoder's. The mask of an audio model is of samples of
+    sound: its own method makes it one of frames. Images, and sound whose model masks none (Whisper), count everywhere;
+    padding that is known, and in a layer of another length cannot be found, is an error. In packed rows
+    (`position_ids` that start again at 0) each part is a sample. A PeftModel runs with its adapter off, a compiled
+    model eagerly. The model is left as it was: hooks gone, train mode and gradients untouched. It may lie on several
+    devices (`device_map`), or be split by ZeRO-3 or FSDP2.
 
     Args:
         model: the pre-trained model, or a PeftModel around it; runs on the device it is on.
@@ -77,7 +80,8 @@ def collect_features(
             gets the sums over all of them. A model that an engine has split needs it.
 
     Raises:
-        ValueError: unknown statistic, k below 1, no target layer or one that never runs, or a loader without a sample.
+        ValueError: unknown statistic, k below 1, no target layer or one that never runs, a loader without a sample, or
+            a layer whose padding cannot be told apart.
     """
     choice("statistic", statistic, STATISTICS)
     if reference and statistic != "mean":

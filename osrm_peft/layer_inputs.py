@@ -134,8 +134,9 @@ class Collector:
 
     def start(self, inputs: Mapping[str, Any], batch: Batch) -> None:
         """A new forward pass on these inputs; the batch may count for nothing."""
-        self.counts, self.unmasked = batch.counts, Positions(batch.positions.rows)
-        self.positions = self.unmasked if self.reference else self.sides.positions(inputs, batch.positions)
+        rows, self.counts = batch.positions.rows, batch.counts
+        self.unmasked = Positions(rows, padded=batch.positions.padded)
+        self.positions = Positions(rows) if self.reference else self.sides.positions(inputs, batch.positions)
         two = self.sides.two and not self.reference  # with `reference`, padding counts
         self.in_decoder = self.sides.decoder_positions(inputs, batch.labels, self.positions) if two else self.positions
         self.text = "input_ids" in inputs or "inputs_embeds" in inputs

@@ -12,6 +12,8 @@ from transformers import PreTrainedModel
 
 from osrm_peft.layers import base_of
 
+_OTHER_MASKS = ("pixel_mask", "feature_attention_mask", "input_features_mask")  # of DETR, Qwen2-Audio, Gemma 3n, …
+
 
 @dataclass(frozen=True)
 class Positions:
@@ -22,16 +24,19 @@ class Positions:
         keep: (b, s) bool, False at padding and beyond the samples that are wanted; None: all are real.
         samples: (b, s) which sample a position belongs to; None: each row is one.
         frames: {f: (b, f) bool}, the same at other lengths: of audio models, whose mask is of samples of sound.
+        padded: a mask of images or sound that tells of padding: it is of pixels, and no layer's.
     """
 
     rows: int
     keep: Tensor | None = None
     samples: Tensor | None = None
     frames: Mapping[int, Tensor] = field(default_factory=dict)
+    padded: str | None = None
 
     def of(self, name: str, x: Tensor, whole_samples: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """(x, keep, samples) for one layer's input: (b, s, n) with (b, s) masks, or (b, n), one vector a sample.
 
+        Inputs of other shapes are brought to these: images (b, h, w, n), heads, all tokens in one row.
         A mask without any padding says nothing of a layer of another length: all its positions are real.
 
         Args:
@@ -61,6 +66,12 @@ class Positions:
 
     def _all_of(self, name: str, x: Tensor, whole_samples: bool) -> Tensor:
         """x, all of whose positions are real."""
+        if self.padded and x.dim() > 2:
+            raise ValueError(
+                f"{self.padded} tells of padding, which cannot be told apart in layer {name!r} (inputs of shape "
+                f"{tuple(x.shape)}): give batches of one sample each, without padding, or leave the layer out of "
+                "target_modules"
+            )
         x = x.flatten(1, -2) if x.dim() > 3 else x  # images: (b, h, w, n)
         if whole_samples and len(x) != self.rows:
             raise ValueError(
@@ -95,14 +106,15 @@ def find_positions(inputs: Mapping[str, Any], rows: int, most: int) -> tuple[Pos
         found = f"shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else f"type {type(mask).__name__}"
         raise ValueError(f"the attention_mask has {found}: give the (samples, positions) padding mask")
     keep = None if mask is None else mask.bool()
+    other = next((key for key in _OTHER_MASKS if isinstance(inputs.get(key), Tensor) and not inputs[key].all()), None)
     if not isinstance(position_ids, Tensor) or position_ids.dim() != 2 or len(position_ids) != rows:
-        return Positions(rows, keep), rows
+        return Positions(rows, keep, padded=other), rows
     real = _without_trailing_zeros(position_ids) if keep is None else keep
     starts = real & ((position_ids == 0) | (real.cumsum(1) == 1))
     if int(starts.sum()) == int(real.any(1).sum()):
-        return Positions(rows, keep if bool(real.all()) else real), rows
+        return Positions(rows, keep if bool(real.all()) else real, padded=other), rows
     samples = starts.flatten().cumsum(0).view(starts.shape) - 1
-    return Positions(rows, real & (samples < most), samples), min(int(starts.sum()), most)
+    return Positions(rows, real & (samples < most), samples, padded=other), min(int(starts.sum()), most)
 
 
 def _without_trailing_zeros(position_ids: Tensor) -> Tensor:

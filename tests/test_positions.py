@@ -123,6 +123,21 @@ def test_inputs_whose_positions_cannot_be_told_apart_are_refused_if_there_is_pad
         Positions(2, keep).of("layer", x, False)
 
 
+@pytest.mark.parametrize("mask", ["pixel_mask", "feature_attention_mask", "input_features_mask"])
+def test_padding_of_pixels_or_sound_that_no_layer_s_mask_tells_of_is_refused_where_it_matters(mask):
+    x, text = torch.randn(2, 9, 3), {"attention_mask": torch.ones(2, 7)}
+    for given, seen, refused in (({}, x, True), (text, x, True), (text, x[:, :7], False), ({}, x[:, 0], False)):
+        padding = torch.ones(2, 4, 4)
+        assert find_positions(given | {mask: padding}, 2, 9)[0].of("tower", seen, True)[0] is not None
+        padding[1, 3] = 0
+        positions, _ = find_positions(given | {mask: padding}, 2, 9)
+        if refused:
+            with pytest.raises(ValueError, match=rf"{mask} tells of padding, which cannot be told apart in layer 'tow"):
+                positions.of("tower", seen, True)
+        else:
+            assert positions.of("tower", seen, True)[0] is not None
+
+
 def test_an_adapter_is_off_wherever_it_sits_and_stays_merged():
     plain = collect(llama(), [make_batch()])
     config = LoraConfig(target_modules=TARGETS, task_type="CAUSAL_LM", init_lora_weights=False)  # B is not 0
