@@ -7,6 +7,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 from osrm_peft import load_adapter
 from osrm_peft.base_models import head_width
+from osrm_peft.layers import last_layer
 from tests.test_model_classes import GPT2, IDS, T5, TEXT, TWO
 
 DISTILBERT = {"vocab_size": 50, "dim": 16, "hidden_dim": 24, "n_layers": 1, "n_heads": 2, "max_position_embeddings": 40}
@@ -80,3 +81,11 @@ def test_a_head_that_does_not_fit_names_the_labels(tmp_path):
     adapter_of("modernbert", make("modernbert", 4), tmp_path)
     with pytest.raises(ValueError, match=r"the head 'classifier\..*load the base model with num_labels=4"):
         load_adapter(tmp_path).attach(make("modernbert", 3))
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_without_the_model_the_names_tell_which_tensor_is_as_wide_as_there_are_labels(name):
+    """For the card of an adapter whose base model may not be there."""
+    saved = [*CLASSES[name][3], "classifier", "score"]
+    shapes = {key: p.shape for key, p in make(name, 7).named_parameters() if any(part in key for part in saved)}
+    assert shapes[last_layer(shapes)][0] == 7
