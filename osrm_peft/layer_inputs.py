@@ -168,7 +168,7 @@ class Collector:
         if leader != name:
             return
         positions = self.in_decoder if self.sides.in_decoder(name, x, self.encoded) else self.positions
-        positions = self.unmasked if self.sides.sees_images(name) else positions
+        positions = self.unmasked if self.sides.in_tower(name) else positions
         if self.counts:
             self.moments[name].add_(*positions.of(name, x, self.whole_samples))
         self.received["encoded" if same_tensor(x, self.encoded) else "last"] = (x, x._version, name)

@@ -37,7 +37,7 @@ class Positions:
         """(x, keep, samples) for one layer's input: (b, s, n) with (b, s) masks, or (b, n), one vector a sample.
 
         Inputs of other shapes are brought to these: images (b, h, w, n), heads, all tokens in one row.
-        A mask without any padding says nothing of a layer of another length: all its positions are real.
+        A mask without any padding says nothing of a layer with fewer positions (frames, an expert's tokens): all real.
 
         Args:
             whole_samples: samples must be told apart, not just positions.
@@ -56,12 +56,15 @@ class Positions:
                 return x, keep, samples
         if self.samples is None and x.dim() == 2 and len(x) == self.rows:
             return x, self.keep.to(x.device), None
-        if self.samples is None and bool(self.keep.all()):
+        # More positions than the batch has are the model's own padding: Longformer's, of whole windows.
+        longer = x[..., 0].numel() > self.keep.numel()
+        if self.samples is None and not longer and bool(self.keep.all()):
             return self._all_of(name, x, whole_samples), None, None
+        way_out = "of a length that the model does not pad" if longer else "without padding (of one sample each)"
         raise ValueError(
             f"layer {name!r} receives inputs of shape {tuple(x.shape)}, but the attention_mask is "
             f"{tuple(self.keep.shape)}: padding cannot be told apart; leave the layer out of target_modules, or "
-            "give batches without padding (of one sample each)"
+            f"give batches {way_out}"
         )
 
     def _all_of(self, name: str, x: Tensor, whole_samples: bool) -> Tensor:
@@ -128,7 +131,8 @@ class Sides:
 
     * An encoder–decoder model has two sides; the encoder's output in a pass tells which layers of the decoder read it.
     * The mask of an audio model is of samples of sound: the model's own method makes it one of its frames.
-    * Images have no mask, nor has sound whose model hands its encoder none (Whisper): all positions count.
+    * Images have no mask, nor has sound whose model hands its encoder none (Whisper), nor what is beside a text
+      (LLaVA): all positions count.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -139,9 +143,10 @@ class Sides:
         self.decoder = None if decoder is base else decoder
         names = {module: f"{name}." for name, module in base.named_modules()}
         self._prefix = names.get(self.encoder, "")
-        images = {names[tower] for tower in _image_towers(base) if names.get(tower, ".") != "."}
-        images |= {name for name in names.values() if images and name.endswith("multi_modal_projector.")}
-        self._images = tuple(images)
+        seen = ("image", "video") if self.two else ("image", "video", "audio")  # else sound is what the mask is of
+        towers = {names[tower] for tower in _towers(base, seen) if names.get(tower, ".") != "."}
+        towers |= {name for name in names.values() if towers and name.endswith("multi_modal_projector.")}
+        self._towers = tuple(towers)
         self._accepts = set(inspect.signature(base.forward).parameters)
         self._audio = next((one for one in names if hasattr(one, "_get_feature_vector_attention_mask")), None)
         self._base = base
@@ -150,9 +155,9 @@ class Sides:
         """Whether this layer's input x has the decoder's positions: cross-attention reads the encoder's output."""
         return self.two and not name.startswith(self._prefix) and not same_tensor(x, encoded)
 
-    def sees_images(self, name: str) -> bool:
-        """Whether the layer lies in the part of a model for text and images that sees the images."""
-        return name.startswith(self._images)
+    def in_tower(self, name: str) -> bool:
+        """Whether the layer lies in the part of a model of text that sees images or sound, and not the text's mask."""
+        return name.startswith(self._towers)
 
     def with_decoder(self, inputs: dict[str, Any], labels: Tensor | None) -> dict[str, Any]:
         """The inputs with those of the decoder, from token labels (−100 is padding) where the batch has none.
@@ -207,8 +212,8 @@ class Sides:
         return self.two and labels is not None and labels.dim() == 2 and not labels.is_floating_point()
 
 
-def _image_towers(base: Any) -> Iterator[nn.Module]:
-    for modality in ("image", "video") if isinstance(base, PreTrainedModel) else ():
+def _towers(base: Any, modalities: tuple[str, ...]) -> Iterator[nn.Module]:
+    for modality in modalities if isinstance(base, PreTrainedModel) else ():
         try:
             yield base.get_encoder(modality=modality)
         except (TypeError, ValueError, AttributeError):  # the model's own method knows no modalities

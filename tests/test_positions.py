@@ -2,7 +2,14 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    LongformerConfig,
+    LongformerModel,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from osrm_peft import collect_features
@@ -112,7 +119,7 @@ def test_positions_are_found_in_inputs_of_every_shape(shape, m):
     assert mask.sum() == m * keep.sum() and torch.equal(vectors[mask], placed[keep].flatten(0, -2))
 
 
-@pytest.mark.parametrize("shape", [(2, 6, 3), (5, 3), (2, 7, 7, 3), (2, 4, 6, 3)])
+@pytest.mark.parametrize("shape", [(2, 6, 3), (5, 3), (2, 2, 3, 3)])
 def test_inputs_whose_positions_cannot_be_told_apart_are_refused_if_there_is_padding(shape):
     x, keep = torch.randn(shape), torch.ones(2, 7, dtype=torch.bool)
     every, mask, _ = Positions(2, keep).of("layer", x, False)
@@ -126,7 +133,7 @@ def test_inputs_whose_positions_cannot_be_told_apart_are_refused_if_there_is_pad
 @pytest.mark.parametrize("mask", ["pixel_mask", "feature_attention_mask", "input_features_mask"])
 def test_padding_of_pixels_or_sound_that_no_layer_s_mask_tells_of_is_refused_where_it_matters(mask):
     x, text = torch.randn(2, 9, 3), {"attention_mask": torch.ones(2, 7)}
-    for given, seen, refused in (({}, x, True), (text, x, True), (text, x[:, :7], False), ({}, x[:, 0], False)):
+    for given, seen, refused in (({}, x, True), (text, x[:, :5], True), (text, x[:, :7], False), ({}, x[:, 0], False)):
         padding = torch.ones(2, 4, 4)
         assert find_positions(given | {mask: padding}, 2, 9)[0].of("tower", seen, True)[0] is not None
         padding[1, 3] = 0
@@ -136,6 +143,19 @@ def test_padding_of_pixels_or_sound_that_no_layer_s_mask_tells_of_is_refused_whe
                 positions.of("tower", seen, True)
         else:
             assert positions.of("tower", seen, True)[0] is not None
+
+
+@pytest.mark.parametrize("padding", [0, 3])
+def test_what_a_model_pads_by_itself_is_refused(padding):
+    """Longformer fills its last window; with whole windows there is nothing to tell apart."""
+    sizes = TINY | {"attention_window": 8, "max_position_embeddings": 64}
+    model = LongformerModel(LongformerConfig(**sizes)).eval()
+    batch = make_batch(length=13, pads=[padding] * 4)
+    message = r"inputs of shape \(16, 4, 16\), but the attention_mask is \(4, 13\): .*a length that the model does not"
+    with pytest.raises(ValueError, match=message):
+        collect(model, [batch], targets=["query"])
+    for moments in collect(model, [make_batch(length=16, pads=[0])], targets=["query"]).layers.values():
+        assert moments.count == 4 * 16
 
 
 def test_an_adapter_is_off_wherever_it_sits_and_stays_merged():
