@@ -18,10 +18,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from osrm_peft.adapter_config import CONFIG
 from osrm_peft.adapter_keys import PREFIX, TASK_HEADS, base_name, below, saved_modules
 from osrm_peft.base_identity import located
-from osrm_peft.base_models import load_base
+from osrm_peft.base_models import head_width, load_base
 from osrm_peft.files import new_file
 from osrm_peft.layer_names import names_in
-from osrm_peft.layers import last_layer, weight_shape
+from osrm_peft.layers import weight_shape
 from osrm_peft.packaged import resolve_model
 
 WEIGHTS, HEADS = "adapter_model.safetensors", "heads"
@@ -293,16 +293,18 @@ class LoraAdapter:
                 )
         for name, tensor in self.heads.items():
             if parameters.get(name) != tuple(tensor.shape):
+                labels = head_width(model, {key: tuple(tensor.shape) for key, tensor in self.heads.items()})
                 raise ValueError(
-                    f"the head {name!r} has shape {tuple(tensor.shape)}, the model's is {parameters.get(name)}: "
-                    f"load the base model with num_labels={len(tensor)}"
+                    f"the head {name!r} has shape {tuple(tensor.shape)}, the model's is {parameters.get(name)}: load "
+                    "the " + ("base model of the adapter" if labels is None else f"base model with num_labels={labels}")
                 )
 
     def load_base_model(self, name: str) -> PreTrainedModel:
         """The base model of this name, as this adapter needs it: of its task type, with a head of its width."""
         task_type = self.config.get("task_type")
         if self.heads and task_type == "SEQ_CLS":
-            return load_base(name, len(self.heads[last_layer(self.heads)]))  # ours replaces the head
+            shapes = {key: tuple(tensor.shape) for key, tensor in self.heads.items()}
+            return load_base(name, head_width(name, shapes))  # ours replaces the head
         if task_type == "CAUSAL_LM":
             return AutoModelForCausalLM.from_pretrained(resolve_model(name))
         raise ValueError(

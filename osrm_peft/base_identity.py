@@ -10,6 +10,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.constants import HF_HUB_OFFLINE
 
 from osrm_peft.hub import is_local, public_name
+from osrm_peft.layers import counts_all_rows
 from osrm_peft.packaged import MODEL
 
 logger = logging.getLogger(__name__)
@@ -55,7 +56,7 @@ def common_base(bases: Mapping[str, Base], base_model: str | None) -> str | None
     (first, one), *others = bases.items()
     for name, other in others:
         hashes = one.weight_hash, other.weight_hash
-        known = None not in hashes and one.layers == other.layers
+        known = comparable(*hashes) and one.layers == other.layers
         if known and len({*hashes}) > 1:
             raise ValueError(
                 f"{first!r} and {name!r} were trained on base models with different weights ({one.name}: "
@@ -70,6 +71,11 @@ def common_base(bases: Mapping[str, Base], base_model: str | None) -> str | None
                 "and the same model, say so with base_model=NAME (--base-model NAME)"
             )
     return base_model if base_model is not None else one.name
+
+
+def comparable(one: str | None, other: str | None) -> bool:
+    """Whether two weight hashes are there and of one definition (`layers.weight_hash` has had two)."""
+    return one is not None and other is not None and counts_all_rows(one) == counts_all_rows(other)
 
 
 def _same(one: Base, other: Base) -> bool:

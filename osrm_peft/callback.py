@@ -29,7 +29,8 @@ class OSRMCallback(TrainerCallback):
     """Initialises a LoRA model made with `OSRMLoraConfig` for `Trainer(model, …, callbacks=[OSRMCallback()])`.
 
     * `on_init_end` sets A: before the optimizer exists and before any engine wraps or shards the model. Of several
-      processes the main one chooses, and all write the same.
+      processes the main one chooses, and all write the same. With `Trainer(model_init=…)` it sets A of each model that
+      a `train()`, or a trial of `hyperparameter_search`, begins with.
     * Before the first step it checks that the A in the model is the A that it wrote, and after it that A has not moved:
       while B = 0 it has no gradient, so an A that moved was restored from a copy that an engine took earlier.
     * To every training log (console, history, TensorBoard, W&B, …) it adds means over layers: `osrm/drift`, the
@@ -52,7 +53,7 @@ class OSRMCallback(TrainerCallback):
     def __init__(self, adapter_name: str = "default", log_energy: bool = True) -> None:
         self.adapter_name, self.log_energy = adapter_name, log_energy
         self.missing: FileNotFoundError | None = None  # no features: an error, unless a run goes on from a checkpoint
-        self.checked = False  # a second train() goes on from the trained A
+        self.checked = False  # a second train() goes on from the trained A, unless it begins with a new model
         self.first_step = False  # in the first step of a fresh run
         self.initial: dict[str, Tensor] = {}  # {layer: (r, n) copy of Ã, float32 on the CPU}
         self.repo_id: Callable[[], str | None] = lambda: None
@@ -72,6 +73,23 @@ class OSRMCallback(TrainerCallback):
             trainer.create_model_card = lambda *_, **__: self.on_push_begin(
                 trainer.args, trainer.state, trainer.control, trainer.model
             )
+            if trainer.model_init is not None:
+                self._follow_model_init(trainer, processing_class)
+        self._set_a(model, processing_class, args, state)
+
+    def _follow_model_init(self, trainer: Trainer, processing_class: Any) -> None:
+        """Each model that the Trainer makes later gets its A at once, before anything wraps it."""
+        make = trainer.call_model_init
+
+        def call_model_init(trial: Any = None) -> Any:
+            model = make(trial)
+            self._set_a(model, processing_class, trainer.args, trainer.state)
+            return model
+
+        trainer.call_model_init = call_model_init  # type: ignore[method-assign]
+
+    def _set_a(self, model: Any, processing_class: Any, args: Any, state: Any) -> None:
+        self.missing, self.checked, self.first_step, self.initial, self.pools = None, False, False, {}, {}
         progress = not args.disable_tqdm and state.is_local_process_zero
         try:
             initialize_osrm_weights(

@@ -22,7 +22,10 @@ from osrm_peft.layers import (
     base_name,
     base_of,
     check_unmerged,
+    embedding_hash,
+    hash_of,
     input_width,
+    sampled_weights,
     target_layers,
     unwrapped,
     weight_hash,
@@ -51,10 +54,13 @@ def collect_features(
 
     Padding (0 in the batch's `attention_mask`) never enters; a tensor that several layers receive is counted once.
     In an encoder–decoder model each layer has the padding of what it reads: the decoder's self-attention that of
-    `decoder_attention_mask` (or of the token labels, from which the decoder's inputs are made where the batch has
-    none), its cross-attention the encoder's. In packed rows (`position_ids` that start again at 0) each part is a
-    sample. A PeftModel runs with its adapter off, a compiled model eagerly. The model is left as it was: hooks gone,
-    train mode and gradients untouched. It may lie on several devices (`device_map`), or be split by ZeRO-3 or FSDP2.
+    `decoder_attention_mask` (or of the token labels, from which the decoder's inputs are made as its own forward makes
+    them where the batch has none), its cross-attention the encoder's. The mask of an audio model is of samples of
+    sound: its own method makes it one of frames. Images, and sound whose model masks none (Whisper), count everywhere;
+    padding that is known, and in a layer of another length cannot be found, is an error. In packed rows
+    (`position_ids` that start again at 0) each part is a sample. A PeftModel runs with its adapter off, a compiled
+    model eagerly. The model is left as it was: hooks gone, train mode and gradients untouched. It may lie on several
+    devices (`device_map`), or be split by ZeRO-3 or FSDP2.
 
     Args:
         model: the pre-trained model, or a PeftModel around it; runs on the device it is on.
@@ -74,7 +80,8 @@ def collect_features(
             gets the sums over all of them. A model that an engine has split needs it.
 
     Raises:
-        ValueError: unknown statistic, k below 1, no target layer or one that never runs, or a loader without a sample.
+        ValueError: unknown statistic, k below 1, no target layer or one that never runs, a loader without a sample, or
+            a layer whose padding cannot be told apart.
     """
     choice("statistic", statistic, STATISTICS)
     if reference and statistic != "mean":
@@ -151,8 +158,12 @@ def _collect(
 
     def features(collector: Collector, seen: int) -> TaskFeatures:
         moments = {name: collector.moments[name] for name in collector.widths}
+        sampled = sampled_weights(model, moments)
+        rows = next((key for key in sampled if isinstance(key, int)), None)
         return TaskFeatures(
-            task, base_name(model), weight_hash(model, moments), statistic, seen, seed, reference, adapted,
+            task, base_name(model), hash_of(sampled, moments), statistic, seen, seed, reference, adapted,
+            vocabulary=rows,
+            embedding_hash=None if rows is None else embedding_hash(sampled, rows),
             tokenizer=public_name(getattr(tokenizer, "name_or_path", None)),
             tokenizer_hash=None if tokenizer is None else tokenizer_hash(tokenizer),
             layers=moments,
@@ -199,12 +210,21 @@ def _run(
             stack.enter_context(model.disable_adapter())
         stack.enter_context(watch_inputs(watched, collector.see))
         if sides.encoder is not None:
-            handle = sides.encoder.register_forward_hook(lambda module, args, output: collector.encode(output[0]))
+            enter = collector.enter_encoder
+            for handle in (
+                sides.encoder.register_forward_pre_hook(lambda _, *called: enter(*called), with_kwargs=True),
+                sides.encoder.register_forward_hook(lambda module, args, output: collector.encode(output[0])),
+            ):
+                stack.callback(handle.remove)
+        if sides.decoder is not None:
+            handle = sides.decoder.register_forward_pre_hook(
+                lambda _, args, keywords: collector.encode(keywords.get("encoder_hidden_states")), with_kwargs=True
+            )
             stack.callback(handle.remove)
         for given in batches:
             batch = given.to(device)
             inputs = sides.with_decoder(batch.inputs, batch.labels)
-            collector.start(inputs, batch.positions, batch.counts)
+            collector.start(inputs, batch)
             root(**inputs | uncached)
             seen += batch.count if batch.counts else 0
     return seen

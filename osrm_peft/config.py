@@ -7,6 +7,7 @@ from typing import Any
 
 from peft import LoraConfig
 
+from osrm_peft.adapter_config import NOT_PLAIN
 from osrm_peft.base_identity import located
 from osrm_peft.card import write_manifest
 from osrm_peft.checks import choice, integer, number
@@ -49,7 +50,8 @@ class OSRMLoraConfig(LoraConfig):
         osrm_seed: seed of the random choice in a null space.
 
     Raises:
-        ValueError: an unknown choice, a number out of its range, or options that contradict each other.
+        ValueError: an unknown choice, a number out of its range, options that contradict each other, or one of LoRA's
+            with which the adapter could not be merged (DoRA, trained biases, …).
     """
 
     out_of_task: list[str] | None = None
@@ -67,6 +69,16 @@ class OSRMLoraConfig(LoraConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for name in NOT_PLAIN:
+            if getattr(self, name, None):
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r}: OSRM makes adapters to be merged, and no merge takes such a one "
+                    f"(it is not plain LoRA): leave {name} out, or use peft.LoraConfig"
+                )
+        if self.bias != "none":
+            raise ValueError(
+                f"bias={self.bias!r} trains biases, which no merge takes: leave it at 'none', or use peft.LoraConfig"
+            )
         for name, choices in (("statistic", STATISTICS), ("null_space", NULL_SPACES), ("in_task", IN_TASK)):
             choice(name, getattr(self, name), choices)
         if isinstance(self.out_of_task, (str, Path)):

@@ -14,7 +14,15 @@ from torch import nn
 
 from osrm_peft.checks import integer, task_name
 from osrm_peft.files import new_file
-from osrm_peft.layers import base_name, base_of, hash_of, input_width, weight_hash
+from osrm_peft.layers import (
+    base_name,
+    base_of,
+    counts_all_rows,
+    embedding_hash,
+    hash_of,
+    input_width,
+    sampled_weights,
+)
 from osrm_peft.moment_files import (
     SUFFIX,
     FileMoments,
@@ -28,7 +36,7 @@ from osrm_peft.moments import FeatureMoments
 from osrm_peft.push import push_to_hub
 from osrm_peft.tensor_files import write_tensors
 
-_FORMAT = 3  # 2 has `adapted`; 3 the tokenizer, and second moments as triangles
+_FORMAT = 4  # 2 has `adapted`; 3 the tokenizer, and second moments as triangles; 4 a hash of the embedding apart
 
 
 @dataclass
@@ -41,6 +49,8 @@ class TaskFeatures:
         task: the task's name.
         base_model: name or path of the pre-trained model.
         weight_hash: `layers.weight_hash` of that model over these layers.
+        vocabulary, embedding_hash: how many rows its input embedding has, and `layers.embedding_hash` of these; a model
+            with more, new ones behind them is the same. None where it has none, and in files of earlier formats.
         statistic: `"mean"`, `"sample"` or `"token"`, see FeatureMoments.
         k: how many samples were seen.
         seed: the seed that drew the samples, for the record.
@@ -62,6 +72,8 @@ class TaskFeatures:
     adapter_sha256: str | None = None
     tokenizer: str | None = None
     tokenizer_hash: str | None = None
+    vocabulary: int | None = None
+    embedding_hash: str | None = None
     layers: Mapping[str, FeatureMoments] = field(default_factory=dict)
 
     def same_input(self) -> dict[str, str]:
@@ -133,6 +145,8 @@ class TaskFeatures:
             counts, same_input = header.pop("counts"), header.pop("same_input")
             del header["format"]
             integer("k", header["k"], 0)
+            if header.get("vocabulary") is not None:
+                integer("vocabulary", header["vocabulary"], 1)
             return cls(**header, layers=MomentsOnDemand(path, header["statistic"], counts, same_input))
         except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(
@@ -145,12 +159,13 @@ class TaskFeatures:
         model: nn.Module,
         layers: Iterable[str],
         tokenizer: Any = None,
-        sampled: Mapping[str, bytes] | None = None,
+        sampled: Mapping[str | int, bytes] | None = None,
     ) -> None:
         """Check that these features are of `model` (and `tokenizer`) and hold all of `layers`, at the right widths.
 
         Args:
-            sampled: the model's `layers.sampled_weights`, with those of this file's layers; None: they are read here.
+            sampled: the model's `layers.sampled_weights`, with those of this file's layers and `vocabulary`; None: they
+                are read here.
 
         Raises:
             ValueError: names the task, all layers that are missing or differ in width, or both models or tokenizers.
@@ -182,18 +197,34 @@ class TaskFeatures:
                 f"the features of task {self.task!r} are of {self.base_model}, another architecture: "
                 f"{base_name(base)} has no layer {foreign[0]!r}"
             )
-        actual = weight_hash(model, self.layers) if sampled is None else hash_of(sampled, self.layers)
-        if actual != self.weight_hash:
-            raise ValueError(
-                f"the features of task {self.task!r} were collected on {self.base_model} (weights {self.weight_hash}), "
-                f"but this model is {base_name(base)} (weights {actual}): collect them on the same pre-trained model"
-            )
+        self._check_weights(base, sampled_weights(base, self.layers, self.rows()) if sampled is None else sampled)
         given = None if tokenizer is None else tokenizer_hash(tokenizer)
         if None not in (given, self.tokenizer_hash) and given != self.tokenizer_hash:
             raise ValueError(
                 f"the features of task {self.task!r} were collected with the tokenizer {self.tokenizer} "
                 f"({self.tokenizer_hash}), but this one is {tokenizer.name_or_path} ({given}): "
                 "collect them with the tokenizer that the adapter is trained with"
+            )
+
+    def rows(self) -> list[int]:
+        """Of how many rows of the input embedding the hash is known."""
+        return [] if self.vocabulary is None else [self.vocabulary]
+
+    def _check_weights(self, base: nn.Module, sampled: Mapping[str | int, bytes]) -> None:
+        actual, collected = hash_of(sampled, self.layers, like=self.weight_hash), self.weight_hash
+        if actual == collected and self.vocabulary is not None:
+            # A vocabulary cut since then says nothing: the layers decide.
+            found, expected = embedding_hash(sampled, self.vocabulary), self.embedding_hash
+            actual, collected = (actual, collected) if found is None else (f"{found}", f"{expected}")
+        if actual != collected:
+            resized = (
+                ". (The file is of an earlier version, which took a base whose embedding was resized for another one: "
+                "if that is all, collect again)"
+            )
+            raise ValueError(
+                f"the features of task {self.task!r} were collected on {self.base_model} (weights {collected}), "
+                f"but this model is {base_name(base)} (weights {actual}): collect them on the same pre-trained model"
+                + (resized if counts_all_rows(self.weight_hash) else "")
             )
 
 

@@ -62,14 +62,15 @@ def initialize_osrm_weights(
     known = dict(base_of(model).named_modules())
     features: list[TaskFeatures] = []  # of the other tasks, then the own ones; on the main process
 
-    def load() -> list[str]:
+    def load() -> tuple[list[str], set[int]]:
         others, own = _load(model, adapter_name, config, out_of_task, in_task)
         features.extend([*others, *([own] if own else [])])
         every = dict.fromkeys([*layers, *(name for one in features for name in one.layers)])
-        return [name for name in every if name in known]  # an unknown one is an error below
+        names = [name for name in every if name in known]  # an unknown one is an error below
+        return names, {rows for one in features for rows in one.rows()}
 
-    names = processes.from_main(load)
-    sampled = sampled_weights(model, names)
+    names, rows = processes.from_main(load)
+    sampled = sampled_weights(model, names, rows)
 
     own = features[-1] if features and config.needs_own_features else None
     out = OutOfTask(features[: -1 if own else None])

@@ -132,22 +132,28 @@ class Collector:
         self.moments: dict[str, FeatureMoments] = {}
         self.leaders: dict[str, str] = {}  # {layer: the first layer that receives the same tensor}
 
-    def start(self, inputs: Mapping[str, Any], positions: Positions, counts: bool = True) -> None:
-        """A new forward pass; its inputs are not added where `counts` is False."""
-        self.counts = counts
-        if self.reference:
-            positions = Positions(positions.rows)  # padding counts
-        self.positions = positions
-        two = self.sides.two and not self.reference
-        self.in_decoder = self.sides.decoder_positions(inputs, positions) if two else positions
+    def start(self, inputs: Mapping[str, Any], batch: Batch) -> None:
+        """A new forward pass on these inputs; the batch may count for nothing."""
+        rows, self.counts = batch.positions.rows, batch.counts
+        self.unmasked = Positions(rows, padded=batch.positions.padded)
+        self.positions = Positions(rows) if self.reference else self.sides.positions(inputs, batch.positions)
+        two = self.sides.two and not self.reference  # with `reference`, padding counts
+        self.in_decoder = self.sides.decoder_positions(inputs, batch.labels, self.positions) if two else self.positions
+        self.text = "input_ids" in inputs or "inputs_embeds" in inputs
         self.encoded: Tensor | None = None
         # (tensor, its version, the layer that received it first), of the last input and of the encoder's output; the
         # tensors are kept alive, so that no other can lie at the same place
         self.received: dict[str, tuple[Tensor, int, str]] = {}
 
-    def encode(self, encoded: Tensor) -> None:
-        """The encoder's output in this pass."""
-        self.encoded = encoded
+    def encode(self, encoded: Tensor | None) -> None:
+        """The encoder's output in this pass, or what is made of it for the decoder."""
+        self.encoded = self.encoded if encoded is None else encoded
+
+    def enter_encoder(self, arguments: tuple, keywords: Mapping[str, Any]) -> None:
+        """What the encoder is called with; where it is handed no mask, it has none. (Text models find it elsewhere.)"""
+        masked = keywords.get("attention_mask") is not None or any(one is not None for one in arguments[1:])
+        if not masked and not self.text:
+            self.positions = self.unmasked
 
     def see(self, name: str, x: Tensor) -> None:
         """One layer's input; counted if no other layer has received this very tensor.
@@ -162,6 +168,7 @@ class Collector:
         if leader != name:
             return
         positions = self.in_decoder if self.sides.in_decoder(name, x, self.encoded) else self.positions
+        positions = self.unmasked if self.sides.in_tower(name) else positions
         if self.counts:
             self.moments[name].add_(*positions.of(name, x, self.whole_samples))
         self.received["encoded" if same_tensor(x, self.encoded) else "last"] = (x, x._version, name)

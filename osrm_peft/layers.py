@@ -1,6 +1,7 @@
 """Which layers an adapter targets, by their names in the base model, and a hash of those layers' weights."""
 
 import hashlib
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -16,6 +17,7 @@ from osrm_peft.distributed import inner_module, whole_weight
 from osrm_peft.hub import public_name
 
 HASHED_ENTRIES = 1024
+_LAYERS_ONLY = "v2"  # begins a hash of layers alone; earlier ones count the input embedding, with all its rows, in
 
 
 def unwrapped(model: Any) -> Any:
@@ -132,43 +134,81 @@ def as_weight(module: nn.Module, delta: Tensor) -> Tensor:
 
 
 def weight_hash(model: nn.Module, names: Iterable[str]) -> str:
-    """A hash of the pre-trained weights that tells two base models apart: the input embedding and the named layers.
+    """A hash of the named layers' pre-trained weights, which tells two base models apart.
 
-    Hashed are each tensor's name, shape and 1,024 evenly spaced entries rounded to bfloat16: equal whether the
-    checkpoint was loaded in float32 or bfloat16, changed by any training, and quick on the largest models.
+    Hashed are each layer's name, shape and 1,024 evenly spaced entries rounded to bfloat16: equal whether the
+    checkpoint was loaded in float32 or bfloat16, changed by any training, and quick on the largest models. The input
+    embedding, which new tokens make longer, has a hash of its own: `embedding_hash`.
 
     Args:
         names: layers of the base model; of a model that an engine has split, every process must give the same ones.
 
     Returns:
-        16 hexadecimal digits.
+        "v2" and 14 hexadecimal digits. (16 digits are of an earlier version, see `hash_of`: not to be compared.)
     """
     names = list(names)
     return hash_of(sampled_weights(model, names), names)
 
 
-def sampled_weights(model: nn.Module, names: Iterable[str]) -> dict[str, bytes]:
-    """Of the input embedding (under the name "") and of each named layer what `weight_hash` looks at."""
+def sampled_weights(model: nn.Module, names: Iterable[str], rows: Iterable[int] = ()) -> dict[str | int, bytes]:
+    """What hashes look at: {name: of this layer, V: of the first V rows of the input embedding, "": of all its rows}.
+
+    Args:
+        rows: each V that is asked for; those that the embedding does not have are left out.
+    """
     base = base_of(model)
-    embedding = base.get_input_embeddings() if hasattr(base, "get_input_embeddings") else None
-    modules = {"": embedding} if embedding is not None and hasattr(embedding, "weight") else {}
-    modules |= {name: linear_layer(name, base.get_submodule(name)) for name in names}
-    found = {}
-    for name, module in modules.items():
-        with whole_weight(module) as weight:
-            entries = weight.detach().flatten()
-            index = torch.linspace(0, entries.numel() - 1, HASHED_ENTRIES, dtype=torch.float64).long().unique()
-            sampled = entries[index.to(entries.device)].to("cpu", torch.bfloat16).view(torch.int16)
-            found[name] = f"{name or 'input_embeddings'}{tuple(weight.shape)}".encode() + sampled.numpy().tobytes()
+    found: dict[str | int, bytes] = {}
+    for name in names:
+        with whole_weight(linear_layer(name, base.get_submodule(name))) as weight:
+            found[name] = _sample(name, weight)
+    embedding = input_embedding(base)
+    if embedding is not None:
+        with whole_weight(embedding) as weight:
+            found[""] = _sample("input_embeddings", weight)
+            known = {len(weight), *(V for V in rows if len(weight) >= V)}
+            found |= {V: _sample("input_embeddings", weight[:V]) for V in known}
     return found
 
 
-def hash_of(sampled: Mapping[str, bytes], names: Iterable[str]) -> str:
-    """The `weight_hash` over some of the `sampled_weights`."""
+def input_embedding(model: nn.Module) -> nn.Module | None:
+    """The module with the weights that a model's first layers read; None for what has none (HuBERT, ConvNeXt, …)."""
+    try:
+        embedding = base_of(model).get_input_embeddings()
+    except (AttributeError, NotImplementedError):  # no transformers model; or one of sound or images
+        return None
+    return embedding if isinstance(getattr(embedding, "weight", None), Tensor) else None
+
+
+def _sample(name: str, weight: Tensor) -> bytes:
+    entries = weight.detach().flatten()
+    index = torch.linspace(0, entries.numel() - 1, HASHED_ENTRIES, dtype=torch.float64).long().unique()
+    sampled = entries[index.to(entries.device)].to("cpu", torch.bfloat16).view(torch.int16)
+    return f"{name}{tuple(weight.shape)}".encode() + sampled.numpy().tobytes()
+
+
+def hash_of(sampled: Mapping[str | int, bytes], names: Iterable[str], like: str = _LAYERS_ONLY) -> str:
+    """The `weight_hash` over some of the `sampled_weights`; made as the hash `like` was, which is that of a file."""
+    if like.startswith(_LAYERS_ONLY):
+        return _LAYERS_ONLY + _digest(sampled[name] for name in sorted(names))[:14]
+    every = sorted({*names, *({""} & set(sampled))}, key=lambda name: name or "input_embeddings")
+    return _digest(sampled[name] for name in every)[:16]
+
+
+def counts_all_rows(weight_hash: str) -> bool:
+    """Whether the hash is of an earlier version, which a resized vocabulary changes."""
+    return not weight_hash.startswith(_LAYERS_ONLY)
+
+
+def embedding_hash(sampled: Mapping[str | int, bytes], rows: int) -> str | None:
+    """16 hexadecimal digits over the first rows of the input embedding; None where `sampled` has not as many."""
+    return _digest([sampled[rows]])[:16] if rows in sampled else None
+
+
+def _digest(parts: Iterable[bytes]) -> str:
     digest = hashlib.sha256()
-    for name in sorted({*names, *({""} & set(sampled))}, key=lambda name: name or "input_embeddings"):
-        digest.update(sampled[name])
-    return digest.hexdigest()[:16]
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()
 
 
 def _as_config(base: nn.Module, target_modules: list[str] | str | LoraConfig | None) -> LoraConfig:
@@ -194,5 +234,9 @@ def _as_config(base: nn.Module, target_modules: list[str] | str | LoraConfig | N
 
 
 def last_layer(heads: Iterable[str]) -> str:
-    """Of a head's parameters one of its last layer: of classifier, classifier.out_proj or score, not pre_classifier."""
-    return max(heads, key=lambda name: ("pre_classifier" not in name, name))
+    """Of a head's parameters, by their names, one that is as wide as there are labels: see `base_models.head_width`.
+
+    That is one of PEFT's own names for it (classifier, score), and of its last layer (classifier.out_proj); neither
+    pre_classifier nor what is saved beside it (ModernBERT's head, an embedding).
+    """
+    return max(heads, key=lambda name: (bool(re.search(r"(^|\.)(classifier|score|classification_head)\.", name)), name))

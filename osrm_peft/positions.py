@@ -1,12 +1,18 @@
 """Which positions of a batch are real, and to which sample each belongs: padding masks, packed rows, decoders."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import inspect
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from osrm_peft.layers import base_of
+
+_OTHER_MASKS = ("pixel_mask", "feature_attention_mask", "input_features_mask")  # of DETR, Qwen2-Audio, Gemma 3n, …
 
 
 @dataclass(frozen=True)
@@ -17,14 +23,21 @@ class Positions:
         rows: b.
         keep: (b, s) bool, False at padding and beyond the samples that are wanted; None: all are real.
         samples: (b, s) which sample a position belongs to; None: each row is one.
+        frames: {f: (b, f) bool}, the same at other lengths: of audio models, whose mask is of samples of sound.
+        padded: a mask of images or sound that tells of padding: it is of pixels, and no layer's.
     """
 
     rows: int
     keep: Tensor | None = None
     samples: Tensor | None = None
+    frames: Mapping[int, Tensor] = field(default_factory=dict)
+    padded: str | None = None
 
     def of(self, name: str, x: Tensor, whole_samples: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """(x, keep, samples) for one layer's input: (b, s, n) with (b, s) masks, or (b, n), one vector a sample.
+
+        Inputs of other shapes are brought to these: images (b, h, w, n), heads, all tokens in one row.
+        A mask without any padding says nothing of a layer with fewer positions (frames, an expert's tokens): all real.
 
         Args:
             whole_samples: samples must be told apart, not just positions.
@@ -32,25 +45,54 @@ class Positions:
         Raises:
             ValueError: the layer's input has another shape than the batch, so padding or samples cannot be told apart.
         """
-        if x.dim() > 3:  # images: (b, h, w, n)
-            x = x.flatten(1, -2)
         if self.keep is None:
-            if whole_samples and len(x) != self.rows:
-                raise ValueError(
-                    f"layer {name!r} receives inputs of shape {tuple(x.shape)} for {self.rows} samples: they cannot "
-                    "be told apart; use statistic='token', or leave the layer out of target_modules"
-                )
-            return x, None, None
-        keep = self.keep.to(x.device)  # a device_map puts layers on several
-        samples = None if self.samples is None else self.samples.to(x.device)
-        if x.dim() == 2 and len(x) == self.keep.numel() != self.rows:
-            x = x.view(*self.keep.shape, -1)  # tokens of all samples in one row
-        if x.shape[:2] != self.keep.shape if x.dim() == 3 else len(x) != self.rows or self.samples is not None:
+            return self._all_of(name, x, whole_samples), None, None
+        for mask in (*self.frames.values(), self.keep):
+            found = _in_rows(x, mask)
+            if found is not None and len(mask) == self.rows:
+                x, each = found  # a device_map puts layers on several devices
+                masks = [None if one is None else one.to(x.device) for one in (mask, self.samples)]
+                keep, samples = (None if one is None else one.repeat_interleave(each, 1) for one in masks)
+                return x, keep, samples
+        if self.samples is None and x.dim() == 2 and len(x) == self.rows:
+            return x, self.keep.to(x.device), None
+        # More positions than the batch has are the model's own padding: Longformer's, of whole windows.
+        longer = x[..., 0].numel() > self.keep.numel()
+        if self.samples is None and not longer and bool(self.keep.all()):
+            return self._all_of(name, x, whole_samples), None, None
+        way_out = "of a length that the model does not pad" if longer else "without padding (of one sample each)"
+        raise ValueError(
+            f"layer {name!r} receives inputs of shape {tuple(x.shape)}, but the attention_mask is "
+            f"{tuple(self.keep.shape)}: padding cannot be told apart; leave the layer out of target_modules, or "
+            f"give batches {way_out}"
+        )
+
+    def _all_of(self, name: str, x: Tensor, whole_samples: bool) -> Tensor:
+        """x, all of whose positions are real."""
+        if self.padded and x.dim() > 2:
             raise ValueError(
-                f"layer {name!r} receives inputs of shape {tuple(x.shape)}, but the attention_mask is "
-                f"{tuple(self.keep.shape)}: padding cannot be told apart; leave the layer out of target_modules"
+                f"{self.padded} tells of padding, which cannot be told apart in layer {name!r} (inputs of shape "
+                f"{tuple(x.shape)}): give batches of one sample each, without padding, or leave the layer out of "
+                "target_modules"
             )
-        return x, keep, samples
+        x = x.flatten(1, -2) if x.dim() > 3 else x  # images: (b, h, w, n)
+        if whole_samples and len(x) != self.rows:
+            raise ValueError(
+                f"layer {name!r} receives inputs of shape {tuple(x.shape)} for {self.rows} samples: they cannot "
+                "be told apart; use statistic='token', or leave the layer out of target_modules"
+            )
+        return x
+
+
+def _in_rows(x: Tensor, mask: Tensor) -> tuple[Tensor, int] | None:
+    """x as (b, s·m, n), and m, how many vectors it has at each of the mask's (b, s) positions; None if it fits not."""
+    b, s = mask.shape
+    if x.dim() == 2:  # tokens of all samples in one row; (b, n) is one vector a sample
+        return (x.view(b, s, -1), 1) if len(x) == b * s != b else None
+    between = list(x.shape[1:-1])
+    if len(x) == b and between.count(s) == 1:  # heads: (b, h, s, n) or (b, s, h, n)
+        return x.movedim(1 + between.index(s), 1).flatten(1, -2), math.prod(between) // s
+    return (x.flatten(1, -2), 1) if len(x) == b and math.prod(between) == s else None
 
 
 def find_positions(inputs: Mapping[str, Any], rows: int, most: int) -> tuple[Positions, int]:
@@ -67,14 +109,15 @@ def find_positions(inputs: Mapping[str, Any], rows: int, most: int) -> tuple[Pos
         found = f"shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else f"type {type(mask).__name__}"
         raise ValueError(f"the attention_mask has {found}: give the (samples, positions) padding mask")
     keep = None if mask is None else mask.bool()
+    other = next((key for key in _OTHER_MASKS if isinstance(inputs.get(key), Tensor) and not inputs[key].all()), None)
     if not isinstance(position_ids, Tensor) or position_ids.dim() != 2 or len(position_ids) != rows:
-        return Positions(rows, keep), rows
+        return Positions(rows, keep, padded=other), rows
     real = _without_trailing_zeros(position_ids) if keep is None else keep
     starts = real & ((position_ids == 0) | (real.cumsum(1) == 1))
     if int(starts.sum()) == int(real.any(1).sum()):
-        return Positions(rows, keep if bool(real.all()) else real), rows
+        return Positions(rows, keep if bool(real.all()) else real, padded=other), rows
     samples = starts.flatten().cumsum(0).view(starts.shape) - 1
-    return Positions(rows, real & (samples < most), samples), min(int(starts.sum()), most)
+    return Positions(rows, real & (samples < most), samples, padded=other), min(int(starts.sum()), most)
 
 
 def _without_trailing_zeros(position_ids: Tensor) -> Tensor:
@@ -84,37 +127,97 @@ def _without_trailing_zeros(position_ids: Tensor) -> Tensor:
 
 
 class Sides:
-    """Which layers of a model see the decoder's positions, and which tensor in a pass is the encoder's output.
+    """Which layers of a model see which positions: the batch's, the decoder's, or all.
 
-    A model without an encoder has one side.
+    * An encoder–decoder model has two sides; the encoder's output in a pass tells which layers of the decoder read it.
+    * The mask of an audio model is of samples of sound: the model's own method makes it one of its frames.
+    * Images have no mask, nor has sound whose model hands its encoder none (Whisper), nor what is beside a text
+      (LLaVA): all positions count.
     """
 
     def __init__(self, model: nn.Module) -> None:
         base = base_of(model)
-        config = getattr(base, "config", None)
-        self.two = bool(getattr(config, "is_encoder_decoder", False))
+        self.two = bool(getattr(getattr(base, "config", None), "is_encoder_decoder", False))
         self.encoder = base.get_encoder() if self.two else None
-        self.prefix = next((f"{name}." for name, module in base.named_modules() if module is self.encoder), "")
+        decoder = base.get_decoder() if self.two and isinstance(base, PreTrainedModel) else None
+        self.decoder = None if decoder is base else decoder
+        names = {module: f"{name}." for name, module in base.named_modules()}
+        self._prefix = names.get(self.encoder, "")
+        seen = ("image", "video") if self.two else ("image", "video", "audio")  # else sound is what the mask is of
+        towers = {names[tower] for tower in _towers(base, seen) if names.get(tower, ".") != "."}
+        towers |= {name for name in names.values() if towers and name.endswith("multi_modal_projector.")}
+        self._towers = tuple(towers)
+        self._accepts = set(inspect.signature(base.forward).parameters)
+        self._audio = next((one for one in names if hasattr(one, "_get_feature_vector_attention_mask")), None)
         self._base = base
 
     def in_decoder(self, name: str, x: Tensor, encoded: Tensor | None) -> bool:
         """Whether this layer's input x has the decoder's positions: cross-attention reads the encoder's output."""
-        return self.two and not name.startswith(self.prefix) and not same_tensor(x, encoded)
+        return self.two and not name.startswith(self._prefix) and not same_tensor(x, encoded)
+
+    def in_tower(self, name: str) -> bool:
+        """Whether the layer lies in the part of a model of text that sees images or sound, and not the text's mask."""
+        return name.startswith(self._towers)
 
     def with_decoder(self, inputs: dict[str, Any], labels: Tensor | None) -> dict[str, Any]:
-        """The inputs with those of the decoder, from token labels (−100 is padding) where the batch has none."""
-        if not self.two or labels is None or labels.dim() != 2 or labels.is_floating_point():
-            return inputs
-        if "decoder_input_ids" not in inputs and "decoder_inputs_embeds" not in inputs:
-            inputs = inputs | {"decoder_input_ids": self._base.prepare_decoder_input_ids_from_labels(labels)}
-        return {"decoder_attention_mask": (labels != -100).long()} | inputs
+        """The inputs with those of the decoder, from token labels (−100 is padding) where the batch has none.
 
-    def decoder_positions(self, inputs: Mapping[str, Any], main: Positions) -> Positions:
+        Where the model has no method that makes these, it is given the labels: its forward makes them from these.
+
+        Raises:
+            ValueError: nor does its forward.
+        """
+        if not self._of_tokens(labels):
+            return inputs
+        assert labels is not None
+        if "decoder_input_ids" not in inputs and "decoder_inputs_embeds" not in inputs:
+            make: Any = getattr(self._base, "prepare_decoder_input_ids_from_labels", None)
+            if make is not None:
+                inputs = inputs | {"decoder_input_ids": make(labels)}
+            elif "labels" in self._accepts:
+                inputs = inputs | {"labels": labels}
+            else:
+                raise ValueError(
+                    f"{type(self._base).__name__} makes no inputs of its decoder from labels: give decoder_input_ids "
+                    "in each batch, or take the model class that is trained on labels (…ForConditionalGeneration)"
+                )
+        mask = {"decoder_attention_mask": (labels != -100).long()}
+        return mask | inputs if "decoder_attention_mask" in self._accepts else inputs
+
+    def positions(self, inputs: Mapping[str, Any], main: Positions) -> Positions:
+        """The batch's positions, and where they are in an audio model's frames."""
+        sound = "input_values" in inputs or "input_features" in inputs
+        if self._audio is None or main.keep is None or not sound:
+            return main
+        frames, length = {}, torch.tensor([main.keep.shape[1]], device=main.keep.device)
+        audio: Any = self._audio
+        method = audio._get_feature_vector_attention_mask
+        adapted = "add_adapter" in inspect.signature(method).parameters  # layers before and after those that shorten
+        each: list[dict[str, Any]] = [{"add_adapter": False}, {"add_adapter": None}] if adapted else [{}]
+        for options in each:
+            f = int(audio._get_feat_extract_output_lengths(length, **options))
+            frames[f] = method(f, main.keep.long(), **options).bool()
+        return replace(main, frames=frames)
+
+    def decoder_positions(self, inputs: Mapping[str, Any], labels: Tensor | None, main: Positions) -> Positions:
         """The decoder's positions; where the model makes its inputs from the encoder's, these are the same."""
         if "decoder_attention_mask" in inputs:
             return Positions(main.rows, inputs["decoder_attention_mask"].bool())
+        if self._of_tokens(labels):
+            return Positions(main.rows, labels != -100)  # type: ignore[arg-type]
         made = "decoder_input_ids" not in inputs and "decoder_inputs_embeds" not in inputs
         return main if made else Positions(main.rows)
+
+    def _of_tokens(self, labels: Tensor | None) -> bool:
+        return self.two and labels is not None and labels.dim() == 2 and not labels.is_floating_point()
+
+
+def _towers(base: Any, modalities: tuple[str, ...]) -> Iterator[nn.Module]:
+    for modality in modalities if isinstance(base, PreTrainedModel) else ():
+        try:
+            yield base.get_encoder(modality=modality)
+        except (TypeError, ValueError, AttributeError):  # the model's own method knows no modalities
+            continue
 
 
 def same_tensor(x: Tensor, other: Tensor | None) -> bool:

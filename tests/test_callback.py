@@ -1,12 +1,15 @@
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import HPSearchBackend
 
-from osrm_peft import OSRMCallback, OSRMLoraConfig
+from osrm_peft import OSRMCallback, OSRMLoraConfig, initialize_osrm_weights
 from osrm_peft.layers import lora_layers
 from osrm_peft.subspace import procrustes_drift
 from tests.conftest import make_base, make_batch
@@ -23,9 +26,13 @@ def files(tmp_path_factory):
     return paths
 
 
-def make_trainer(tmp_path, files, callbacks=None, **arguments):
+def make_model(files):
     torch.manual_seed(0)
-    model = get_peft_model(make_base(), OSRMLoraConfig(**LORA, **PAPER, out_of_task=files))
+    return get_peft_model(make_base(), OSRMLoraConfig(**LORA, **PAPER, out_of_task=files))
+
+
+def make_trainer(tmp_path, files, callbacks=None, model_init=None, **arguments):
+    model = make_model(files) if model_init is None else None
     batch = make_batch(rows=16, pads=[0] * 16)
     rows = Dataset.from_dict({**{key: value.tolist() for key, value in batch.items()}, "labels": [0, 1, 2, 1] * 4})
     arguments = {"max_steps": 6, "learning_rate": 1e-2, "logging_steps": 2, "save_strategy": "no"} | arguments
@@ -37,7 +44,9 @@ def make_trainer(tmp_path, files, callbacks=None, **arguments):
         disable_tqdm=True,
         **arguments,
     )
-    return Trainer(model, args, train_dataset=rows, callbacks=[OSRMCallback()] if callbacks is None else callbacks)
+    callbacks = [OSRMCallback()] if callbacks is None else callbacks
+    more = {"train_dataset": rows, "eval_dataset": rows, "callbacks": callbacks, "model_init": model_init}
+    return Trainer(model, args, **more)
 
 
 def a_of(trainer):
@@ -151,3 +160,98 @@ def test_what_a_first_step_may_do_is_no_alarm(tmp_path, files, arguments):
     before = a_of(trainer)
     trainer.train()
     assert any(not torch.equal(A, before[name]) for name, A in a_of(trainer).items())
+
+
+class Starts(TrainerCallback):
+    """Keeps each A and learning rate with which a first step begins."""
+
+    def __init__(self):
+        self.seen, self.rates = [], []
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        if state.global_step == 0:
+            layers = lora_layers(model, "default").items()
+            self.seen.append({name: layer.lora_A["default"].weight.detach().clone() for name, layer in layers})
+            self.rates.append(args.learning_rate)
+
+
+def check_fresh(starts, expected):
+    for seen in starts.seen:
+        assert all(torch.equal(A, expected[name]) for name, A in seen.items()) and set(seen) == set(expected)
+
+
+def test_each_train_of_a_trainer_with_model_init_begins_with_osrm_s_a(tmp_path, files):
+    expected, starts = a_of(make_trainer(tmp_path, files)), Starts()
+    trainer = make_trainer(tmp_path, files, [OSRMCallback(), starts], lambda: make_model(files))
+    first = trainer.model
+    for turn in (1, 2):
+        trainer.train()
+        assert trainer.model is not first and len(starts.seen) == turn
+        drift = {name: procrustes_drift(A, expected[name]) for name, A in a_of(trainer).items()}
+        log = [entry for entry in trainer.state.log_history if "loss" in entry][-1]
+        assert log["osrm/drift"] == pytest.approx(sum(drift.values()) / 4, rel=1e-5) and log["osrm/drift"] > 1e-4
+    check_fresh(starts, expected)
+
+
+def test_an_overwritten_a_stops_a_run_with_model_init_too(tmp_path, files):
+    trainer = make_trainer(tmp_path, files, model_init=lambda: make_model(files))
+    trainer.train()
+    callback = next(one for one in trainer.callback_handler.callbacks if isinstance(one, OSRMCallback))
+    make = trainer.call_model_init
+
+    def spoilt(trial=None):
+        model = make(trial)
+        with torch.no_grad():
+            next(iter(lora_layers(model, "default").values())).lora_A["default"].weight.mul_(0.5)
+        return model
+
+    trainer.call_model_init = spoilt
+    with pytest.raises(RuntimeError, match=r"A of layer '.*' is not the one that OSRM wrote"):
+        trainer.train()
+    assert callback.initial
+
+
+def test_a_run_with_model_init_goes_on_from_a_checkpoint(tmp_path, files):
+    options = {"model_init": lambda: make_model(files), "save_strategy": "steps", "save_steps": 2}
+    make_trainer(tmp_path, files, [OSRMCallback(), Stop()], **options).train()
+    trainer = make_trainer(tmp_path, files, **options)
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == 6 and trainer.state.log_history[-2]["osrm/drift"] > 1e-4
+
+
+class Sweep:
+    """A backend of hyperparameter_search that does what transformers' own for optuna does, without that package."""
+
+    default_hp_space = staticmethod(lambda trial: {"learning_rate": trial.params["learning_rate"]})
+
+    def ensure_available(self):
+        pass
+
+    def run(self, trainer, n_trials, direction, **kwargs):
+        scores = []
+        for number, (rate, r) in enumerate([(1e-2, 4), (1e-3, 2)][:n_trials]):
+            trainer.train(trial=SimpleNamespace(number=number, params={"learning_rate": rate, "r": r}))
+            scores.append(trainer.compute_objective(trainer.evaluate()))
+            trainer.model = trainer.model_wrapped = None
+        return scores
+
+
+def test_each_trial_of_a_hyperparameter_search_begins_with_osrm_s_a(tmp_path, files, monkeypatch):
+    monkeypatch.setattr(transformers.trainer, "ALL_HYPERPARAMETER_SEARCH_BACKENDS", {HPSearchBackend.OPTUNA: Sweep})
+    monkeypatch.setattr(transformers.integrations, "hp_params", lambda trial: trial.params)
+    ranks = []
+
+    def model_init(trial=None):
+        ranks.append(4 if trial is None else trial.params["r"])
+        config = OSRMLoraConfig(**(LORA | {"r": ranks[-1]}), **PAPER, out_of_task=files)
+        return get_peft_model(make_base(), config)
+
+    starts = Starts()
+    trainer = make_trainer(tmp_path, files, [OSRMCallback(), starts], model_init)
+    assert len(trainer.hyperparameter_search(n_trials=2, backend="optuna")) == 2
+    assert ranks == [4, 4, 2] and starts.rates == [1e-2, 1e-3]
+    for rank, seen in zip(ranks[1:], starts.seen, strict=True):
+        model = get_peft_model(make_base(), OSRMLoraConfig(**(LORA | {"r": rank}), **PAPER, out_of_task=files))
+        initialize_osrm_weights(model)
+        layers = lora_layers(model, "default")
+        assert all(torch.equal(layers[name].lora_A["default"].weight, A) for name, A in seen.items())

@@ -1,4 +1,6 @@
+import hashlib
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, DataCollatorWithPadding
 
-from osrm_peft import TaskFeatures, collect_features, load_task
+from osrm_peft import OSRMLoraConfig, TaskFeatures, collect_features, initialize_osrm_weights, load_task
 from osrm_peft.base_models import load_base
 from osrm_peft.layers import target_layers, weight_hash
 from osrm_peft.packaged import resolve_model
@@ -17,6 +19,8 @@ from osrm_peft.tasks import tokenize
 from tests.conftest import make_base, make_batch
 
 TARGETS = ["query", "value"]
+LORA = {"r": 4, "target_modules": TARGETS, "task_type": "SEQ_CLS"}
+PAPER = {"null_space": "random", "protect": None}
 QUERY_1 = "bert.encoder.layer.1.attention.self.query"
 
 
@@ -194,6 +198,68 @@ def test_weight_hash_tells_models_apart_but_not_dtypes(base):
     assert weight_hash(base, names) != weight_hash(trained, names)
 
 
+def resized(rows, **options):
+    model = make_base(**options)
+    model.resize_token_embeddings(rows, mean_resizing=False)
+    return model
+
+
+@pytest.mark.parametrize(("collected_on", "used_on"), [(50, 68), (68, 50), (68, 64), (50, 50)])
+def test_a_vocabulary_resized_after_collecting_is_no_other_model(collected_on, used_on, tmp_path):
+    torch.manual_seed(1)
+    features = collect(resized(collected_on))
+    features.save(tmp_path / "t.safetensors")
+    features = TaskFeatures.load(tmp_path / "t.safetensors")
+    assert features.vocabulary == collected_on
+    torch.manual_seed(2)  # new rows are drawn anew
+    features.check_fits(resized(used_on), features.layers)
+    model = get_peft_model(resized(used_on), OSRMLoraConfig(**LORA, **PAPER))
+    initialize_osrm_weights(model, [tmp_path / "t.safetensors"])
+    with pytest.raises(ValueError, match="collect them on the same pre-trained model"):
+        features.check_fits(resized(used_on, seed=1), features.layers)
+
+
+@pytest.mark.parametrize("rows", [50, 68])
+def test_a_base_that_differs_in_its_embedding_alone_is_another_model(base, rows):
+    features, other = collect(base), resized(rows)
+    other.get_input_embeddings().weight.data[:50] *= 1.1
+    assert weight_hash(base, features.layers) == weight_hash(other, features.layers)
+    with pytest.raises(ValueError, match=r"collected on tiny \(weights \w+\), but this model is tiny \(weights \w+\)"):
+        features.check_fits(other, features.layers)
+
+
+def of_format_3(path):
+    """The file as the version before wrote it: one hash over the embedding, with all its rows, and the layers."""
+    with safe_open(path, "pt") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        header = json.loads(file.metadata()["osrm_peft"])
+    digest, base = hashlib.sha256(), make_base()
+    for name in [*sorted(header["same_input"]), "input_embeddings"]:
+        weight = base.get_input_embeddings().weight if name == "input_embeddings" else base.get_submodule(name).weight
+        index = torch.linspace(0, weight.numel() - 1, 1024, dtype=torch.float64).long().unique()
+        digest.update(f"{name}{tuple(weight.shape)}".encode())
+        digest.update(weight.detach().flatten()[index].to(torch.bfloat16).view(torch.int16).numpy().tobytes())
+    header |= {"format": 3, "weight_hash": digest.hexdigest()[:16]}
+    del header["vocabulary"], header["embedding_hash"]
+    save_file(tensors, path, {"osrm_peft": json.dumps(header)})
+
+
+def test_a_file_of_the_version_before_fits_its_model_and_says_why_it_fits_no_resized_one(base, tmp_path):
+    path = tmp_path / "t.safetensors"
+    collect(base).save(path)
+    of_format_3(path)
+    features = TaskFeatures.load(path)
+    features.check_fits(base, features.layers)
+    model = get_peft_model(make_base(), OSRMLoraConfig(**LORA, **PAPER))
+    initialize_osrm_weights(model, [path, replace(collect(base), task="u")])  # beside one of today
+    with pytest.raises(
+        ValueError, match=r"The file is of an earlier version, which .* was resized .*: if that is all, collect again"
+    ):
+        features.check_fits(resized(68), features.layers)
+    with pytest.raises(ValueError, match="collect them on the same pre-trained model"):
+        features.check_fits(make_base(seed=1), features.layers)
+
+
 def test_features_of_another_model_are_refused(base):
     features = collect(base)
     features.check_fits(base, [QUERY_1])
@@ -267,6 +333,7 @@ def saved(base, tmp_path, **options):
         ("header", lambda header: header.update(same_input={})),
         ("header", lambda header: header.update(task=None)),
         ("header", lambda header: header.update(k="many")),
+        ("header", lambda header: header.update(vocabulary="many")),
         ("header", lambda header: header.update(statistic="mean")),  # more in it than the statistic reveals
         ("tensors", lambda tensors: tensors.update({k: -v for k, v in tensors.items() if "second" in k})),
         (

@@ -5,13 +5,17 @@ import warnings
 import pytest
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft.tuners.lora import config as lora
 
-from osrm_peft import OSRMLoraConfig, collect_features, initialize_osrm_weights
+from osrm_peft import OSRMLoraConfig, adapter_config, collect_features, initialize_osrm_weights, merge_adapters
 from osrm_peft.layers import lora_layers
 from osrm_peft.spectrum import Pool
 from tests.conftest import make_base, make_batch
 
 PAPER = {"null_space": "random", "protect": None}  # no features of the task's own
+NOT_PLAIN = {"target_parameters": ["weight"], "trainable_token_indices": [1], "layer_replication": [[0, 1]]}
+NOT_PLAIN |= {"alora_invocation_tokens": [1], "arrow_config": lora.ArrowConfig(), "kasa_config": lora.KasaConfig()}
+NOT_PLAIN |= {"use_bdlora": lora.BdLoraConfig(), "monteclora_config": lora.MontecloraConfig()}
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["query", "value"], "task_type": "SEQ_CLS"}
 
 
@@ -86,6 +90,31 @@ def test_initializations_of_peft_that_leave_b_0_are_replaced_the_others_refused(
     with pytest.raises(ValueError, match=rf"init_lora_weights={init!r} sets B: leave it at its default, OSRM sets A"):
         initialize_osrm_weights(model, others)
     assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("option", adapter_config.NOT_PLAIN)
+def test_an_option_under_which_no_merge_takes_the_adapter_is_refused_at_once(option):
+    with pytest.raises(ValueError, match=rf"{option}=.*no merge takes such a one .*: leave {option} out"):
+        OSRMLoraConfig(**LORA, **PAPER, **{option: NOT_PLAIN.get(option, True)})
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_trained_biases_are_refused_at_once(bias):
+    with pytest.raises(ValueError, match=rf"bias='{bias}' trains biases, which no merge takes"):
+        OSRMLoraConfig(**LORA, **PAPER, bias=bias)
+
+
+def test_what_osrm_makes_with_the_other_options_can_be_merged(others, tmp_path):
+    options = {"use_rslora": True, "rank_pattern": {"layer.0.attention.self.query": 2}, "modules_to_save": ["pooler"]}
+    options |= {"alpha_pattern": {"layer.1.attention.self.value": 3}, "exclude_modules": ["layer.1.attention.self.key"]}
+    model = osrm_model(**options)
+    initialize_osrm_weights(model, others)
+    model.save_pretrained(tmp_path)
+    merged = merge_adapters({"a": tmp_path, "b": tmp_path}, "average")
+    for name, delta in merged.deltas().items():
+        torch.testing.assert_close(
+            delta, lora_layers(model, "default")[name].get_delta_weight("default"), check_dtype=False
+        )
 
 
 def test_ranks_of_rank_pattern_and_other_dtypes(others):

@@ -2,11 +2,18 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    LongformerConfig,
+    LongformerModel,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from osrm_peft import collect_features
-from osrm_peft.positions import find_positions
+from osrm_peft.positions import Positions, find_positions
 from tests.conftest import TINY, make_base, make_batch
 
 TEXTS = [[5, 6, 7, 8, 9], [11, 12, 13], [21, 22, 23, 24]]
@@ -78,6 +85,77 @@ def test_reference_counts_the_decoder_s_padding_too():
     counted, real = (collect(model, [batch], "mean", ["q"], reference=reference) for reference in (True, False))
     for name in real.layers:
         assert not torch.allclose(counted.layers[name].mean(), real.layers[name].mean(), atol=1e-3), name
+
+
+class Unmasked(T5ForConditionalGeneration):
+    """Its decoder takes no mask, and its class has no method for the decoder's inputs."""
+
+    prepare_decoder_input_ids_from_labels = None
+
+    def forward(self, input_ids, attention_mask=None, decoder_input_ids=None, labels=None):
+        return super().forward(input_ids, attention_mask, decoder_input_ids, labels=labels)
+
+
+def test_labels_tell_of_the_decoder_s_padding_where_its_forward_takes_no_mask():
+    sizes = {"vocab_size": 50, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2}
+    torch.manual_seed(0)
+    model = Unmasked(T5Config(**sizes, decoder_start_token_id=0, pad_token_id=0)).eval()
+    batch = make_batch(rows=2, length=4) | {"labels": torch.tensor([[5, 6, 1, -100, -100], [7, 8, 9, 1, -100]])}
+    usual = T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0, pad_token_id=0)).eval()
+    usual.load_state_dict(model.state_dict())
+    found, expected = (collect(one, [batch], targets=["q", "v"]) for one in (model, usual))
+    for name, moments in expected.layers.items():
+        assert found.layers[name].count == moments.count
+        torch.testing.assert_close(found.layers[name].second_moment(), moments.second_moment(), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(("shape", "m"), [((2, 5, 7, 3), 5), ((2, 7, 5, 3), 5), ((14, 3), 1), ((2, 7, 3), 1)])
+def test_positions_are_found_in_inputs_of_every_shape(shape, m):
+    """Heads before or behind the positions, tokens in one row."""
+    generator = torch.Generator().manual_seed(0)
+    keep, x = torch.rand(2, 7, generator=generator) < 0.6, torch.randn(shape, generator=generator)
+    vectors, mask, _ = Positions(2, keep).of("layer", x, True)
+    placed = x.view(2, 7, 3) if len(shape) == 2 else x.movedim(shape.index(7), 1)
+    assert mask.sum() == m * keep.sum() and torch.equal(vectors[mask], placed[keep].flatten(0, -2))
+
+
+@pytest.mark.parametrize("shape", [(2, 6, 3), (5, 3), (2, 2, 3, 3)])
+def test_inputs_whose_positions_cannot_be_told_apart_are_refused_if_there_is_padding(shape):
+    x, keep = torch.randn(shape), torch.ones(2, 7, dtype=torch.bool)
+    every, mask, _ = Positions(2, keep).of("layer", x, False)
+    assert mask is None or bool(mask.all())
+    assert every.numel() == x.numel()
+    keep[1, -1] = False
+    with pytest.raises(ValueError, match=r"but the attention_mask is \(2, 7\): padding cannot be told apart"):
+        Positions(2, keep).of("layer", x, False)
+
+
+@pytest.mark.parametrize("mask", ["pixel_mask", "feature_attention_mask", "input_features_mask"])
+def test_padding_of_pixels_or_sound_that_no_layer_s_mask_tells_of_is_refused_where_it_matters(mask):
+    x, text = torch.randn(2, 9, 3), {"attention_mask": torch.ones(2, 7)}
+    for given, seen, refused in (({}, x, True), (text, x[:, :5], True), (text, x[:, :7], False), ({}, x[:, 0], False)):
+        padding = torch.ones(2, 4, 4)
+        assert find_positions(given | {mask: padding}, 2, 9)[0].of("tower", seen, True)[0] is not None
+        padding[1, 3] = 0
+        positions, _ = find_positions(given | {mask: padding}, 2, 9)
+        if refused:
+            with pytest.raises(ValueError, match=rf"{mask} tells of padding, which cannot be told apart in layer 'tow"):
+                positions.of("tower", seen, True)
+        else:
+            assert positions.of("tower", seen, True)[0] is not None
+
+
+@pytest.mark.parametrize("padding", [0, 3])
+def test_what_a_model_pads_by_itself_is_refused(padding):
+    """Longformer fills its last window; with whole windows there is nothing to tell apart."""
+    sizes = TINY | {"attention_window": 8, "max_position_embeddings": 64}
+    model = LongformerModel(LongformerConfig(**sizes)).eval()
+    batch = make_batch(length=13, pads=[padding] * 4)
+    message = r"inputs of shape \(16, 4, 16\), but the attention_mask is \(4, 13\): .*a length that the model does not"
+    with pytest.raises(ValueError, match=message):
+        collect(model, [batch], targets=["query"])
+    for moments in collect(model, [make_batch(length=16, pads=[0])], targets=["query"]).layers.values():
+        assert moments.count == 4 * 16
 
 
 def test_an_adapter_is_off_wherever_it_sits_and_stays_merged():
