@@ -11,9 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer
 
+from osrm_peft.checkpoints.config_checks import TOKEN_IDS
 from osrm_peft.checkpoints.model_files import ModelFiles
+from osrm_peft.checkpoints.names import PART, Names, align
+from osrm_peft.checkpoints.settings import vocabulary_size, with_ids, with_rows
+from osrm_peft.checkpoints.text import Text, choose_text
 from osrm_peft.checks import choice, integer, number
 from osrm_peft.files import MANIFEST, command, versions
 from osrm_peft.merging.inputs import Weights, check_names, weights_by_layer, weights_by_task
@@ -31,7 +34,7 @@ CHECKPOINT_METHODS = tuple(
 )
 # of two config.json: what may differ between models that can be merged
 _FREE = ("_name_or_path", "architectures", "dtype", "torch_dtype", "id2label", "label2id", "transformers_version",
-         "problem_type", "use_cache", "vocab_size", "pad_token_id", "finetuning_task")  # fmt: skip
+         "problem_type", "use_cache", "vocab_size", "finetuning_task", "tie_word_embeddings", *TOKEN_IDS)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,8 @@ class CheckpointPlan:
         dtypes: {tensor: its dtype in the result}.
         heads: {tensor: the models that keep their own}.
         shards: [(file name, its tensors)].
-        like: the model whose configuration and tokenizer the result has.
+        config: the result's config.json: the first model's, with the token ids of `text`.
+        text: whose tokenizer and generation settings the result has.
     """
 
     models: dict[str, ModelFiles]
@@ -62,12 +66,23 @@ class CheckpointPlan:
     dtypes: dict[str, torch.dtype]
     heads: dict[str, list[str]]
     shards: list[tuple[str, list[str]]]
-    like: ModelFiles
+    config: dict[str, Any]
+    text: Text
     settings: dict[str, Any] = field(default_factory=dict)
 
     def size_of(self, names: Sequence[str]) -> int:
         """How large these tensors of the result are."""
         return sum(torch.Size(self.shapes[name]).numel() * self.dtypes[name].itemsize for name in names)
+
+    @property
+    def averaged(self) -> list[str]:
+        """Tensors that a spectral method averages, as they are no matrices."""
+        floats = (name for name in self.shapes if self.dtypes[name].is_floating_point)
+        return [name for name in floats if not is_matrix(self.shapes[name])] if self.method.spectral else []
+
+    def named(self, name: str) -> ModelFiles:
+        """An input, by its name."""
+        return self.base if name == BASE and self.base is not None else self.models[name]
 
     def manifest(self) -> dict[str, Any]:
         """How the merge is made, for its folder."""
@@ -80,6 +95,8 @@ class CheckpointPlan:
             "scale": self.scale,
             "seed": self.seed,
             "inputs": {name: {"source": one.source, "files": one.identity()} for name, one in every.items()},
+            "text": self.text.manifest(),
+            **({"averaged": self.averaged} if self.method.spectral else {}),
             **self.settings,
             "command": command(),
             "versions": versions(),
@@ -106,6 +123,7 @@ def plan_checkpoints(
     scale: float | None,
     heads: Sequence[str],
     vocab: str,
+    tokenizer: str | None,
     dtype: str | None,
     shard_size: int,
     seed: int,
@@ -129,58 +147,113 @@ def plan_checkpoints(
     opened = {name: ModelFiles(source) for name, source in models.items()}
     base_files = None if base is None else ModelFiles(base)
     every = opened | ({} if base_files is None else {BASE: base_files})
-    _check_configs(every)
-    shapes, own = _shapes(every, opened, heads, vocab)
-    like = _like(every, opened, base_files, vocab)
-    dtypes = _dtypes(every, shapes, dtype)
+    _check_kinds(every)
+    aligned = align(every, opened)
+    _check_configs(every, aligned)
+    shapes, own = _shapes(every, opened, heads, vocab, aligned)
+    cut = any(shape != one.tensors[tensor].shape for one in every.values() for tensor, shape in shapes.items())
+    text = choose_text(every, list(opened), tokenizer, vocab, cut)
+    config = with_ids(next(iter(opened.values())).config, text.ids)
+    if text.rows is not None:
+        config = with_rows(config, vocabulary_size(every[text.rows].config))
     plan = CheckpointPlan(
-        opened, base_files, method, chosen, options, scale, seed, weights_by_layer(named, shapes), shapes, dtypes, own,
-        [], like, {"weights": {name: dict(one) for name, one in named.items()}, "heads": list(heads), "vocab": vocab,
-                   "dtype": dtype, "shard_size": shard_size, "read": {n: one.identity() for n, one in every.items()}},
+        opened, base_files, method, chosen, options, scale, seed, weights_by_layer(named, shapes), shapes,
+        _dtypes(every, shapes, dtype, aligned), own, [], config, text,
+        {"weights": {name: dict(one) for name, one in named.items()}, "heads": list(heads), "vocab": vocab,
+         "dtype": dtype, "shard_size": shard_size, "read": {n: one.identity() for n, one in every.items()},
+         "left_out": aligned.left_out},
     )  # fmt: skip
+    _tell(plan, aligned)
     for weight in plan.weights.values():
         chosen.check_weights(weight)
     plan.shards.extend(_shards(plan, shard_size))
     return plan
 
 
-def _check_configs(every: Mapping[str, ModelFiles]) -> None:
+def is_matrix(shape: Sequence[int]) -> bool:
+    """Whether a tensor has singular values of its own."""
+    return len(shape) == 2 and min(shape) > 1
+
+
+def _check_kinds(every: Mapping[str, ModelFiles]) -> None:
     (first, one), *others = every.items()
     for name, other in others:
-        for key in ("model_type", "tie_word_embeddings"):
-            if one.config.get(key) != other.config.get(key):
-                raise ValueError(
-                    f"{first!r} has {key}={one.config.get(key)!r}, {name!r} {other.config.get(key)!r}: models of "
-                    "different architectures cannot be merged"
-                )
+        _check_alike(first, one.config.get("model_type"), name, other.config.get("model_type"), "model_type")
+
+
+def _check_alike(first: str, one: Any, name: str, other: Any, key: str) -> None:
+    if one != other:
+        raise ValueError(
+            f"{first!r} has {key}={one!r}, {name!r} {other!r}: models of different architectures cannot be merged"
+        )
+
+
+def _check_configs(every: Mapping[str, ModelFiles], aligned: Names) -> None:
+    """Tied weights must be alike, whether a config.json says it or its class; what else differs is told."""
+    (first, one), *others = every.items()
+    for name, other in others:
+        key = "tie_word_embeddings"
+        if aligned.ties is None:
+            told = [files.config[key] for files in (one, other) if files.config.get(key) is not None]
+            _check_alike(first, told[0] if told else None, name, told[-1] if told else None, key)
+        elif aligned.ties[first] != aligned.ties[name]:
+            _check_alike(first, bool(aligned.ties[first]), name, bool(aligned.ties[name]), key)
+            tensor = sorted(aligned.ties[first].keys() ^ aligned.ties[name].keys())[:1]
+            raise ValueError(f"{first!r} and {name!r} do not tie the same weights ({tensor}): they cannot be merged")
         differ = [key for key in one.config.keys() | other.config.keys()
                   if key not in _FREE and one.config.get(key) != other.config.get(key)]  # fmt: skip
         if differ:
             logger.warning("the configs of %r and %r differ in %s", first, name, ", ".join(sorted(differ)))
 
 
+def _tell(plan: CheckpointPlan, aligned: Names) -> None:
+    """Say what a user would not expect of the result."""
+    for name, tensors in aligned.left_out.items():
+        logger.warning("of %r %s left out, which no model loads", name, _listed(tensors))
+    several = [name for name in plan.averaged if len(plan.shapes[name]) > 2]
+    if several:
+        share = plan.size_of(several) / max(plan.size_of(list(plan.shapes)), 1)
+        about = f"{_listed(several)} ({share:.0%} of the model)"
+        logger.warning("%s has no singular values of %s: averaged instead", plan.name, about)
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
 def _shapes(
-    every: Mapping[str, ModelFiles], models: Mapping[str, ModelFiles], heads: Sequence[str], vocab: str
+    every: Mapping[str, ModelFiles],
+    models: Mapping[str, ModelFiles],
+    heads: Sequence[str],
+    vocab: str,
+    aligned: Names,
 ) -> tuple[dict[str, tuple[int, ...]], dict[str, list[str]]]:
     """{tensor: shape} of the result, and {tensor: models that keep their own}."""
     own: dict[str, list[str]] = {}
     for name, one in models.items():
         for tensor in one.tensors:
-            if _matches(tensor, heads):
+            if _matches(tensor, heads, aligned):
                 own.setdefault(tensor, []).append(name)
     for pattern in heads:
-        if not any(fnmatchcase(tensor, pattern) for tensor in own):
+        if not any(_matches(tensor, [pattern], aligned) for tensor in own):
             raise ValueError(f"heads={pattern!r} matches no tensor of any model")
-    kept = {name: {tensor for tensor in one.tensors if tensor not in own and not _matches(tensor, heads)}
+    kept = {name: {tensor for tensor in one.tensors if tensor not in own and not _matches(tensor, heads, aligned)}
             for name, one in every.items()}  # fmt: skip
     (first, names), *others = kept.items()
     for name, other in others:
         if names ^ other:
             lone = sorted(names ^ other)[0]
             where, lacks = (first, name) if lone in names else (name, first)
+            layout = _layout(lone, kept[lacks], aligned)
+            if layout is not None:
+                raise ValueError(
+                    f"{where!r} has a tensor {aligned.where(where, lone)!r}, {lacks!r} has "
+                    f"{aligned.where(lacks, layout)!r} for it: two layouts of one model; save each anew in one, "
+                    "from_pretrained(…).save_pretrained(folder, save_original_format=False)"
+                )
             raise ValueError(
-                f"{where!r} has a tensor {lone!r}, {lacks!r} has not: they are of different architectures (of a head "
-                "that each model has for itself: name it in heads=)"
+                f"{where!r} has a tensor {aligned.where(where, lone)!r}, {lacks!r} has not: they are of different "
+                "architectures (of a head that each model has for itself: name it in heads=)"
             )
     shapes = {}
     for tensor in every[first].tensors:
@@ -191,7 +264,7 @@ def _shapes(
             shapes[tensor] = found[first]
             continue
         listed = ", ".join(f"{'×'.join(map(str, shape))} in {name!r}" for name, shape in found.items())
-        by_vocab = all(shape and shape[0] == every[name].config.get("vocab_size") for name, shape in found.items())
+        by_vocab = all(shape and shape[0] == vocabulary_size(every[name].config) for name, shape in found.items())
         if not by_vocab or len({shape[1:] for shape in found.values()}) > 1:
             raise ValueError(f"{tensor!r} is {listed}: it cannot be merged (if it is a head, name it in heads=)")
         if vocab == "error":
@@ -200,28 +273,14 @@ def _shapes(
     return shapes, own
 
 
-def _like(
-    every: Mapping[str, ModelFiles], models: Mapping[str, ModelFiles], base: ModelFiles | None, vocab: str
-) -> ModelFiles:
-    """The model whose configuration the result has: with the fewest tokens, which all others have, too."""
-    first = next(iter(models.values())) if base is None else base
-    if vocab == "error":
-        return first
-    least = min(every.values(), key=lambda one: one.config.get("vocab_size", 0))
-    tokens = AutoTokenizer.from_pretrained(least.folder).get_vocab()
-    for name, one in every.items():
-        theirs = AutoTokenizer.from_pretrained(one.folder).get_vocab()
-        moved = next((token for token, place in sorted(tokens.items()) if theirs.get(token) != place), None)
-        if moved is not None:
-            raise ValueError(
-                f"token {moved!r} is {tokens[moved]} in {least.source} and {theirs.get(moved)} in {name!r}: their "
-                "vocabularies are not parts of one another, so no rows can be matched"
-            )
-    return least
+def _layout(lone: str, others: set[str], aligned: Names) -> str | None:
+    """The tensor of another file that has what this one has, in one piece or in other pieces."""
+    whole = aligned.canonical.get(lone, lone).partition(PART)[0]
+    return next((one for one in sorted(others) if aligned.canonical.get(one, one).partition(PART)[0] == whole), None)
 
 
 def _dtypes(
-    every: Mapping[str, ModelFiles], shapes: Mapping[str, tuple[int, ...]], dtype: str | None
+    every: Mapping[str, ModelFiles], shapes: Mapping[str, tuple[int, ...]], dtype: str | None, aligned: Names
 ) -> dict[str, torch.dtype]:
     found = {}
     for tensor in shapes:
@@ -232,9 +291,22 @@ def _dtypes(
             continue
         if len({kind for name, kind in kinds.items() if name != BASE}) > 1 or any(floats) != all(floats):
             listed = ", ".join(f"{str(kind).removeprefix('torch.')} in {name!r}" for name, kind in kinds.items())
-            raise ValueError(f"{tensor!r} is {listed}: give the dtype of the result, one of {', '.join(OUTPUT_DTYPES)}")
+            raise ValueError(f"{tensor!r} is {listed}: {_dtype_hint(every, tensor, kinds, aligned)}")
         found[tensor] = next(iter(kinds.values()))
     return found
+
+
+def _dtype_hint(every: Mapping[str, ModelFiles], tensor: str, kinds: Mapping[str, torch.dtype], aligned: Names) -> str:
+    """What to do about a tensor of several dtypes."""
+    if all(kind.is_floating_point for kind in kinds.values()):
+        return f"give the dtype of the result, one of {', '.join(OUTPUT_DTYPES)}"
+    last = next(name for name, kind in kinds.items() if kind != next(iter(kinds.values())))
+    file, wanted = every[last].tensors[tensor].path, next(iter(kinds.values()))
+    return (
+        "whole numbers are copied, not merged, and dtype= is for floats. Give it one dtype: tensors = "
+        f"safetensors.torch.load_file({str(file)!r}); tensors[{aligned.where(last, tensor)!r}] = "
+        f"tensors[{aligned.where(last, tensor)!r}].to({wanted}), and save_file them with metadata={{'format': 'pt'}}"
+    )
 
 
 def _shards(plan: CheckpointPlan, most: int) -> list[tuple[str, list[str]]]:
@@ -249,5 +321,7 @@ def _shards(plan: CheckpointPlan, most: int) -> list[tuple[str, list[str]]]:
     return [(f"model-{place:05d}-of-{len(groups):05d}.safetensors", group) for place, group in enumerate(groups, 1)]
 
 
-def _matches(tensor: str, patterns: Sequence[str]) -> bool:
-    return any(fnmatchcase(tensor, pattern) for pattern in patterns)
+def _matches(tensor: str, patterns: Sequence[str], aligned: Names) -> bool:
+    """Whether a pattern matches the name in the result, or transformers' own."""
+    both = (tensor, aligned.canonical.get(tensor, tensor))
+    return any(fnmatchcase(name, pattern) for name in both for pattern in patterns)
