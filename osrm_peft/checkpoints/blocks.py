@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from osrm_peft.checkpoints.plan import CheckpointPlan, is_matrix
+from osrm_peft.checkpoints.plan import CheckpointPlan
+from osrm_peft.checkpoints.shapes import is_matrix
 from osrm_peft.merging.average import average
 from osrm_peft.merging.merge import generator_of
 from osrm_peft.merging.registry import Merged, taken

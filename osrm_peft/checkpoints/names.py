@@ -196,8 +196,8 @@ def _written(found: Mapping[str, Mapping[str, str]], models: list[str]) -> dict[
     alike = all(len({names[one] for names in of_models if one in names}) < 2 for one in spellings)
     written: dict[str, str] = {}
     taken: set[str] = set()
-    for canonical, spelled in spellings.items():
-        name = spelled[0] if alike or PART in canonical else canonical
+    for canonical, each in spellings.items():
+        name = each[0] if alike or PART in canonical else canonical
         written[canonical] = canonical if name in taken else name
         taken.add(written[canonical])
     return written

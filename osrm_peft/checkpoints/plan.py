@@ -5,7 +5,6 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,9 @@ from torch import Tensor
 
 from osrm_peft.checkpoints.config_checks import TOKEN_IDS
 from osrm_peft.checkpoints.model_files import ModelFiles
-from osrm_peft.checkpoints.names import PART, Names, align
+from osrm_peft.checkpoints.names import Names, align
 from osrm_peft.checkpoints.settings import vocabulary_size, with_ids, with_rows
+from osrm_peft.checkpoints.shapes import BASE, OUTPUT_DTYPES, is_matrix, result_dtypes, result_shapes
 from osrm_peft.checkpoints.text import Text, choose_text
 from osrm_peft.checks import choice, integer, number
 from osrm_peft.files import MANIFEST, command, versions
@@ -25,10 +25,8 @@ from osrm_peft.merging.registry import METHODS, Method, get_method
 logger = logging.getLogger(__name__)
 
 VOCAB = ("error", "intersect")
-BASE = "base"  # the base model's name among the inputs
 STATE = "merge_state.json"  # of an unfinished merge
 _RESERVED = ("heads", "README.md", MANIFEST, STATE)
-OUTPUT_DTYPES = ("float32", "bfloat16", "float16", "float64")
 CHECKPOINT_METHODS = tuple(
     sorted(name for name, one in METHODS.items() if one.needs is None and "weight" in one.spaces)
 )
@@ -150,7 +148,7 @@ def plan_checkpoints(
     _check_kinds(every)
     aligned = align(every, opened)
     _check_configs(every, aligned)
-    shapes, own = _shapes(every, opened, heads, vocab, aligned)
+    shapes, own = result_shapes(every, opened, heads, vocab, aligned)
     cut = any(shape != one.tensors[tensor].shape for one in every.values() for tensor, shape in shapes.items())
     text = choose_text(every, list(opened), tokenizer, vocab, cut)
     config = with_ids(next(iter(opened.values())).config, text.ids)
@@ -158,7 +156,7 @@ def plan_checkpoints(
         config = with_rows(config, vocabulary_size(every[text.rows].config))
     plan = CheckpointPlan(
         opened, base_files, method, chosen, options, scale, seed, weights_by_layer(named, shapes), shapes,
-        _dtypes(every, shapes, dtype, aligned), own, [], config, text,
+        result_dtypes(every, shapes, dtype, aligned), own, [], config, text,
         {"weights": {name: dict(one) for name, one in named.items()}, "heads": list(heads), "vocab": vocab,
          "dtype": dtype, "shard_size": shard_size, "read": {n: one.identity() for n, one in every.items()},
          "left_out": aligned.left_out},
@@ -168,11 +166,6 @@ def plan_checkpoints(
         chosen.check_weights(weight)
     plan.shards.extend(_shards(plan, shard_size))
     return plan
-
-
-def is_matrix(shape: Sequence[int]) -> bool:
-    """Whether a tensor has singular values of its own."""
-    return len(shape) == 2 and min(shape) > 1
 
 
 def _check_kinds(every: Mapping[str, ModelFiles]) -> None:
@@ -221,94 +214,6 @@ def _listed(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def _shapes(
-    every: Mapping[str, ModelFiles],
-    models: Mapping[str, ModelFiles],
-    heads: Sequence[str],
-    vocab: str,
-    aligned: Names,
-) -> tuple[dict[str, tuple[int, ...]], dict[str, list[str]]]:
-    """{tensor: shape} of the result, and {tensor: models that keep their own}."""
-    own: dict[str, list[str]] = {}
-    for name, one in models.items():
-        for tensor in one.tensors:
-            if _matches(tensor, heads, aligned):
-                own.setdefault(tensor, []).append(name)
-    for pattern in heads:
-        if not any(_matches(tensor, [pattern], aligned) for tensor in own):
-            raise ValueError(f"heads={pattern!r} matches no tensor of any model")
-    kept = {name: {tensor for tensor in one.tensors if tensor not in own and not _matches(tensor, heads, aligned)}
-            for name, one in every.items()}  # fmt: skip
-    (first, names), *others = kept.items()
-    for name, other in others:
-        if names ^ other:
-            lone = sorted(names ^ other)[0]
-            where, lacks = (first, name) if lone in names else (name, first)
-            layout = _layout(lone, kept[lacks], aligned)
-            if layout is not None:
-                raise ValueError(
-                    f"{where!r} has a tensor {aligned.where(where, lone)!r}, {lacks!r} has "
-                    f"{aligned.where(lacks, layout)!r} for it: two layouts of one model; save each anew in one, "
-                    "from_pretrained(…).save_pretrained(folder, save_original_format=False)"
-                )
-            raise ValueError(
-                f"{where!r} has a tensor {aligned.where(where, lone)!r}, {lacks!r} has not: they are of different "
-                "architectures (of a head that each model has for itself: name it in heads=)"
-            )
-    shapes = {}
-    for tensor in every[first].tensors:
-        if tensor not in names:
-            continue
-        found = {name: one.tensors[tensor].shape for name, one in every.items()}
-        if len(set(found.values())) == 1:
-            shapes[tensor] = found[first]
-            continue
-        listed = ", ".join(f"{'×'.join(map(str, shape))} in {name!r}" for name, shape in found.items())
-        by_vocab = all(shape and shape[0] == vocabulary_size(every[name].config) for name, shape in found.items())
-        if not by_vocab or len({shape[1:] for shape in found.values()}) > 1:
-            raise ValueError(f"{tensor!r} is {listed}: it cannot be merged (if it is a head, name it in heads=)")
-        if vocab == "error":
-            raise ValueError(f"{tensor!r} is {listed}: vocabularies differ; vocab='intersect' keeps what all have")
-        shapes[tensor] = min(found.values())
-    return shapes, own
-
-
-def _layout(lone: str, others: set[str], aligned: Names) -> str | None:
-    """The tensor of another file that has what this one has, in one piece or in other pieces."""
-    whole = aligned.canonical.get(lone, lone).partition(PART)[0]
-    return next((one for one in sorted(others) if aligned.canonical.get(one, one).partition(PART)[0] == whole), None)
-
-
-def _dtypes(
-    every: Mapping[str, ModelFiles], shapes: Mapping[str, tuple[int, ...]], dtype: str | None, aligned: Names
-) -> dict[str, torch.dtype]:
-    found = {}
-    for tensor in shapes:
-        kinds = {name: one.tensors[tensor].dtype for name, one in every.items()}
-        floats = [kind.is_floating_point for kind in kinds.values()]
-        if any(floats) and dtype is not None and all(floats):
-            found[tensor] = getattr(torch, dtype)
-            continue
-        if len({kind for name, kind in kinds.items() if name != BASE}) > 1 or any(floats) != all(floats):
-            listed = ", ".join(f"{str(kind).removeprefix('torch.')} in {name!r}" for name, kind in kinds.items())
-            raise ValueError(f"{tensor!r} is {listed}: {_dtype_hint(every, tensor, kinds, aligned)}")
-        found[tensor] = next(iter(kinds.values()))
-    return found
-
-
-def _dtype_hint(every: Mapping[str, ModelFiles], tensor: str, kinds: Mapping[str, torch.dtype], aligned: Names) -> str:
-    """What to do about a tensor of several dtypes."""
-    if all(kind.is_floating_point for kind in kinds.values()):
-        return f"give the dtype of the result, one of {', '.join(OUTPUT_DTYPES)}"
-    last = next(name for name, kind in kinds.items() if kind != next(iter(kinds.values())))
-    file, wanted = every[last].tensors[tensor].path, next(iter(kinds.values()))
-    return (
-        "whole numbers are copied, not merged, and dtype= is for floats. Give it one dtype: tensors = "
-        f"safetensors.torch.load_file({str(file)!r}); tensors[{aligned.where(last, tensor)!r}] = "
-        f"tensors[{aligned.where(last, tensor)!r}].to({wanted}), and save_file them with metadata={{'format': 'pt'}}"
-    )
-
-
 def _shards(plan: CheckpointPlan, most: int) -> list[tuple[str, list[str]]]:
     """Tensors in their order, as many in a file as fit."""
     groups: list[list[str]] = [[]]
@@ -319,9 +224,3 @@ def _shards(plan: CheckpointPlan, most: int) -> list[tuple[str, list[str]]]:
     if len(groups) == 1:
         return [("model.safetensors", groups[0])]
     return [(f"model-{place:05d}-of-{len(groups):05d}.safetensors", group) for place, group in enumerate(groups, 1)]
-
-
-def _matches(tensor: str, patterns: Sequence[str], aligned: Names) -> bool:
-    """Whether a pattern matches the name in the result, or transformers' own."""
-    both = (tensor, aligned.canonical.get(tensor, tensor))
-    return any(fnmatchcase(name, pattern) for name in both for pattern in patterns)

@@ -22,13 +22,13 @@ _NAMELESS = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transfor
 def architecture(config: Mapping[str, Any]) -> str | None:
     """The class that a config.json names, if transformers has it; else the bare model of its `model_type`."""
     kind = config.get("model_type")
-    if kind not in CONFIG_MAPPING:
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
         return None
     for name in config.get("architectures") or []:
         found = getattr(transformers, name, None)
         if isinstance(found, type) and issubclass(found, PreTrainedModel):
             return name
-    bare = MODEL_MAPPING.get(CONFIG_MAPPING[kind], None)
+    bare: Any = MODEL_MAPPING.get(CONFIG_MAPPING[kind], None)
     bare = bare[0] if isinstance(bare, tuple) else bare
     return None if bare is None or config.get("architectures") else bare.__name__
 

@@ -42,11 +42,12 @@ def write_shard(merge: Blocks, paths: list[Path], names: list[str], bar: tqdm) -
 def write_rest(plan: CheckpointPlan, folder: Path, sums: dict[str, str]) -> None:
     """Configuration, tokenizer and index beside the weights."""
     for kind, patterns in KINDS.items():
-        source = plan.named(plan.text.sources[kind]) if kind in plan.text.sources else None
-        for path in files_of(source.folder, patterns) if source is not None else ():
-            place = folder / path.relative_to(source.folder)
-            place.parent.mkdir(exist_ok=True)
-            shutil.copyfile(path, place)
+        if kind in plan.text.sources:
+            beside = plan.named(plan.text.sources[kind]).folder
+            for path in files_of(beside, patterns):
+                place = folder / path.relative_to(beside)
+                place.parent.mkdir(exist_ok=True)
+                shutil.copyfile(path, place)
     kinds = {dtype for dtype in plan.dtypes.values() if dtype.is_floating_point}
     config = {name: value for name, value in plan.config.items() if name not in ("dtype", "torch_dtype")}
     if len(kinds) == 1:
