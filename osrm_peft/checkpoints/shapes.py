@@ -108,6 +108,6 @@ def _dtype_hint(every: Mapping[str, ModelFiles], tensor: str, kinds: Mapping[str
 
 
 def _matches(tensor: str, patterns: Sequence[str], aligned: Names) -> bool:
-    """Whether a pattern matches the name in the result, or transformers' own."""
-    both = (tensor, aligned.canonical.get(tensor, tensor))
-    return any(fnmatchcase(name, pattern) for name in both for pattern in patterns)
+    """Whether a pattern matches the name in the result, transformers' own, or that in a file."""
+    names = {tensor, aligned.canonical.get(tensor, tensor), *(aligned.where(name, tensor) for name in aligned.spelled)}
+    return any(fnmatchcase(name, pattern) for name in names for pattern in patterns)

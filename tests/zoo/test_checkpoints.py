@@ -113,7 +113,11 @@ def without_prefix(model, tensors):
 
 
 def with_prefix(model, tensors):
-    return {f"{model.base_model_prefix}.{key}": value for key, value in tensors.items()} if model.base_model is model else None
+    return (
+        {f"{model.base_model_prefix}.{key}": value for key, value in tensors.items()}
+        if model.base_model is model
+        else None
+    )
 
 
 def gamma_and_beta(model, tensors):
@@ -155,7 +159,15 @@ def has(tensors, pattern):
     return any(re.search(pattern, key) for key in tensors)
 
 
-WAYS = (without_prefix, with_prefix, gamma_and_beta, tied_copies, tied_under_the_other_name, old_buffers, old_weight_norm)
+WAYS = (
+    without_prefix,
+    with_prefix,
+    gamma_and_beta,
+    tied_copies,
+    tied_under_the_other_name,
+    old_buffers,
+    old_weight_norm,
+)
 
 
 @functools.cache
@@ -177,7 +189,10 @@ def rewritten(name, folder, new, way):
     else:
         shutil.copytree(folder, new)
     if way == "short_config":
-        config, defaults = json.loads((new / "config.json").read_text()), getattr(T, ZOO[name][0]).config_class().to_dict()
+        config, defaults = (
+            json.loads((new / "config.json").read_text()),
+            getattr(T, ZOO[name][0]).config_class().to_dict(),
+        )
         kept = {key: value for key, value in config.items() if key == "model_type" or value != defaults.get(key)}
         (new / "config.json").write_text(json.dumps(kept))
     changes = {one.__name__: one for one in WAYS}
