@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from osrm_peft.checkpoints.config_checks import shown
 from osrm_peft.checkpoints.plan import CheckpointPlan
 from osrm_peft.checkpoints.shapes import is_matrix
 from osrm_peft.merging.average import average
@@ -81,7 +82,7 @@ class Blocks:
             merged = self._merge(name, stack, under)
         except (RuntimeError, MemoryError) as error:
             shape = "×".join(map(str, self.plan.shapes[name]))
-            reason = " ".join(str(error).split())[:200] or "no memory"
+            reason = shown(" ".join(str(error).split()))[:200] or "no memory"
             raise ValueError(
                 f"{name!r} ({shape}) cannot be merged by {self.plan.name} ({reason}): take an element-wise method "
                 "(average, ties, …), which needs little memory and no decomposition, or name it in heads="

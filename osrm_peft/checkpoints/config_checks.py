@@ -45,19 +45,20 @@ def check_config(path: Path, config: Mapping[str, Any], tensors: int) -> None:
     waiting: list[tuple[str, Any, int]] = [(key, value, 1) for key, value in config.items()]
     while waiting:
         field, value, depth = waiting.pop()
+        shown_field = shown(field)[:100]
         if depth > _DEEPEST:
-            raise ValueError(f"{path}: {field[:60]}… is nested more than {_DEEPEST} levels deep")
+            raise ValueError(f"{path}: {shown_field} is nested more than {_DEEPEST} levels deep")
         key = field.rpartition(".")[2]
         if key in TOKEN_IDS and not (value is None or isinstance(value, (int, list))):
-            raise ValueError(f"{path}: {field} is {_short(value)}, and should be a number or a list of numbers")
+            raise ValueError(f"{path}: {shown_field} is {_short(value)}, and should be a number or a list of numbers")
         if isinstance(value, dict):
             waiting += [(f"{field}.{key}", one, depth + 1) for key, one in value.items()]
         elif isinstance(value, list):
             waiting += [(field, one, depth + 1) for one in value]
         elif isinstance(value, int) and not -_LARGEST <= value < _LARGEST:
-            raise ValueError(f"{path}: {field} is {_short(value)}, which is no size of a model")
+            raise ValueError(f"{path}: {shown_field} is {_short(value)}, which is no size of a model")
         elif isinstance(value, int) and value > max(_MOST, tensors) and _COUNTS.search(key):
-            raise ValueError(f"{path}: {field} is {value}, and the weights are {tensors} tensors")
+            raise ValueError(f"{path}: {shown_field} is {value}, and the weights are {tensors} tensors")
 
 
 def check_not_quantised(path: Path, config: Mapping[str, Any]) -> None:
@@ -106,6 +107,11 @@ def refusal(dtype: Any) -> str | None:
     if dtype in ("C64", "U16", "U32", "U64"):
         return "save it as float32 or int64, or remove it if from_pretrained does not need it"
     return None
+
+
+def shown(text: str) -> str:
+    """Text from a file as a terminal can take it: control characters escaped."""
+    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode("ascii") for one in text)
 
 
 def _short(value: Any) -> str:

@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from osrm_peft.checkpoints.config_checks import check_config, check_not_packed, check_not_quantised, refusal
+from osrm_peft.checkpoints.config_checks import check_config, check_not_packed, check_not_quantised, refusal, shown
 from osrm_peft.files import MANIFEST, read_manifest, read_object
 from osrm_peft.hub import local_folder, pinned
 from osrm_peft.tensor_files import DTYPES
@@ -103,7 +103,7 @@ class ModelFiles:
                 if Path(file).name != file or not file.endswith(".safetensors"):
                     raise ValueError(f"{self.folder / INDEX} names {file!r}, which is no shard in its folder")
                 if not (self.folder / file).is_file():
-                    raise FileNotFoundError(f"{self.folder} lacks its shard {file}: download the model again")
+                    raise FileNotFoundError(f"{self.folder} lacks its shard {shown(file)}: download the model again")
             return weight_map
         if any(self.folder.glob("*.bin")) or any(self.folder.glob("*.pt*")):
             raise ValueError(

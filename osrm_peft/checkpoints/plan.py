@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from osrm_peft.checkpoints.config_checks import TOKEN_IDS
+from osrm_peft.checkpoints.config_checks import TOKEN_IDS, shown
 from osrm_peft.checkpoints.model_files import ModelFiles
 from osrm_peft.checkpoints.names import Names, align
 from osrm_peft.checkpoints.settings import vocabulary_size, with_ids, with_rows
@@ -196,7 +196,7 @@ def _check_configs(every: Mapping[str, ModelFiles], aligned: Names) -> None:
         differ = [key for key in one.config.keys() | other.config.keys()
                   if key not in _FREE and one.config.get(key) != other.config.get(key)]  # fmt: skip
         if differ:
-            logger.warning("the configs of %r and %r differ in %s", first, name, ", ".join(sorted(differ)))
+            logger.warning("the configs of %r and %r differ in %s", first, name, ", ".join(map(shown, sorted(differ))))
 
 
 def _tell(plan: CheckpointPlan, aligned: Names) -> None:
@@ -211,7 +211,7 @@ def _tell(plan: CheckpointPlan, aligned: Names) -> None:
 
 
 def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return ", ".join(map(shown, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _shards(plan: CheckpointPlan, most: int) -> list[tuple[str, list[str]]]:

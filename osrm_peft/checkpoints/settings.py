@@ -6,11 +6,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from osrm_peft.checkpoints.config_checks import TOKEN_IDS
+from transformers import GenerationConfig
+
+from osrm_peft.checkpoints.config_checks import TOKEN_IDS, shown
 from osrm_peft.files import read_object
 
 _VERSIONS = ("transformers_version", "_from_model_config", "processor_class", "_processor_class",
-             "image_processor_type", "feature_extractor_type", "auto_map")  # fmt: skip
+             "image_processor_type", "feature_extractor_type", "auto_map", "use_cache")  # fmt: skip
 
 
 def files_of(folder: Path, patterns: Sequence[str]) -> list[Path]:
@@ -42,12 +44,17 @@ def tokenizer_settings(tokenizer: Any) -> dict[str, Any]:
 
 
 def json_settings(folder: Path, patterns: Sequence[str], strict: bool) -> dict[str, Any]:
-    """Fields of the JSON files; a field of one list of one entry as that entry."""
+    """Fields of the JSON files that say something: no defaults, and a list of one entry as that entry.
+
+    Args:
+        strict: a field that one lacks is a difference: of generation_config.json, whose defaults are known.
+    """
     found: dict[str, Any] = {} if strict else {"": None}
+    defaults = GenerationConfig._get_default_generation_params() if strict else {}
     for path in files_of(folder, patterns):
         for key, value in read_object(path).items():
-            if key not in _VERSIONS and value is not None:
-                found[f"{path.name}: {key}"] = value[0] if isinstance(value, list) and len(value) == 1 else value
+            if key not in _VERSIONS and value is not None and value != defaults.get(key, False if strict else None):
+                found[f"{path.name}: {key}"] = _one(value)
     return found
 
 
@@ -63,10 +70,10 @@ def refuse_other(settings: Mapping[str, dict[str, Any]], names: Sequence[str], k
         fields = differing(settings[names[0]], settings[name])
         if fields:
             one, two = (settings[each].get(fields[0]) for each in (names[0], name))
-            also = f" (and {', '.join(fields[1:4])})" if fields[1:] else ""
+            also = f" (and {', '.join(map(shown, fields[1:4]))})" if fields[1:] else ""
             raise ValueError(
-                f"{fields[0]} is {_short(one)} in {names[0]!r}, {_short(two)} in {name!r}{also}: say whose {kind} "
-                f"settings the result has, tokenizer={(rows or names[0])!r}"
+                f"{shown(fields[0])} is {_short(one)} in {names[0]!r}, {_short(two)} in {name!r}{also}: say "
+                f"whose {kind} settings the result has, tokenizer={(rows or names[0])!r}"
                 + ("" if rows else ", or another input's name")
             )
 
@@ -97,8 +104,8 @@ def _merge_ids(found: dict[str, Any], more: Mapping[str, Any], name: str, first:
             _merge_ids(found.setdefault(key, {}), value, name, first, f"{path}{key}.")
         elif _one(found.setdefault(key, value)) != _one(value):
             raise ValueError(
-                f"config.json: {path}{key} is {_short(value)} in {name!r}, and {_short(found[key])} in those before: "
-                f"say whose settings the result has, tokenizer={first!r}, or another input's name"
+                f"config.json: {shown(path + key)} is {_short(value)} in {name!r}, and {_short(found[key])} in those "
+                f"before: say whose settings the result has, tokenizer={first!r}, or another input's name"
             )
 
 

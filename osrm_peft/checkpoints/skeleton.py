@@ -13,6 +13,8 @@ from transformers import MODEL_MAPPING, PreTrainedModel, initialization
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import logging
 
+from osrm_peft.checkpoints.config_checks import shown
+
 # of a config.json: what has no say in the names of tensors
 _NAMELESS = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "id2label", "label2id",
              "problem_type", "use_cache", "finetuning_task", "_attn_implementation", "attn_implementation",
@@ -53,7 +55,7 @@ def skeleton(path: Path, config: Mapping[str, Any], name: str | None) -> PreTrai
     except ImportError:
         return None
     except Exception as error:  # of transformers' checks and classes: any kind
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        reason = shown(" ".join(str(error).split()))[:200] or type(error).__name__
         raise ValueError(f"{path}: transformers cannot build {name} from it ({reason}): mend the field") from error
 
 

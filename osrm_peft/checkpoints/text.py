@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
+from osrm_peft.checkpoints.config_checks import shown
 from osrm_peft.checkpoints.model_files import GENERATION, PROCESSORS, TOKENIZERS, ModelFiles
 from osrm_peft.checkpoints.settings import (
     chosen_ids,
@@ -125,7 +126,7 @@ def _tokenizers(every: Mapping[str, ModelFiles], marks: Mapping[str, str]) -> di
             try:
                 found[mark] = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
             except Exception as error:  # of transformers, tokenizers, sentencepiece: any kind
-                reason = " ".join(str(error).split())[:200] or type(error).__name__
+                reason = shown(" ".join(str(error).split()))[:200] or type(error).__name__
                 raise ValueError(
                     f"the tokenizer of {name!r} in {folder} cannot be read, so its tokens cannot be compared "
                     f"({reason}): save it anew, or remove its files to merge without comparing"

@@ -231,6 +231,20 @@ def test_what_one_model_has_not_is_taken_from_the_other(folders, tmp_path):
         assert LlamaForCausalLM.from_pretrained(out).config.pad_token_id == 0
 
 
+@pytest.mark.parametrize(
+    "default", [{"temperature": 1.0}, {"do_sample": False}, {"output_attentions": False}, {"use_cache": False},
+                {"transformers_version": "4.1"}, {"eos_token_id": [2]}, {"max_length": 20}, {"bad_words_ids": None}]
+)  # fmt: skip
+def test_defaults_that_are_written_are_no_difference(folders, tmp_path, default):
+    for name in "ab":
+        about = {"eos_token_id": 2, **(default if name == "b" else {})}
+        (folders[name] / "generation_config.json").write_text(json.dumps(about))
+    assert merge(folders, tmp_path).is_dir()
+    (folders["b"] / "generation_config.json").write_text(json.dumps(about | {"top_p": 0.5}))
+    with pytest.raises(ValueError, match=r"top_p is not set in 'a', 0\.5 in 'b'"):
+        merge(folders, tmp_path)
+
+
 def test_several_chat_templates_are_kept(folders, tmp_path):
     for folder in folders.values():
         tokenizer(folder, template={"default": "{{ messages }}", "tools": "{{ tools }}"})
