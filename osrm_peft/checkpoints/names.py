@@ -49,7 +49,7 @@ def align(every: Mapping[str, ModelFiles], models: Iterable[str]) -> Names:
     Names are those of the models' files where these agree, so that what could load the models can load the result; else
     transformers' own. Left out are: copies of tied tensors that are copies; what `from_pretrained` ignores, if not all
     have it; and what only inputs outside of `models` (the base) have. A tied tensor that is no copy in one of them is
-    an own tensor in all.
+    an own tensor in all; so is one that only the base's configuration ties.
 
     Args:
         every: {name: files} of the models and their base.
@@ -69,6 +69,7 @@ def align(every: Mapping[str, ModelFiles], models: Iterable[str]) -> Names:
         _drop_ignored(every, found, like, left_out)
         ties = {name: (one or like).get_expanded_tied_weights_keys(all_submodels=True) for name, one in built.items()}
         _share_ties(every, found, ties)
+        _untie(found, ties, models)
     of_models = {one for name in models for one in found[name]}
     for name in set(every) - set(models):
         left_out[name] += [found[name].pop(one) for one in sorted(set(found[name]) - of_models)]
@@ -170,6 +171,15 @@ def _share_ties(
                     names.setdefault(target, names[source])
             elif name in holders:
                 del names[target]
+
+
+def _untie(found: dict[str, dict[str, str]], ties: dict[str, dict[str, str]], models: list[str]) -> None:
+    """Give a base whose head is tied its copy, where the models' heads are their own."""
+    for name in set(found) - set(models):
+        for target, source in list(ties[name].items()):
+            if all(target not in ties[model] and target in found[model] for model in models) and source in found[name]:
+                found[name].setdefault(target, found[name][source])
+                del ties[name][target]
 
 
 def _equal(files: ModelFiles, one: str, other: str) -> bool:

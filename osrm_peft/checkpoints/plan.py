@@ -30,6 +30,10 @@ _RESERVED = ("heads", "README.md", MANIFEST, STATE)
 CHECKPOINT_METHODS = tuple(
     sorted(name for name, one in METHODS.items() if one.needs is None and "weight" in one.spaces)
 )
+_UNTIE = (
+    "untie the head of the one: model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone()); "
+    "model.config.tie_word_embeddings = False; model.save_pretrained(folder)"
+)
 # of two config.json: what may differ between models that can be merged
 _FREE = ("_name_or_path", "architectures", "dtype", "torch_dtype", "id2label", "label2id", "transformers_version",
          "problem_type", "use_cache", "vocab_size", "finetuning_task", "tie_word_embeddings", *TOKEN_IDS)  # fmt: skip
@@ -178,6 +182,7 @@ def _check_alike(first: str, one: Any, name: str, other: Any, key: str) -> None:
     if one != other:
         raise ValueError(
             f"{first!r} has {key}={one!r}, {name!r} {other!r}: models of different architectures cannot be merged"
+            + (f"; {_UNTIE}" if key == "tie_word_embeddings" else "")
         )
 
 

@@ -69,7 +69,7 @@ def choose_text(
     Raises:
         ValueError: tokens with other numbers (the first is named), or settings that differ (and how to choose).
     """
-    if asked is not None and asked not in every:
+    if asked is not None and not (isinstance(asked, str) and asked in every):
         known = ", ".join(map(repr, every))
         raise ValueError(f"tokenizer={asked!r} names no input: choose from {known}, or leave it out where they agree")
     have = [name for name, one in every.items() if files_of(one.folder, _VOCABULARIES)]

@@ -106,6 +106,38 @@ def test_a_head_that_the_file_has_as_its_own_is_merged_as_its_own(folders, tmp_p
         same(LlamaForCausalLM.from_pretrained(out).state_dict(), expected, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("method", ["task_arithmetic", "ties"])
+def test_a_tied_base_has_its_copy_where_the_models_have_heads_of_their_own(folders, tmp_path, method):
+    found = folders("llama")
+    torch.manual_seed(7)
+    tied = LlamaForCausalLM(LlamaConfig(**LLAMA, tie_word_embeddings=True))
+    shutil.rmtree(found["base"])
+    tied.save_pretrained(found["base"])
+    out = merge(found, tmp_path / "out", method, scale=0.5)
+    rewrite(found["base"], **{"lm_head.weight": tied.lm_head.weight.detach().clone()})
+    edit(found["base"], tie_word_embeddings=False)
+    same(tensors_of(out), tensors_of(merge(found, tmp_path / "expected", method, scale=0.5)))
+    assert not LlamaForCausalLM.from_pretrained(out).config.tie_word_embeddings
+
+
+def test_tied_and_untied_models_merge_by_the_way_out(folders, tmp_path):
+    found = {"tied": folders("tied")["a"]}
+    torch.manual_seed(7)
+    LlamaForCausalLM(LlamaConfig(**LLAMA)).save_pretrained(tmp_path / "untied")
+    found["untied"] = tmp_path / "untied"
+    with pytest.raises(
+        ValueError, match="tie_word_embeddings=True, 'untied' False: .*; untie the head of the one: model"
+    ):
+        merge_checkpoints(found, tmp_path / "out")
+    model = LlamaForCausalLM.from_pretrained(found["tied"])
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    model.config.tie_word_embeddings = False
+    model.save_pretrained(tmp_path / "anew")
+    out = merge_checkpoints(found | {"tied": tmp_path / "anew"}, tmp_path / "out")
+    one, two = (LlamaForCausalLM.from_pretrained(folder).state_dict() for folder in found.values())
+    same(LlamaForCausalLM.from_pretrained(out).state_dict(), {name: (one[name] + two[name]) / 2 for name in one})
+
+
 def test_one_tensor_under_two_names_in_a_file_is_refused(folders, tmp_path):
     found = folders("bert")
     name = "bert.embeddings.LayerNorm.weight"
