@@ -47,6 +47,8 @@ def merge_checkpoints(
         vocab=vocab, tokenizer=tokenizer, dtype=dtype, shard_size=shard_size, seed=seed, **values(option),
     )  # fmt: skip
     size = plan.size_of(list(plan.shapes)) / 2**30
+    if plan.text.line():
+        say(plan.text.line())
     if dry_run:
         check_space(folder, plan.size_of(list(plan.shapes)))
         say(f"would write {out}: {len(plan.shapes)} tensors, {size:.2f} GiB in {len(plan.shards)} files")

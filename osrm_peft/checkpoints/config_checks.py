@@ -17,7 +17,7 @@ _PACKED = {
     "GPTQ or AWQ": r"\.(qweight|qzeros|g_idx)$",
     "bitsandbytes": r"\.(absmax|quant_map|nested_absmax|SCB)$|\.quant_state\.",
     "compressed-tensors": r"\.weight_packed$",
-    "MXFP4": r"_blocks$|_scales$",
+    "MXFP4": r"_proj_(blocks|scales)$",
     "FP8": r"\.weight_scale(_inv)?$",
 }
 _ANEW = (

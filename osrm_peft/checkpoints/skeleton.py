@@ -56,7 +56,9 @@ def skeleton(path: Path, config: Mapping[str, Any], name: str | None) -> PreTrai
         return None
     except Exception as error:  # of transformers' checks and classes: any kind
         reason = shown(" ".join(str(error).split()))[:200] or type(error).__name__
-        raise ValueError(f"{path}: transformers cannot build {name} from it ({reason}): mend the field") from error
+        raise ValueError(
+            f"{path}: transformers cannot build {name} from it ({reason}): mend the field, or update transformers"
+        ) from error
 
 
 @lru_cache(maxsize=16)

@@ -47,6 +47,14 @@ class Text:
     without: list[str]
     rows: str | None
 
+    def line(self) -> str:
+        """For the terminal; empty where no input has tokenizer files."""
+        if "tokenizer" not in self.sources:
+            return ""
+        compared = f"tokens compared of {', '.join(self.compared)}" if self.compared else "nothing to compare it with"
+        lacking = f"; {', '.join(self.without)} without tokenizer files" if self.without else ""
+        return f"tokenizer and settings of {self.sources['tokenizer']} ({compared}{lacking})"
+
     def manifest(self) -> dict[str, Any]:
         """For the manifest."""
         return {"asked": self.asked, **self.sources, "tokens_compared": self.compared, "no_tokenizer": self.without}

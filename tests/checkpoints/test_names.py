@@ -125,9 +125,8 @@ def test_tied_and_untied_models_merge_by_the_way_out(folders, tmp_path):
     torch.manual_seed(7)
     LlamaForCausalLM(LlamaConfig(**LLAMA)).save_pretrained(tmp_path / "untied")
     found["untied"] = tmp_path / "untied"
-    with pytest.raises(
-        ValueError, match="tie_word_embeddings=True, 'untied' False: .*; untie the head of the one: model"
-    ):
+    message = r"tie_word_embeddings=True, 'untied' False: .*; untie the head of the one: model"
+    with pytest.raises(ValueError, match=message):
         merge_checkpoints(found, tmp_path / "out")
     model = LlamaForCausalLM.from_pretrained(found["tied"])
     model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())

@@ -309,7 +309,8 @@ def test_the_command_takes_the_source(folders, tmp_path, call):
     settings(folders["b"], 5, "{{ b }}")
     arguments = ["merge-checkpoints", folders["a"], folders["b"], "--out", tmp_path / "out"]
     assert "say whose" in call(*arguments, code=2)
-    call(*arguments, "--tokenizer", "b")
+    said = call(*arguments, "--tokenizer", "b")
+    assert "tokenizer and settings of b (tokens compared of a, b)" in said
     assert found(tmp_path / "out") == ("w5", "{{ b }}", 5, [5, 6])
 
 
