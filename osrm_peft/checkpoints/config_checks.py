@@ -67,10 +67,11 @@ def check_not_quantised(path: Path, config: Mapping[str, Any]) -> None:
     Raises:
         ValueError: names the method and the way out.
     """
-    about = config.get("quantization_config")
+    field = "quantization_config" if config.get("quantization_config") else "quantization"  # the latter of MLX
+    about = config.get(field)
     if not about:
         return
-    kind = about.get("quant_method", "quantised") if isinstance(about, dict) else "quantised"
+    kind = about.get("quant_method", "MLX" if field == "quantization" else None) if isinstance(about, dict) else about
     way_out = _ANEW
     if kind in ("fp8", "mxfp4"):
         name = "FineGrainedFP8Config" if kind == "fp8" else "Mxfp4Config"
@@ -78,7 +79,7 @@ def check_not_quantised(path: Path, config: Mapping[str, Any]) -> None:
             f"save it in bfloat16 first, from_pretrained({str(path.parent)!r}, dtype='bfloat16', "
             f"quantization_config={name}(dequantize=True)).save_pretrained(folder)"
         )
-    raise ValueError(f"{path}: quantization_config says {_short(kind)}: quantised weights cannot be merged: {way_out}")
+    raise ValueError(f"{path}: {field} says {_short(kind)}: quantised weights cannot be merged: {way_out}")
 
 
 def check_not_packed(path: Path, names: Iterable[str]) -> None:

@@ -26,8 +26,8 @@ BESIDE = ("config.json", *GENERATION, *TOKENIZERS, *PROCESSORS)
 _MOST_HEADER = 100 * 2**20  # the format's own bound
 
 
-class _OtherDtype(Exception):  # noqa: N818 (never leaves this file)
-    """A tensor of a dtype that the format has and no merge takes: the file is sound."""
+class _NotMergedError(Exception):
+    """The file is sound, and no merge takes it."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class ModelFiles:
         self.folder = local_folder(str(source), ["*.safetensors", INDEX, MANIFEST, *BESIDE], "model folder")
         self.source = pinned(self.source, self.folder)
         if not (self.folder / "config.json").is_file():
-            raise FileNotFoundError(f"{source} holds no config.json: give a folder that save_pretrained wrote")
+            raise FileNotFoundError(f"{source} holds no config.json: {self._instead()}")
         self.config: dict[str, Any] = read_object(self.folder / "config.json")
         check_not_quantised(self.folder / "config.json", self.config)
         self.tensors: dict[str, Entry] = {}
@@ -91,6 +91,15 @@ class ModelFiles:
         self.paths: list[Path] = list(dict.fromkeys(entry.path for entry in self.tensors.values()))
         check_config(self.folder / "config.json", self.config, len(self.tensors))
         check_not_packed(self.paths[0] if self.paths else self.folder, self.tensors)
+
+    def _instead(self) -> str:
+        """What to give instead of a folder without config.json."""
+        if (self.folder / "adapter_config.json").is_file():
+            return "it is an adapter, which merge_adapters (osrm-peft merge) merges"
+        below = sorted(path.parent.name for path in self.folder.glob("*/config.json"))
+        if below:
+            return f"give one of the models in it, {', '.join(map(shown, below[:6]))}"
+        return "give a folder that save_pretrained wrote"
 
     def _weight_map(self) -> dict[str, str]:
         if (self.folder / WEIGHTS).is_file():
@@ -109,6 +118,11 @@ class ModelFiles:
             raise ValueError(
                 f"{self.source} holds pickled weights, which can run code when loaded, and are not read: save it anew, "
                 "AutoModel.from_pretrained(…).save_pretrained(folder)"
+            )
+        if any(self.folder.glob("*.gguf")):
+            raise ValueError(
+                f"{self.source} holds GGUF weights, which are not merged: save them anew, "
+                "AutoModelForCausalLM.from_pretrained(folder, gguf_file=…).save_pretrained(folder)"
             )
         raise FileNotFoundError(f"{self.source} holds neither {WEIGHTS} nor {INDEX}: give a save_pretrained folder")
 
@@ -178,7 +192,10 @@ def read_header(path: Path) -> dict[str, Entry]:
     size = path.stat().st_size
     try:
         with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
+            first = file.read(8)
+            if first == b"version ":
+                raise _NotMergedError("a Git LFS pointer, not the weights: run `git lfs pull` in its folder")
+            length = int.from_bytes(first, "little")
             if not 0 < length <= min(_MOST_HEADER, size - 8):
                 raise ValueError(f"a header of {length} bytes in a file of {size}")
             header = json.loads(file.read(length))
@@ -188,7 +205,8 @@ def read_header(path: Path) -> dict[str, Entry]:
             start, stop = about["data_offsets"]
             if about["dtype"] not in DTYPES:
                 other = f"{name!r} has the dtype {about['dtype']}, which cannot be merged"
-                raise ValueError(other) if refusal(about["dtype"]) is None else _OtherDtype(other, about["dtype"])
+                why = refusal(about["dtype"])
+                raise ValueError(other) if why is None else _NotMergedError(f"{other}: {why}")
             entry = Entry(path, 8 + length + start, tuple(about["shape"]), DTYPES[about["dtype"]])
             if any(not isinstance(axis, int) or axis < 0 for axis in entry.shape):
                 raise ValueError(f"{name!r} has the shape {entry.shape}")
@@ -197,8 +215,8 @@ def read_header(path: Path) -> dict[str, Entry]:
             found[name], end = entry, stop
         if 8 + length + end != size:
             raise ValueError(f"it has {size} bytes, its header tells of {8 + length + end}")
-    except _OtherDtype as error:
-        raise ValueError(f"{path}: {error.args[0]}: {refusal(error.args[1])}") from None
+    except _NotMergedError as error:
+        raise ValueError(f"{path}: {error}") from None
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, RecursionError) as error:
         raise ValueError(f"{path} is damaged or cut short ({error}): download it again") from error
     return found

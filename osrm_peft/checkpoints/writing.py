@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
@@ -67,6 +68,11 @@ def write_heads(plan: CheckpointPlan, folder: Path) -> None:
     for name, one in plan.models.items():
         kept = [tensor for tensor, owners in plan.heads.items() if name in owners]
         tensors = {tensor: one.read(tensor).view(one.tensors[tensor].shape) for tensor in kept}
-        with new_file(folder / f"{name}.safetensors") as partial:
-            config = with_rows(one.config, vocabulary_size(plan.config))
-            save_file(tensors, partial, {"format": "pt", "config": json.dumps(config)})
+        config, path = with_rows(one.config, vocabulary_size(plan.config)), folder / f"{name}.safetensors"
+        try:
+            with new_file(path) as partial:
+                save_file(tensors, partial, {"format": "pt", "config": json.dumps(config)})
+        except SafetensorError as error:
+            raise OSError(
+                f"{path} could not be written ({error}): make room, and go on with resume (--resume)"
+            ) from error

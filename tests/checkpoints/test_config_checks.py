@@ -4,11 +4,12 @@ import json
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import BertForSequenceClassification, FineGrainedFP8Config, LlamaConfig, LlamaForCausalLM
 
 from osrm_peft import merge_checkpoints
-from osrm_peft.checkpoints import blocks
+from osrm_peft.checkpoints import blocks, writing
 from tests.checkpoints.test_merge import noisy, rewrite, tensors_of, write
 from tests.checkpoints.test_names import LLAMA, edit
 
@@ -100,6 +101,41 @@ def test_other_dtypes_of_the_format_are_no_damage(tmp_path, dtype):
     header = json.dumps({"x": {"dtype": dtype, "shape": [2], "data_offsets": [0, 8]}}).encode()
     (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
     assert "damaged" not in refused({"m": folder}, tmp_path, rf"'x' has the dtype {dtype}, which cannot be merged: .+")
+
+
+def test_mlx_folders_are_quantised(folders, tmp_path):
+    edit(folders["b"], quantization={"group_size": 64, "bits": 4})
+    refused(folders, tmp_path, r"b/config\.json: quantization says 'MLX': quantised weights cannot be merged")
+
+
+# other files than were meant
+
+
+def test_other_folders_say_what_they_are(folders, tmp_path):
+    weights = folders["b"] / "model.safetensors"
+    weights.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n")
+    refused(folders, tmp_path, r"b/model\.safetensors: a Git LFS pointer, not the weights: run `git lfs pull`")
+    weights.rename(folders["b"] / "weights.gguf")
+    refused(folders, tmp_path, "holds GGUF weights, which are not merged: save them anew")
+    (folders["b"] / "checkpoint-500").mkdir()
+    (folders["b"] / "config.json").rename(folders["b"] / "checkpoint-500" / "config.json")
+    refused(
+        folders, tmp_path, r"holds no config\.json: give one of the models in it, checkpoint-500", FileNotFoundError
+    )
+    (folders["b"] / "adapter_config.json").write_text("{}")
+    refused(folders, tmp_path, r"it is an adapter, which merge_adapters \(osrm-peft merge\) merges", FileNotFoundError)
+
+
+def test_a_disk_that_is_full_when_heads_are_written_is_one_error(folders, tmp_path, monkeypatch):
+    def failing(*_):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(writing, "save_file", failing)
+        refused(
+            folders, tmp_path, r"heads/a\.safetensors could not be written .*resume", OSError, heads=["classifier*"]
+        )
+    assert merge_checkpoints(folders, tmp_path / "out", heads=["classifier*"], resume=True).is_dir()
 
 
 # fields

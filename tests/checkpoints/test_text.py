@@ -269,6 +269,19 @@ def test_the_rules_of_splitting_text_are_settings(folders, tmp_path):
         merge(folders, tmp_path)
 
 
+def test_processors_come_with_the_settings(folders, tmp_path):
+    for name, folder in folders.items():
+        about = {"image_mean": [0.5], "size": {"height": 8}} | ({"processor_class": "Other"} if name == "b" else {})
+        (folder / "preprocessor_config.json").write_text(json.dumps(about))
+    out = merge(folders, tmp_path)
+    assert (out / "preprocessor_config.json").read_bytes() == (folders["a"] / "preprocessor_config.json").read_bytes()
+    (folders["b"] / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.1], "size": {"height": 8}}))
+    with pytest.raises(ValueError, match=r"preprocessor_config\.json: image_mean is 0\.5 in 'a', 0\.1 in 'b'"):
+        merge(folders, tmp_path)
+    out = merge(folders, tmp_path, tokenizer="b")
+    assert json.loads((out / "preprocessor_config.json").read_text())["image_mean"] == [0.1]
+
+
 @pytest.mark.parametrize("asked", ["c", "base", "", 3, ["a"]])
 def test_a_source_that_is_no_input_is_refused(folders, tmp_path, asked):
     with pytest.raises(ValueError, match=rf"tokenizer={re.escape(repr(asked))} names no input: choose from 'a', 'b'"):
