@@ -78,8 +78,8 @@ def choose_text(
         ValueError: tokens with other numbers (the first is named), or settings that differ (and how to choose).
     """
     if asked is not None and not (isinstance(asked, str) and asked in every):
-        known = ", ".join(map(repr, every))
-        raise ValueError(f"tokenizer={asked!r} names no input: choose from {known}, or leave it out where they agree")
+        names = ", ".join(map(repr, every))
+        raise ValueError(f"tokenizer={asked!r} names no input: choose from {names}, or leave it out where they agree")
     have = [name for name, one in every.items() if files_of(one.folder, _VOCABULARIES)]
     without = [name for name in every if name not in have]
     if cut and without:
@@ -92,7 +92,8 @@ def choose_text(
     tokens = {name: tokenizers[marks[name]].get_vocab() for name in have} if tokenizers else {}
     rows = None
     if vocab == "intersect":
-        rows = min(every, key=lambda name: (vocabulary_size(every[name].config) or 0, len(tokens.get(name, ()))))
+        known = have if tokens else every  # where rows are cut, all have tokens
+        rows = min(known, key=lambda name: (vocabulary_size(every[name].config) or 0, len(tokens.get(name, ()))))
     _check_tokens(tokens, every, models, rows)
     sources = _sources(every, models, asked, have)
     if rows is not None and tokens:
@@ -146,7 +147,7 @@ def _check_tokens(
     tokens: Mapping[str, dict[str, int]], every: Mapping[str, ModelFiles], models: Sequence[str], rows: str | None
 ) -> None:
     """Raise ValueError for the first token that has another number, or that one model has and another has not."""
-    if rows is not None and rows in tokens:
+    if rows is not None and tokens:
         for name, theirs in tokens.items():
             for token, place in sorted(tokens[rows].items(), key=lambda item: item[1]):
                 if theirs.get(token) != place:
@@ -159,10 +160,10 @@ def _check_tokens(
     for name in dict.fromkeys(told):
         mine, theirs = tokens[told[0]], tokens[name]
         strict = name in models and told[0] in models
-        by_number = {place: token for token, place in theirs.items()}
+        numbers = set(mine.values()) & set(theirs.values())
         for token, place in sorted((mine | theirs).items(), key=lambda item: item[1]):
             places = mine.get(token), theirs.get(token)
-            lacks = None in places and (place not in by_number or place not in set(mine.values()))
+            lacks = None in places and place not in numbers
             if places[0] == places[1] or (lacks and not strict):
                 continue
             first, second = ("no token" if one is None else one for one in places)

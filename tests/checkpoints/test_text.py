@@ -4,6 +4,7 @@ import json
 import logging
 import re
 import shutil
+import time
 
 import pytest
 import torch
@@ -149,6 +150,28 @@ def test_rows_that_are_cut_need_tokenizers(folders, tmp_path):
     assert text_of(out)["tokenizer"] == "a" and json.loads((out / "config.json").read_text())["vocab_size"] == 48
     with pytest.raises(ValueError, match="tokenizer='b' has the token '<x>', which 'a' has not"):
         merge(folders, tmp_path, vocab="intersect", tokenizer="b")
+
+
+def test_intersect_where_nothing_is_cut_needs_no_tokenizer_of_each(folders, tmp_path):
+    tokenizer(folders["a"])
+    tokenizer(folders["base"], model_max_length=7)
+    assert (folders["a"] / "tokenizer_config.json").read_bytes() != (
+        folders["base"] / "tokenizer_config.json"
+    ).read_bytes()
+    assert text_of(merge(folders, tmp_path, vocab="intersect"))["no_tokenizer"] == ["b"]
+
+
+def test_large_vocabularies_are_compared_quickly(folders, tmp_path):
+    words = [f"w{place}" for place in range(60_000)]
+    tokenizer(folders["a"], words)
+    tokenizer(folders["b"], words[:20_000])
+    started = time.perf_counter()
+    with pytest.raises(ValueError, match="token 'w20000' is 20000 in 'a' and no token in 'b'"):
+        merge(folders, tmp_path)
+    tokenizer(folders["base"], words[:10])
+    tokenizer(folders["b"], words)
+    assert merge(folders, tmp_path).is_dir()
+    assert time.perf_counter() - started < 20  # quadratic: hours
 
 
 # whose settings
