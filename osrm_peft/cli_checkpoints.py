@@ -25,6 +25,10 @@ def merge_checkpoints(
         list[str] | None, typer.Option(help="Tensors that each model keeps: a pattern; repeat it.")
     ] = None,
     vocab: Annotated[str, typer.Option(help="error, or intersect: keep the tokens that all models have.")] = "error",
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(help="Whose tokenizer and generation settings: base, or a model. Default: the models'."),
+    ] = None,
     dtype: Annotated[str | None, typer.Option(help="Of the result. Default: the models'.")] = None,
     shard_size: Annotated[int, typer.Option(help="Bytes of a weight file, at most.")] = 5 * 10**9,
     seed: Annotated[int, typer.Option(help="Of methods that draw (dare).")] = 0,
@@ -40,9 +44,11 @@ def merge_checkpoints(
     check_replaceable(folder, "checkpoint")
     plan = plan_checkpoints(
         sources(models), method, base=base, weights=values(weight) or None, scale=scale, heads=heads or [],
-        vocab=vocab, dtype=dtype, shard_size=shard_size, seed=seed, **values(option),
+        vocab=vocab, tokenizer=tokenizer, dtype=dtype, shard_size=shard_size, seed=seed, **values(option),
     )  # fmt: skip
     size = plan.size_of(list(plan.shapes)) / 2**30
+    if plan.text.line():
+        say(plan.text.line())
     if dry_run:
         check_space(folder, plan.size_of(list(plan.shapes)))
         say(f"would write {out}: {len(plan.shapes)} tensors, {size:.2f} GiB in {len(plan.shards)} files")

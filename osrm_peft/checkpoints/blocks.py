@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from osrm_peft.checkpoints.config_checks import shown
 from osrm_peft.checkpoints.plan import CheckpointPlan
+from osrm_peft.checkpoints.shapes import is_matrix
 from osrm_peft.merging.average import average
 from osrm_peft.merging.merge import generator_of
 from osrm_peft.merging.registry import Merged, taken
@@ -74,8 +76,18 @@ class Blocks:
             yield waiting.popleft().result()
 
     def _block(self, name: str, start: int, stop: int) -> list[Tensor]:
-        dtype, (stack, under) = self.plan.dtypes[name], self._stack(name, start, stop)
-        found = [one.to(dtype) for one in self._merge(name, stack, under)]
+        dtype = self.plan.dtypes[name]
+        try:
+            stack, under = self._stack(name, start, stop)
+            merged = self._merge(name, stack, under)
+        except (RuntimeError, MemoryError) as error:
+            shape = "×".join(map(str, self.plan.shapes[name]))
+            reason = shown(" ".join(str(error).split()))[:200] or "no memory"
+            raise ValueError(
+                f"{name!r} ({shape}) cannot be merged by {self.plan.name} ({reason}): take an element-wise method "
+                "(average, ties, …), which needs little memory and no decomposition, or name it in heads="
+            ) from error
+        found = [one.to(dtype) for one in merged]
         found = [one.clone() if one.data_ptr() == stack.data_ptr() else one for one in found]  # it is used again
         if not all(map(_finite, found)):
             self._check_inputs(name, stack)
@@ -86,8 +98,9 @@ class Blocks:
     def _merge(self, name: str, stack: Tensor, under: Tensor | None) -> list[Tensor]:
         """Results of one block: one, or one a model."""
         plan, weights = self.plan, self.plan.weights[name].to(stack.dtype)
-        if plan.method.spectral and not self._is_matrix(name):
-            return [_sum(under, average(stack, weights))]
+        if plan.method.spectral and not is_matrix(plan.shapes[name]):
+            # θ* = θ₀ + λ τ with τ the mean task vector; LoRE's θ₀ is the mean itself, its δ_t sum to 0
+            return [_sum(under, average(stack, weights).mul_(1.0 if plan.method.baseless else plan.scale))]
         if plan.method.per_task:
             unified, masks = plan.method.fn(stack, weights, **self._arguments)
             scales = [plan.scale * one for one in self.summary or []]
@@ -101,7 +114,7 @@ class Blocks:
 
     def _rows(self, name: str) -> Iterator[tuple[int, int]]:
         rows, width = self._shape(name)
-        whole = self.plan.method.spectral and self._is_matrix(name)
+        whole = self.plan.method.spectral and is_matrix(self.plan.shapes[name])
         whole = whole or self._arguments.get("trim") == "layer"  # its threshold is of a tensor
         size = rows if whole else max(1, BLOCK // max(width, 1))
         return ((start, min(start + size, rows)) for start in range(0, rows, size))
@@ -152,9 +165,6 @@ class Blocks:
         shape = self.plan.shapes[name]
         rows = shape[0] if len(shape) > 1 else 1
         return rows, torch.Size(shape).numel() // max(rows, 1)
-
-    def _is_matrix(self, name: str) -> bool:
-        return len(self.plan.shapes[name]) == 2 and min(self.plan.shapes[name]) > 1
 
     def _same(self, name: str) -> Tensor:
         """A tensor of whole numbers, which all models must have alike."""

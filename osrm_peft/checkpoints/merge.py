@@ -34,6 +34,7 @@ def merge_checkpoints(
     scale: float | None = None,
     heads: Sequence[str] = (),
     vocab: str = "error",
+    tokenizer: str | None = None,
     dtype: str | None = None,
     shard_size: int = 5 * 10**9,
     seed: int = 0,
@@ -45,8 +46,10 @@ def merge_checkpoints(
     """Merge full checkpoints into one that `from_pretrained` loads, without holding one of them in memory.
 
     Element-wise methods see some rows of a tensor at a time, LoRE, TSV-M and Iso-C a whole matrix (on the GPU if there
-    is one); there, what is no matrix (norms, biases) is averaged. Computed in float32. EMR, whose result differs by
-    model, writes a whole model for each, `out/<name>`.
+    is one); there, what is no matrix (norms, biases, stacks of experts) is averaged, W₀ + λ mean τ_t (LoRE: mean θ_t,
+    its θ₀, to which λ adds nothing), and named in the manifest. Tensors are matched under the names that transformers
+    gives them when it loads the files. Computed in float32. EMR, whose result differs by model, writes a whole model
+    for each, `out/<name>`.
 
     Args:
         models: {name: folder that `save_pretrained` wrote, or Hub id}. Safetensors only.
@@ -58,6 +61,9 @@ def merge_checkpoints(
         heads: name patterns of tensors that each model keeps (classification heads): `heads/<name>.safetensors`, see
             `load_merged`.
         vocab: `"error"`, or `"intersect"`: of models with more tokens than another the rows of those that all have.
+        tokenizer: whose tokenizer, chat template, special tokens (in config.json, too), generation and processor
+            settings the result has: a model's name, or `"base"`. None: the models', where all that have them agree; the
+            base's where no model has any.
         dtype: of the result; None: the models' own, if it is the same.
         shard_size: bytes of a weight file, at most.
         seed: of the methods that draw.
@@ -76,8 +82,8 @@ def merge_checkpoints(
     out = Path(out).resolve()
     check_replaceable(out, "checkpoint")
     plan = plan_checkpoints(
-        models, method, base=base, weights=weights, scale=scale, heads=heads, vocab=vocab, dtype=dtype,
-        shard_size=shard_size, seed=seed, **options,
+        models, method, base=base, weights=weights, scale=scale, heads=heads, vocab=vocab,
+        tokenizer=tokenizer, dtype=dtype, shard_size=shard_size, seed=seed, **options,
     )  # fmt: skip
     return execute(plan, out, resume=resume, verify=verify, progress=progress)
 

@@ -5,24 +5,29 @@ import math
 import threading
 import zlib
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
+from osrm_peft.checkpoints.config_checks import check_config, check_not_packed, check_not_quantised, refusal, shown
 from osrm_peft.files import MANIFEST, read_manifest, read_object
 from osrm_peft.hub import local_folder, pinned
 from osrm_peft.tensor_files import DTYPES
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-# what belongs to a model besides its weights
-BESIDE = (
-    "config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*",
-    "merges.txt", "*.model", "chat_template*", "preprocessor_config.json", "processor_config.json",
-)  # fmt: skip
+# what belongs to a model besides weights and configuration
+TOKENIZERS = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model",
+              "chat_template*", "additional_chat_templates/*")  # fmt: skip
+GENERATION = ("generation_config.json",)
+PROCESSORS = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
+BESIDE = ("config.json", *GENERATION, *TOKENIZERS, *PROCESSORS)
 _MOST_HEADER = 100 * 2**20  # the format's own bound
+
+
+class _NotMergedError(Exception):
+    """The file is sound, and no merge takes it."""
 
 
 @dataclass(frozen=True)
@@ -58,10 +63,11 @@ class ModelFiles:
         folder: on this machine.
         config: its config.json.
         tensors: {name: Entry} of all its tensors.
+        paths: the weight files.
 
     Raises:
         FileNotFoundError: no such folder or Hub repository, no config.json, or a shard is missing.
-        ValueError: pickled weights only; or a file is damaged.
+        ValueError: pickled or quantised weights; a file is damaged; or a field of config.json is of the wrong type.
     """
 
     def __init__(self, source: str | Path) -> None:
@@ -69,8 +75,9 @@ class ModelFiles:
         self.folder = local_folder(str(source), ["*.safetensors", INDEX, MANIFEST, *BESIDE], "model folder")
         self.source = pinned(self.source, self.folder)
         if not (self.folder / "config.json").is_file():
-            raise FileNotFoundError(f"{source} holds no config.json: give a folder that save_pretrained wrote")
+            raise FileNotFoundError(f"{source} holds no config.json: {self._instead()}")
         self.config: dict[str, Any] = read_object(self.folder / "config.json")
+        check_not_quantised(self.folder / "config.json", self.config)
         self.tensors: dict[str, Entry] = {}
         self._open: dict[tuple[int, Path], BinaryIO] = {}
         weight_map = self._weight_map()
@@ -81,6 +88,18 @@ class ModelFiles:
                 wrong = sorted(expected ^ set(found))[0]
                 raise ValueError(f"{self.folder / file} and {INDEX} disagree about {wrong!r}: download the model again")
             self.tensors |= found
+        self.paths: list[Path] = list(dict.fromkeys(entry.path for entry in self.tensors.values()))
+        check_config(self.folder / "config.json", self.config, len(self.tensors))
+        check_not_packed(self.paths[0] if self.paths else self.folder, self.tensors)
+
+    def _instead(self) -> str:
+        """What to give instead of a folder without config.json."""
+        if (self.folder / "adapter_config.json").is_file():
+            return "it is an adapter, which merge_adapters (osrm-peft merge) merges"
+        below = sorted(path.parent.name for path in self.folder.glob("*/config.json"))
+        if below:
+            return f"give one of the models in it, {', '.join(map(shown, below[:6]))}"
+        return "give a folder that save_pretrained wrote"
 
     def _weight_map(self) -> dict[str, str]:
         if (self.folder / WEIGHTS).is_file():
@@ -93,19 +112,19 @@ class ModelFiles:
                 if Path(file).name != file or not file.endswith(".safetensors"):
                     raise ValueError(f"{self.folder / INDEX} names {file!r}, which is no shard in its folder")
                 if not (self.folder / file).is_file():
-                    raise FileNotFoundError(f"{self.folder} lacks its shard {file}: download the model again")
+                    raise FileNotFoundError(f"{self.folder} lacks its shard {shown(file)}: download the model again")
             return weight_map
         if any(self.folder.glob("*.bin")) or any(self.folder.glob("*.pt*")):
             raise ValueError(
                 f"{self.source} holds pickled weights, which can run code when loaded, and are not read: save it anew, "
                 "AutoModel.from_pretrained(…).save_pretrained(folder)"
             )
+        if any(self.folder.glob("*.gguf")):
+            raise ValueError(
+                f"{self.source} holds GGUF weights, which are not merged: save them anew, "
+                "AutoModelForCausalLM.from_pretrained(folder, gguf_file=…).save_pretrained(folder)"
+            )
         raise FileNotFoundError(f"{self.source} holds neither {WEIGHTS} nor {INDEX}: give a save_pretrained folder")
-
-    @cached_property
-    def paths(self) -> list[Path]:
-        """The weight files."""
-        return list(dict.fromkeys(entry.path for entry in self.tensors.values()))
 
     def identity(self) -> dict[str, list[int]]:
         """{weight file: [size, time of change]}: whether it is still the same."""
@@ -173,7 +192,10 @@ def read_header(path: Path) -> dict[str, Entry]:
     size = path.stat().st_size
     try:
         with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
+            first = file.read(8)
+            if first == b"version ":
+                raise _NotMergedError("a Git LFS pointer, not the weights: run `git lfs pull` in its folder")
+            length = int.from_bytes(first, "little")
             if not 0 < length <= min(_MOST_HEADER, size - 8):
                 raise ValueError(f"a header of {length} bytes in a file of {size}")
             header = json.loads(file.read(length))
@@ -182,7 +204,9 @@ def read_header(path: Path) -> dict[str, Entry]:
         for name, about in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             start, stop = about["data_offsets"]
             if about["dtype"] not in DTYPES:
-                raise ValueError(f"{name!r} has the dtype {about['dtype']}, which cannot be merged")
+                other = f"{name!r} has the dtype {about['dtype']}, which cannot be merged"
+                why = refusal(about["dtype"])
+                raise ValueError(other) if why is None else _NotMergedError(f"{other}: {why}")
             entry = Entry(path, 8 + length + start, tuple(about["shape"]), DTYPES[about["dtype"]])
             if any(not isinstance(axis, int) or axis < 0 for axis in entry.shape):
                 raise ValueError(f"{name!r} has the shape {entry.shape}")
@@ -191,6 +215,8 @@ def read_header(path: Path) -> dict[str, Entry]:
             found[name], end = entry, stop
         if 8 + length + end != size:
             raise ValueError(f"it has {size} bytes, its header tells of {8 + length + end}")
+    except _NotMergedError as error:
+        raise ValueError(f"{path}: {error}") from None
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, RecursionError) as error:
         raise ValueError(f"{path} is damaged or cut short ({error}): download it again") from error
     return found

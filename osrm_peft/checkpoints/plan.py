@@ -5,15 +5,18 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer
 
+from osrm_peft.checkpoints.config_checks import TOKEN_IDS, shown
 from osrm_peft.checkpoints.model_files import ModelFiles
+from osrm_peft.checkpoints.names import Names, align
+from osrm_peft.checkpoints.settings import vocabulary_size, with_ids, with_rows
+from osrm_peft.checkpoints.shapes import BASE, OUTPUT_DTYPES, is_matrix, result_dtypes, result_shapes
+from osrm_peft.checkpoints.text import Text, choose_text
 from osrm_peft.checks import choice, integer, number
 from osrm_peft.files import MANIFEST, command, versions
 from osrm_peft.merging.inputs import check_names
@@ -23,16 +26,18 @@ from osrm_peft.merging.weights import Weights, weights_by_layer, weights_by_task
 logger = logging.getLogger(__name__)
 
 VOCAB = ("error", "intersect")
-BASE = "base"  # the base model's name among the inputs
 STATE = "merge_state.json"  # of an unfinished merge
 _RESERVED = ("heads", "README.md", MANIFEST, STATE)
-OUTPUT_DTYPES = ("float32", "bfloat16", "float16", "float64")
 CHECKPOINT_METHODS = tuple(
     sorted(name for name, one in METHODS.items() if one.needs is None and "weight" in one.spaces)
 )
+_UNTIE = (
+    "untie the head of the one: model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone()); "
+    "model.config.tie_word_embeddings = False; model.save_pretrained(folder)"
+)
 # of two config.json: what may differ between models that can be merged
 _FREE = ("_name_or_path", "architectures", "dtype", "torch_dtype", "id2label", "label2id", "transformers_version",
-         "problem_type", "use_cache", "vocab_size", "pad_token_id", "finetuning_task")  # fmt: skip
+         "problem_type", "use_cache", "vocab_size", "finetuning_task", "tie_word_embeddings", *TOKEN_IDS)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -48,7 +53,8 @@ class CheckpointPlan:
         dtypes: {tensor: its dtype in the result}.
         heads: {tensor: the models that keep their own}.
         shards: [(file name, its tensors)].
-        like: the model whose configuration and tokenizer the result has.
+        config: the result's config.json: the first model's, with the token ids of `text`.
+        text: whose tokenizer and generation settings the result has.
     """
 
     models: dict[str, ModelFiles]
@@ -63,12 +69,23 @@ class CheckpointPlan:
     dtypes: dict[str, torch.dtype]
     heads: dict[str, list[str]]
     shards: list[tuple[str, list[str]]]
-    like: ModelFiles
+    config: dict[str, Any]
+    text: Text
     settings: dict[str, Any] = field(default_factory=dict)
 
     def size_of(self, names: Sequence[str]) -> int:
         """How large these tensors of the result are."""
         return sum(torch.Size(self.shapes[name]).numel() * self.dtypes[name].itemsize for name in names)
+
+    @property
+    def averaged(self) -> list[str]:
+        """Tensors that a spectral method averages, as they are no matrices."""
+        floats = (name for name in self.shapes if self.dtypes[name].is_floating_point)
+        return [name for name in floats if not is_matrix(self.shapes[name])] if self.method.spectral else []
+
+    def named(self, name: str) -> ModelFiles:
+        """An input, by its name."""
+        return self.base if name == BASE and self.base is not None else self.models[name]
 
     def manifest(self) -> dict[str, Any]:
         """How the merge is made, for its folder."""
@@ -81,6 +98,8 @@ class CheckpointPlan:
             "scale": self.scale,
             "seed": self.seed,
             "inputs": {name: {"source": one.source, "files": one.identity()} for name, one in every.items()},
+            "text": self.text.manifest(),
+            **({"averaged": self.averaged} if self.method.spectral else {}),
             **self.settings,
             "command": command(),
             "versions": versions(),
@@ -107,6 +126,7 @@ def plan_checkpoints(
     scale: float | None,
     heads: Sequence[str],
     vocab: str,
+    tokenizer: str | None,
     dtype: str | None,
     shard_size: int,
     seed: int,
@@ -130,112 +150,74 @@ def plan_checkpoints(
     opened = {name: ModelFiles(source) for name, source in models.items()}
     base_files = None if base is None else ModelFiles(base)
     every = opened | ({} if base_files is None else {BASE: base_files})
-    _check_configs(every)
-    shapes, own = _shapes(every, opened, heads, vocab)
-    like = _like(every, opened, base_files, vocab)
-    dtypes = _dtypes(every, shapes, dtype)
+    _check_kinds(every)
+    aligned = align(every, opened)
+    _check_configs(every, aligned)
+    shapes, own = result_shapes(every, opened, heads, vocab, aligned)
+    cut = any(shape != one.tensors[tensor].shape for one in every.values() for tensor, shape in shapes.items())
+    text = choose_text(every, list(opened), tokenizer, vocab, cut)
+    config = with_ids(next(iter(opened.values())).config, text.ids)
+    if text.rows is not None:
+        config = with_rows(config, vocabulary_size(every[text.rows].config))
     plan = CheckpointPlan(
-        opened, base_files, method, chosen, options, scale, seed, weights_by_layer(named, shapes), shapes, dtypes, own,
-        [], like, {"weights": {name: dict(one) for name, one in named.items()}, "heads": list(heads), "vocab": vocab,
-                   "dtype": dtype, "shard_size": shard_size, "read": {n: one.identity() for n, one in every.items()}},
+        opened, base_files, method, chosen, options, scale, seed, weights_by_layer(named, shapes), shapes,
+        result_dtypes(every, shapes, dtype, aligned), own, [], config, text,
+        {"weights": {name: dict(one) for name, one in named.items()}, "heads": list(heads), "vocab": vocab,
+         "dtype": dtype, "shard_size": shard_size, "read": {n: one.identity() for n, one in every.items()},
+         "left_out": aligned.left_out},
     )  # fmt: skip
+    _tell(plan, aligned)
     for weight in plan.weights.values():
         chosen.check_weights(weight)
     plan.shards.extend(_shards(plan, shard_size))
     return plan
 
 
-def _check_configs(every: Mapping[str, ModelFiles]) -> None:
+def _check_kinds(every: Mapping[str, ModelFiles]) -> None:
     (first, one), *others = every.items()
     for name, other in others:
-        for key in ("model_type", "tie_word_embeddings"):
-            if one.config.get(key) != other.config.get(key):
-                raise ValueError(
-                    f"{first!r} has {key}={one.config.get(key)!r}, {name!r} {other.config.get(key)!r}: models of "
-                    "different architectures cannot be merged"
-                )
+        _check_alike(first, one.config.get("model_type"), name, other.config.get("model_type"), "model_type")
+
+
+def _check_alike(first: str, one: Any, name: str, other: Any, key: str) -> None:
+    if one != other:
+        raise ValueError(
+            f"{first!r} has {key}={one!r}, {name!r} {other!r}: models of different architectures cannot be merged"
+            + (f"; {_UNTIE}" if key == "tie_word_embeddings" else "")
+        )
+
+
+def _check_configs(every: Mapping[str, ModelFiles], aligned: Names) -> None:
+    """Tied weights must be alike, whether a config.json says it or its class; what else differs is told."""
+    (first, one), *others = every.items()
+    for name, other in others:
+        key = "tie_word_embeddings"
+        if aligned.ties is None:
+            told = [files.config[key] for files in (one, other) if files.config.get(key) is not None]
+            _check_alike(first, told[0] if told else None, name, told[-1] if told else None, key)
+        elif aligned.ties[first] != aligned.ties[name]:
+            _check_alike(first, bool(aligned.ties[first]), name, bool(aligned.ties[name]), key)
+            tensor = sorted(aligned.ties[first].keys() ^ aligned.ties[name].keys())[:1]
+            raise ValueError(f"{first!r} and {name!r} do not tie the same weights ({tensor}): they cannot be merged")
         differ = [key for key in one.config.keys() | other.config.keys()
                   if key not in _FREE and one.config.get(key) != other.config.get(key)]  # fmt: skip
         if differ:
-            logger.warning("the configs of %r and %r differ in %s", first, name, ", ".join(sorted(differ)))
+            logger.warning("the configs of %r and %r differ in %s", first, name, ", ".join(map(shown, sorted(differ))))
 
 
-def _shapes(
-    every: Mapping[str, ModelFiles], models: Mapping[str, ModelFiles], heads: Sequence[str], vocab: str
-) -> tuple[dict[str, tuple[int, ...]], dict[str, list[str]]]:
-    """{tensor: shape} of the result, and {tensor: models that keep their own}."""
-    own: dict[str, list[str]] = {}
-    for name, one in models.items():
-        for tensor in one.tensors:
-            if _matches(tensor, heads):
-                own.setdefault(tensor, []).append(name)
-    for pattern in heads:
-        if not any(fnmatchcase(tensor, pattern) for tensor in own):
-            raise ValueError(f"heads={pattern!r} matches no tensor of any model")
-    kept = {name: {tensor for tensor in one.tensors if tensor not in own and not _matches(tensor, heads)}
-            for name, one in every.items()}  # fmt: skip
-    (first, names), *others = kept.items()
-    for name, other in others:
-        if names ^ other:
-            lone = sorted(names ^ other)[0]
-            where, lacks = (first, name) if lone in names else (name, first)
-            raise ValueError(
-                f"{where!r} has a tensor {lone!r}, {lacks!r} has not: they are of different architectures (of a head "
-                "that each model has for itself: name it in heads=)"
-            )
-    shapes = {}
-    for tensor in every[first].tensors:
-        if tensor not in names:
-            continue
-        found = {name: one.tensors[tensor].shape for name, one in every.items()}
-        if len(set(found.values())) == 1:
-            shapes[tensor] = found[first]
-            continue
-        listed = ", ".join(f"{'×'.join(map(str, shape))} in {name!r}" for name, shape in found.items())
-        by_vocab = all(shape and shape[0] == every[name].config.get("vocab_size") for name, shape in found.items())
-        if not by_vocab or len({shape[1:] for shape in found.values()}) > 1:
-            raise ValueError(f"{tensor!r} is {listed}: it cannot be merged (if it is a head, name it in heads=)")
-        if vocab == "error":
-            raise ValueError(f"{tensor!r} is {listed}: vocabularies differ; vocab='intersect' keeps what all have")
-        shapes[tensor] = min(found.values())
-    return shapes, own
+def _tell(plan: CheckpointPlan, aligned: Names) -> None:
+    """Say what a user would not expect of the result."""
+    for name, tensors in aligned.left_out.items():
+        logger.warning("of %r %s left out, which no model loads", name, _listed(tensors))
+    several = [name for name in plan.averaged if len(plan.shapes[name]) > 2]
+    if several:
+        share = plan.size_of(several) / max(plan.size_of(list(plan.shapes)), 1)
+        about = f"{_listed(several)} ({share:.0%} of the model)"
+        logger.warning("%s has no singular values of %s: averaged instead", plan.name, about)
 
 
-def _like(
-    every: Mapping[str, ModelFiles], models: Mapping[str, ModelFiles], base: ModelFiles | None, vocab: str
-) -> ModelFiles:
-    """The model whose configuration the result has: with the fewest tokens, which all others have, too."""
-    first = next(iter(models.values())) if base is None else base
-    if vocab == "error":
-        return first
-    least = min(every.values(), key=lambda one: one.config.get("vocab_size", 0))
-    tokens = AutoTokenizer.from_pretrained(least.folder).get_vocab()
-    for name, one in every.items():
-        theirs = AutoTokenizer.from_pretrained(one.folder).get_vocab()
-        moved = next((token for token, place in sorted(tokens.items()) if theirs.get(token) != place), None)
-        if moved is not None:
-            raise ValueError(
-                f"token {moved!r} is {tokens[moved]} in {least.source} and {theirs.get(moved)} in {name!r}: their "
-                "vocabularies are not parts of one another, so no rows can be matched"
-            )
-    return least
-
-
-def _dtypes(
-    every: Mapping[str, ModelFiles], shapes: Mapping[str, tuple[int, ...]], dtype: str | None
-) -> dict[str, torch.dtype]:
-    found = {}
-    for tensor in shapes:
-        kinds = {name: one.tensors[tensor].dtype for name, one in every.items()}
-        floats = [kind.is_floating_point for kind in kinds.values()]
-        if any(floats) and dtype is not None and all(floats):
-            found[tensor] = getattr(torch, dtype)
-            continue
-        if len({kind for name, kind in kinds.items() if name != BASE}) > 1 or any(floats) != all(floats):
-            listed = ", ".join(f"{str(kind).removeprefix('torch.')} in {name!r}" for name, kind in kinds.items())
-            raise ValueError(f"{tensor!r} is {listed}: give the dtype of the result, one of {', '.join(OUTPUT_DTYPES)}")
-        found[tensor] = next(iter(kinds.values()))
-    return found
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(map(shown, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _shards(plan: CheckpointPlan, most: int) -> list[tuple[str, list[str]]]:
@@ -248,7 +230,3 @@ def _shards(plan: CheckpointPlan, most: int) -> list[tuple[str, list[str]]]:
     if len(groups) == 1:
         return [("model.safetensors", groups[0])]
     return [(f"model-{place:05d}-of-{len(groups):05d}.safetensors", group) for place, group in enumerate(groups, 1)]
-
-
-def _matches(tensor: str, patterns: Sequence[str]) -> bool:
-    return any(fnmatchcase(tensor, pattern) for pattern in patterns)

@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 
 from osrm_peft.adapter_reader import load_adapter
 from osrm_peft.checkpoints.model_files import ModelFiles
+from osrm_peft.checkpoints.names import align
 from osrm_peft.files import new_file
 from osrm_peft.hub import local_folder
 from osrm_peft.merging.lowrank import compress
@@ -60,6 +61,7 @@ def _of_models(models: Mapping[str, str], base: str | None, layer: str, progress
     opened = {name: ModelFiles(source) for name, source in models.items()}
     under = None if base is None else ModelFiles(base)
     every = [*opened.values(), *([under] if under else [])]
+    align(opened | ({"base model": under} if under else {}), opened)
     shared = [
         name for name, entry in every[0].tensors.items()
         if fnmatchcase(name, layer) and len(entry.shape) == 2 and min(entry.shape) > 1 and entry.dtype.is_floating_point

@@ -4,17 +4,19 @@ import json
 import shutil
 import zlib
 from contextlib import ExitStack
-from fnmatch import fnmatchcase
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
 from osrm_peft.card import write_manifest
 from osrm_peft.checkpoints.blocks import Blocks
-from osrm_peft.checkpoints.model_files import BESIDE, INDEX
+from osrm_peft.checkpoints.model_files import INDEX
 from osrm_peft.checkpoints.plan import CheckpointPlan
+from osrm_peft.checkpoints.settings import files_of, vocabulary_size, with_rows
+from osrm_peft.checkpoints.text import KINDS
 from osrm_peft.files import new_file, write_json
 from osrm_peft.tensor_files import file_head
 
@@ -40,11 +42,15 @@ def write_shard(merge: Blocks, paths: list[Path], names: list[str], bar: tqdm) -
 
 def write_rest(plan: CheckpointPlan, folder: Path, sums: dict[str, str]) -> None:
     """Configuration, tokenizer and index beside the weights."""
-    for path in sorted(plan.like.folder.iterdir()):
-        if path.is_file() and any(fnmatchcase(path.name, pattern) for pattern in BESIDE):
-            shutil.copyfile(path, folder / path.name)
+    for kind, patterns in KINDS.items():
+        if kind in plan.text.sources:
+            beside = plan.named(plan.text.sources[kind]).folder
+            for path in files_of(beside, patterns):
+                place = folder / path.relative_to(beside)
+                place.parent.mkdir(exist_ok=True)
+                shutil.copyfile(path, place)
     kinds = {dtype for dtype in plan.dtypes.values() if dtype.is_floating_point}
-    config = {name: value for name, value in plan.like.config.items() if name not in ("dtype", "torch_dtype")}
+    config = {name: value for name, value in plan.config.items() if name not in ("dtype", "torch_dtype")}
     if len(kinds) == 1:
         config["dtype"] = str(next(iter(kinds))).removeprefix("torch.")
     write_json(folder / "config.json", config)
@@ -62,6 +68,11 @@ def write_heads(plan: CheckpointPlan, folder: Path) -> None:
     for name, one in plan.models.items():
         kept = [tensor for tensor, owners in plan.heads.items() if name in owners]
         tensors = {tensor: one.read(tensor).view(one.tensors[tensor].shape) for tensor in kept}
-        with new_file(folder / f"{name}.safetensors") as partial:
-            config = one.config | {key: plan.like.config[key] for key in ("vocab_size",) if key in plan.like.config}
-            save_file(tensors, partial, {"format": "pt", "config": json.dumps(config)})
+        config, path = with_rows(one.config, vocabulary_size(plan.config)), folder / f"{name}.safetensors"
+        try:
+            with new_file(path) as partial:
+                save_file(tensors, partial, {"format": "pt", "config": json.dumps(config)})
+        except SafetensorError as error:
+            raise OSError(
+                f"{path} could not be written ({error}): make room, and go on with resume (--resume)"
+            ) from error

@@ -114,8 +114,7 @@ def by_hand(models, base, method, *, weights=None, scale=None, seed=0, **options
     results = {}
     for name, stack in stacks.items():
         if described.spectral and under[name].dim() != 2:
-            out = METHODS["average"].fn(stack, weights)
-            found = out
+            found = METHODS["average"].fn(stack, weights) * (1 if method == "lore" else scale)
         else:
             out = described.fn(stack, weights, **given)
             out = out if isinstance(out, Merged) else Merged(out)
