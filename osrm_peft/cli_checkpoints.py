@@ -71,8 +71,10 @@ def inspect(
             console.print(table)
         return
     from osrm_peft.checkpoints.spectra import plot_spectra, spectra, spectra_table
-    from osrm_peft.files import versions, write_json
+    from osrm_peft.files import check_file, versions, write_json
 
+    for name in ("spectrum.json", "spectrum.png"):
+        check_file(out / name)
     found = spectra(named, base=base, layer=layer, progress=True)
     settings = {"models": named, "base": base, "layer": layer}
     write_json(out / "spectrum.json", {"singular_values": found, "settings": settings, "versions": versions()})

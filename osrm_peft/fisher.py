@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from osrm_peft.checks import choice, integer
 from osrm_peft.distributed import ALONE
-from osrm_peft.files import new_file
+from osrm_peft.files import new_file, parse_json
 from osrm_peft.hub import local_file
 from osrm_peft.layer_inputs import samples, undisturbed
 from osrm_peft.layers import base_name, base_of, target_layers, unwrapped
+from osrm_peft.yaml_io import check_fields
 
 LABELS = ("expected", "true")
 _FORMAT = 1
@@ -64,10 +65,14 @@ class DiagonalFisher:
         path = local_file(str(path), ".fisher.safetensors", "Fisher file", remedy)
         try:
             with safe_open(path, framework="pt") as file:
-                header = json.loads((file.metadata() or {}).get("osrm_peft_fisher", "null"))
+                header = parse_json((file.metadata() or {}).get("osrm_peft_fisher", "null"))
                 layers = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
-            if header.pop("format") > _FORMAT:
+            if integer("format", header.pop("format"), 1) > _FORMAT:
                 raise ValueError("of a newer format: upgrade osrm_peft")
+            check_fields("its header", header, cls, ("layers",))
+            flat = [name for name, F in layers.items() if F.dim() != 2 or not F.is_floating_point()]
+            if flat or "layers" in header:
+                raise ValueError(f"{(flat or ['layers'])[0]} must be a matrix of floats")
             bad = [name for name, F in layers.items() if not (F.isfinite().all() and bool((F >= 0).all()))]
             if bad:
                 raise ValueError(f"{bad[0]} must hold finite numbers of at least 0")

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -115,7 +116,7 @@ def execute(
                     except OSError as error:
                         if error.errno not in _FULL:
                             raise
-                        reason = f"{error.strerror}: {paths[0]} could not be written"
+                        reason = f"{os.strerror(error.errno)}: {paths[0]} could not be written"
                         raise OSError(error.errno, f"{reason}; make room, and go on with resume (--resume)") from error
                     write_json(partial / STATE, state)
                 else:
