@@ -36,8 +36,7 @@ def merge_checkpoints(
     from osrm_peft.checkpoints.plan import plan_checkpoints
     from osrm_peft.files import check_replaceable, check_space
 
-    folder = out.resolve()
-    check_replaceable(folder, "checkpoint")
+    folder = check_replaceable(out, "checkpoint")
     plan = plan_checkpoints(
         sources(models), method, base=base, weights=values(weight) or None, scale=scale, heads=heads or [],
         vocab=vocab, dtype=dtype, shard_size=shard_size, seed=seed, **values(option),

@@ -74,8 +74,7 @@ def merge_checkpoints(
         TypeError, ValueError, FileNotFoundError, FileExistsError, OSError: bad options; models that are not alike
             (named, with the way out); damaged or pickled files; a full disk. Known before a byte is written, if at all.
     """
-    out = Path(out).resolve()
-    check_replaceable(out, "checkpoint")
+    out = check_replaceable(out, "checkpoint")
     plan = plan_checkpoints(
         models, method, base=base, weights=weights, scale=scale, heads=heads, vocab=vocab, dtype=dtype,
         shard_size=shard_size, seed=seed, **options,
