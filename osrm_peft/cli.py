@@ -139,7 +139,7 @@ def push(
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Results folder.")] = Path("results/demo"),
-    seeds: Annotated[int, typer.Option(min=1, help="Sets of adapters; more than one shows the spread.")] = 1,
+    seeds: Annotated[int, typer.Option(min=1, max=1000, help="Sets of adapters; more than one shows the spread.")] = 1,
     osrm: Annotated[list[str] | None, typer.Option(help="NAME=VALUE of OSRMLoraConfig, for the OSRM adapters.")] = None,
 ) -> None:
     """Everything once, on a real small model and six real tasks that need no network."""
