@@ -98,9 +98,13 @@ def pairs(texts: list[str] | None) -> dict[str, str]:
 
 def values(texts: list[str] | None) -> dict[str, Any]:
     """{NAME: value} of NAME=VALUE texts."""
-    from osrm_peft.yaml_io import parse_yaml
+    from osrm_peft.yaml_io import named, parse_yaml
 
-    return {name: parse_yaml(value) for name, value in pairs(texts).items()}
+    found = {}
+    for name, value in pairs(texts).items():
+        with named(name):
+            found[name] = parse_yaml(value)
+    return found
 
 
 def sources(adapters: list[str] | None) -> dict[str, str]:

@@ -90,6 +90,8 @@ def gather(paths: Iterable[str | Path]) -> Results:
     for path in map(Path, paths):
         if not path.exists():
             raise FileNotFoundError(f"{path} does not exist: name a results folder or a JSON file in it; {EXPECTED}")
+        if not path.is_dir() and not path.is_file():  # a FIFO would be waited for
+            raise ValueError(f"{path} is neither a folder nor a file: name a results folder or a JSON file in it")
         known = False
         for file in _files(path) if path.is_dir() else [path]:
             kind, found = _read(file)
