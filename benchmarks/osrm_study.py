@@ -12,7 +12,6 @@ is longer than PEFT's (√3 times), so plain LoRA also runs with its A scaled.
 
 import argparse
 import json
-import os
 import statistics
 from collections.abc import Callable
 from dataclasses import replace
@@ -27,7 +26,7 @@ from transformers import TrainerCallback
 from osrm_peft import TaskFeatures, evaluate_task, load_adapter, merge_adapters, project_adapter
 from osrm_peft.base_models import load_tokenizer
 from osrm_peft.demo import RECIPE as DEMO
-from osrm_peft.files import versions, write_json
+from osrm_peft.files import new_file, versions, write_json
 from osrm_peft.layers import lora_layers
 from osrm_peft.recipe import Recipe
 from osrm_peft.report import markdown_table
@@ -279,8 +278,8 @@ def main() -> None:
         "merges": MERGES,
     }
     write_json(arguments.out / "how.json", settings | {"recipe": vars(RECIPE), "versions": versions()})
-    (arguments.out / f"tables.{os.getpid()}.partial").write_text(report, encoding="utf-8")
-    (arguments.out / f"tables.{os.getpid()}.partial").replace(arguments.out / "tables.md")
+    with new_file(arguments.out / "tables.md") as partial:
+        partial.write_text(report, encoding="utf-8")
     console.print(report, markup=False)
 
 

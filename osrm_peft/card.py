@@ -10,7 +10,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from jinja2 import Environment, PackageLoader, TemplateError
 
-from osrm_peft.files import MANIFEST, new_file, read_manifest, write_json
+from osrm_peft.files import MANIFEST, check_file, new_file, read_manifest, write_json
 from osrm_peft.hub import public, public_name
 
 OSRM = "OSRM (Zhang & Zhou, ACL 2025), arXiv:2505.22934"
@@ -57,10 +57,26 @@ def record_scores(folder: str | Path, scores: list[dict[str, Any]]) -> None:
     manifest = read_manifest(folder)
     if not manifest:
         raise ValueError(f"{folder} has no {MANIFEST} that could hold scores: osrm_peft did not write it")
+    check_own_files(folder)
     tasks = {score["task"] for score in scores}
     model_card(manifest)  # a damaged one shows here
     kept = [score for score in manifest.get("scores") or [] if score["task"] not in tasks]
     write_manifest(folder, manifest | {"scores": kept + scores})
+
+
+def check_own_files(folder: str | Path) -> None:
+    """Can manifest and card of this folder be written anew?
+
+    Raises:
+        ValueError: they are links out of it, as in the Hub's cache, whose files others share.
+        FileExistsError, PermissionError: see `check_file`.
+    """
+    for name in (MANIFEST, "README.md"):
+        if not check_file(Path(folder) / name).is_relative_to(Path(folder).resolve()):
+            raise ValueError(
+                f"{Path(folder) / name} is a link out of its folder: copy the folder (of the Hub's cache: download "
+                "with local_dir=…), and write there"
+            )
 
 
 def model_card(manifest: Mapping[str, Any]) -> ModelCard:
@@ -76,7 +92,7 @@ def model_card(manifest: Mapping[str, Any]) -> ModelCard:
     """
     try:
         return _model_card(manifest)
-    except (AttributeError, KeyError, TypeError, ValueError, TemplateError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError, RecursionError, TemplateError) as error:
         raise ValueError(
             f"the manifest {MANIFEST} is damaged ({type(error).__name__}: {error}): write it anew"
         ) from error

@@ -1,16 +1,28 @@
 """The command `osrm-peft`: a thin skin over the library's functions."""
 
+import re
 import sys
+import traceback
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-import yaml
 from rich.console import Console
 from rich.markup import escape
 
 from osrm_peft import cli_checkpoints, cli_features, cli_merge, cli_report  # noqa: F401 (their commands)
-from osrm_peft.cli_base import ConfigOption, SuiteOption, TaskOption, app, chosen, console, say, values
+from osrm_peft.cli_base import (
+    ConfigOption,
+    SuiteOption,
+    TaskOption,
+    app,
+    chosen,
+    console,
+    escape_messages,
+    one_line,
+    say,
+    values,
+)
 
 
 @app.command()
@@ -21,11 +33,14 @@ def train(
     overwrite: bool = False,
 ) -> None:
     """Train one adapter a task. Several processes: `accelerate launch … -m osrm_peft train`, the same options."""
-    from osrm_peft.files import read_manifest
+    from osrm_peft.files import check_folder, read_manifest
     from osrm_peft.recipe import Recipe
 
     recipe = Recipe.from_yaml(config)
-    for name in chosen(task, recipe.task_names()):
+    names = chosen(task, recipe.task_names())
+    for name in names:
+        check_folder(out / name)
+    for name in names:
         if read_manifest(out / name).get("kind") == "adapter" and not overwrite:
             say(f"{out / name} is there already (--overwrite makes it anew)")
             continue
@@ -49,15 +64,17 @@ def evaluate(
     """
     from osrm_peft.adapter_reader import load_adapter
     from osrm_peft.base_models import load_tokenizer
-    from osrm_peft.card import model_card, record_scores
+    from osrm_peft.card import check_own_files, model_card, record_scores
     from osrm_peft.distributed import local_device, start
     from osrm_peft.evaluation import evaluate_task
-    from osrm_peft.files import MANIFEST, read_manifest, versions, write_json
+    from osrm_peft.files import MANIFEST, check_file, read_manifest, versions, write_json
     from osrm_peft.hub import local_folder
     from osrm_peft.merging.masked import MaskedAdapter
     from osrm_peft.report import MultiTaskTable, Score
     from osrm_peft.tasks import load_task
 
+    if out is not None:
+        check_file(out)
     folder = local_folder(adapter, ["*.json", "*.safetensors", "heads/*.safetensors"])
     manifest = read_manifest(folder)
     model_card(manifest)  # a damaged one shows here
@@ -68,6 +85,8 @@ def evaluate(
         raise ValueError(f"{adapter} does not say which task it is for: name it with --task")
     if save and (not manifest or not Path(adapter).is_dir()):
         raise ValueError(f"--save writes the scores into a folder of ours, with {MANIFEST}; {adapter} is none")
+    if save:
+        check_own_files(folder)
     scores, records, processes = [], [], start()
     for name in names:
         rows_of_task = load_task(suite, name).sample(validation=rows)
@@ -120,7 +139,7 @@ def push(
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Results folder.")] = Path("results/demo"),
-    seeds: Annotated[int, typer.Option(min=1, help="Sets of adapters; more than one shows the spread.")] = 1,
+    seeds: Annotated[int, typer.Option(min=1, max=1000, help="Sets of adapters; more than one shows the spread.")] = 1,
     osrm: Annotated[list[str] | None, typer.Option(help="NAME=VALUE of OSRMLoraConfig, for the OSRM adapters.")] = None,
 ) -> None:
     """Everything once, on a real small model and six real tasks that need no network."""
@@ -141,9 +160,26 @@ def demo(
 
 
 def main() -> None:
-    """Run the command; an error of the user's is one line, not a traceback."""
+    """Run the command; an error is one line, not a traceback."""
+    escape_messages()
     try:
         app()
-    except (ValueError, TypeError, OSError, yaml.YAMLError) as error:
-        Console(stderr=True).print(f"[bold red]error:[/bold red] {escape(str(error))}", soft_wrap=True)
+    except Exception as error:
+        Console(stderr=True).print(f"[bold red]error:[/bold red] {escape(told(error))}", soft_wrap=True)
         sys.exit(2)
+
+
+def told(error: Exception) -> str:
+    """What went wrong, on one line, and what to do; where no check foresaw it, in which command and line of ours."""
+    text = one_line(error) or type(error).__name__
+    if isinstance(error, MemoryError) or re.search("out of memory|can't allocate memory|not enough memory", text):
+        return f"{_command()}: out of memory ({text[:200]}): free some, or ask for less (fewer rows, a lower rank)"
+    if isinstance(error, ValueError | TypeError | OSError) and type(error).__name__ != "LinAlgError":
+        return text
+    ours = [one for one in traceback.extract_tb(error.__traceback__) if "osrm_peft" in Path(one.filename).parts]
+    place = f" at {Path(ours[-1].filename).name}:{ours[-1].lineno}" if ours else ""
+    return f"{_command()}: {type(error).__name__}{place}: {text[:500]}"
+
+
+def _command() -> str:
+    return one_line(" ".join(["osrm-peft", *sys.argv[1:2]]))

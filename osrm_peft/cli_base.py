@@ -1,12 +1,18 @@
 """What the commands of `osrm-peft` share: the app, the console, options, and NAME=VALUE texts."""
 
+import logging
 import os
 import sys
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, ConsoleRenderable, RenderHook
+from rich.segment import Segment
+
+from osrm_peft.checks import printable
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -17,6 +23,49 @@ app = typer.Typer(
 console = Console(  # soft: a path is one word, to copy; of several processes the first prints
     soft_wrap=True, width=None if sys.stdout.isatty() else 120, quiet=os.environ.get("RANK", "0") != "0"
 )
+
+
+class _Printable(RenderHook):
+    """All that a console prints, with what a terminal would obey escaped: names come from files of others."""
+
+    def process_renderables(self, renderables: list[ConsoleRenderable]) -> list[ConsoleRenderable]:
+        """Wrap each."""
+        return [_Escaped(one) for one in renderables]
+
+
+class _Escaped:
+    def __init__(self, inner: ConsoleRenderable) -> None:
+        self.inner = inner
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Segment]:
+        for text, style, control in console.render(self.inner, options):
+            yield Segment(text if control else printable(text), style, control)
+
+
+console.push_render_hook(_Printable())
+
+
+_format_warning = warnings.formatwarning
+
+
+class _Formatter(logging.Formatter):
+    """Messages on one line each, with nothing that a terminal would obey."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return one_line(super().format(record))
+
+
+def one_line(text: object) -> str:
+    """`text` for a terminal, on one line."""
+    return printable(" ".join(str(text).split()))
+
+
+def escape_messages() -> None:
+    """Let warnings and log messages that nobody else handles go to the terminal escaped."""
+    if logging.lastResort is not None:
+        logging.lastResort.setFormatter(_Formatter())
+    warnings.formatwarning = lambda *arguments, **named: printable(_format_warning(*arguments, **named))
+
 
 ConfigOption = Annotated[Path, typer.Option("--config", "-c", help="A recipe, see recipes/configs/.")]
 TaskOption = Annotated[list[str] | None, typer.Option("--task", "-t", help="A task; repeat it. Default: all.")]
@@ -49,9 +98,13 @@ def pairs(texts: list[str] | None) -> dict[str, str]:
 
 def values(texts: list[str] | None) -> dict[str, Any]:
     """{NAME: value} of NAME=VALUE texts."""
-    from osrm_peft.yaml_io import parse_yaml
+    from osrm_peft.yaml_io import named, parse_yaml
 
-    return {name: parse_yaml(value) for name, value in pairs(texts).items()}
+    found = {}
+    for name, value in pairs(texts).items():
+        with named(name):
+            found[name] = parse_yaml(value)
+    return found
 
 
 def sources(adapters: list[str] | None) -> dict[str, str]:

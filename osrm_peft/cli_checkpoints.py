@@ -40,8 +40,7 @@ def merge_checkpoints(
     from osrm_peft.checkpoints.plan import plan_checkpoints
     from osrm_peft.files import check_replaceable, check_space
 
-    folder = out.resolve()
-    check_replaceable(folder, "checkpoint")
+    folder = check_replaceable(out, "checkpoint")
     plan = plan_checkpoints(
         sources(models), method, base=base, weights=values(weight) or None, scale=scale, heads=heads or [],
         vocab=vocab, tokenizer=tokenizer, dtype=dtype, shard_size=shard_size, seed=seed, **values(option),
@@ -77,8 +76,10 @@ def inspect(
             console.print(table)
         return
     from osrm_peft.checkpoints.spectra import plot_spectra, spectra, spectra_table
-    from osrm_peft.files import versions, write_json
+    from osrm_peft.files import check_file, versions, write_json
 
+    for name in ("spectrum.json", "spectrum.png"):
+        check_file(out / name)
     found = spectra(named, base=base, layer=layer, progress=True)
     settings = {"models": named, "base": base, "layer": layer}
     write_json(out / "spectrum.json", {"singular_values": found, "settings": settings, "versions": versions()})

@@ -45,6 +45,7 @@ def features(
     from osrm_peft.checks import choice
     from osrm_peft.distributed import start
     from osrm_peft.features import TaskFeatures
+    from osrm_peft.files import check_file
     from osrm_peft.recipe import Recipe
 
     choice("dtype", dtype, ("float32", "bfloat16"))
@@ -67,8 +68,10 @@ def features(
             _check_same(TaskFeatures.load(path), recipe)
         return found
 
-    for name in chosen(task, recipe.task_names()):
-        path = recipe.features_file(name)
+    paths = {name: recipe.features_file(name) for name in chosen(task, recipe.task_names())}
+    for path in paths.values():
+        check_file(path)
+    for name, path in paths.items():
         if processes.from_main(partial(there, path)):
             say(f"{path} is there already (--overwrite makes it anew)")
             continue

@@ -112,9 +112,11 @@ def interference(
     """Before merging: how strongly each adapter acts on the other tasks' features."""
     from osrm_peft.base_models import load_base
     from osrm_peft.crosstalk import interference as measure
-    from osrm_peft.files import versions, write_json
+    from osrm_peft.files import check_file, versions, write_json
     from osrm_peft.report import interference_table, plot_interference
 
+    for name in ("interference.json", "interference.png"):
+        check_file(out / name)
     named, files = sources(adapters), pairs(features)
     model = None if base is None else load_base(base, 2)
     found = measure(named, files, base=model, progress=True)
@@ -138,12 +140,17 @@ def statistics(
     overwrite: bool = False,
 ) -> None:
     """Collect what RegMean and Fisher merging need, on the fine-tuned models: one file a task."""
+    from osrm_peft.checks import choice
     from osrm_peft.distributed import start
-    from osrm_peft.recipe import Recipe
+    from osrm_peft.files import check_file
+    from osrm_peft.recipe import STATISTIC_KINDS, Recipe
 
+    choice("kind", kind, STATISTIC_KINDS)
     recipe, processes = Recipe.from_yaml(config), start()
-    for name in chosen(task, recipe.task_names()):
-        path = out / f"{name}.{kind}.safetensors"
+    paths = {name: out / f"{name}.{kind}.safetensors" for name in chosen(task, recipe.task_names())}
+    for path in paths.values():
+        check_file(path)
+    for name, path in paths.items():
         if processes.from_main(path.exists) and not overwrite:
             say(f"{path} is there already (--overwrite makes it anew)")
             continue

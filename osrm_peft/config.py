@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig
+from peft.utils import CONFIG_NAME
 
 from osrm_peft.adapter_config import NOT_PLAIN
 from osrm_peft.base_identity import located
 from osrm_peft.card import write_manifest
 from osrm_peft.checks import choice, integer, number
-from osrm_peft.files import command, versions
+from osrm_peft.files import MANIFEST, check_file, command, versions
 from osrm_peft.hub import public
 from osrm_peft.moments import STATISTICS
 from osrm_peft.subspace import IN_TASK, NULL_SPACES, check_protect
@@ -131,6 +132,8 @@ class OSRMLoraConfig(LoraConfig):
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write `adapter_config.json` (as PEFT does), the manifest `osrm_peft.json` and the card beside it."""
+        for name in (CONFIG_NAME, MANIFEST, "README.md"):
+            check_file(Path(save_directory) / name)
         super().save_pretrained(save_directory, **kwargs)
         write_manifest(save_directory, self.manifest())
 

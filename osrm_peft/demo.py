@@ -15,7 +15,7 @@ from osrm_peft.base_models import load_base, load_tokenizer
 from osrm_peft.crosstalk import Interference, interference
 from osrm_peft.demo_results import Scores, read_scores, report
 from osrm_peft.evaluation import evaluate_task
-from osrm_peft.files import new_file, versions, write_json
+from osrm_peft.files import check_file, check_folder, new_file, read_object, versions, write_json
 from osrm_peft.html_report import write_report
 from osrm_peft.merging import merge_adapters
 from osrm_peft.merging.registry import METHODS
@@ -202,12 +202,16 @@ def _run_seed(out: Path, recipe: Recipe, osrm: dict[str, Any], bar: tqdm) -> dic
 
 def _claim(out: Path, recipe: Recipe, osrm: dict[str, Any]) -> None:
     """Make `out` ours, or make sure that it is, and of this recipe."""
+    check_folder(out)
     settings = out / "settings.json"
+    for name in (settings.name, "scales.png", "interference.png", "interference.json", "scores.json", "report.md"):
+        check_file(out / name)
+    check_file(out / "report.html")
     content = json.loads(json.dumps(_settings(recipe, osrm)))
     if settings.is_file():
-        if json.loads(settings.read_text(encoding="utf-8")) != content:
+        if read_object(settings) != content:
             raise FileExistsError(f"{out} was made with other settings ({settings}): name another folder or remove it")
-    elif out.exists() and (out.is_file() or any(out.iterdir())):
+    elif out.exists() and any(out.iterdir()):
         raise FileExistsError(f"{out} exists and is not a demo's results (no settings.json): name another folder")
     else:
         write_json(settings, content)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from osrm_peft.crosstalk import Interference
-from osrm_peft.files import versions, write_json
+from osrm_peft.files import parse_json, versions, write_json
 from osrm_peft.report import MultiTaskTable, Score
 
 
@@ -31,7 +31,12 @@ class Scores:
 
 def read_scores(path: Path) -> list[Score]:
     """The rows of such a file; none where there is no file."""
-    return [Score(**row) for row in json.loads(path.read_text(encoding="utf-8"))] if path.is_file() else []
+    if not path.is_file():
+        return []
+    try:
+        return [Score(**row) for row in parse_json(path.read_text(encoding="utf-8"))]
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({error}): remove it, and it is made again") from error
 
 
 def report(

@@ -30,7 +30,7 @@ def adapter_tables(adapters: Mapping[str, LoraAdapter]) -> list[Table]:
     layers = _table("Layers", "layers", "number", "shape", "kind", *(f"{escape(name)}: r, s, ‖τ‖" for name in adapters))
     for (module, shape, kind), names in _groups(adapters).items():
         cells = [_cell(adapter, names) for adapter in adapters.values()]
-        layers.add_row(module, str(len(names)), f"{shape[0]}×{shape[1]}", kind, *cells)
+        layers.add_row(escape(module), str(len(names)), f"{shape[0]}×{shape[1]}", kind, *cells)
     return [summary, layers]
 
 
@@ -71,7 +71,7 @@ REVEALS = {
 
 def features_tables(features: TaskFeatures, path: Path) -> list[Table]:
     """What a features file is of, and one line for each distinct input in it."""
-    result = _table(f"Features of {features.task}", "", "")
+    result = _table(escape(f"Features of {features.task}"), "", "")
     second = next(iter(features.layers.values())).second is not None
     of = "the fine-tuned model (for RegMean)" if features.adapted else "the pre-trained model"
     for name, value in {
@@ -92,7 +92,9 @@ def features_tables(features: TaskFeatures, path: Path) -> list[Table]:
         energy, mean = float(Pool.of([moments]).trace()), float(moments.mean().square().sum())
         share = f"{mean / energy:.1%}" if energy else "–"
         rest = [name.rpartition(".")[2] for name in sharing[1:]]
-        inputs.add_row(", ".join([leader, *rest]), str(moments.width), str(moments.count), f"{energy:.4g}", share)
+        inputs.add_row(
+            escape(", ".join([leader, *rest])), str(moments.width), str(moments.count), f"{energy:.4g}", share
+        )
     return [result, inputs]
 
 

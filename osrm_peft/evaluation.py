@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import DataCollatorWithPadding
 
+from osrm_peft.checks import printable
 from osrm_peft.distributed import ALONE, Processes
 from osrm_peft.tasks import METRICS, Task, tokenize
 
@@ -40,7 +41,7 @@ def evaluate_task(
         ValueError: the head's width is not the task's.
     """
     rows = tokenize(task.validation, tokenizer, max_length)
-    bar = f"evaluate {task.name}" if progress else None
+    bar = f"evaluate {printable(task.name)}" if progress else None
     processes = Processes.of(distributed)
     return score(task, predict(model, rows, tokenizer, processes, batch_size=batch_size, progress=bar))
 

@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from osrm_peft.checks import integer, task_name
+from osrm_peft.checks import integer, kind, task_name
 from osrm_peft.files import new_file
 from osrm_peft.layers import (
     base_name,
@@ -35,6 +35,7 @@ from osrm_peft.moment_files import (
 from osrm_peft.moments import FeatureMoments
 from osrm_peft.push import push_to_hub
 from osrm_peft.tensor_files import write_tensors
+from osrm_peft.yaml_io import check_fields
 
 _FORMAT = 4  # 2 has `adapted`; 3 the tokenizer, and second moments as triangles; 4 a hash of the embedding apart
 
@@ -140,10 +141,15 @@ class TaskFeatures:
         path = features_file(source)
         try:
             header = features_header(path)
-            if header["format"] > _FORMAT:
+            if integer("format", header["format"], 1) > _FORMAT:
                 raise ValueError(f"format {header['format']}, this osrm_peft reads up to {_FORMAT}: upgrade it")
             counts, same_input = header.pop("counts"), header.pop("same_input")
             del header["format"]
+            if "layers" in header or not isinstance(counts, dict) or not isinstance(same_input, dict):
+                raise ValueError("counts and same_input in its header must be mappings")
+            for name, leader in same_input.items():
+                kind(f"same_input of {name!r}", leader, str)
+            check_fields("its header", header, cls)
             integer("k", header["k"], 0)
             if header.get("vocabulary") is not None:
                 integer("vocabulary", header["vocabulary"], 1)

@@ -2,16 +2,20 @@
 
 import importlib.metadata
 import json
-import os
 import platform
 import shlex
 import shutil
 import sys
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from osrm_peft import checks
+from osrm_peft.places import beside
+from osrm_peft.places import check_file as check_file
+from osrm_peft.places import check_folder as check_folder
+from osrm_peft.places import put_in_place as put_in_place
 
 MANIFEST = "osrm_peft.json"  # in every folder of ours: how it was made
 # {kind in the manifest: all names that such a folder of ours may hold}; a checkpoint's manifest lists its own
@@ -21,18 +25,25 @@ CONTENTS = {
     "merged": {"adapter_config.json", "adapter_model.safetensors", "README.md", MANIFEST, "heads"},
 }
 
+_FIELDS = {
+    "kind": str, "base_model": str, "task": str, "task_type": str, "method": str, "inputs": dict, "options": dict,
+    "files": list | dict, "scores": list, "log": list, "versions": dict, "energy_kept": dict, "serving": dict,
+    "scale": int | float, "num_labels": int,
+}  # fmt: skip
+
 
 @contextmanager
 def new_file(path: str | Path) -> Iterator[Path]:
-    """A temporary path beside `path`, renamed to it when the block ends without an error."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
+    """A temporary path beside `path`, renamed to it when the block ends without an error.
+
+    Raises:
+        FileExistsError, PermissionError: see `check_file`.
+    """
+    path = check_file(path)  # of a link, the file behind it is replaced
+    with beside(path) as folder:
+        partial = folder / path.name
         yield partial
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+        partial.replace(check_file(path))
 
 
 @contextmanager
@@ -45,41 +56,28 @@ def new_folder(path: str | Path, kind: str) -> Iterator[Path]:
     Raises:
         FileExistsError: see `check_replaceable`.
     """
-    path = Path(path).resolve()  # of a link, the folder behind it is replaced
-    check_replaceable(path, kind)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
-    partial.chmod(0o755)
-    try:
+    path = check_replaceable(path, kind)  # of a link, the folder behind it is replaced
+    with beside(path) as folder:
+        partial = folder / path.name
+        partial.mkdir()
+        partial.chmod(0o755)
         yield partial
-        put_in_place(partial, path)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        put_in_place(partial, check_replaceable(path, kind))  # as it is by now
 
 
-def put_in_place(partial: Path, path: Path) -> None:
-    """Rename a finished folder to `path`; what is there must be replaceable (`check_replaceable`)."""
-    if not path.exists():
-        partial.replace(path)
-        return
-    old = path.with_name(f".{path.name}.{os.getpid()}.old")
-    path.replace(old)
-    partial.replace(path)
-    shutil.rmtree(old)
-
-
-def check_replaceable(path: str | Path, kind: str) -> None:
+def check_replaceable(path: str | Path, kind: str) -> Path:
     """Refuse a path that holds anything but an earlier result of the same kind, whole and nothing else.
 
+    Returns:
+        The path, links resolved.
+
     Raises:
-        FileExistsError: `path` or one of its parents is a file, or the folder holds something else.
+        FileExistsError: `path` or one of its parents is no folder (`check_folder`), or the folder holds something else.
+        PermissionError: see `check_folder`.
     """
-    path = Path(path).resolve()
-    for place in (path, *path.parents):
-        if place.is_file():
-            raise FileExistsError(f"{place} is a file, so {path} cannot be a folder: name another")
+    path = check_folder(path)
     if not path.is_dir() or not any(path.iterdir()):
-        return
+        return path
     manifest = read_manifest(path)
     if manifest.get("kind") != kind:
         raise FileExistsError(
@@ -96,6 +94,7 @@ def check_replaceable(path: str | Path, kind: str) -> None:
             f"{path} holds files of others ({', '.join(foreign[:4])}): replacing it would lose them; "
             "name a new folder, or remove them yourself"
         )
+    return path
 
 
 def check_space(out: Path, needed: int) -> None:
@@ -116,7 +115,28 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
         ValueError: there is one, but it is damaged.
     """
     path = Path(folder) / MANIFEST
-    return read_object(path) if path.is_file() else {}
+    content = read_object(path) if path.is_file() else {}
+    try:
+        check_manifest(content)
+    except ValueError as error:
+        raise ValueError(f"the manifest {MANIFEST} is damaged ({error}): write {folder} anew") from error
+    return content
+
+
+def check_manifest(content: Mapping[str, Any]) -> None:
+    """Are the fields of a manifest of the kinds that we write?
+
+    Raises:
+        ValueError: names the first that is not, and its value.
+    """
+    for name, kinds in _FIELDS.items():
+        if content.get(name) is not None:
+            checks.kind(name, content[name], kinds)
+    for task, one in (content.get("inputs") or {}).items():
+        checks.kind(f"inputs of {task!r}", one, dict)
+    if isinstance(content.get("files"), list):
+        for one in content["files"]:
+            checks.kind("a name among files", one, str)
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -126,12 +146,24 @@ def read_object(path: Path) -> dict[str, Any]:
         ValueError: it is damaged, or holds something else.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+        content = parse_json(path.read_text(encoding="utf-8"))
+    except ValueError as error:
         raise ValueError(f"{path} is damaged: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} is damaged: expected a JSON object")
     return content
+
+
+def parse_json(text: str | bytes) -> Any:
+    """The value of a JSON text.
+
+    Raises:
+        ValueError: it is no JSON, or too deeply nested.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("too deeply nested") from error
 
 
 def write_json(path: str | Path, content: Any) -> None:

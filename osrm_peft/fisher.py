@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from osrm_peft.checks import choice, integer
 from osrm_peft.distributed import ALONE
-from osrm_peft.files import new_file
+from osrm_peft.files import new_file, parse_json
 from osrm_peft.hub import local_file
 from osrm_peft.layer_inputs import samples, undisturbed
 from osrm_peft.layers import base_name, base_of, target_layers, unwrapped
+from osrm_peft.yaml_io import check_fields
 
 LABELS = ("expected", "true")
 _FORMAT = 1
@@ -64,10 +65,14 @@ class DiagonalFisher:
         path = local_file(str(path), ".fisher.safetensors", "Fisher file", remedy)
         try:
             with safe_open(path, framework="pt") as file:
-                header = json.loads((file.metadata() or {}).get("osrm_peft_fisher", "null"))
+                header = parse_json((file.metadata() or {}).get("osrm_peft_fisher", "null"))
                 layers = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
-            if header.pop("format") > _FORMAT:
+            if integer("format", header.pop("format"), 1) > _FORMAT:
                 raise ValueError("of a newer format: upgrade osrm_peft")
+            check_fields("its header", header, cls, ("layers",))
+            flat = [name for name, F in layers.items() if F.dim() != 2 or not F.is_floating_point()]
+            if flat or "layers" in header:
+                raise ValueError(f"{(flat or ['layers'])[0]} must be a matrix of floats")
             bad = [name for name, F in layers.items() if not (F.isfinite().all() and bool((F >= 0).all()))]
             if bad:
                 raise ValueError(f"{bad[0]} must hold finite numbers of at least 0")
@@ -119,6 +124,8 @@ def collect_fisher(
     device = next(base.parameters()).device
     total: dict[str, Tensor] = {}
     seen = 0
+    if labels == "true":
+        _check_known_labels(loader, base, task)
     with ExitStack() as stack:
         stack.enter_context(undisturbed(base))
         stack.enter_context(torch.enable_grad())
@@ -129,7 +136,9 @@ def collect_fisher(
             if batch.positions.samples is not None:
                 raise ValueError("Fisher squares the gradient of each sample: give rows of one sample, not packed ones")
             passes.clear()
-            scores = _scores(base(**batch.inputs).logits, batch.labels if labels == "true" else None, labels)
+            if labels == "true" and batch.labels is not None:
+                _check_labels(batch.labels, None, task)
+            scores = _scores(base(**batch.inputs).logits, batch.labels if labels == "true" else None, labels, task)
             _add_squares(total, scores, passes)
             seen += batch.count
     found = {name: (squares / seen).cpu() for name, squares in total.items()}
@@ -139,13 +148,45 @@ def collect_fisher(
     return DiagonalFisher(task, base_name(base), seen, labels, seed, layers=found)
 
 
-def _scores(logits: Tensor, truth: Tensor | None, labels: str) -> list[tuple[Tensor, Tensor]]:
+def _check_known_labels(loader: Any, base: nn.Module, task: str) -> None:
+    """The labels of a list of batches, or of a loader's data set that has them as a column, before the first pass."""
+    rows, classes = getattr(loader, "dataset", None), getattr(getattr(base, "config", None), "num_labels", None)
+    columns = [name for name in ("labels", "label") if name in (getattr(rows, "column_names", None) or ())]
+    known = [rows[columns[0]][:]] if rows is not None and columns else []
+    if isinstance(loader, (list, tuple)):
+        known = [batch.get("labels", batch.get("label", [])) for batch in loader if isinstance(batch, Mapping)]
+    for labels in known:
+        try:
+            values = torch.as_tensor(labels)
+        except (TypeError, ValueError, RuntimeError):  # texts, which the loader makes numbers of
+            return
+        _check_labels(values, classes if isinstance(classes, int) else None, task)
+
+
+def _check_labels(truth: Tensor, classes: int | None, task: str) -> None:
+    """Are these labels classes, or where there is one class numbers; before the logits, as far as is known?"""
+    way_out = "correct the labels or the model's head, or take labels='expected', which needs none"
+    values = truth.detach().reshape(-1).double()
+    wrong = values[~values.isfinite()]
+    bounds = "a finite number"
+    if not len(wrong) and classes is not None and classes > 1:
+        wrong = values[(values != values.round()) | (values < 0) | (values >= classes)]
+        bounds = f"a class, 0 … {classes - 1}"
+    if len(wrong):
+        raise ValueError(f"labels='true': label {wrong[0].item():g} of task {task!r} must be {bounds}: {way_out}")
+
+
+def _scores(logits: Tensor, truth: Tensor | None, labels: str, task: str) -> list[tuple[Tensor, Tensor]]:
     """[(log p(y|x) up to a constant (b,), weight of its squared gradient (b,))], one for each y."""
     if logits.dim() != 2:
         raise ValueError(f"logits must be (samples, classes), got {tuple(logits.shape)}: classification or regression")
     if labels == "true" and truth is None:
         raise ValueError("labels='true' needs labels in the batches: give them, or labels='expected'")
     logits = logits.float()
+    if truth is not None:
+        if truth.numel() != len(logits):
+            raise ValueError(f"labels='true': {tuple(truth.shape)} labels of {len(logits)} samples: give one each")
+        _check_labels(truth, logits.shape[1], task)
     if logits.shape[1] == 1:  # ∂ log N(y; f, 1) = (y − f) ∂f, and E(y − f)² = 1
         f = logits[:, 0]
         return [(f, torch.ones_like(f) if truth is None else (truth.to(f).reshape(len(f)) - f).detach().square())]

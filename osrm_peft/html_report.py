@@ -16,10 +16,12 @@ import torch
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from osrm_peft.checkpoints.spectra import Spectra, plot_spectra
+from osrm_peft.checks import integer, number
 from osrm_peft.crosstalk import Interference
-from osrm_peft.files import MANIFEST, new_file
+from osrm_peft.files import MANIFEST, check_file, check_manifest, new_file, parse_json
 from osrm_peft.hub import public
 from osrm_peft.report import MultiTaskTable, Score, plot_drift, plot_interference, plot_label, plot_scales
+from osrm_peft.yaml_io import named
 
 NAMES = ("scores.json", "interference.json", "spectrum.json", MANIFEST)
 EXPECTED = (
@@ -88,6 +90,8 @@ def gather(paths: Iterable[str | Path]) -> Results:
     for path in map(Path, paths):
         if not path.exists():
             raise FileNotFoundError(f"{path} does not exist: name a results folder or a JSON file in it; {EXPECTED}")
+        if not path.is_dir() and not path.is_file():  # a FIFO would be waited for
+            raise ValueError(f"{path} is neither a folder nor a file: name a results folder or a JSON file in it")
         known = False
         for file in _files(path) if path.is_dir() else [path]:
             kind, found = _read(file)
@@ -113,29 +117,36 @@ def _read(file: Path) -> tuple[str | None, Found[Any]]:
     """(the field of Results that it belongs to, what the file holds); None where we show nothing of it."""
     name = str(file.parent if file.name in NAMES else file)
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = parse_json(file.read_text(encoding="utf-8"))
         content = public(content) if isinstance(content, dict) else {}  # a list: the demo's rows of one seed of several
         kind, found = _parse(content)
-    except (ValueError, TypeError, AttributeError, KeyError) as error:
+    except (ValueError, TypeError, AttributeError, KeyError, OverflowError, RecursionError) as error:
         raise ValueError(f"{file} is damaged: {f'no {error}' if isinstance(error, KeyError) else error}") from error
     return kind, Found(name, found, {key: value for key, value in content.items() if key not in _BULK})
 
 
 def _parse(content: dict[str, Any]) -> tuple[str | None, Any]:
     kind, log = content.get("kind"), content.get("log")
+    if "kind" in content:
+        check_manifest(content)
     if "kind" not in content and isinstance(content.get("scores"), list):
-        return "scores", _table(content["scores"])
+        with named("scores"):
+            return "scores", _table(content["scores"])
     if isinstance(content.get("interference"), dict):
         runs = content["interference"].items()
-        panels = {run: {init: _interference(one) for init, one in by_init.items()} for run, by_init in runs}
+        with named("interference"):
+            panels = {run: {init: _interference(one) for init, one in by_init.items()} for run, by_init in runs}
         return "interference", {run: by_init for run, by_init in panels.items() if by_init}
     if {"tasks", "relative_to", "layers"} <= set(content):
         return "interference", {"": {"adapters": _interference(content)}}
     if isinstance(content.get("singular_values"), dict):
-        models = content["singular_values"].items()
-        return "spectra", {model: {name: list(map(float, one)) for name, one in by.items()} for model, by in models}
-    if kind == "adapter" and log and any(DRIFT in entry for entry in log):
-        return "drift", [_drift(entry) for entry in log if DRIFT in entry]
+        with named("singular_values"):
+            return "spectra", _spectra(content["singular_values"])
+    if kind == "adapter" and log:
+        with named("log"):
+            found = [_drift(entry) for entry in log if DRIFT in entry]
+        if found:
+            return "drift", found
     if kind in ("merged", "emr", "checkpoint"):
         return "merged", _merge(content)
     return None, None
@@ -143,7 +154,8 @@ def _parse(content: dict[str, Any]) -> tuple[str | None, Any]:
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> MultiTaskTable:
     def score(init: Any, method: Any, scale: Any, seed: int, task: Any, score: Any) -> Score:
-        return Score(str(init), str(method), None if scale is None else float(scale), seed, str(task), float(score))
+        place = None if scale is None else number("scale", scale)
+        return Score(str(init), str(method), place, integer("seed", seed, 0), str(task), number("score", score))
 
     table = MultiTaskTable.of(score(**row) for row in rows)
     if not table.rows:
@@ -152,18 +164,26 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> MultiTaskTable:
 
 
 def _drift(entry: Mapping[str, Any]) -> dict[str, float]:
-    layers = {name: float(value) for name, value in entry.items() if name.startswith(f"{DRIFT}/")}
-    return {"step": float(entry["step"]), DRIFT: float(entry[DRIFT]), **layers}
+    layers = {name: number(name, value) for name, value in entry.items() if name.startswith(f"{DRIFT}/")}
+    return {"step": number("step", entry["step"]), DRIFT: number(DRIFT, entry[DRIFT]), **layers}
+
+
+def _spectra(found: Mapping[str, Mapping[str, Any]]) -> Spectra:
+    return {
+        model: {name: [number(name, value) for value in values] for name, values in matrices.items()}
+        for model, matrices in found.items()
+    }
 
 
 def _interference(found: Mapping[str, Any]) -> Interference:
     tasks, layers = list(map(str, found["tasks"])), {}
     for name, rows in found["layers"].items():
-        layers[name] = torch.tensor([[math.nan if x is None else x for x in row] for row in rows], dtype=torch.float64)
+        shares = [[math.nan if x is None else number(f"layer {name!r}", x) for x in row] for row in rows]
+        layers[name] = torch.tensor(shares, dtype=torch.float64)
         if layers[name].shape != (len(tasks), len(tasks)):
             raise ValueError(f"layer {name!r} is not a matrix of {len(tasks)} tasks")
-    if not layers:
-        raise ValueError("it has no layers")
+    if not layers or not tasks:
+        raise ValueError("it has no layers or no tasks")
     return Interference(tasks, layers, str(found["relative_to"]))
 
 
@@ -171,10 +191,10 @@ def _merge(manifest: Mapping[str, Any]) -> dict[str, Any]:
     rank, kept = manifest.get("written_rank", manifest.get("rank")), manifest.get("energy_kept")
     return {
         "method": manifest["method"],
-        "λ": "by features" if "scale_of_layers" in manifest else f"{manifest['scale']:g}",
+        "λ": "by features" if "scale_of_layers" in manifest else f"{number('scale', manifest['scale']):g}",
         "space": manifest.get("space") or "–",
         "rank": "–" if rank is None else rank,
-        "least energy kept": f"{min(kept.values()):.4f}" if kept else "–",
+        "least energy kept": f"{min(number('energy_kept', one) for one in kept.values()):.4f}" if kept else "–",
         "inputs": ", ".join(manifest["inputs"]),
     }
 
@@ -207,6 +227,7 @@ def write_report(paths: Iterable[str | Path], out: str | Path) -> Results:
     """
     if Path(out).suffix.lower() not in (".html", ".htm"):
         raise ValueError(f"{out}: the page is HTML, name it *.html")
+    check_file(out)
     results = gather(paths)
     page = html_report(results)
     with new_file(out) as partial:

@@ -1,6 +1,5 @@
 """FeatureMoments in a safetensors file: what is in it, found here or on the Hub, read when it is used."""
 
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from osrm_peft.checks import integer
+from osrm_peft.files import parse_json
 from osrm_peft.hub import local_file
 from osrm_peft.moments import FeatureMoments
 from osrm_peft.tensor_files import Header, tensor_headers, tensor_reader
@@ -26,7 +26,7 @@ def features_header(path: Path) -> dict[str, Any]:
         SafetensorError, ValueError: it is damaged, or no features file.
     """
     with safe_open(path, framework="pt") as file:
-        header = json.loads((file.metadata() or {}).get("osrm_peft", "null"))
+        header = parse_json((file.metadata() or {}).get("osrm_peft", "null"))
     if not isinstance(header, dict) or not isinstance(header.get("task"), str) or not header["task"]:
         raise ValueError("its header names no task")
     return header

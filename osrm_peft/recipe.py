@@ -1,5 +1,6 @@
 """A recipe: everything that makes one suite's adapters, as one YAML file."""
 
+import dataclasses
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -8,11 +9,11 @@ import torch
 from peft import LoraConfig
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import DataCollatorWithPadding
+from transformers import DataCollatorWithPadding, TrainingArguments
 
 from osrm_peft.adapter_reader import load_adapter
 from osrm_peft.base_models import load_base, load_tokenizer
-from osrm_peft.checks import choice, integer
+from osrm_peft.checks import LARGEST, SEEDS, choice, integer, kind, number, shown, task_names
 from osrm_peft.collection import collect_features, collect_gram
 from osrm_peft.config import OSRMLoraConfig
 from osrm_peft.distributed import Processes, local_device, spread
@@ -20,7 +21,7 @@ from osrm_peft.features import TaskFeatures
 from osrm_peft.fisher import DiagonalFisher, collect_fisher
 from osrm_peft.tasks import Task, list_tasks, load_task, tokenize
 from osrm_peft.training import PAPER_LORA, train_task
-from osrm_peft.yaml_io import fields_from_yaml
+from osrm_peft.yaml_io import check_fields, fields_from_yaml, named
 
 STATISTIC_KINDS = ("gram", "fisher")
 
@@ -65,21 +66,30 @@ class Recipe:
             FileNotFoundError: no such file.
             ValueError: not a mapping, an unknown key or a missing one; lists the keys.
         """
-        return cls(**fields_from_yaml(path, cls, "recipe", ("model", "suite")))
+        fields = fields_from_yaml(path, cls, "recipe", ("model", "suite"))
+        with named(path):
+            return cls(**fields)
 
     def __post_init__(self) -> None:
-        for name, kind in _KINDS.items():
-            value = getattr(self, name)
-            if not isinstance(value, kind):
-                expected = getattr(kind, "__name__", str(kind))
-                raise ValueError(f"{name}={value!r} in the recipe must be {expected}, not {type(value).__name__}")
-        for name, least in (("k", 1), ("max_length", 4), ("seed", 0)):
-            integer(name, getattr(self, name), least)
+        for name, kinds in _KINDS.items():
+            kind(name, getattr(self, name), kinds, " in the recipe")
+        for name, least, most in (("k", 1, LARGEST), ("max_length", 4, LARGEST), ("seed", 0, SEEDS)):
+            integer(name, getattr(self, name), least, most)
         for name in ("train_rows", "validation_rows"):
             if getattr(self, name) is not None:
                 integer(name, getattr(self, name), 1)
-        if self.tasks is not None and len(set(self.tasks)) < len(self.tasks):
-            raise ValueError(f"tasks={self.tasks!r} names a task twice")
+        if self.tasks is not None and len(set(task_names(self.tasks))) < len(self.tasks):
+            raise ValueError(f"tasks={shown(self.tasks)} names a task twice")
+        lora = PAPER_LORA | self.lora
+        check_fields("lora in the recipe", self.lora, LoraConfig, ("lora_alpha", "init_lora_weights"))
+        number("lora in the recipe: lora_alpha", lora["lora_alpha"])
+        check_fields("osrm in the recipe", self.osrm or {}, OSRMLoraConfig, ("lora_alpha", "init_lora_weights"))
+        known = {one.name for one in dataclasses.fields(TrainingArguments)}  # the others are refused when it trains
+        shared = {name: value for name, value in self.training.items() if name in known}
+        check_fields("training in the recipe", shared, TrainingArguments)
+        with named("lora and osrm in the recipe"):
+            LoraConfig(**lora)
+            OSRMLoraConfig(**(lora | (self.osrm or {})))
 
     def task_names(self) -> list[str]:
         """The tasks, checked against the suite."""
@@ -193,6 +203,7 @@ class Recipe:
 
     def train(self, task: str, out: str | Path, *, overwrite: bool = False) -> Path:
         """Train one task's adapter (see `train_task`)."""
+        check_fields("training in the recipe", self.training, TrainingArguments)
         return train_task(
             self.task(task),
             out,

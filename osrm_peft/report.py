@@ -10,6 +10,7 @@ from rich.box import HORIZONTALS
 from rich.markup import escape
 from rich.table import Table
 
+from osrm_peft.checks import printable
 from osrm_peft.crosstalk import Interference
 from osrm_peft.files import new_file
 
@@ -124,23 +125,24 @@ class MultiTaskTable:
         table.add_column("merge and λ", no_wrap=True)
         for name in self.columns:
             words = ["average"] if name == AVERAGE else name.split("_")
-            table.add_column("\n".join(words), justify="right", min_width=max(map(len, words)))
+            table.add_column(escape("\n".join(words)), justify="right", min_width=max(map(len, words)))
         _, lines = self.cells()
         init = None
         for row, (_, method, scale, *cells), best in zip(self.rows, lines, self.best(), strict=True):
             if row["init"] != init:
                 init = row["init"]
                 table.add_section()
-                table.add_row(f"[bold]{init}[/bold]")
+                table.add_row(f"[bold]{escape(init)}[/bold]")
             cells = [f"[bold]{cell}[/bold]" if one else cell for cell, one in zip(cells, best, strict=True)]
-            table.add_row(f" {method} {scale}", *cells)
+            table.add_row(escape(f" {method} {scale}"), *cells)
         return table
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]], names: int = 1) -> str:
     """A Markdown table, its first columns (`names`) to the left, the others, of numbers, to the right."""
     rule = ["---"] * names + ["--:"] * (len(header) - names)
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in [header, rule, *rows])
+    lines = ([cell.replace("|", "\\|") for cell in cells] for cells in [header, rule, *rows])
+    return "\n".join("| " + " | ".join(" ".join(printable(cell).split()) for cell in cells) + " |" for cells in lines)
 
 
 def plot_scales(table: MultiTaskTable, path: str | Path) -> None:

@@ -2,7 +2,6 @@
 
 import csv
 import hashlib
-import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -11,7 +10,8 @@ from typing import Any
 
 from datasets import Dataset, load_dataset
 
-from osrm_peft.checks import number
+from osrm_peft.checks import number, task_names
+from osrm_peft.files import parse_json
 from osrm_peft.packaged import packaged_file
 
 METRICS = ("accuracy", "matthews", "pearson_spearman")
@@ -56,7 +56,7 @@ def list_tasks(suite: str) -> list[str]:
         return list(_GLUE)
     if suite.startswith("jsonl:"):
         folder = Path(suite.removeprefix("jsonl:"))
-        names = sorted(path.parent.name for path in folder.glob("*/train.jsonl"))
+        names = task_names(sorted(path.parent.name for path in folder.glob("*/train.jsonl")))
         if not names:
             raise ValueError(f"no task in {folder}: expected {folder}/<task>/train.jsonl and validation.jsonl")
         return names
@@ -226,15 +226,16 @@ def _read_jsonl(path: Path) -> list[tuple[str, str | None, float]]:
     if not path.is_file():
         raise ValueError(f"{path} is missing: a task folder holds train.jsonl and validation.jsonl")
     rows = []
-    with path.open(encoding="utf-8-sig") as file:  # its lines end at \n only; a text may hold other separators
+    with path.open("rb") as file:  # its lines end at \n only; a text may hold other separators
         for place, line in enumerate(file, start=1):
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
+                row = parse_json(line.decode("utf-8-sig" if place == 1 else "utf-8"))
                 first, second = row["sentence1"], row.get("sentence2")
                 if not isinstance(first, str) or not isinstance(second, str | None):
                     raise TypeError("sentence1 and sentence2 must be texts")
+                f"{first}{second}".encode()  # half of a pair of surrogates is no text
                 rows.append((first, second, number("label", row["label"])))
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise ValueError(

@@ -27,7 +27,16 @@ from osrm_peft.callback import OSRMCallback
 from osrm_peft.card import write_manifest
 from osrm_peft.config import OSRMLoraConfig
 from osrm_peft.distributed import whole
-from osrm_peft.files import check_replaceable, command, new_folder, read_manifest, read_object, versions, write_json
+from osrm_peft.files import (
+    check_folder,
+    check_replaceable,
+    command,
+    new_folder,
+    read_manifest,
+    read_object,
+    versions,
+    write_json,
+)
 from osrm_peft.tasks import Task, tokenize
 
 # The OSRM paper's settings (§5.1 and Table 10), except the learning rate, which depends on model, task and init.
@@ -81,6 +90,7 @@ def train_task(
     if output_dir.is_dir() and any(output_dir.iterdir()) and not overwrite:
         raise FileExistsError(f"{output_dir} holds a trained adapter: pass overwrite=True to train it anew")
     checkpoints = output_dir.with_name(output_dir.name + ".checkpoints")
+    check_folder(checkpoints)
     overrides = PAPER_TRAINING | {"report_to": "none", "save_strategy": "no", "logging_steps": 10} | (training or {})
     overrides.setdefault("dataloader_pin_memory", torch.cuda.is_available())  # without a GPU torch warns of it
     # Under several processes the default multiplies the loss by their number (sequence classification).

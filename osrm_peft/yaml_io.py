@@ -1,16 +1,30 @@
 """YAML: texts with YAML 1.2's numbers, and the fields of a dataclass from a file."""
 
 import dataclasses
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from enum import Enum
+from functools import cache
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
+from osrm_peft.checks import LARGEST, shown
+
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2's numbers: 1e-3 is one (PyYAML, of YAML 1.1, reads a string)."""
+    """YAML 1.2's numbers: 1e-3 is one (PyYAML, of YAML 1.1, reads a string); a key that is there twice is an error."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        twice = next((key for place, key in enumerate(keys) if key != "<<" and key in keys[:place]), None)
+        if twice is not None:
+            raise yaml.constructor.ConstructorError(None, None, f"{twice!r} is there twice", node.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 _Loader.add_implicit_resolver(
@@ -19,8 +33,21 @@ _Loader.add_implicit_resolver(
 
 
 def parse_yaml(text: str) -> Any:
-    """The value of a YAML text, with YAML 1.2's numbers."""
-    return yaml.load(text, Loader=_Loader)
+    """The value of a YAML text, with YAML 1.2's numbers.
+
+    Raises:
+        ValueError: it is no YAML, too deeply nested, or has a key twice.
+    """
+    return _parsed(text, shown(text))
+
+
+def _parsed(text: str, name: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except RecursionError as error:
+        raise ValueError(f"{name} is not YAML: too deeply nested") from error
+    except (yaml.YAMLError, ValueError, TypeError, OverflowError) as error:  # also of a date, or a number's digits
+        raise ValueError(f"{name} is not YAML: {' '.join(str(error).split())}") from error
 
 
 def fields_from_yaml(path: str | Path, cls: type, kind: str, required: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -34,12 +61,74 @@ def fields_from_yaml(path: str | Path, cls: type, kind: str, required: tuple[str
     if not path.is_file():
         raise FileNotFoundError(f"no {kind} {path}: see recipes/configs/ for examples")
     try:
-        content = parse_yaml(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not YAML: {error}") from error
-    known = {field.name for field in dataclasses.fields(cls)}
+    content = _parsed(text, str(path))
+    known = {field.name for field in dataclasses.fields(cls) if field.init}
     if not isinstance(content, Mapping) or set(content) - known or not set(required) <= set(content):
-        found = sorted(map(str, content)) if isinstance(content, Mapping) else type(content).__name__
+        found = shown(sorted(map(str, content))) if isinstance(content, Mapping) else type(content).__name__
         needs = f"needs {' and '.join(required)} and knows" if required else "knows"
         raise ValueError(f"{path}: a {kind} {needs} {sorted(known)}, found {found}")
     return dict(content)
+
+
+def check_fields(name: str, given: Mapping[str, Any], cls: type, free: Iterable[str] = ()) -> None:
+    """Are these fields of dataclass `cls`, with values of the kinds that it asks for?
+
+    Args:
+        name: of the mapping, for the error.
+        free: fields that may have any value.
+
+    Raises:
+        ValueError: names the field and its value.
+    """
+    known = _hints(cls)
+    for field, value in given.items():
+        if field not in known:
+            raise ValueError(f"{name} has {shown(field)}, which {cls.__name__} does not know")
+        if field not in free and not _fits(value, known[field]):
+            wanted = getattr(known[field], "__name__", str(known[field]).replace("typing.", ""))
+            raise ValueError(f"{name}: {field}={shown(value)} must be {wanted}, not {type(value).__name__}")
+
+
+@cache
+def _hints(cls: type) -> dict[str, Any]:
+    hints = get_type_hints(cls)
+    return {field.name: hints[field.name] for field in dataclasses.fields(cls) if field.init}
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value, as YAML has them, is of this kind; numbers are finite, and whole ones have 64 bits."""
+    origin, of = get_origin(hint), get_args(hint)
+    if hint is Any:
+        return True
+    if origin in (Union, UnionType):
+        return any(_fits(value, one) for one in of)
+    if origin is Literal:
+        return any(value == one and type(value) is type(one) for one in of)
+    if origin is dict or hint is dict:
+        pairs = value.items() if isinstance(value, Mapping) else [(None, None)]
+        return isinstance(value, Mapping) and (not of or all(_fits(a, of[0]) and _fits(b, of[1]) for a, b in pairs))
+    if origin in (list, tuple) or hint in (list, tuple):
+        inner = of[0] if of else Any
+        return isinstance(value, (list, tuple)) and all(_fits(one, inner) for one in value)
+    if hint in (int, float):
+        whole = isinstance(value, int) and not isinstance(value, bool) and abs(value) <= LARGEST
+        return whole or (hint is float and isinstance(value, float) and math.isfinite(value))
+    if isinstance(hint, type):
+        if issubclass(hint, Enum):
+            return isinstance(value, str)
+        return isinstance(value, hint) or (dataclasses.is_dataclass(hint) and isinstance(value, Mapping))
+    return True
+
+
+@contextmanager
+def named(file: str | Path) -> Iterator[None]:
+    """What is wrong with what a file, or a field of it, holds is told with its name."""
+    try:
+        yield
+    except KeyError as error:
+        raise ValueError(f"{file}: no {error}") from error
+    except (ValueError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
+        raise ValueError(f"{file}: {error}") from error

@@ -32,7 +32,7 @@ from transformers import (
 from osrm_peft import evaluate_task, load_merged, load_task, merge_checkpoints
 from osrm_peft.base_models import load_base, load_tokenizer
 from osrm_peft.checkpoints.spectra import plot_spectra, spectra, spectra_table
-from osrm_peft.files import new_file, versions, write_json
+from osrm_peft.files import check_file, check_folder, new_file, versions, write_json
 from osrm_peft.report import MultiTaskTable, Score
 from osrm_peft.tasks import Task, tokenize
 
@@ -63,7 +63,11 @@ def reproduce(out: Path) -> None:
     """Train, merge, score, sweep; what is there already is kept."""
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    check_folder(out)
     known = out / "measured.json"
+    files = ("scores.csv", "table.md", "sweep.png", "spectrum.png", "tasks/scores.json", "run/scores.json")
+    for path in (known, out / "spectrum.json", *(out / "results" / name for name in files)):
+        check_file(path)
     made = {"settings": settings(), "command": shlex.join(["python", *sys.argv]), "versions": versions()}
     before = json.loads(known.read_text()) if known.is_file() else {"scores": {}, "settings": settings()}
     if before["settings"] != settings():

@@ -26,6 +26,7 @@ from reproduction.suite import Suite
 from rich.console import Console
 
 from osrm_peft.distributed import start
+from osrm_peft.files import check_file, check_folder
 from osrm_peft.yaml_io import parse_yaml
 
 
@@ -47,6 +48,9 @@ def main() -> None:
     if arguments.dry_run:
         console.print(plan_table(wanted, arguments.cache))
         return
+    out = check_folder(arguments.out or arguments.cache / arguments.config.stem)
+    for path in (out / "README.md", out / "report.html", *(out / one.name / "table.md" for one in experiments)):
+        check_file(path)
     warnings.filterwarnings("ignore", category=FutureWarning)  # transformers' own, about its own names
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -57,7 +61,6 @@ def main() -> None:
         run(wanted, arguments.cache, processes, console)
     if processes.main:
         shown = [one for one in planned(suite, []) if not missing(one.needs(), arguments.cache)]
-        out = arguments.out or arguments.cache / arguments.config.stem
         write_outputs(suite, shown, arguments.cache, out, f"python recipes/reproduce.py {shlex.join(sys.argv[1:])}")
         pages = [str(path) for path in (out / "README.md", out / "report.html") if path.exists()]
         console.print(f"wrote {' and '.join(pages)}: all experiments of the configuration whose artefacts are there")

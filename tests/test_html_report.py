@@ -1,6 +1,7 @@
 import html
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
@@ -284,6 +285,12 @@ def test_a_damaged_file_is_named(results, content, reason, call):
     said = call("report", results, "--out", results / "page.html", code=2)
     assert f"{path} is damaged: " in said and (reason or "can't decode") in said
     assert not list(results.glob("*.html")) and not list(results.glob(".*partial"))
+
+
+def test_a_fifo_is_not_waited_for(tmp_path, call):
+    os.mkfifo(tmp_path / "scores.json")
+    assert "is neither a folder nor a file" in call("report", tmp_path / "scores.json", code=2)
+    assert "holds no results to show" in call("report", tmp_path, code=2)
 
 
 def test_nothing_is_written_where_there_is_nothing_to_show(results, tmp_path, call):

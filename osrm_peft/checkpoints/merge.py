@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -79,8 +80,7 @@ def merge_checkpoints(
         TypeError, ValueError, FileNotFoundError, FileExistsError, OSError: bad options; models that are not alike
             (named, with the way out); damaged or pickled files; a full disk. Known before a byte is written, if at all.
     """
-    out = Path(out).resolve()
-    check_replaceable(out, "checkpoint")
+    out = check_replaceable(out, "checkpoint")
     plan = plan_checkpoints(
         models, method, base=base, weights=weights, scale=scale, heads=heads, vocab=vocab,
         tokenizer=tokenizer, dtype=dtype, shard_size=shard_size, seed=seed, **options,
@@ -121,7 +121,7 @@ def execute(
                     except OSError as error:
                         if error.errno not in _FULL:
                             raise
-                        reason = f"{error.strerror}: {paths[0]} could not be written"
+                        reason = f"{os.strerror(error.errno)}: {paths[0]} could not be written"
                         raise OSError(error.errno, f"{reason}; make room, and go on with resume (--resume)") from error
                     write_json(partial / STATE, state)
                 else:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from rich.box import HORIZONTALS
+from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -97,7 +98,7 @@ def spectra_table(found: Spectra) -> Table:
         largest, width = (statistics.median(column) for column in ([float(v.max()) for v in every], map(len, every)))
         shares = [f"{statistics.median(column):g}" for column in counts]
         row = [f"{len(every)}", f"{width:g}", f"{largest:.3g}", *shares, f"{statistics.median(energy):.2f}"]
-        table.add_row(model, *row)
+        table.add_row(escape(model), *row)
     return table
 
 

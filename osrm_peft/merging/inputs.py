@@ -12,7 +12,7 @@ from torch import Tensor
 from osrm_peft.adapter_reader import load_adapter
 from osrm_peft.adapters import TARGETS, Factors, LoraAdapter
 from osrm_peft.base_identity import Base, common_base
-from osrm_peft.checks import choice, task_name
+from osrm_peft.checks import choice, task_names
 from osrm_peft.merging.alignment import align
 
 Adapters = Mapping[str, str | Path | PeftModel | LoraAdapter]
@@ -78,7 +78,7 @@ def check_names(adapters: Any) -> list[str]:
         raise TypeError(f"adapters must map task names to adapters, got a {type(adapters).__name__}")
     if not adapters:
         raise ValueError("no adapters to merge: give at least one")
-    return [task_name(name) for name in adapters]
+    return task_names(adapters)
 
 
 def gather(adapters: Adapters, *, base_model: str | None, heads: str) -> Inputs:

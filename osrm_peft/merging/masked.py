@@ -18,7 +18,7 @@ from osrm_peft.adapter_keys import is_head
 from osrm_peft.adapters import HEADS, LoraAdapter, load_head, save_head
 from osrm_peft.card import write_manifest
 from osrm_peft.checks import number
-from osrm_peft.files import new_folder, read_manifest
+from osrm_peft.files import new_folder, parse_json, read_manifest
 from osrm_peft.hub import local_folder
 from osrm_peft.layers import as_weight, weight_shape
 from osrm_peft.merging.inputs import check_names
@@ -150,7 +150,7 @@ class MaskedAdapter(Pushable):
             raise FileNotFoundError(f"{folder} holds no {MASKS}: it is not an EMR merge")
         try:
             with safe_open(folder / MASKS, framework="pt") as file:
-                notes = json.loads((file.metadata() or {})["osrm_peft"])
+                notes = parse_json((file.metadata() or {})["osrm_peft"])
             names, layouts = notes["tasks"], {name: tuple(kernel) for name, kernel in notes["layouts"].items()}
             tensors = load_file(folder / MASKS)
             scales = dict(zip(names, tensors.pop("scales").tolist(), strict=True))
@@ -169,7 +169,7 @@ class MaskedAdapter(Pushable):
                 heads = {key: one for key, one in heads.items() if key not in own}
                 tasks[name] = LoraAdapter({}, heads, config, dtype, source=str(folder), layouts=layouts, modules=own)
             return cls(layers, scales, float(manifest["scale"]), tasks, manifest)
-        except (SafetensorError, ValueError, KeyError, OSError, TypeError) as error:
+        except (SafetensorError, ValueError, LookupError, OSError, TypeError, AttributeError, StopIteration) as error:
             raise ValueError(f"{folder} is damaged: {type(error).__name__}: {error}") from error
 
     def _place(self, task: str) -> int:

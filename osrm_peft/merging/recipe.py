@@ -3,12 +3,15 @@
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from osrm_peft.checks import number
+from osrm_peft.checks import kind, number, shown
 from osrm_peft.merging.plan import MergePlan, plan_merge
-from osrm_peft.yaml_io import fields_from_yaml
+from osrm_peft.yaml_io import check_fields, fields_from_yaml, named
+
+_FILES = ("adapters", "statistics", "features")
 
 
 @dataclass(frozen=True)
@@ -44,14 +47,18 @@ class MergeRecipe:
             FileNotFoundError: no such file.
             ValueError: not a mapping, or an unknown key; lists the keys.
         """
-        return cls(**fields_from_yaml(path, cls, "merge recipe"))
+        fields = fields_from_yaml(path, cls, "merge recipe")
+        with named(path):
+            return cls(**fields)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.options, Mapping):
-            raise ValueError(f"options={self.options!r} in the merge recipe must map names to values")
-        for name in ("statistics", "features"):
+        for name, what in ({"options": "names to values"} | dict.fromkeys(_FILES, "tasks to files")).items():
             if not isinstance(getattr(self, name), Mapping | None):
-                raise ValueError(f"{name}={getattr(self, name)!r} in the merge recipe must map tasks to files")
+                raise ValueError(f"{name}={shown(getattr(self, name))} in the merge recipe must map {what}")
+        check_fields("the merge recipe", vars(self), MergeRecipe, _FILES)
+        for name in _FILES:
+            for task, file in (getattr(self, name) or {}).items():
+                kind(f"{name} of {shown(task)}", file, str | PathLike, " in the merge recipe")
 
     def scales(self) -> list[Any]:
         """The scales to write: one, or those of a sweep."""

@@ -27,7 +27,7 @@ from osrm_peft.out_of_task import OutOfTask
 from osrm_peft.recipe import Recipe
 from osrm_peft.tasks import Task
 from osrm_peft.training import PAPER_LORA, train_task
-from osrm_peft.yaml_io import fields_from_yaml
+from osrm_peft.yaml_io import check_fields, fields_from_yaml, named
 from reproduction.graph import Node
 
 PLAIN, OSRM = "LoRA", "OSRM"
@@ -77,7 +77,11 @@ class Suite:
         Raises:
             ValueError: an unknown key or a missing one; lists the keys. Or the tuning seed is among the seeds.
         """
-        found = cls(**fields_from_yaml(path, cls, "reproduction", ("model", "suite", "tasks", "lora", "training")))
+        fields = fields_from_yaml(path, cls, "reproduction", ("model", "suite", "tasks", "lora", "training"))
+        with named(path):
+            check_fields("the reproduction", fields, cls)
+            found = cls(**fields)
+            found.recipe(found.tuning_seed)
         if found.tuning_seed in found.seeds:
             raise ValueError(
                 f"tuning_seed={found.tuning_seed} is among seeds={found.seeds}: rates are not chosen there"

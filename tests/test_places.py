@@ -1,0 +1,235 @@
+"""Where results are written: what is there is refused before any work, kept whole, or replaced at once."""
+
+import json
+import os
+import signal
+import socket
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from osrm_peft import places
+from osrm_peft.files import MANIFEST, check_file, check_folder, check_replaceable, new_file, new_folder, write_json
+from osrm_peft.places import FULL, beside, clean_up, put_in_place
+
+
+def plant(path, kind):
+    """What is no folder and no regular file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if kind.startswith("link to a "):
+        plant(path.with_name("behind"), kind.removeprefix("link to a "))
+        path.symlink_to("behind")
+    elif kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "socket":
+        os.mknod(path, stat.S_IFSOCK | 0o600)
+    elif kind == "device":
+        if os.getuid() != 0:
+            pytest.skip("only root makes devices")
+        os.mknod(path, stat.S_IFCHR | 0o600, os.makedev(1, 3))  # a null device of our own
+    elif kind == "loop":
+        path.symlink_to(path.name)
+    elif kind == "file":
+        path.write_text("kept")
+    elif kind == "folder":
+        path.mkdir()
+        (path / "kept").touch()
+
+
+def state(folder):
+    """{name below `folder`: what it is}."""
+    return {str(one.relative_to(folder)): (one.lstat().st_ino, one.lstat().st_mode) for one in folder.rglob("*")}
+
+
+ODD = ["fifo", "socket", "device", "loop", "link to a fifo", "link to a socket", "link to a device"]
+
+
+@pytest.mark.parametrize("kind", [*ODD, "file", "link to a file"])
+@pytest.mark.parametrize("below", ["", "below", "far/below"])
+def test_a_folder_is_made_where_there_is_nothing_else(tmp_path, kind, below):
+    plant(tmp_path / "out", kind)
+    before = state(tmp_path)
+    for check in (check_folder, lambda path: check_replaceable(path, "merged"), lambda path: write(path, new_folder)):
+        with pytest.raises(FileExistsError, match=r"is (a \w+|a link that leads to itself).*name another"):
+            check(tmp_path / "out" / below)
+    assert state(tmp_path) == before
+
+
+@pytest.mark.parametrize("kind", [*ODD, "folder", "link to a folder"])
+def test_a_file_is_written_where_there_is_no_other_thing(tmp_path, kind):
+    plant(tmp_path / "out", kind)
+    before = state(tmp_path)
+    for check in (check_file, lambda path: write_json(path, {})):
+        with pytest.raises(FileExistsError, match=r"is (a \w+|a link that leads to itself).*name another"):
+            check(tmp_path / "out")
+    assert state(tmp_path) == before
+
+
+def write(path, way, content="new"):
+    if way is new_file:
+        with new_file(path) as partial:
+            partial.write_text(content)
+    else:
+        with new_folder(path, "merged") as partial:
+            (partial / MANIFEST).write_text(json.dumps({"kind": "merged", "method": content}))
+
+
+def read(path):
+    return json.loads((path / MANIFEST).read_text())["method"] if path.is_dir() else path.read_text()
+
+
+@pytest.mark.parametrize("way", [new_file, new_folder])
+def test_links_are_followed_to_what_is_there_and_to_what_is_not(tmp_path, way):
+    (tmp_path / "out").symlink_to("far/behind")  # nothing there yet
+    for content in ("first", "second"):
+        write(tmp_path / "out", way, content)
+        assert (tmp_path / "out").is_symlink() and read(tmp_path / "far/behind") == content
+    assert sorted(one.name for one in (tmp_path / "far").iterdir()) == ["behind"]
+
+
+@pytest.mark.skipif(os.getuid() == 0, reason="root writes everywhere")
+def test_a_folder_that_cannot_be_written_to_is_named(tmp_path):
+    tmp_path.chmod(0o500)
+    for check in (check_file, check_folder):
+        with pytest.raises(PermissionError, match="cannot be written to"):
+            check(tmp_path / "out")
+
+
+@pytest.mark.parametrize("way", [new_file, new_folder])
+@pytest.mark.parametrize("error", [OSError(FULL[0], "no room"), OSError(FULL[1], "quota"), "safetensors"])
+def test_a_full_disk_is_named_with_the_place_and_leaves_what_was_there(tmp_path, way, error):
+    from safetensors import SafetensorError
+
+    write(tmp_path / "out", way, "earlier")
+    raised = SafetensorError("I/O error: No space left on device (os error 28)") if error == "safetensors" else error
+    context = way(tmp_path / "out") if way is new_file else way(tmp_path / "out", "merged")
+    with pytest.raises(OSError, match=rf"{tmp_path}/out could not be written; make room, or name another"), context:
+        raise raised
+    assert read(tmp_path / "out") == "earlier" and [one.name for one in tmp_path.iterdir()] == ["out"]
+
+
+SCRIPT = """
+import os, shutil, signal, sys
+from pathlib import Path
+from osrm_peft import places
+from osrm_peft.files import MANIFEST, new_file, new_folder
+
+out, way, step, at, exchange = sys.argv[1:]
+count = 0
+
+def deadly(function, after=False):
+    def call(*arguments, **named):
+        global count
+        count += 1
+        if count == int(at) and not after:
+            os.kill(os.getpid(), signal.SIGKILL)
+        found = function(*arguments, **named)
+        if count == int(at) and after:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return found
+    return call
+
+if exchange == "no":
+    places._exchange = lambda one, other: False
+elif step == "exchanged":
+    places._exchange = deadly(places._exchange, after=True)
+if step in ("replace", "replaced"):
+    Path.replace = deadly(Path.replace, after=step == "replaced")
+if step == "rmtree":
+    shutil.rmtree = deadly(shutil.rmtree)
+with new_file(out) if way == "file" else new_folder(out, "merged") as partial:
+    if way == "file":
+        partial.write_text("new")
+    else:
+        (partial / MANIFEST).write_text('{"kind": "merged", "method": "new"}')
+    if step == "written":
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize(
+    "step, at, exchange",
+    [("written", 0, "yes"), ("exchanged", 1, "yes"), ("rmtree", 1, "yes"), ("written", 0, "no"), ("replace", 1, "no"),
+     ("replaced", 1, "no"), ("replaced", 2, "no"), ("rmtree", 1, "no")],
+)  # fmt: skip
+@pytest.mark.parametrize("way", ["folder", "file"])
+def test_a_killed_writer_loses_nothing_and_the_next_one_cleans_up(tmp_path, way, step, at, exchange):
+    out, kind = tmp_path / "out", {"folder": new_folder, "file": new_file}[way]
+    write(out, kind, "earlier")
+    command = [sys.executable, "-c", SCRIPT, out, way, step, str(at), exchange]
+    done = subprocess.run(command, capture_output=True, text=True)
+    killed = -signal.SIGKILL if way == "folder" or (step, at) not in (("exchanged", 1), ("replaced", 2)) else 0
+    assert done.returncode == killed, done.stderr
+    between = way == "folder" and (step, at) == ("replaced", 1)  # where two names cannot be exchanged
+    assert between or read(out) in ("earlier", "new")
+    clean_up(out)
+    assert read(out) in ("earlier", "new") and [one.name for one in tmp_path.iterdir()] == ["out"]
+    write(out, kind, "next")
+    assert read(out) == "next" and [one.name for one in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_others_are_writing_stays(tmp_path):
+    with new_file(tmp_path / "out") as mine:
+        mine.write_text("mine")
+        with new_file(tmp_path / "out") as other:
+            other.write_text("other")
+        assert mine.read_text() == "mine"
+    assert (tmp_path / "out").read_text() == "mine" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_only_what_writers_of_this_path_left_is_removed(tmp_path):
+    kept = [".out.notes.partial", ".out.b.12345678.partial", ".other.12345678.partial", ".out.bak.old", "out.1.partial"]
+    for name in kept:
+        (tmp_path / name).write_text("theirs")
+    (tmp_path / ".out.abcd_123.partial").mkdir()
+    (tmp_path / ".out.4321.partial").write_text("of an earlier version")
+    os.mkfifo(tmp_path / ".out.77.partial")
+    write(tmp_path / "out", new_file)
+    assert {one.name for one in tmp_path.iterdir()} == {*kept, "out", ".out.77.partial"}
+
+
+def test_an_earlier_result_of_an_earlier_version_is_put_back_or_named(tmp_path, caplog):
+    out, old = tmp_path / "out", tmp_path / ".out.4321.old"
+    write(old, new_folder, "earlier")
+    clean_up(out)
+    assert read(out) == "earlier" and not old.exists() and f"{out} is back" in caplog.text
+    write(old, new_folder, "left")
+    write(out, new_folder, "new")
+    assert read(out) == "new" and read(old) == "left" and f"{old} is an earlier out" in caplog.text
+
+
+@pytest.mark.parametrize("exchange", [True, False])
+def test_a_folder_takes_another_s_place(tmp_path, monkeypatch, exchange):
+    if not exchange:
+        monkeypatch.setattr(places, "_exchange", lambda one, other: False)
+    for content in ("first", "second"):
+        with beside(tmp_path / "out") as folder:
+            write(folder / "made", new_folder, content)
+            put_in_place(folder / "made", tmp_path / "out")
+        assert read(tmp_path / "out") == content and [one.name for one in tmp_path.iterdir()] == ["out"]
+
+
+def test_where_the_second_rename_fails_the_earlier_result_is_back(tmp_path, monkeypatch):
+    monkeypatch.setattr(places, "_exchange", lambda one, other: False)
+    write(tmp_path / "out", new_folder, "earlier")
+    with pytest.raises(FileNotFoundError):
+        put_in_place(tmp_path / "nothing", tmp_path / "out")
+    assert read(tmp_path / "out") == "earlier" and [one.name for one in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_came_while_the_result_was_made_is_not_lost(tmp_path):
+    with pytest.raises(FileExistsError, match="holds files of others"), new_folder(tmp_path / "out", "merged"):
+        write(tmp_path / "out", new_folder)
+        (tmp_path / "out/thesis.txt").touch()
+    assert (tmp_path / "out/thesis.txt").exists()
+
+
+def test_a_socket_that_listens_stays(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with socket.socket(socket.AF_UNIX) as one:
+        one.bind("out")
+        with pytest.raises(FileExistsError, match="is a socket"):
+            write_json(Path("out"), {})
