@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError
 from torch import Tensor
@@ -125,7 +126,13 @@ def _parse(
     sha256: str | None = None,
 ) -> LoraAdapter:
     config = checked_config(config, source)
-    halves, saved, copies = _sorted_out(config, headers, source)
+    halves, saved, copies, duplicates = _sorted_out(config, headers, source)
+    for name, key in duplicates.items():
+        if not torch.equal(read(key), read(saved[name])):  # nested modules_to_save, which PEFT cannot load either
+            raise ValueError(
+                f"{source} has two values of {name!r}, in {saved[name]!r} and in {key!r}: train it with modules_to_save "
+                "of which none is inside of another"
+            )
     shapes = {name: (headers[half["B"]][0], headers[half["A"]][0]) for name, half in halves.items()}
     scales = {}
     for name, half in halves.items():
@@ -171,15 +178,15 @@ def _parse(
 
 def _sorted_out(
     config: Mapping[str, Any], headers: Mapping[str, Header], source: str
-) -> tuple[dict[str, dict[str, str]], dict[str, str], dict[str, str]]:
-    """{layer: {"A" or "B": key}}, {trained parameter: key}, {frozen base parameter: key} of an adapter's tensors."""
+) -> tuple[dict[str, dict[str, str]], dict[str, str], dict[str, str], dict[str, str]]:
+    """{layer: {"A" or "B": key}}, and {parameter: key} of trained ones, frozen base weights, and trained ones again."""
     modules, tied = saved_modules(config), bool(config.get("ensure_weight_tying"))
     parts = {key: part_of(key, modules, tied) for key in headers}
     halves: dict[str, dict[str, str]] = {}
     for key, part in parts.items():
         if part.kind == "lora" and len(headers[key][0]) >= 2:
             _put(halves.setdefault(part.name, {}), part.half, key, source, f"layer {part.name!r}")
-    names = {part.adapter for part in parts.values() if part.kind == "lora"}
+    names = {part.adapter or "default" for part in parts.values() if part.kind == "lora"}
     if len(names) > 1:
         raise ValueError(f"{source} holds several adapters ({', '.join(sorted(names))}): save each into its own folder")
     saved: dict[str, str] = {}
@@ -189,9 +196,9 @@ def _sorted_out(
             _put(saved, part.name, key, source, f"{part.name!r}")
         elif part.kind == "base" or (part.kind == "bias" and _frozen(part, config, halves)):
             _put(copies, part.name, key, source, f"{part.name!r}")
-    for key, part in parts.items():  # PEFT writes a saved module three times where it saves embeddings, too
-        if part.kind == "duplicate" and part.name not in saved:
-            saved[part.name] = key
+    # PEFT writes a saved module three times where it saves embeddings, too; very old versions only in this place
+    duplicates = {part.name: key for key, part in parts.items() if part.kind == "duplicate" and part.name in saved}
+    saved |= {part.name: key for key, part in parts.items() if part.kind == "duplicate" and part.name not in saved}
     biases = {name for name in copies if name.endswith(".bias")}
     trains_biases = config.get("bias") in ("all", "lora_only")
     if trains_biases and any(part.kind == "bias" or part.name in biases for part in parts.values()):
@@ -214,7 +221,7 @@ def _sorted_out(
     if not halves:
         held = f" (it holds {', '.join(sorted(known)[:3])})" if known else ""
         raise ValueError(f"{source} holds no lora_A and lora_B: it is empty{held}")
-    return halves, saved, copies
+    return halves, saved, copies, duplicates
 
 
 def _put(place: dict[str, str], name: str, key: str, source: str, what: str) -> None:

@@ -13,6 +13,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import CallbackHandler
 
 from osrm_peft.card import write_manifest
+from osrm_peft.config import OSRMLoraConfig
 from osrm_peft.distributed import whole
 from osrm_peft.initialization import initialize_osrm_weights, load_out_of_task
 from osrm_peft.layers import lora_layers, unwrapped
@@ -89,6 +90,9 @@ class OSRMCallback(TrainerCallback):
         trainer.call_model_init = call_model_init  # type: ignore[method-assign]
 
     def _set_a(self, model: Any, processing_class: Any, args: Any, state: Any) -> None:
+        config = getattr(unwrapped(model), "peft_config", {}).get(self.adapter_name)
+        if isinstance(config, OSRMLoraConfig):
+            config.pushed = bool(args.push_to_hub)
         self.missing, self.checked, self.first_step, self.initial, self.pools = None, False, False, {}, {}
         progress = not args.disable_tqdm and state.is_local_process_zero
         try:

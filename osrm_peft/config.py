@@ -13,7 +13,7 @@ from osrm_peft.base_identity import located
 from osrm_peft.card import write_manifest
 from osrm_peft.checks import choice, integer, number
 from osrm_peft.files import MANIFEST, check_file, command, versions
-from osrm_peft.hub import public
+from osrm_peft.hub import public, public_name
 from osrm_peft.moments import STATISTICS
 from osrm_peft.subspace import IN_TASK, NULL_SPACES, check_protect
 
@@ -67,6 +67,7 @@ class OSRMLoraConfig(LoraConfig):
     reference: bool = False
     osrm_seed: int = 0
     provenance: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
+    pushed: bool = field(default=False, init=False, repr=False)  # what is saved goes to the Hub as it is (Trainer)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -108,12 +109,12 @@ class OSRMLoraConfig(LoraConfig):
 
     def osrm_settings(self) -> dict[str, Any]:
         """The fields that LoraConfig does not have."""
-        return {name: getattr(self, name) for name in _OWN_FIELDS if name != "provenance"}
+        return {name: getattr(self, name) for name in _OWN_FIELDS if name not in ("provenance", "pushed")}
 
     def to_dict(self) -> dict[str, Any]:
         """LoraConfig's fields only: what `adapter_config.json` holds."""
         fields = {name: value for name, value in super().to_dict().items() if name not in _OWN_FIELDS}
-        return fields | {"base_model_name_or_path": located(self.base_model_name_or_path)}
+        return fields | {"base_model_name_or_path": self._base_model()}
 
     def manifest(self) -> dict[str, Any]:
         """How the adapter was made, for its folder: of folders of this machine only the base model's is in it."""
@@ -128,7 +129,11 @@ class OSRMLoraConfig(LoraConfig):
             "command": command(),
             "versions": versions(),
         }
-        return public(found) | {"base_model": located(self.base_model_name_or_path)}
+        return public(found) | {"base_model": self._base_model()}
+
+    def _base_model(self) -> str | None:
+        name = self.base_model_name_or_path
+        return public_name(name) if self.pushed else located(name)
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write `adapter_config.json` (as PEFT does), the manifest `osrm_peft.json` and the card beside it."""

@@ -1,5 +1,6 @@
 """What a folder is that PEFT did not write as an adapter, and the command that helps."""
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -102,11 +103,12 @@ def _instead(folder: Path) -> str:
 
 def convert_command(folder: Path) -> str:
     """A command that writes an adapter's pickled weights as safetensors; torch loads tensors only."""
-    return (
-        f'python -c "import torch, safetensors.torch as s; f = {str(folder)!r}; '
+    code = (
+        "import sys, torch, safetensors.torch as s; f = sys.argv[1]; "
         f"s.save_file({{k: v.clone() for k, v in torch.load(f + '/{PICKLED}', map_location='cpu', "
-        f"weights_only=True).items()}}, f + '/{WEIGHTS}')\""
+        f"weights_only=True).items()}}, f + '/{WEIGHTS}')"
     )
+    return f'python -c "{code}" {shlex.quote(str(folder))}'
 
 
 def _is_diffusion(files: list[Path]) -> bool:
