@@ -23,9 +23,9 @@ from transformers import PreTrainedTokenizerFast
 from osrm_peft import OSRMLoraConfig, TaskFeatures, collect_features, initialize_osrm_weights, tensor_files
 from osrm_peft.features import tokenizer_hash
 from osrm_peft.moments import STATISTICS, FeatureMoments
+from osrm_peft.out_of_task import check_tasks
 from osrm_peft.spectrum import Pool, Spectrum
 from osrm_peft.subspace import choose_directions
-from osrm_peft.out_of_task import check_tasks
 from osrm_peft.tensor_files import write_tensors
 from tests.conftest import make_base, make_batch
 from tests.hub import Hub

@@ -193,8 +193,8 @@ def _merge_layer(
         raise ValueError(f"layer {name!r}: {error}") from error
     except (torch.linalg.LinAlgError, ArpackError) as error:
         raise ValueError(
-            f"layer {name!r}: its singular values were not found ({error}): are all weights finite and of a usual "
-            "size? Merge without this layer, or by a method that needs none, such as task_arithmetic with space='weight'"
+            f"layer {name!r}: its singular values were not found ({error}): are all weights of a usual size? "
+            "method='concat' needs none"
         ) from error
     if plan.guided_scale and plan.features is not None:
         fixed = None if offset is None else (offset.B, offset.A)
@@ -247,8 +247,11 @@ def _masked(plan: MergePlan, names: Iterable[str], processes: Processes) -> Mask
     def one(name: str) -> tuple[MaskedLayer, Tensor, Tensor]:
         stack, weights = enter(plan.space, plan.inputs.factors(name)).stack, plan.weights[name]
         unified, masks = plan.method.fn(stack, weights.to(stack.dtype), **taken(plan.method.fn, plan.options))
-        if not bool((plan.scale * unified).isfinite().all()):
-            raise ValueError(f"layer {name!r}: {_TOO_LARGE}")
+        try:
+            _check_finite(stack)
+            _check_finite(plan.scale * unified)
+        except ValueError as error:
+            raise ValueError(f"layer {name!r}: {error}") from error
         full = weights.abs() * stack.abs().sum((1, 2), dtype=torch.float64)  # (T,) Σ|w_t τ_t|
         kept = (masks * unified.abs()).sum((1, 2), dtype=torch.float64)  # (T,) Σ|M_t ⊙ τ_uni|
         return MaskedLayer.pack(unified.to(plan.dtype), masks), full, kept
