@@ -8,7 +8,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM ?= false
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
-.PHONY: setup demo test test-distributed reproduce-small reproduce-smollm2 lint clean
+.PHONY: setup demo test test-distributed test-kernels reproduce-small reproduce-smollm2 lint clean
 
 setup: $(INSTALLED)
 
@@ -39,6 +39,19 @@ test: lint $(ENGINES)
 
 test-distributed: $(ENGINES)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/multiprocess
+
+# The numerical tests with the kernels of other CPUs, and on one and two threads: four times about a minute.
+NUMERICAL := $(addprefix tests/,test_moments.py test_moment_files.py test_spectrum.py test_subspace.py test_projection.py \
+	test_interference.py test_features.py test_fisher.py merging golden)
+NUMERICAL_TESTS := $(BIN)/python -m pytest -q -n 2 --dist loadfile $(NUMERICAL) -k 'not no_copies_are_kept and not from_the_hub'
+OLD := ATEN_CPU_CAPABILITY=default MKL_CBWR=COMPATIBLE ONEDNN_MAX_CPU_ISA=SSE41 OPENBLAS_CORETYPE=Nehalem
+AVX2 := ATEN_CPU_CAPABILITY=avx2 MKL_CBWR=AVX2 ONEDNN_MAX_CPU_ISA=AVX2 OPENBLAS_CORETYPE=Haswell
+
+test-kernels: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(OLD) $(NUMERICAL_TESTS)
+	OMP_NUM_THREADS=1 $(AVX2) $(NUMERICAL_TESTS)
+	OMP_NUM_THREADS=2 $(AVX2) $(NUMERICAL_TESTS) -n 1
+	OMP_NUM_THREADS=2 $(NUMERICAL_TESTS) -n 1
 
 # DeepSpeed is for the engine tests only; it compiles its own extension when it first runs.
 $(ENGINES): $(INSTALLED)

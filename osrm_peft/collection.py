@@ -247,6 +247,7 @@ def _sum_up(collector: Collector, seen: int, processes: Processes) -> int:
         for name, moments in own.items():
             moments.sum_over_([counts[name] for _, counts in everyone], processes.rank, processes.sum_)
     for name, moments in own.items():
+        moments.settle_()
         if not moments.mean().isfinite().all():
             raise ValueError(f"layer {name!r} receives NaN or Inf: is the model's checkpoint sound?")
     return sum(count for count, _ in everyone)

@@ -12,7 +12,7 @@ from torch import Tensor
 from osrm_peft.checks import integer
 from osrm_peft.files import parse_json
 from osrm_peft.hub import local_file
-from osrm_peft.moments import FeatureMoments
+from osrm_peft.moments import FeatureMoments, sum_of, symmetric
 from osrm_peft.tensor_files import Header, tensor_headers, tensor_reader
 
 SUFFIX = ".features.safetensors"
@@ -87,8 +87,8 @@ class MomentsOnDemand(FileMoments):
         if second is not None:
             if bool((second.diagonal() < 0).any()):
                 raise ValueError(f"{self._path} is damaged: the second moment of {leader!r} has a negative diagonal")
-            second *= count
-        return FeatureMoments(self._statistic, n, count, found["mean"] * count, second, found.get("samples"))
+            second = sum_of(second, count)
+        return FeatureMoments(self._statistic, n, count, sum_of(found["mean"], count), second, found.get("samples"))
 
     def _part(self, key: str) -> Tensor:
         tensor = self._read(key).float()
@@ -141,7 +141,7 @@ def parts_of(moments: FeatureMoments) -> dict[str, Tensor]:
     if moments.rows is not None:
         parts["samples"] = moments.rows
     if moments.second is not None:
-        parts["second_moment_tril"] = moments.second[_triangle(moments.width)] / moments.count
+        parts["second_moment_tril"] = symmetric(moments.second)[_triangle(moments.width)].double() / moments.count
     return parts
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from osrm_peft.checks import choice
 
 STATISTICS = ("mean", "sample", "token")
+_UNIT = torch.finfo(torch.float32).eps / 2  # the relative rounding of h
 
 
 @dataclass
@@ -106,18 +107,29 @@ class FeatureMoments:
         sum_(self.total)
         self.count = sum(counts)
 
+    def settle_(self) -> None:
+        """Round the sums to what a features file gives back of them: memory and file are then the same numbers.
+
+        The file holds float32 quotients by N. A quotient times N is the float32 nearest to all sums that have this
+        quotient, so it has it too, and a second file says the same again.
+        """
+        self._require_rows()
+        self.total = sum_of(self.total.double() / self.count, self.count)
+        if self.second is not None:
+            self.second = sum_of(symmetric(self.second).double() / self.count, self.count)
+
     def mean(self) -> Tensor:
         """(n,) Σh / N, float64."""
         self._require_rows()
         return self.total.double() / self.count
 
     def second_moment(self) -> Tensor:
-        """(n, n) S = Σhhᵀ / N, float64; for `"mean"` the rank-1 h̄ h̄ᵀ."""
+        """(n, n) S = Σhhᵀ / N, float64, symmetric to the bit; for `"mean"` the rank-1 h̄ h̄ᵀ."""
         root = self.root()
         if root is not None:
-            return root.mT @ root
+            return symmetric(root.mT @ root)
         assert self.second is not None
-        return self.second.double() / self.count
+        return symmetric(self.second).double() / self.count
 
     def root(self) -> Tensor | None:
         """(m, n) R with RᵀR = S, float64, where the vectors themselves are known; else None."""
@@ -125,6 +137,21 @@ class FeatureMoments:
         if self.statistic == "mean":
             return self.mean()[None]
         return None if self.rows is None else self.rows.double() / self.count**0.5
+
+    def rounding(self) -> Tensor:
+        """(n,) ε, float64: up to Σ_i v_i² ε_i of the energy vᵀSv of a unit vector v may be rounding.
+
+        Each entry of S is a sum of N products, rounded in the dtype of the sums (unit u): an error of about √N u/3 of
+        √(S_ii S_jj), so up to √n times that over n directions; 4 √(n + N) u bounds both where either is large. The h
+        themselves are float32, which adds an error of its square.
+        """
+        root, n = self.root(), self.width
+        if root is not None:
+            return (4 * _UNIT) ** 2 * (1 + n / len(root)) * root.square().sum(0)
+        assert self.second is not None
+        size = self.second.diagonal().double() / self.count
+        sums = 4 * (n + self.count) ** 0.5 * torch.finfo(self.second.dtype).eps / 2
+        return (sums + (4 * _UNIT) ** 2 * (1 + n / self.count)) * size
 
     def rank_bound(self) -> int:
         """No S of these moments has a larger rank."""
@@ -147,3 +174,13 @@ class FeatureMoments:
     def _require_rows(self) -> None:
         if self.count == 0:
             raise ValueError("no rows were seen: is the loader empty, or is every position padding?")
+
+
+def symmetric(S: Tensor) -> Tensor:
+    """(S + Sᵀ) / 2: on some CPUs XᵀX is symmetric to rounding only, and `eigh` and files look at one triangle."""
+    return (S + S.mT) / 2
+
+
+def sum_of(quotient: Tensor, count: int) -> Tensor:
+    """The float32 sum of `count` terms with this mean (rounded to float32)."""
+    return (quotient.float().double() * count).float()

@@ -246,5 +246,6 @@ def _effect_kept(pool: Pool, after: Tensor, before: Tensor) -> float:
 
 
 def _rounding(pool: Pool, L: Tensor) -> Tensor:
-    """What float64 can make of E‖L h‖² = 0, which is at most ‖L‖² E‖h‖²."""
-    return L.shape[1] * torch.finfo(L.dtype).eps * L.square().sum() * pool.trace()
+    """What the sums of S and float64 can make of E‖L h‖² = 0, which is at most ‖L‖² E‖h‖²."""
+    ours = L.shape[1] * torch.finfo(L.dtype).eps * L.square().sum() * pool.trace()
+    return ours + L.square().sum(0) @ pool.rounding

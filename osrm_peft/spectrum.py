@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from osrm_peft.checks import integer, number
-from osrm_peft.moments import FeatureMoments
+from osrm_peft.moments import FeatureMoments, symmetric
 
 _EPS = torch.finfo(torch.float64).eps
 
@@ -20,11 +20,13 @@ class Pool:
         root: (m, n) R with RᵀR = S, where all tasks know the vectors themselves and m < n; else None.
         second: (n, n) S where there is no root.
         rank_bound: S has no larger rank.
+        rounding: (n,) ε, float64: up to Σ v_i² ε_i of a unit vector's energy may be rounding, see FeatureMoments.
     """
 
     root: Tensor | None
     second: Tensor | None
     rank_bound: int
+    rounding: Tensor
 
     @classmethod
     def of(cls, moments: Sequence[FeatureMoments]) -> "Pool":
@@ -41,18 +43,19 @@ class Pool:
                 f"the tasks' features have different widths {widths}: they are of different layers or models"
             )
         bound = min(widths[0], sum(task.rank_bound() for task in moments))
+        rounding = torch.stack([task.rounding() for task in moments]).mean(0)
         roots = [root for root in (task.root() for task in moments) if root is not None]
         if len(roots) == len(moments) and sum(map(len, roots)) < widths[0]:
-            return cls(torch.cat(roots) / len(roots) ** 0.5, None, bound)
+            return cls(torch.cat(roots) / len(roots) ** 0.5, None, bound, rounding)
         S = moments[0].second_moment()
         for task in moments[1:]:
             S += task.second_moment()
-        return cls(None, S / len(moments), bound)
+        return cls(None, S / len(moments), bound, rounding)
 
     def second_moment(self) -> Tensor:
         """(n, n) S."""
         if self.root is not None:
-            return self.root.mT @ self.root
+            return symmetric(self.root.mT @ self.root)
         assert self.second is not None
         return self.second
 
@@ -80,7 +83,7 @@ class Pool:
     def float(self) -> "Pool":
         """The same in float32, to be kept."""
         root, second = (None if tensor is None else tensor.float() for tensor in (self.root, self.second))
-        return Pool(root, second, self.rank_bound)
+        return Pool(root, second, self.rank_bound, self.rounding)
 
 
 @dataclass(frozen=True)
@@ -100,14 +103,12 @@ class Spectrum:
         """The spectrum of S_¬t; from vectors in O(m²n) without an n×n matrix, m < n their number."""
         if pool.root is not None:
             _, singular, Vh = torch.linalg.svd(pool.root, full_matrices=False)
-            keep = singular > pool.root.shape[1] * _EPS * singular[0]
-            return cls(singular[keep].square(), Vh[keep].mT)
-        S = pool.second_moment()
-        energy, vectors = torch.linalg.eigh(S)
-        energy, vectors = energy.flip(0), vectors.flip(1)
-        # The sums of S were rounded to float32, so the null space that the counts tell of shows as tiny eigenvalues.
-        rank = min(pool.rank_bound, int((energy > len(S) * _EPS * energy[0]).sum()))
-        return cls(energy[:rank], vectors[:, :rank])
+            energy, vectors = singular.square(), Vh.mT
+        else:
+            energy, vectors = torch.linalg.eigh(pool.second_moment())
+            energy, vectors = energy.flip(0), vectors.flip(1)
+        sure = above_rounding(energy, vectors, pool.rounding)
+        return cls(energy[sure][: pool.rank_bound], vectors[:, sure][:, : pool.rank_bound])
 
     @property
     def width(self) -> int:
@@ -131,6 +132,19 @@ class Spectrum:
     def root(self) -> Tensor:
         """(m, n) R with RᵀR = S."""
         return (self.vectors * self.energy.sqrt()).mT
+
+
+def above_rounding(energy: Tensor, vectors: Tensor, rounding: Tensor) -> Tensor:
+    """(m,) bool: which energies are more than rounding: the null space of rounded sums shows as small ones, ± alike.
+
+    Args:
+        energy: (m,) vᵀSv, largest first.
+        vectors: (n, m) the v, of any length.
+        rounding: (n,) ε, see FeatureMoments. It is an estimate: where energies are negative, which S has none of, they
+            tell how large its rounding really is.
+    """
+    noise = rounding @ vectors.square() + len(vectors) * _EPS * energy[0].clamp_min(torch.finfo(energy.dtype).tiny)
+    return energy > noise * (-2 * energy / noise).max().clamp_min(1)
 
 
 def check_protect(protect: int | float | None) -> int | float | None:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from osrm_peft.checks import choice, integer
 from osrm_peft.moments import FeatureMoments
-from osrm_peft.spectrum import Spectrum, check_protect
+from osrm_peft.spectrum import Pool, Spectrum, above_rounding, check_protect
 
 NULL_SPACES = ("random", "in_task")
 IN_TASK = ("none", "difference", "ratio")
@@ -54,7 +54,8 @@ def choose_directions(
     assert own is not None
     if in_task == "difference":
         S = others.root().mT @ others.root()
-        M = in_task_weight * _unit_trace(own.second_moment()) - (1 - in_task_weight) * _unit_trace(S)
+        R = Spectrum.of(Pool.of([own])).root()  # what is rounding in the own features is 0, and the seed's to choose
+        M = in_task_weight * _unit_trace(R.mT @ R) - (1 - in_task_weight) * _unit_trace(S)
         values, vectors = torch.linalg.eigh(M)
         return _top(values, vectors, r, generator)
     found = _free_directions(others, own, r) if in_task == "none" else _ratio_directions(others, own, r, ridge)
@@ -125,12 +126,12 @@ def _free_directions(others: Spectrum, own: FeatureMoments, r: int) -> Tensor:
     V, R = others.vectors, own.root()
     if R is not None:
         _, singular, Vh = torch.linalg.svd(_project_off(R, V.mT), full_matrices=False)
-        energy, rows, total = singular.square(), Vh, R.square().sum()
+        energy, rows = singular.square(), Vh
     else:
         S = own.second_moment()
         energy, vectors = torch.linalg.eigh(_project_off(_project_off(S, V.mT).mT, V.mT))
-        energy, rows, total = energy.flip(0), vectors.mT.flip(0), S.trace()
-    rows = rows[:r][energy[:r] > others.width * _EPS * total]
+        energy, rows = energy.flip(0), vectors.mT.flip(0)
+    rows = rows[above_rounding(energy, rows.mT, own.rounding())][:r]
     return _orthonormal_rows(_project_off(rows, V.mT))
 
 
@@ -152,7 +153,8 @@ def _ratio_directions(others: Spectrum, own: FeatureMoments, r: int, ridge: floa
     else:
         kappa, vectors = torch.linalg.eigh(whiten(whiten(own.second_moment()).mT))
         kappa, rows = kappa.flip(0), vectors.mT.flip(0)
-    return _orthonormal_rows(whiten(rows[:r][kappa[:r] > others.width * _EPS * kappa[0]]))
+    found = whiten(rows)  # not orthonormal yet: κ is the own energy of these
+    return _orthonormal_rows(found[above_rounding(kappa, found.mT, own.rounding())][:r])
 
 
 def _top(values: Tensor, vectors: Tensor, r: int, generator: torch.Generator) -> Tensor:

@@ -90,3 +90,59 @@ def test_nothing_seen_and_nonsense_are_errors():
         FeatureMoments("median", 4)
     with pytest.raises(ValueError, match="cannot add moments 'mean' of width 4 to 'token' of width 4"):
         FeatureMoments("token", 4).merge_(FeatureMoments("mean", 4))
+
+
+def asymmetric(n=6, count=11, seed=0):
+    """Sums as they are on a CPU whose kernels give XᵀX symmetric to rounding only: one entry is a unit off."""
+    moments = FeatureMoments("token", n)
+    moments.add_(torch.randn(count, 1, n, generator=torch.Generator().manual_seed(seed)))
+    moments.second = (moments.second + moments.second.mT) / 2
+    moments.second[0, 1] = moments.second[0, 1].nextafter(torch.tensor(torch.inf))
+    return moments
+
+
+def test_an_asymmetry_of_one_unit_in_the_last_place_is_not_read():
+    """`eigh` and files look at one triangle: a sum and its transpose are one second moment, to the bit."""
+    moments = asymmetric()
+    turned = FeatureMoments("token", 6, moments.count, moments.total, moments.second.mT.contiguous())
+    S = moments.second_moment()
+    assert torch.equal(S, S.mT) and torch.equal(S, turned.second_moment())
+    both = (moments.second[0, 1].double() + moments.second[1, 0].double()) / 2 / moments.count
+    assert float((S[0, 1] - both).abs()) <= 2**-24 * float(both.abs())
+    few = FeatureMoments("sample", 6)
+    few.add_(torch.randn(3, 2, 6))
+    assert torch.equal(few.second_moment(), few.second_moment().mT)
+
+
+@given(st.integers(1, 2**24), st.integers(0, 10**6))
+def test_settled_sums_are_what_a_file_gives_back(count, seed):
+    """Float32 quotients times the count are the sums again, and settling once more changes nothing."""
+    moments = asymmetric(seed=seed)
+    moments.count = count
+    before = moments.second_moment(), moments.mean()
+    moments.settle_()
+    torch.testing.assert_close((moments.second_moment(), moments.mean()), before, rtol=3 * 2**-24, atol=0)
+    assert torch.equal(moments.second, moments.second.mT)
+    for total in (moments.second.clone(), moments.total.clone()):
+        written = (total.double() / count).float()
+        assert torch.equal((written.double() * count).float(), total)
+    second, total = moments.second, moments.total
+    moments.settle_()
+    assert torch.equal(moments.second, second) and torch.equal(moments.total, total)
+
+
+@pytest.mark.parametrize("batch", [1, 7, 100])
+@pytest.mark.parametrize("kind", ["drawn", "repeated", "of unequal sizes"])
+def test_the_rounding_of_sums_is_within_its_estimate(kind, batch):
+    """Entry by entry, √n times of which is the most that a direction can have."""
+    n, generator = 24, torch.Generator().manual_seed(0)
+    x = torch.randn(400, n, generator=generator)
+    x = x[:5].repeat(80, 1) if kind == "repeated" else x * torch.logspace(0, -3, n) if "unequal" in kind else x
+    moments = FeatureMoments("token", n)
+    for part in x.split(batch):
+        moments.add_(part)
+    off = (moments.second_moment() - x.double().mT @ x.double() / len(x)).abs()
+    allowed = moments.rounding().sqrt()
+    assert (off <= allowed * allowed[:, None]).all()
+    exact = FeatureMoments("token", n, len(x), x.sum(0), x.double().mT @ x.double())  # sums in float64
+    assert (exact.rounding() < 1e-6 * moments.rounding()).all()

@@ -149,3 +149,52 @@ def test_tasks_that_cannot_be_pooled():
         Pool.of([])
     with pytest.raises(ValueError, match=r"different widths \[2, 3\]"):
         Pool.of([moments_of(torch.ones(1, 1, n), "token") for n in (3, 2)])
+
+
+def of_rank(rank, n, count, kind, seed=0):
+    """(count, n) float32 vectors that span `rank` directions, up to their own rounding."""
+    generator = torch.Generator().manual_seed(seed)
+    basis = torch.linalg.qr(torch.randn(n, rank, generator=generator))[0].mT
+    if kind == "repeated":  # few tokens, again and again: what rounds up once rounds up always
+        return (3 * basis).repeat(-(-count // rank), 1)[:count]
+    x = torch.randn(count, rank, generator=generator) @ basis
+    if kind == "of unequal sizes":
+        x = x * torch.logspace(0, -3, n)
+        x[:, 0] *= 100
+    return x + 3 * basis[0] if kind == "with a mean" else x
+
+
+@pytest.mark.parametrize("statistic", ["token", "sample"])
+@pytest.mark.parametrize("kind", ["drawn", "repeated", "of unequal sizes", "with a mean"])
+@pytest.mark.parametrize(("rank", "n", "count"), [(1, 5, 9), (6, 40, 100), (6, 40, 20), (30, 40, 1000), (6, 96, 3000)])
+def test_the_rounding_of_float32_sums_is_no_direction(rank, n, count, kind, statistic):
+    """Whatever the batches: the sums' errors differ, the rank and the directions do not."""
+    x = of_rank(rank, n, count, kind)
+    found = []
+    for batch in (7, 13, count):
+        moments = FeatureMoments(statistic, n)
+        for part in x.split(batch):
+            moments.add_(part if statistic == "token" else part[:, None])
+        found.append(Spectrum.of(Pool.of([moments])))
+        assert found[-1].rank == rank
+    for other in found[1:]:
+        V, W = found[0].vectors, other.vectors
+        assert float(torch.linalg.matrix_norm(V @ V.mT - W @ W.mT, 2)) < 2e-3
+
+
+def test_weak_directions_are_kept_down_to_the_rounding_of_the_sums():
+    """10⁻⁵ of the strongest energy is a direction in float32 sums, 10⁻⁹ in float64 ones only."""
+    x = torch.linalg.qr(torch.randn(64, 3, dtype=torch.float64))[0] * torch.tensor([1, 10**-2.5, 10**-4.5]).double()
+    basis = torch.linalg.qr(torch.randn(16, 3, dtype=torch.float64))[0]
+    S = basis @ (x.mT @ x) @ basis.mT
+    for dtype, rank in ((torch.float64, 3), (torch.float32, 2)):
+        moments = FeatureMoments("token", 16, 64, torch.zeros(16), S.to(dtype))
+        assert Spectrum.of(Pool.of([moments])).rank == rank
+
+
+def test_sums_that_were_rounded_more_than_their_dtype_says_tell_so_by_negative_energies():
+    """As those of a bfloat16 file: 8 bits a number."""
+    x = of_rank(6, 40, 1000, "drawn")
+    moments = moments_of(x, "token")
+    moments.second = moments.second.bfloat16().float()
+    assert Spectrum.of(Pool.of([moments])).rank == 6

@@ -172,6 +172,36 @@ def test_ratio_spans_the_top_generalised_eigenvectors():
     torch.testing.assert_close(top.T @ A.T @ A, top.T, rtol=0, atol=1e-9)  # span(top) lies in span(A)
 
 
+@pytest.mark.parametrize("statistic", ["token", "sample"])
+@pytest.mark.parametrize(
+    "options", [{}, {"null_space": "in_task"}, {"in_task": "ratio"}, {"in_task": "difference"}, {"protect": 3}], ids=str
+)
+def test_features_of_low_rank_choose_the_same_a_whatever_the_batches(options, statistic):
+    """Of the others and of the own ones, 6 of 40 directions each: what rounding adds is neither avoided nor sought."""
+    chosen = []
+    for batch in (7, 13, 100):
+        tasks_ = []
+        for seed in (0, 1):
+            x = torch.randn(100, 6, generator=generator(seed)) @ torch.randn(6, 40, generator=generator(10 + seed))
+            tasks_.append(FeatureMoments(statistic, 40))
+            for part in x.split(batch):
+                tasks_[-1].add_(part if statistic == "token" else part[:, None])
+        own = {"own": tasks_[1]} if "protect" not in options else {}
+        chosen.append(choose_directions(spectrum_of(tasks_[:1]), 8, generator=generator(1), **own, **options))
+        assert_orthonormal(chosen[-1])
+    for A in chosen[1:]:
+        torch.testing.assert_close(A.T @ A, chosen[0].T @ chosen[0], rtol=0, atol=1e-5)
+
+
+def test_all_the_own_energy_that_the_others_leave_free_is_taken():
+    x = torch.randn(100, 6, generator=generator()) @ torch.randn(6, 40, generator=generator(1))
+    others, own = moments_of(x), tasks(1, 100, 40, seed=5)[0]
+    A = choose_directions(spectrum_of([others]), 8, own=own, null_space="in_task", generator=generator())
+    free = torch.linalg.svd(x.double())[2][6:]
+    best = torch.linalg.eigvalsh(free @ own.second_moment() @ free.T)[-8:].sum()
+    assert energy(A, own.second_moment()) == pytest.approx(float(best), rel=1e-5)
+
+
 FORMS = {"vectors": lambda moments: moments, "second moments": as_second_moment}
 form = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 

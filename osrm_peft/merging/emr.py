@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from osrm_peft.merging.registry import register
+from osrm_peft.merging.ties import elected
 
 
 @register(
@@ -28,6 +29,6 @@ def emr(tau: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         (o, n) τ_uni in the dtype of `tau`, (T, o, n) bool masks.
     """
     theta = weights[:, None, None] * tau
-    sign = theta.sum(0).sign()  # (o, n) γ
+    sign = elected(theta)  # (o, n) γ
     unified = sign * torch.where(theta.sign() == sign, theta.abs(), 0).amax(0)
     return unified, (theta.sign() == unified.sign()) & (unified != 0)

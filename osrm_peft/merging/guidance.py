@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from osrm_peft.merging.lowrank import cross_energies
+from osrm_peft.merging.lowrank import sure_energies
 from osrm_peft.moments import FeatureMoments
 
 Product = tuple[Tensor, Tensor]  # B (o, r), A (r, n)
@@ -16,7 +16,7 @@ def normal_equations(products: Sequence[Product], moments: Sequence[FeatureMomen
 
     Their solution w minimises Σ_t E‖Σ_j w_j τ_j h_t − τ_t h_t‖².
     """
-    energies = [cross_energies(list(products), moment) for moment in moments]
+    energies = [sure_energies(list(products), moment) for moment in moments]
     return sum(energies[1:], energies[0]), torch.stack([K[:, t] for t, K in enumerate(energies)], 1).sum(1)
 
 
@@ -31,7 +31,7 @@ def best_scale(
     """argmin_c Σ_t E‖(offset + c · direction − τ_t) h_t‖²; 0 where the direction does nothing on any features."""
     top = bottom = 0.0
     for product, moment in zip(products, moments, strict=True):
-        M = cross_energies([direction, product, *([] if offset is None else [offset])], moment)
+        M = sure_energies([direction, product, *([] if offset is None else [offset])], moment)
         top += float(M[0, 1] - (M[0, 2] if offset is not None else 0))
         bottom += float(M[0, 0])
     return top / bottom if bottom > 0 else 0.0

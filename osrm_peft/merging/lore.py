@@ -10,7 +10,7 @@ from torch import Tensor
 from osrm_peft.checks import choice, integer, number
 from osrm_peft.merging.registry import Merged, register
 from osrm_peft.merging.sparsify import check_density
-from osrm_peft.merging.thresholding import SMALL, Directions, above, strongest, top_value
+from osrm_peft.merging.thresholding import SMALL, TOLERANCE, Directions, above, strongest, top_value
 from osrm_peft.merging.ties import ties
 
 COMBINE = ("sum", "average", "ties")
@@ -86,6 +86,7 @@ def lore(
 
     Returns:
         Merged(direction τ, offset θ₀ − W₀, report {iterations, converged, mu, objective}), both in the dtype of `tau`.
+        Where the δ_t cancel to rounding (always those of two adapters: δ_1 = −δ_2) the direction is 0.
     """
     check(mu, mu_ratio, rank_ratio, combine, density, max_iterations, tolerance)
     narrow = min(tau.shape[1:])
@@ -112,15 +113,23 @@ def lore(
     report: dict[str, Any] = {"iterations": iterations, "converged": moved <= tolerance * size}
     report |= {"rank": rank} if rank is not None else {"mu": mu, "objective": value}
 
+    # How much of Σ δ_t may be rounding: of the θ_t, and of δ_t that were found by iterations.
+    rounding = 4 * narrow**0.5 * torch.finfo(dtype).eps * sum(float(one.norm()) for one in theta)
+    if narrow > SMALL and rank is None:
+        rounding += 4 * TOLERANCE * sum(float((each.S - threshold).norm()) for each in found)
     if combine == "ties":
         delta = torch.stack([each.soft(one - base, threshold) for one, each in zip(theta, found, strict=True)])
         delta = delta if delta.shape == tau.shape else delta.mT
+        if float(delta.sum(0).norm()) <= rounding:
+            delta = torch.zeros_like(delta)
         kept = partial(ties, weights=torch.ones(len(tau)), density=density)
         return Merged(delta.to(tau.dtype), offset.to(tau.dtype), report, kept)
     direction = torch.zeros_like(offset)
     for rows in _blocks(base):
         for one, each in zip(theta, found, strict=True):
             _tall(direction)[rows] += each.soft(one[rows] - base[rows], threshold)
+    if float(direction.norm()) <= rounding:
+        direction.zero_()
     direction /= 1 if combine == "sum" else len(theta)
     return Merged(direction.to(tau.dtype), offset.to(tau.dtype), report)
 

@@ -41,12 +41,22 @@ def compress(B: Tensor, A: Tensor, rank: int | None = None) -> Compressed:
     return _cut(*_thin_svd(B.double(), A.double()), rank)
 
 
-def compress_matrix(X: Tensor, rank: int | None = None) -> Compressed:
+def compress_matrix(X: Tensor, rank: int | None = None, by: Tensor | None = None) -> Compressed:
     """The same of a matrix (o, n) that is there, whose full SVD takes minutes where it is wide.
 
     Above a width of 1,024 a small `rank` is found by Lanczos iterations to rounding (ARPACK), and without `rank` X is
     returned as it is, X·I, at full rank.
+
+    Args:
+        by: (o, n) with the singular vectors of X, whose singular values say which of them a lower `rank` keeps: where
+            those of X are equal, X alone does not say.
     """
+    if by is not None and rank is not None:
+        kept = compress_matrix(by, rank).factors
+        U, V = torch.linalg.qr(kept.B).Q, torch.linalg.qr(kept.A.mT).Q
+        inner = U.mT @ X.double() @ V
+        energy = float(inner.square().sum() / X.double().square().sum()) if X.any() else 1.0
+        return compress(U @ inner, V.mT)._replace(energy_kept=energy)
     X, narrow = X.double(), min(X.shape)
     square = float(X.square().sum())
     if square == 0:
@@ -93,13 +103,32 @@ def cross_energies(products: list[tuple[Tensor, Tensor]], moments: FeatureMoment
     Returns:
         float64, symmetric and positive semidefinite; the diagonal holds E‖X_j h‖².
     """
+    return _cross_energies(products, moments)[0]
+
+
+def sure_energies(products: list[tuple[Tensor, Tensor]], moments: FeatureMoments) -> Tensor:
+    """The same, with 0 in the rows and columns of a product whose own energy may be rounding of S or of itself."""
+    energies, rounding = _cross_energies(products, moments)
+    sure = energies.diagonal() > rounding
+    return torch.where(sure & sure[:, None], energies, 0)
+
+
+def _cross_energies(products: list[tuple[Tensor, Tensor]], moments: FeatureMoments) -> tuple[Tensor, Tensor]:
+    """(P, P) the energies, (P,) how much of the diagonal may be rounding."""
     B = torch.cat([B.double() for B, _ in products], dim=1)  # (o, R)
     A = torch.cat([A.double() for _, A in products])  # (R, n)
     root = moments.root()
     reads = A @ moments.second_moment() @ A.mT if root is None else (A @ root.mT) @ (root @ A.mT)  # (R, R) A S Aᵀ
     owner = torch.repeat_interleave(torch.tensor([len(A) for _, A in products]))  # (R,)
-    rows = torch.zeros(len(products), len(A), dtype=torch.float64).index_add_(0, owner, (B.mT @ B) * reads)
-    return torch.zeros(len(products), len(products), dtype=torch.float64).index_add_(1, owner, rows)
+
+    def blocks(terms: Tensor) -> Tensor:  # (R, R) → (P, P) sums over each pair of products
+        rows = torch.zeros(len(products), len(A), dtype=torch.float64).index_add_(0, owner, terms)
+        return torch.zeros(len(products), len(products), dtype=torch.float64).index_add_(1, owner, rows)
+
+    inner = B.mT @ B
+    sums = blocks(inner * ((A * moments.rounding()) @ A.mT)).diagonal()  # Σ_i ε_i ‖X_j e_i‖²
+    norms = inner.diagonal().sqrt() * reads.diagonal().clamp_min(0).sqrt()  # (R,): what terms may cancel to rounding
+    return blocks(inner * reads), sums + len(A.mT) * _EPS * blocks(norms * norms[:, None]).diagonal()
 
 
 def numerical_rank(S: Tensor) -> int:

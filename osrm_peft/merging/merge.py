@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any, Literal, overload
 
 import torch
+from scipy.sparse.linalg import ArpackError
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -25,6 +26,11 @@ from osrm_peft.merging.statistics import Statistics
 from osrm_peft.merging.weights import Weights
 
 logger = logging.getLogger(__name__)
+
+_TOO_LARGE = (
+    "the merged weights would be NaN or Inf in float32: an adapter's weights, the weights of the merge or its scale "
+    "are too large; lower them, or leave that adapter out"
+)
 
 
 @overload
@@ -180,21 +186,30 @@ def _merge_layer(
             direction = Compressed(exact, 1.0) if plan.rank is None else compress(exact.B, exact.A, plan.rank)
         else:
             layer = stacks.layer(name)
+            _check_finite(layer.stack)
             out = plan.method.fn(layer.stack, weights.to(layer.stack.dtype), **arguments)
             merged = out if isinstance(out, Merged) else Merged(out)
+            _check_finite(merged.direction)
             report = dict(merged.report)
             cut = plan.rank if merged.offset is None else None  # with an offset, the rank is of their sum
             if merged.finish is not None:
                 direction = compress_matrix(merged.finish(layer.dense(merged.direction)), cut)
             elif merged.offset is None or layer.left is None or layer.right is None:
-                direction = layer.compress(merged.direction, cut)
+                by = None if cut is None or plan.method.cut_by is None else plan.method.cut_by(layer.stack, weights)
+                direction = layer.compress(merged.direction, cut, by)
             else:  # both in the same bases: A is shared
                 direction = Compressed(Factors(layer.right.mT.float(), layer.left @ merged.direction), 1.0)
                 offset = Factors(direction.factors.A, layer.left @ merged.offset)
             if merged.offset is not None and offset is None:
                 offset = layer.compress(merged.offset).factors
+        _check_size(plan.scale, direction.factors, offset)
     except ValueError as error:
         raise ValueError(f"layer {name!r}: {error}") from error
+    except (torch.linalg.LinAlgError, ArpackError) as error:
+        raise ValueError(
+            f"layer {name!r}: its singular values were not found ({error}): are all weights of a usual size? "
+            "method='concat' needs none"
+        ) from error
     if plan.guided_scale and plan.features is not None:
         fixed = None if offset is None else (offset.B, offset.A)
         found = direction.factors
@@ -203,6 +218,22 @@ def _merge_layer(
         report["scale"] = scale
     factors = _float32(direction.factors)  # solved in float64, kept as it will be written at most
     return MergedLayer(direction._replace(factors=factors), offset and _float32(offset)), report
+
+
+def _check_finite(tensor: Tensor) -> None:
+    if not bool(tensor.isfinite().all()):
+        raise ValueError(_TOO_LARGE)
+
+
+def _check_size(scale: float, direction: Factors, offset: Factors | None) -> None:
+    """The layer's entries, at most Σ ‖row of s·B‖ ‖column of A‖, must have a place in float32."""
+    most = 0.0
+    for factor, one in ((scale, direction), (1.0, offset)):
+        if one is not None and one.rank:
+            B, A = one.B.double().norm(dim=1).max(), one.A.double().norm(dim=0).max()
+            most += abs(factor * one.s) * float(B * A)
+    if not most <= torch.finfo(torch.float32).max:  # NaN, too
+        raise ValueError(_TOO_LARGE)
 
 
 def _float32(factors: Factors) -> Factors:
@@ -230,6 +261,11 @@ def _masked(plan: MergePlan, names: Iterable[str], processes: Processes) -> Mask
     def one(name: str) -> tuple[MaskedLayer, Tensor, Tensor]:
         stack, weights = enter(plan.space, plan.inputs.factors(name)).stack, plan.weights[name]
         unified, masks = plan.method.fn(stack, weights.to(stack.dtype), **taken(plan.method.fn, plan.options))
+        try:
+            _check_finite(stack)
+            _check_finite(plan.scale * unified)
+        except ValueError as error:
+            raise ValueError(f"layer {name!r}: {error}") from error
         full = weights.abs() * stack.abs().sum((1, 2), dtype=torch.float64)  # (T,) Σ|w_t τ_t|
         kept = (masks * unified.abs()).sum((1, 2), dtype=torch.float64)  # (T,) Σ|M_t ⊙ τ_uni|
         return MaskedLayer.pack(unified.to(plan.dtype), masks), full, kept

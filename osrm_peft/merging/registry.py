@@ -51,6 +51,8 @@ class Method:
         needs: the statistic of each task that fn takes: "gram" (FeatureMoments) or "fisher" ((o, n) tensors).
         baseless: full checkpoints need no base model: a matrix added to all θ_t is added to the result.
         spectral: fn looks at singular values, so it needs whole matrices.
+        cut_by: cut_by(tau, weights) → (o, n) with the result's singular vectors: which of them a lower rank keeps, for
+            a method whose result has equal singular values.
         per_task: fn returns (shared (o, n), masks (T, o, n)): a result that differs by task (EMR).
         options: {name: default} of fn, prepare and summarise.
     """
@@ -67,6 +69,7 @@ class Method:
     needs: str | None = None
     baseless: bool = False
     spectral: bool = False
+    cut_by: Callable[[Tensor, Tensor], Tensor] | None = None
     per_task: bool = False
     options: dict[str, Any] = field(default_factory=dict)
 

@@ -24,9 +24,9 @@ class Layer(NamedTuple):
     left: Tensor | None = None
     right: Tensor | None = None
 
-    def compress(self, merged: Tensor, rank: int | None = None) -> Compressed:
+    def compress(self, merged: Tensor, rank: int | None = None, by: Tensor | None = None) -> Compressed:
         """A merged (p, q) matrix as factors in the layer, of at most `rank`; the bases are orthonormal, so cut here."""
-        factors, energy = compress_matrix(merged, rank)
+        factors, energy = compress_matrix(merged, rank, by)
         A, B = factors.A, factors.B
         A = A if self.right is None else A @ self.right.mT
         return Compressed(Factors(A, B if self.left is None else self.left @ B), energy)

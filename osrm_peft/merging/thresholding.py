@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 SMALL = 256  # up to this width a full SVD in float64 is quick
-_TOLERANCE = 1e-5  # of the norm of what is found
+TOLERANCE = 1e-5  # of the norm of what is found
 _NEXT = 0.5  # of μ: as far as the directions go that are iterated
 _ROUNDS = 30
 
@@ -48,7 +48,7 @@ def above(X: Tensor, mu: float, start: Directions | None = None) -> Directions:
             k, misfit = int((mu < S).sum()), (Y[:, : len(S)] - U * S).norm(dim=0)
             # What is left lies in directions with σ ≤ S[-1], and moves U(Σ − μ)Vᵀ by (σ − μ)/(σ − S[-1]) of itself.
             share = (S[:k] - mu) / (S[:k] - S[-1]).clamp_min(torch.finfo(X.dtype).tiny)
-            allowed = _TOLERANCE * (S[:k] - mu).norm()
+            allowed = TOLERANCE * (S[:k] - mu).norm()
             settled = bool((misfit[:k] * share.clamp_max(1)).norm() <= allowed) and bool(S[-1] <= _NEXT * mu)
             # Near a value s that is found to r lies a singular value of at most s + r: may it be above μ?
             if settled and bool((S[k:] + misfit[k:] <= mu + allowed + 1e-6 * mu).all()):

@@ -34,7 +34,8 @@ def ties(
 
         τ_m = Σ_{t: sgn(w_t τ̂_t) = γ} w_t τ̂_t / #{t: sgn(w_t τ̂_t) = γ}     (paper, Algorithm 1)
 
-    Weights scale the task vectors before the election (the paper has none); where the sum is exactly 0 nothing is kept.
+    Weights scale the task vectors before the election (the paper has none); where the sum is 0 to rounding nothing is
+    kept.
 
     Args:
         tau: (T, o, n) task vectors of one layer.
@@ -48,6 +49,12 @@ def ties(
     """
     thresholds = magnitude_thresholds([tau], density) if summary is None else summary
     trimmed = weights[:, None, None] * keep_above(tau, thresholds)
-    sign = trimmed.sum(0).sign()  # (o, n) γ
+    sign = elected(trimmed)
     agrees = (trimmed.sign() == sign) & (sign != 0)
     return torch.where(agrees, trimmed, 0).sum(0) / agrees.sum(0).clamp_min(1)
+
+
+def elected(tau: Tensor) -> Tensor:
+    """(o, n) γ = sgn(Σ_t τ_t) of (T, o, n), 0 where the terms cancel: the sign of what rounding leaves is no vote."""
+    total = tau.sum(0)
+    return torch.where(total.abs() > 4 * torch.finfo(tau.dtype).eps * tau.abs().sum(0), total.sign(), 0)

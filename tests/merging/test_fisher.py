@@ -148,3 +148,14 @@ def test_statistics_that_do_not_fit_are_refused(statistics, message):
 def test_methods_that_take_no_statistics_say_so():
     with pytest.raises(ValueError, match=r"ties takes no statistics: leave them out"):
         merge_adapters({"s": lora(1)}, "ties", statistics={"s": information("s", 1)})
+
+
+@pytest.mark.parametrize("order", ["mzb", "zbm", "bmz"])
+def test_each_task_has_its_own_information_in_whatever_order_it_is_given(order):
+    """By name: neither sorted, nor in the order of the mapping."""
+    adapters = {task: lora(seed) for seed, task in enumerate("zbm", start=1)}
+    statistics = {task: information(task, seed) for seed, task in enumerate("zbm", start=1)}
+    merged = merge_adapters(adapters, "fisher", statistics={task: statistics[task] for task in order}).deltas()
+    for name in LAYERS:
+        F = torch.stack([statistics[task].layers[name].double() for task in "zbm"])
+        close(merged[name], (F * dense(adapters, name)).sum(0) / F.sum(0), 1e-6)

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -5,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from osrm_peft import DiagonalFisher, TaskFeatures, merge_adapters
+from osrm_peft.merging.guidance import solve
 from osrm_peft.merging.lowrank import cross_energies
 from osrm_peft.moments import FeatureMoments
 from tests.merging.test_concat import LAYERS, close, dense, lora
@@ -230,6 +233,98 @@ def test_a_lower_rank_gets_the_scale_that_suits_it():
         expected = best(cut.deltas()[name], 0 * cut.deltas()[name], adapters, vectors, name)
         assert merged.manifest["report"][name]["scale"] == pytest.approx(expected, rel=1e-6)
     assert merged.energy_kept() == pytest.approx(cut.energy_kept())
+
+
+# ---- rounding is 0, not a direction
+
+
+@pytest.mark.parametrize("combine", ["sum", "average", "ties"])
+@pytest.mark.parametrize("space", ["core", "weight", "knots"])
+def test_lore_of_two_adapters_is_their_mean_whatever_the_features_and_the_order(space, combine):
+    """Its direction is δ_1 + δ_2 = 0, which no scale makes anything of."""
+    adapters = {task: lora(seed) for seed, task in enumerate("st", start=1)}
+    files, _ = features_of("st")
+    for tasks in ("st", "ts"):
+        given_ = {task: adapters[task] for task in tasks}
+        options = {"scale": "features", "features": files, "combine": combine, "space": space}
+        merged = merge_adapters(given_, "lore", **options)
+        for name in LAYERS:
+            assert merged.manifest["report"][name]["scale"] == 0
+            close(merged.deltas()[name], dense(adapters, name).mean(0), 1e-6)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_lore_of_copies_is_the_adapter(count):
+    adapters = {task: lora(1) for task in "stu"[:count]}
+    files, _ = features_of(adapters)
+    merged = merge_adapters(adapters, "lore", scale="features", features=files)
+    close(merged.deltas()["a"], dense({"s": lora(1)}, "a")[0], 1e-6)
+
+
+def blind(seed, free, n=24):
+    """Features in the directions that `free` (n, n) leaves, summed in float32, and adapters that read the others."""
+    generator = torch.Generator().manual_seed(seed)
+    moments = FeatureMoments("token", n)
+    moments.add_((torch.randn(200, n, generator=generator).double() @ (torch.eye(n) - free).double()).float())
+    return moments
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_what_an_adapter_does_to_the_rounding_of_features_counts_as_nothing(seed):
+    """Its A reads the directions that no task's features have: E‖τh‖² = 0, which float32 sums give as ±10⁻⁷."""
+    basis = torch.linalg.qr(torch.randn(24, 24, generator=torch.Generator().manual_seed(seed)))[0]
+    free = basis[:, :6] @ basis[:, :6].mT
+    files = {}
+    for t, task in enumerate("st"):
+        files[task] = TaskFeatures(task, "tiny", "", "token", layers={"x": blind(10 * seed + t, free)})
+    adapters = {task: lora(i, {"x": (5, 24, 2)}) for i, task in enumerate("st")}
+    quiet = {task: replace(one, factors={"x": replace(one.factors["x"], A=one.factors["x"].A @ free)})
+             for task, one in adapters.items()}  # fmt: skip
+    merged = merge_adapters(quiet, "average", scale="features", features=files)
+    assert merged.manifest["report"]["x"]["scale"] == 0
+    both, tau = {"s": adapters["s"], "t": quiet["t"]}, dense(adapters)[0]
+    energies = torch.stack([(tau @ files[task].layers["x"].second_moment() * tau).sum() for task in "st"])
+    for weights in ("features", "features_global"):
+        chosen = merge_adapters(both, "concat", weights=weights, features=files).manifest["chosen_weights"]["x"]
+        assert chosen["t"] == 0 and chosen["s"] == pytest.approx(float(energies[0] / energies.sum()), rel=1e-4)
+
+
+def test_factors_that_cancel_do_nothing():
+    files, _ = features_of("stu")
+    one = lora(1)
+    adapters = {"s": one, "t": one, "u": one}
+    merged = merge_adapters(adapters, "concat", weights=[0.3, -0.1, -0.2], scale="features", features=files)
+    assert [layer["scale"] for layer in merged.manifest["report"].values()] == [0, 0]
+
+
+@pytest.mark.parametrize(
+    ("values", "cut"),
+    [([1, 1e-8], False), ([1, 1e-9], False), ([1, 1e-11], True), ([1e6, 1e-5], True), ([1e-9, 1e-12], False)],
+)
+def test_the_pseudo_inverse_cuts_at_1e_10_of_the_largest(values, cut):
+    """Weights of task vectors that are alike to 10⁻⁵ are shared; those that differ more are told apart."""
+    Q = torch.linalg.qr(torch.randn(2, 2, dtype=torch.float64))[0]
+    normal, weights = Q @ torch.diag(torch.tensor(values).double()) @ Q.mT, torch.tensor([2.0, -1.0]).double()
+    expected = Q[:, :1] @ Q[:, :1].mT @ weights if cut else weights
+    torch.testing.assert_close(solve((normal + normal.mT) / 2, normal @ weights), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("order", ["mzb", "zbm", "bmz"])
+def test_each_task_has_its_own_features_in_whatever_order_they_are_given(order):
+    """By name: neither sorted, nor in the order of the mapping."""
+    adapters = {task: lora(seed, s=0.5) for seed, task in enumerate("zbm", start=1)}
+    files, vectors = features_of(adapters)
+    given_ = {task: files[task] for task in order}
+    merged = merge_adapters(adapters, "task_arithmetic", weights="features", features=given_)
+    for name in LAYERS:
+        chosen = merged.manifest["chosen_weights"][name]
+        assert list(chosen) == list("zbm")
+        np.testing.assert_allclose(list(chosen.values()), solution(adapters, vectors, [name]), rtol=1e-8, atol=1e-10)
+    scaled = merge_adapters(adapters, "average", scale="features", features=given_)
+    for name in LAYERS:
+        mean = dense(adapters, name).mean(0)
+        expected = best(mean, 0 * mean, adapters, vectors, name)
+        assert scaled.manifest["report"][name]["scale"] == pytest.approx(expected, rel=1e-6)
 
 
 # ---- errors

@@ -3,6 +3,7 @@ import torch
 from hypothesis import given, settings
 
 from osrm_peft import merge_adapters
+from osrm_peft.merging import lowrank
 from osrm_peft.merging.iso import iso
 from tests.merging.test_concat import close, dense, draw, lora, problems
 
@@ -102,3 +103,34 @@ def test_zeros_and_1x1_layers():
 def test_it_has_no_options():
     with pytest.raises(TypeError, match=r"iso has no option keep; its options are none"):
         merge_adapters({"t": "no/such/folder"}, "iso", keep=0.5)
+
+
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("weights", [[1, 1, 1], [1, -2, 0.5]])
+@pytest.mark.parametrize("rank", [1, 3, 5])
+def test_a_lower_rank_keeps_the_strongest_directions_of_the_sum(rank, weights, wide, monkeypatch):
+    """All singular values of the result are equal: they do not say which to keep, the sum's do. In any order and
+    space."""
+    monkeypatch.setattr(lowrank, "_WIDE", 10 if wide else 1024)
+    adapters = {f"t{seed}": lora(seed, {"x": (24, 18, 2)}) for seed in (1, 2, 3)}
+    U, S, Vh = torch.linalg.svd(torch.einsum("t,ton->on", torch.tensor(weights).double(), dense(adapters)))
+    assert float(S[rank - 1] - S[rank]) > 0.01 * float(S[0])
+    expected = S[:6].mean() * U[:, :rank] @ Vh[:rank]
+    turned = dict(reversed(list(zip(adapters, weights, strict=True))))
+    for space in ("core", "weight", "knots"):
+        for names in (dict(zip(adapters, weights, strict=True)), turned):
+            given = {name: adapters[name] for name in names}
+            merged = merge_adapters(given, "iso", rank=rank, space=space, weights=names)
+            close(merged.deltas()["x"], expected, 1e-5)
+            assert merged.energy_kept()["x"] == pytest.approx(rank / 6, rel=1e-6)
+            assert merged.for_task(None).rank == rank
+
+
+def test_a_rank_above_the_sum_s_own_changes_nothing():
+    adapters = {f"t{seed}": lora(seed, {"x": (24, 18, 2)}) for seed in (1, 2)}
+    for space in ("core", "weight"):
+        whole, cut = (merge_adapters(adapters, "iso", space=space, rank=rank) for rank in (None, 7))
+        close(cut.deltas()["x"], whole.deltas()["x"], 1e-6)
+        assert cut.energy_kept()["x"] == pytest.approx(1)
+    nothing = {task: lora(1, {"x": (24, 18, 2)}, s=0.0) for task in "st"}
+    assert not merge_adapters(nothing, "iso", rank=3).deltas()["x"].any()

@@ -129,3 +129,67 @@ def test_a_huge_threshold_gives_the_average():
 def test_options_are_checked_before_anything_is_read(options, message):
     with pytest.raises(ValueError, match=message):
         merge_adapters({"t": "no/such/folder"}, "lore", **options)
+
+
+def pair(wide=False):
+    generator = torch.Generator().manual_seed(1)
+    o, n = (300, 280) if wide else (9, 12)
+    return torch.randn(2, o, 4, generator=generator) @ torch.randn(2, 4, n, generator=generator)
+
+
+@pytest.mark.parametrize("combine", ["sum", "average", "ties"])
+@pytest.mark.parametrize(
+    "tau",
+    [pair(), pair().double(), pair(wide=True), pair()[:1].repeat(3, 1, 1), torch.cat([pair(), -pair()]), pair()[:1]],
+    ids=["two", "two in float64", "two wide", "three copies", "two and their negatives", "one"],
+)
+def test_directions_that_cancel_are_exactly_0(tau, combine):
+    """δ_1 = −δ_2 of two adapters, and so of whatever is symmetric about its mean: the sum is rounding."""
+    tau = tau / 3  # a mean with a rounding
+    options = {"density": 1.0} if combine == "ties" else {}
+    merged = lore(tau, torch.ones(len(tau)), combine=combine, max_iterations=50, **options)
+    direction = merged.direction if merged.finish is None else merged.finish(merged.direction.float())
+    assert not direction.any()
+    torch.testing.assert_close(merged.offset, tau.mean(0), rtol=0, atol=2e-5 * float(tau.abs().max()))
+
+
+@pytest.mark.parametrize("size", [1e-4, 1.0, 1e4])
+def test_directions_that_do_not_cancel_are_kept_however_small(size):
+    """Three adapters of which two are nearly alike: Σδ_t is small beside the δ_t, and no rounding."""
+    tau = size * torch.cat([pair().double(), pair()[:1].double() * (1 + 1e-6)])
+    assert lore(tau, torch.ones(3), mu_ratio=0.1).direction.any()
+    tau = size * draw()
+    mu = 0.999 * max(float(torch.linalg.svdvals(one - tau.mean(0))[0]) for one in tau)
+    assert lore(tau, torch.ones(4), mu=mu, max_iterations=1).direction.any()  # just below the largest value
+
+
+@pytest.mark.parametrize("power", [-20, 20])
+def test_the_tolerance_is_relative_to_the_task_vectors(power):
+    """Task vectors of another size, by a power of two, take the same steps to the same result, to the bit."""
+    tau = draw()
+    one, other = lore(tau, torch.ones(4), tolerance=1e-3), lore(2.0**power * tau, torch.ones(4), tolerance=1e-3)
+    assert one.report["converged"] and 1 < one.report["iterations"] == other.report["iterations"] < 200
+    torch.testing.assert_close(other.direction / 2.0**power, one.direction, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(other.offset / 2.0**power, one.offset, rtol=1e-12, atol=1e-12)
+    assert lore(tau, torch.ones(4), tolerance=1e-6).report["iterations"] > one.report["iterations"]
+
+
+@pytest.mark.parametrize("space", ["core", "weight", "knots"])
+@pytest.mark.parametrize("scale", [0.0, 0.5, -2.0])
+def test_a_rank_is_of_offset_and_direction_together(tmp_path, space, scale):
+    """In the core both have the same A; the best approximation is that of their sum, in any space."""
+    adapters = {}
+    for seed in (1, 2, 3):
+        make_adapter(tmp_path / f"t{seed}", seed=seed, r=2)
+        adapters[f"t{seed}"] = tmp_path / f"t{seed}"
+    whole = merge_adapters(adapters, "lore", space=space, scale=scale)
+    cut = merge_adapters(adapters, "lore", space=space, rank=3).at_scale(scale)
+    layer = next(iter(cut.layers.values()))
+    assert (layer.offset.A is layer.direction.factors.A) == (space == "core")
+    for name, X in whole.deltas().items():
+        U, S, Vh = torch.linalg.svd(X)
+        best, size = (U[:, :3] * S[:3]) @ Vh[:3], float(S[0])
+        assert cut.layers[name].at(scale, 3).factors.rank == 3 and float(S[3]) > 1e-3 * size
+        torch.testing.assert_close(cut.deltas()[name], best, rtol=0, atol=1e-5 * size)
+        kept = float(S[:3].square().sum() / S.square().sum())
+        assert cut.energy_kept()[name] == pytest.approx(kept, rel=1e-5) and kept < 0.999

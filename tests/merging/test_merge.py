@@ -4,6 +4,7 @@ import os
 import pytest
 import torch
 from peft import PeftModel
+from scipy.sparse.linalg import ArpackError
 
 from osrm_peft import load_adapter, merge_adapters
 from osrm_peft.adapters import save_head
@@ -11,6 +12,7 @@ from osrm_peft.merging.average import average
 from osrm_peft.merging.registry import METHODS, register
 from osrm_peft.merging.task_arithmetic import task_arithmetic
 from tests.conftest import make_adapter, make_base, make_batch
+from tests.merging.test_concat import lora
 
 
 @pytest.fixture
@@ -284,3 +286,53 @@ def test_values_of_the_wrong_kind(adapters, change, message):
         merge_adapters(**({"adapters": adapters, "method": "average"} | change))
     with pytest.raises(ValueError, match="scale=inf"):
         merge_adapters(adapters, "average").at_scale(float("inf"))
+
+
+def test_the_scale_of_rslora_follows_the_layer_s_own_rank(tmp_path):
+    """α/√r with the r and α that the patterns give the layer, as stock PEFT has it."""
+    patterns = {
+        "rank_pattern": {"value": 2, "layer.1.attention.self.query": 9},
+        "alpha_pattern": {"layer.0.attention.self.value": 5},
+    }
+    live = make_adapter(tmp_path / "t", use_rslora=True, **patterns)
+    stock = live.merge_and_unload().state_dict()
+    deltas = merge_adapters({"t": str(tmp_path / "t")}, "concat").deltas()
+    assert len(deltas) == 4
+    for name, delta in deltas.items():
+        before = make_base().get_submodule(name).weight
+        torch.testing.assert_close(before + delta.float(), stock[f"{name}.weight"], rtol=1e-5, atol=1e-6)
+
+
+LARGE = [name for name, method in METHODS.items() if method.needs is None]
+
+
+@pytest.mark.parametrize("rank", [None, 2])
+@pytest.mark.parametrize(("method", "space"), [(name, space) for name in LARGE for space in METHODS[name].spaces])
+def test_weights_too_large_for_float32_are_an_error_that_names_the_layer(method, space, rank):
+    """A product, a sum, or the scale overflows: no NaN, no Inf and no silent 0."""
+    if METHODS[method].per_task and rank is not None:
+        return
+    options = {"space": "auto" if space == "factors" else space, "rank": rank}
+    options |= {"dare": {"drop_rate": 0.0}, "dare_ties": {"drop_rate": 0.0}}.get(method, {})
+    for size, scale in ((1e25, 1.0), (1e17, 1e30)):
+        adapters = {task: lora(seed, {"fine": (6, 5, 2), "big": (6, 5, 2)}) for seed, task in enumerate("st", start=1)}
+        for adapter in adapters.values():
+            adapter.factors["big"].A.mul_(size)
+            adapter.factors["big"].B.mul_(size / (1 if scale == 1 else 1e17))
+        message = r"layer 'big': (the merged weights would be NaN or Inf in float32|its singular values were not found)"
+        if method == "lore" and scale != 1:
+            continue  # of two adapters it has no direction to scale
+        with pytest.raises(ValueError, match=message):
+            merge_adapters(adapters, method, scale=scale, **options)
+
+
+@pytest.mark.parametrize("error", [torch.linalg.LinAlgError("did not converge"), ArpackError(-9)])
+@pytest.mark.parametrize("method", ["tsv", "lore", "average"])
+def test_an_svd_that_fails_names_the_layer(method, error, monkeypatch):
+    def fail(*arguments, **options):
+        raise error
+
+    monkeypatch.setattr(torch.linalg, "svd", fail)
+    adapters = {task: lora(seed, {"x": (6, 5, 2)}) for seed, task in enumerate("st", start=1)}
+    with pytest.raises(ValueError, match=r"layer 'x': its singular values were not found \(.*\): are all weights"):
+        merge_adapters(adapters, method, space="weight")

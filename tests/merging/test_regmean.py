@@ -285,3 +285,18 @@ def test_bad_loaders_are_refused():
         collect(collect_gram, make_base(), k=0)
     with pytest.raises(ValueError, match=r"the loader of task 't' gave no sample"):
         collect_gram(make_base(), [], task="t", progress=False)
+
+
+@pytest.mark.parametrize("order", ["mzb", "zbm", "bmz"])
+def test_each_task_has_its_own_gram_in_whatever_order_they_are_given(order):
+    """By name: neither sorted, nor in the order of the mapping."""
+    adapters = {task: lora(seed) for seed, task in enumerate("zbm", start=1)}
+    grams = {task: gram_of(task, seed) for seed, task in enumerate("zbm", start=1)}
+    merged = merge_adapters(adapters, "regmean", statistics={task: grams[task] for task in order})
+    for name in LAYERS:
+        own = [grams[task].layers[name] for task in "zbm"]
+        close(
+            merged.deltas()[name],
+            regmean([a.factors[name] for a in adapters.values()], torch.ones(3), own).delta(),
+            1e-6,
+        )

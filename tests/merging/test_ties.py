@@ -4,6 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from osrm_peft import load_adapter, merge_adapters
+from osrm_peft.merging.emr import emr
 from osrm_peft.merging.ties import ties
 from tests.conftest import make_adapter
 
@@ -84,3 +85,16 @@ def test_opposite_task_vectors_cancel_and_weights_decide_the_election():
 def test_options_are_checked_before_anything_is_read(options, message):
     with pytest.raises(ValueError, match=message):
         merge_adapters({"t": "no/such/folder"}, "ties", **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("method", ["ties", "emr"])
+def test_entries_that_cancel_to_rounding_elect_no_sign(method, dtype):
+    """A task vector, two parts of its negative and a unit of rounding: γ = 0 there, as where the sum is exactly 0."""
+    x = torch.rand(40, 30, dtype=dtype) + 0.5
+    tau = torch.stack([x, -0.3 * x, -(x - 0.3 * x)])
+    tau[1] = tau[1].nextafter(torch.tensor(torch.inf, dtype=dtype))
+    tau[:, 0, 0] = torch.tensor([1.0, -0.5, -0.4999], dtype=dtype)  # this one is a vote
+    assert tau.sum(0).count_nonzero() > 100
+    merged = ties(tau, torch.ones(3, dtype=dtype), density=1.0) if method == "ties" else emr(tau, torch.ones(3))[0]
+    assert merged[0, 0] == 1 and merged.count_nonzero() == 1

@@ -23,6 +23,14 @@ def adapters(tmp_path_factory):
     return folder
 
 
+@pytest.fixture
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def shared(adapters, tmp_path_factory):
     """[(tensors, what was said)] of each process."""
@@ -47,7 +55,8 @@ def test_features_are_those_of_one_process(shared):
     assert {int(expected[f"{case} token k"]) for case in ("uneven", "no sample for one", "cut")} == {9, 3, 6}
 
 
-def test_merges_are_those_of_one_process_to_the_bit(shared, adapters):
+def test_merges_are_those_of_one_process_to_the_bit(shared, adapters, one_thread):
+    """With as many threads as each of the two has: another number of them adds in another order."""
     expected, found = merges(adapters, False), shared[0][0]
     assert len(expected) > 100
     for name, tensor in expected.items():
