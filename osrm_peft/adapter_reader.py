@@ -130,8 +130,8 @@ def _parse(
     for name, key in duplicates.items():
         if not torch.equal(read(key), read(saved[name])):  # nested modules_to_save, which PEFT cannot load either
             raise ValueError(
-                f"{source} has two values of {name!r}, in {saved[name]!r} and in {key!r}: train it with modules_to_save "
-                "of which none is inside of another"
+                f"{source} has two values of {name!r}, {saved[name]!r} and {key!r}: train it with modules_to_save of "
+                "which none is inside of another"
             )
     shapes = {name: (headers[half["B"]][0], headers[half["A"]][0]) for name, half in halves.items()}
     scales = {}

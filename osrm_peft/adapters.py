@@ -119,6 +119,7 @@ class LoraAdapter:
             the adapter restores them.
         weight_hash: of the base model's adapted layers (`layers.weight_hash`), where OSRM's manifest tells it.
         folder: where the adapter's files are on this machine, a tokenizer perhaps among them.
+        placed: its layers were renamed (`renamed`): a merge takes their names as they are.
     """
 
     factors: Mapping[str, Factors]
@@ -133,6 +134,7 @@ class LoraAdapter:
     copies: Mapping[str, Tensor] = field(default_factory=dict)
     weight_hash: str | None = None
     folder: Path | None = None
+    placed: bool = False
 
     @property
     def shapes(self) -> dict[str, tuple[int, int, int]]:
@@ -250,7 +252,7 @@ class LoraAdapter:
         heads = {new(name): tensor for name, tensor in self.heads.items()}
         factors = FactorsOnDemand(shapes, lambda name: self.factors[back[name]])
         modules, copies = (_renamed(part, new) for part in (self.modules, self.copies))
-        return replace(self, factors=factors, layouts=layouts, heads=heads, modules=modules, copies=copies)
+        return replace(self, factors=factors, layouts=layouts, heads=heads, modules=modules, copies=copies, placed=True)
 
     def _named_as_in(self, model: PreTrainedModel) -> "LoraAdapter":
         """The same with the names that its layers have in this model (in this version of transformers)."""

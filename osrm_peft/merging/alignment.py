@@ -3,6 +3,8 @@
 from collections.abc import Callable, Mapping
 from functools import partial
 
+from transformers import PreTrainedModel
+
 from osrm_peft.adapters import LoraAdapter
 from osrm_peft.layer_names import (
     bare_prefix,
@@ -30,6 +32,7 @@ def align(adapters: dict[str, LoraAdapter], base: str | None) -> tuple[dict[str,
     prefixes = dict.fromkeys(adapters, "")
     if same_layout(_names(adapters)):
         return adapters, prefixes
+    placed = {task for task, adapter in adapters.items() if adapter.placed}
     models = {task: model_of(adapter.config, base) for task, adapter in adapters.items()}
     for task, model in models.items():
         layers = list(adapters[task].shapes)
@@ -45,7 +48,7 @@ def align(adapters: dict[str, LoraAdapter], base: str | None) -> tuple[dict[str,
         if renamed is not None:
             adapters = {task: adapter.renamed(_looked_up(renamed[task])) for task, adapter in adapters.items()}
     if not same_layout(_names(adapters)):
-        _check_apart(adapters, models)
+        _check_apart(adapters, models, placed)
     return adapters, prefixes
 
 
@@ -54,16 +57,18 @@ def _names(adapters: Mapping[str, LoraAdapter]) -> dict[str, list[str]]:
 
 
 def _with_prefixes(
-    adapters: dict[str, LoraAdapter], models: Mapping[str, object]
+    adapters: dict[str, LoraAdapter], models: dict[str, PreTrainedModel | None]
 ) -> tuple[dict[str, LoraAdapter], dict[str, str]]:
     """Adapters of a bare model or of a tower put in their place in the others' model."""
     prefixes = dict.fromkeys(adapters, "")
     for task, adapter in list(adapters.items()):
         others = {other: list(one.shapes) for other, one in adapters.items() if other != task}
-        known = [models[other] for other in others if models[other] is not None]
-        if models[task] is not None and known:
-            places = {place for model in known for place in place_in(model, models[task]) if place}  # type: ignore[arg-type]
+        part, known = models[task], [model for other in others if (model := models[other]) is not None]
+        if part is not None and known:
+            places = {place for whole in known for place in place_in(whole, part) if place}
             prefix = next(iter(places)) if len(places) == 1 else None
+            if prefix:
+                models[task] = known[0]
         else:
             prefix = bare_prefix(adapter.shapes, [name for names in others.values() for name in names])
         if prefix:
@@ -80,14 +85,22 @@ def _put_before(prefix: str, name: str) -> str:
     return prefix + name
 
 
-def _check_apart(adapters: Mapping[str, LoraAdapter], models: Mapping[str, object]) -> None:
-    """Refuse adapters that may name one layer differently, unless their models tell that the layers are apart."""
+def _check_apart(
+    adapters: Mapping[str, LoraAdapter], models: Mapping[str, PreTrainedModel | None], placed: set[str]
+) -> None:
+    """Refuse adapters that may name one layer differently, unless their models tell that the layers are apart.
+
+    Args:
+        placed: tasks whose layers the user has named.
+    """
     classes = {type(model) for model in models.values()}
     if None not in models.values() and len(classes) == 1:
         return  # all names are of one class' layers: its towers
     for task, adapter in adapters.items():
         for other, one in adapters.items():
-            alike = task != other and looks_alike(adapter.shapes, set(one.shapes) - set(adapter.shapes))
+            if task == other or {task, other} & placed:
+                continue
+            alike = looks_alike(adapter.shapes, set(one.shapes) - set(adapter.shapes))
             if alike and alike not in {name[: len(alike)] for name in one.shapes}:
                 raise ValueError(
                     f"{task!r} names its layers {next(iter(adapter.shapes))!r}, {other!r} {next(iter(one.shapes))!r}, "

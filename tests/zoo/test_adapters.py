@@ -39,7 +39,16 @@ def of(model="llama", *edits, resize=0, loads=True, modules=(), heads=(), option
     return Kind(model, config, resize, edits, loads, frozenset(modules), frozenset(heads), options or {})
 
 
-HEAD = {"classifier.weight", "classifier.bias"}
+def wrapped(rename, model="llama", **config):
+    """Names that stock PEFT does not find in an unwrapped model: it ignores the adapter with a warning."""
+    return of(model, keys(rename), loads=False, **config)
+
+
+def both(*modules):
+    return {f"{module}.{parameter}" for module in modules for parameter in ("weight", "bias")}
+
+
+HEAD, TWO_LAYERS = both("classifier"), both("classifier.dense", "classifier.out_proj")
 LM_HEAD, EMBED = "lm_head.weight", "model.embed_tokens.weight"
 CONV = {"target_modules": ["q_proj", "k_proj"]}
 OLD_PEFT = {
@@ -52,15 +61,14 @@ OLD_PEFT = {
 ARCHITECTURES = {
     "mamba": {"target_modules": ["in_proj", "x_proj"]},
     "mixtral": {"target_modules": QV},
-    "distilbert": {"target_modules": ["q_lin", "v_lin", "lin1"], "heads": {f"{p}classifier.{w}" for p in ("", "pre_") for w in ("weight", "bias")}},
+    "distilbert": {"target_modules": ["q_lin", "v_lin", "lin1"], "heads": both("classifier", "pre_classifier")},
     "deberta": {"target_modules": ["query_proj", "value_proj"], "heads": HEAD},
     "wav2vec2": CONV, "hubert": CONV, "resnet": {"target_modules": ["convolution"]},
-    "roberta_classifier": {"heads": {f"classifier.{layer}.{w}" for layer in ("dense", "out_proj") for w in ("weight", "bias")},
-                           "target_modules": ["query"]},
+    "roberta_classifier": {"target_modules": ["query"], "heads": TWO_LAYERS},
     "bert_questions": {"target_modules": ["key", "dense"], "heads": {"qa_outputs.weight", "qa_outputs.bias"}},
     "modernbert_classifier": {"target_modules": ["Wqkv", "Wi"], "heads": HEAD},
     "bert": {"heads": HEAD}, "llama_classifier": {"target_modules": "all-linear", "heads": {"score.weight"}},
-    "electra": {"heads": {f"classifier.{layer}.{w}" for layer in ("dense", "out_proj") for w in ("weight", "bias")}},
+    "electra": {"heads": TWO_LAYERS},
 }  # fmt: skip
 ARCHITECTURES = {name: of(name, **({"target_modules": "all-linear"} | ARCHITECTURES.get(name, {}))) for name in ZOO}
 
@@ -119,24 +127,22 @@ KINDS = {
     "saves_gpt2_embedding": of("gpt2", target_modules=["c_attn"], modules_to_save=["wte"],
                                modules={"transformer.wte.weight"}),
     "saves_pooler": of("bert", target_modules=["query"], modules_to_save=["pooler"], heads=HEAD,
-                       modules={"bert.pooler.dense.weight", "bert.pooler.dense.bias"}),
-    "saves_image_projector": of("llava", target_modules=QV, modules_to_save=["multi_modal_projector"], modules={
-        f"model.multi_modal_projector.linear_{i}.{w}" for i in (1, 2) for w in ("weight", "bias")}),
+                       modules=both("bert.pooler.dense")),
+    "saves_image_projector": of("llava", target_modules=QV, modules_to_save=["multi_modal_projector"], modules=both(
+        "model.multi_modal_projector.linear_1", "model.multi_modal_projector.linear_2")),
     # heads
     "head_of_images": of("vit", target_modules=QV, modules_to_save=["classifier"], heads=HEAD),
     "head_of_convolutions": of("resnet", target_modules=["convolution"], modules_to_save=["classifier"],
-                               heads={"classifier.1.weight", "classifier.1.bias"}),
+                               heads=both("classifier.1")),
     "head_of_two_layers": of("modernbert_classifier", target_modules=["Wqkv"], modules_to_save=["head"],
                              heads={*HEAD, "head.dense.weight", "head.norm.weight"}),
-    "head_of_roberta": of("roberta_classifier", target_modules=["query", "dense"], heads={
-        f"classifier.{layer}.{w}" for layer in ("dense", "out_proj") for w in ("weight", "bias")}),
-    "head_of_roberta_all_linear": of("roberta_classifier", target_modules=["query", "dense", "out_proj"], heads={
-        f"classifier.{layer}.{w}" for layer in ("dense", "out_proj") for w in ("weight", "bias")}),
-    "head_of_questions": of("bert_questions", target_modules=["query"], heads={f"qa_outputs.{w}" for w in ("weight", "bias")}),
+    "head_of_roberta": of("roberta_classifier", target_modules=["query", "dense"], heads=TWO_LAYERS),
+    "head_of_roberta_out_proj": of("roberta_classifier", target_modules=["dense", "out_proj"], heads=TWO_LAYERS),
+    "head_of_questions": of("bert_questions", target_modules=["query"], heads=both("qa_outputs")),
     "head_unsaid_seq_cls": of("bert", config(modules_to_save=None), target_modules=["query"], heads=HEAD),
     "head_unsaid_token_cls": of("deberta", config(modules_to_save=None), target_modules=["query_proj"], heads=HEAD),
     "head_unsaid_questions": of("bert_questions", config(modules_to_save=None), target_modules=["query"],
-                                heads={f"qa_outputs.{w}" for w in ("weight", "bias")}),
+                                heads=both("qa_outputs")),
     "head_unsaid_decoder": of("llama_classifier", config(modules_to_save=None), heads={"score.weight"}),
     # how files were written
     "bfloat16": of(options={"dtype": torch.bfloat16}),
@@ -149,16 +155,16 @@ KINDS = {
     "newer_fields": of("llama", config(a_field_of_tomorrow=None)),
     "bias_null": of("llama", config(bias=None), loads=False),
     "null_patterns": of("llama", config(rank_pattern={}, alpha_pattern={}, exclude_modules=None)),
-    "compiled": of("llama", keys(lambda key: f"_orig_mod.{key}"), loads=False),
-    "compiled_inside": of("llama", keys(lambda key: key.replace("model.model.", "model._orig_mod.model.")), loads=False),
-    "compiled_layers": of("llama", keys(lambda key: key.replace("self_attn", "_orig_mod.self_attn")), loads=False),
-    "ddp": of("llama", keys(lambda key: f"module.{key}"), loads=False),
-    "ddp_inside": of("llama", keys(lambda key: key.replace("base_model.model.", "base_model.model.module.")), loads=False),
-    "fsdp": of("llama", keys(lambda key: key.replace("layers.0", "_fsdp_wrapped_module.layers.0")), loads=False),
-    "checkpointed": of("llama", keys(lambda key: key.replace(".self_attn", "._checkpoint_wrapped_module.self_attn")), loads=False),
-    "twice_wrapped": of("llama", keys(lambda key: f"base_model.model.{key}"), loads=False),
-    "no_prefix": of("llama", keys(lambda key: key.removeprefix("base_model.model.")), loads=False),
-    "compiled_head": of("bert", keys(lambda key: f"_orig_mod.{key}"), target_modules=["query"], heads=HEAD, loads=False),
+    "compiled": wrapped(lambda key: f"_orig_mod.{key}"),
+    "compiled_inside": wrapped(lambda key: key.replace("model.model.", "model._orig_mod.model.")),
+    "compiled_layers": wrapped(lambda key: key.replace("self_attn", "_orig_mod.self_attn")),
+    "ddp": wrapped(lambda key: f"module.{key}"),
+    "ddp_inside": wrapped(lambda key: key.replace("base_model.model.", "base_model.model.module.")),
+    "fsdp": wrapped(lambda key: key.replace("layers.0", "_fsdp_wrapped_module.layers.0")),
+    "checkpointed": wrapped(lambda key: key.replace(".self_attn", "._checkpoint_wrapped_module.self_attn")),
+    "twice_wrapped": wrapped(lambda key: f"base_model.model.{key}"),
+    "no_prefix": wrapped(lambda key: key.removeprefix("base_model.model.")),
+    "compiled_head": wrapped(lambda key: f"_orig_mod.{key}", "bert", target_modules=["query"], heads=HEAD),
 }  # fmt: skip
 EVERY = {f"all_linear_{name}": kind for name, kind in ARCHITECTURES.items()} | KINDS
 
