@@ -75,14 +75,7 @@ def load_adapter(
         weights = folder / WEIGHTS
         adapter = _parse(config, tensor_headers(weights), tensor_reader(weights), str(source), _sha256(weights))
         if head is not None:
-            kept, notes = load_head(path)
-            config = adapter.config | notes
-            adapter.heads = {name: tensor for name, tensor in kept.items() if is_head(name, config, adapter.factors)}
-            adapter.modules = {
-                **adapter.modules,
-                **{name: one for name, one in kept.items() if name not in adapter.heads},
-            }
-            adapter.config = config
+            adapter = load_head(adapter, path, adapter.factors)
     except (SafetensorError, json.JSONDecodeError, UnicodeDecodeError, KeyError) as error:
         raise ValueError(f"{source} is damaged: {type(error).__name__}: {error}") from error
     adapter.source, adapter.folder = pinned(str(source), folder), folder

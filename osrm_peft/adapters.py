@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from osrm_peft.adapter_config import CONFIG
-from osrm_peft.adapter_keys import PREFIX, TASK_HEADS, base_name, below, saved_modules
+from osrm_peft.adapter_keys import PREFIX, TASK_HEADS, base_name, below, is_head, saved_modules
 from osrm_peft.base_identity import located
 from osrm_peft.base_models import head_width, load_base
 from osrm_peft.files import new_file
@@ -161,7 +161,7 @@ class LoraAdapter:
 
     def peft_config(self) -> LoraConfig:
         """The LoraConfig under which stock PEFT reproduces these factors."""
-        rank, saved = self.rank, [*self.heads, *self.modules]
+        rank, saved = self.rank, _trained(self)
         fields: dict[str, Any] = {name: self.config.get(name) for name in _KEPT}
         fields["base_model_name_or_path"] = located(self.base_model)
         fields["fan_in_fan_out"] = bool(fields["fan_in_fan_out"])
@@ -315,22 +315,48 @@ class LoraAdapter:
         )
 
 
-def save_head(heads: Mapping[str, Tensor], config: Mapping[str, Any], path: Path) -> None:
-    """Write one task's head, with what PEFT must know to load it."""
-    notes = {key: config.get(key) for key in ("modules_to_save", "task_type", "fan_in_fan_out")}
+def save_head(adapter: LoraAdapter, path: Path) -> None:
+    """Write what a task has for itself (head, modules, copies of base weights), with what PEFT must know to load it."""
+    notes = {key: adapter.config.get(key) for key in ("modules_to_save", "task_type", "fan_in_fan_out")}
+    modules = [*saved_modules(adapter.config), *(name.rpartition(".")[0] for name in adapter.modules)]
+    notes["modules_to_save"] = [
+        one for one in dict.fromkeys(modules) if any(map(below(one), _trained(adapter)))
+    ] or None
+    tensors = {**adapter.copies, **adapter.modules, **adapter.heads}
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({key: value.clone().contiguous() for key, value in heads.items()}, path, {"osrm_peft": json.dumps(notes)})
+    save_file(
+        {key: value.clone().contiguous() for key, value in tensors.items()}, path, {"osrm_peft": json.dumps(notes)}
+    )
 
 
-def load_head(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """What `save_head` wrote: the tensors, and the config fields that PEFT needs for them.
+def load_head(adapter: LoraAdapter, path: Path, layers: Collection[str]) -> LoraAdapter:
+    """The adapter with what `save_head` wrote for a task.
+
+    Args:
+        layers: the adapted ones.
 
     Raises:
         SafetensorError, KeyError, json.JSONDecodeError: it is damaged.
     """
     with safe_open(path, framework="pt") as file:
-        heads = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
-        return heads, json.loads((file.metadata() or {})["osrm_peft"])
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
+        config = adapter.config | json.loads((file.metadata() or {})["osrm_peft"])
+    saved = [below(module) for module in saved_modules(config)]
+    heads = {name: one for name, one in tensors.items() if is_head(name, config, layers)}
+    trained = {name for name in tensors if any(matches(name) for matches in saved)}
+    modules = {name: one for name, one in tensors.items() if name in trained and name not in heads}
+    copies = {name: one for name, one in tensors.items() if name not in trained and name not in heads}
+    return replace(
+        adapter,
+        heads=heads,
+        config=config,
+        modules={**adapter.modules, **modules},
+        copies={**adapter.copies, **copies},
+    )
+
+
+def _trained(adapter: LoraAdapter) -> list[str]:
+    return [*adapter.heads, *adapter.modules]
 
 
 def _as_peft(pair: dict[str, Tensor], layout: tuple[int, ...] | None) -> Iterator[tuple[str, Tensor]]:

@@ -1,6 +1,7 @@
 """Whether adapters are of one and the same base model."""
 
 import logging
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -92,7 +93,7 @@ def _key(name: str | None) -> str:
     short = public_name(name) or ""
     if short == MODEL or re.search(r"[/\\]models--.+?[/\\]snapshots[/\\]", name):
         return short
-    return str(located(name)) if is_local(name) else name
+    return os.path.normpath(str(located(name))) if is_local(name) else name
 
 
 def _alias(short: str, whole: str) -> bool:

@@ -14,7 +14,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from osrm_peft.adapter_keys import is_head
 from osrm_peft.adapters import HEADS, LoraAdapter, load_head, save_head
 from osrm_peft.card import write_manifest
 from osrm_peft.checks import number
@@ -130,7 +129,7 @@ class MaskedAdapter(Pushable):
         with new_folder(folder, "emr") as partial:
             save_file(tensors, partial / MASKS, {"format": "pt", "osrm_peft": json.dumps(notes)})
             for name, adapter in self.tasks.items():
-                save_head({**adapter.heads, **adapter.modules}, adapter.config, partial / HEADS / f"{name}.safetensors")
+                save_head(adapter, partial / HEADS / f"{name}.safetensors")
             write_manifest(partial, self.manifest)
 
     @classmethod
@@ -163,11 +162,9 @@ class MaskedAdapter(Pushable):
                     raise ValueError(f"{name}: masks {tuple(layer.masks.shape)} of {tuple(layer.unified.shape)}")
             tasks, dtype = {}, next(iter(layers.values())).unified.dtype
             for name in check_names(dict.fromkeys(names)):  # none of them leads out of the folder
-                heads, config = load_head(folder / HEADS / f"{name}.safetensors")
-                config |= {"base_model_name_or_path": manifest.get("base_model"), "target_modules": list(layers)}
-                own = {key: one for key, one in heads.items() if not is_head(key, config, layers)}
-                heads = {key: one for key, one in heads.items() if key not in own}
-                tasks[name] = LoraAdapter({}, heads, config, dtype, source=str(folder), layouts=layouts, modules=own)
+                config = {"base_model_name_or_path": manifest.get("base_model"), "target_modules": list(layers)}
+                one = LoraAdapter({}, {}, config, dtype, source=str(folder), layouts=layouts)
+                tasks[name] = load_head(one, folder / HEADS / f"{name}.safetensors", layers)
             return cls(layers, scales, float(manifest["scale"]), tasks, manifest)
         except (SafetensorError, ValueError, LookupError, OSError, TypeError, AttributeError, StopIteration) as error:
             raise ValueError(f"{folder} is damaged: {type(error).__name__}: {error}") from error
@@ -204,13 +201,14 @@ class MaskedAdapter(Pushable):
                     "does not change alike: one weight cannot hold both; use .adapter(task), whose layers are apart"
                 )
             values[weight] = weight.detach().float() + delta.to(weight.device)
-        for name, tensor in {**self.tasks[task].heads, **self.tasks[task].modules}.items():
+        one = self.tasks[task]
+        for name, tensor in {**one.heads, **one.modules, **one.copies}.items():
             actual = tuple(parameters[name].shape) if name in parameters else None
             if actual != tuple(tensor.shape):
                 remedy = f"load the base model with num_labels={len(tensor)}"
-                if name not in self.tasks[task].heads:
+                if name not in one.heads:
                     remedy = f"call model.resize_token_embeddings({len(tensor)}) if it has new tokens"
-                what = "head" if name in self.tasks[task].heads else "module"
+                what = "head" if name in one.heads else "module"
                 raise ValueError(
                     f"the {what} {name!r} has shape {tuple(tensor.shape)}, the model's is {actual}: {remedy}"
                 )

@@ -131,7 +131,10 @@ def execute(plan: MergePlan, processes: Processes = ALONE, *, progress: bool = F
     trained = merge_modules(plan.inputs.adapters, plan.task_weights, plan.modules)
     if trained.manifest:
         manifest["modules"] = trained.manifest
-    own = {task: replace(one, modules=trained.own[task]) for task, one in plan.inputs.templates().items()}
+    own = {
+        task: replace(one, modules=trained.own[task], copies=trained.own_copies[task])
+        for task, one in plan.inputs.templates().items()
+    }
     return MergedAdapter(
         layers, plan.scale, plan.rank, own, plan.dtype, manifest, plan.padded, trained.shared, trained.copies
     )
@@ -278,7 +281,11 @@ def _masked(plan: MergePlan, names: Iterable[str], processes: Processes) -> Mask
     if trained.manifest:
         manifest["modules"] = trained.manifest
     tasks = {
-        task: replace(one, modules={**trained.shared, **trained.copies, **trained.own[task]})
+        task: replace(
+            one,
+            modules={**trained.shared, **trained.own[task]},
+            copies={**trained.copies, **trained.own_copies[task]},
+        )
         for task, one in plan.inputs.templates().items()
     }
     return MaskedAdapter(layers, dict(zip(tasks, scales, strict=True)), plan.scale, tasks, manifest)

@@ -106,9 +106,9 @@ class MergedAdapter(Pushable):
         with new_folder(folder, "merged") as partial:
             shared = self._adapter(None, found)
             shared.save_pretrained(partial)
-            trained = self.modules or any(adapter.heads or adapter.modules for adapter in self.tasks.values())
+            trained = self.modules or any(one.heads or one.modules or one.copies for one in self.tasks.values())
             for name, adapter in self.tasks.items() if trained else ():  # a task's file may be empty
-                save_head({**adapter.heads, **adapter.modules}, adapter.config, partial / HEADS / f"{name}.safetensors")
+                save_head(adapter, partial / HEADS / f"{name}.safetensors")
             energy = {name: one.energy_kept for name, one in found.items()}
             manifest = self.manifest | {"written_rank": shared.rank, "energy_kept": energy}
             if self.padded > 1:
@@ -122,12 +122,11 @@ class MergedAdapter(Pushable):
         if task is not None and task not in self.tasks:
             raise ValueError(f"no task {task!r} was merged, only {', '.join(self.tasks)}")
         one = next(iter(self.tasks.values())).without_heads() if task is None else self.tasks[task]
-        own = {} if task is None else one.modules
         return replace(
             one,
             factors={name: layer.factors for name, layer in found.items()},
-            modules={**self.modules, **own},
-            copies=self.copies,
+            modules={**self.modules, **({} if task is None else one.modules)},
+            copies={**self.copies, **({} if task is None else one.copies)},
             dtype=self.dtype,
             source="merge",
             sha256=None,

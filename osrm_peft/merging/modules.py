@@ -29,12 +29,14 @@ class MergedModules:
         shared: {parameter: tensor} of trained modules that the result has for all tasks.
         copies: the same of frozen base weights.
         own: {task: {parameter: tensor}} of modules that each task keeps for itself.
+        own_copies: the same of copies.
         manifest: {parameter: what was done with it}.
     """
 
     shared: dict[str, Tensor] = field(default_factory=dict)
     copies: dict[str, Tensor] = field(default_factory=dict)
     own: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    own_copies: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     manifest: dict[str, str] = field(default_factory=dict)
 
 
@@ -88,7 +90,7 @@ def merge_modules(
     Args:
         weights: {task: {name pattern: number}}: an average is Σ w_t M_t / Σ w_t, in float32.
     """
-    found = MergedModules(own={task: {} for task in adapters})
+    found = MergedModules(own={task: {} for task in adapters}, own_copies={task: {} for task in adapters})
     if policy in adapters:
         one = adapters[str(policy)]
         found.shared.update(one.modules)
@@ -97,7 +99,8 @@ def merge_modules(
         return found
     if policy == "per_task":
         for task, adapter in adapters.items():
-            found.own[task].update({**adapter.copies, **adapter.modules})
+            found.own[task].update(adapter.modules)
+            found.own_copies[task].update(adapter.copies)
             found.manifest.update(dict.fromkeys([*adapter.copies, *adapter.modules], "each task's own"))
         return found
     trained = sorted({name for adapter in adapters.values() for name in adapter.modules})
