@@ -20,7 +20,7 @@ from osrm_peft.adapter_keys import PREFIX, TASK_HEADS, base_name, below, is_head
 from osrm_peft.base_identity import located
 from osrm_peft.base_models import head_width, load_base
 from osrm_peft.files import new_file
-from osrm_peft.layer_names import names_in
+from osrm_peft.layer_names import fused_in, names_in
 from osrm_peft.layers import weight_shape
 from osrm_peft.packaged import resolve_model
 
@@ -269,7 +269,8 @@ class LoraAdapter:
         """Before anything is wrapped: are the layers there, and have they, heads and modules the right shapes?"""
         modules = dict(model.named_modules())
         missing = sorted(set(self.factors) - set(modules))
-        if missing:
+        fused = fused_in(model, missing) if missing else set()
+        if set(missing) - fused:
             raise ValueError(
                 f"{type(model).__name__} lacks {len(missing)} of the {len(self.factors)} adapted layers: "
                 f"{', '.join(missing[:4])}; the adapter is of {self.base_model}"
@@ -287,6 +288,8 @@ class LoraAdapter:
                     remedy = f"for its tokens call model.resize_token_embeddings({wanted[0]}) first"
                 raise ValueError(f"{name!r} has shape {actual} in the model and {wanted} in the adapter: {remedy}")
         for name, (o, _, n) in self.shapes.items():
+            if name in fused:
+                continue
             shape, actual_shape = (o, n), weight_shape(modules[name])
             if actual_shape not in (None, shape):
                 raise ValueError(

@@ -10,7 +10,7 @@ import transformers
 from torch import nn
 from transformers import AutoConfig
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, get_model_conversion_mapping
-from transformers.core_model_loading import PrefixChange, WeightRenaming, rename_source_key
+from transformers.core_model_loading import PrefixChange, WeightConverter, WeightRenaming, rename_source_key
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from osrm_peft.adapter_keys import base_name, shape_of_name, stem
@@ -53,6 +53,16 @@ def _renamed(model: nn.Module, names: list[str], suffix: str) -> dict[str, str]:
 
 def _apply(rules: list[WeightRenaming], names: Iterable[str], suffix: str = ".weight") -> dict[str, str]:
     return {name: rename_source_key(name + suffix, rules, [])[0].removesuffix(suffix) for name in names}
+
+
+def fused_in(model: nn.Module, names: Iterable[str]) -> set[str]:
+    """Those layers that this version of transformers fuses with others (experts): PEFT converts LoRA on them."""
+    if not isinstance(model, transformers.PreTrainedModel):
+        return set()
+    rules = get_model_conversion_mapping(model)
+    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+    return {name for name in names if rename_source_key(f"{name}.weight", renamings, converters)[1] is not None}
 
 
 def model_of(config: Mapping[str, Any], base: str | None) -> transformers.PreTrainedModel | None:

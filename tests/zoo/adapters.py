@@ -72,10 +72,11 @@ def stock(name, folder, resize=0, complain=True):
 # what other versions and tools wrote: each changes a folder in place
 
 
-def edit(folder, drop=(), **fields):
+def edit(folder, drop=(), only=None, **fields):
     path = folder / CONFIG
     config = json.loads(path.read_text()) | fields
-    path.write_text(json.dumps({key: value for key, value in config.items() if key not in drop}))
+    kept = config if only is None else only
+    path.write_text(json.dumps({key: value for key, value in config.items() if key in kept and key not in drop}))
 
 
 def keys(rename):
@@ -88,6 +89,6 @@ def keys(rename):
     return change
 
 
-def config(drop=(), **fields):
+def config(drop=(), only=None, **fields):
     """An edit of the configuration."""
-    return lambda folder: edit(folder, drop, **fields)
+    return lambda folder: edit(folder, drop, only, **fields)

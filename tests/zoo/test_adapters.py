@@ -57,10 +57,20 @@ OLD_PEFT = {
     "enable_lora": None, "merge_weights": False,
 }  # fmt: skip
 
+# the fields that versions of PEFT wrote
+_0_2 = ("base_model_name_or_path", "bias", "fan_in_fan_out", "inference_mode", "lora_alpha", "lora_dropout",
+        "modules_to_save", "peft_type", "r", "target_modules", "task_type")  # fmt: skip
+_0_4 = (*_0_2, "auto_mapping", "init_lora_weights", "layers_pattern", "layers_to_transform", "revision")
+_0_7 = (*_0_4, "alpha_pattern", "rank_pattern", "loftq_config", "megatron_config", "megatron_core", "use_rslora")
+_0_10 = (*_0_7, "use_dora", "layer_replication")
+_0_14 = (*_0_10, "eva_config", "exclude_modules", "lora_bias")
+_0_17 = (*_0_14, "corda_config", "qalora_group_size", "target_parameters", "trainable_token_indices", "use_qalora")
+FIELDS_OF_PEFT = {"0.2": _0_2, "0.4": _0_4, "0.7": _0_7, "0.10": _0_10, "0.14": _0_14, "0.17": _0_17}
+
 # PEFT's all-linear on every architecture
 ARCHITECTURES = {
     "mamba": {"target_modules": ["in_proj", "x_proj"]},
-    "mixtral": {"target_modules": QV},
+    "mixtral": {"target_modules": QV}, "qwen3_moe": {"target_modules": QV},
     "distilbert": {"target_modules": ["q_lin", "v_lin", "lin1"], "heads": both("classifier", "pre_classifier")},
     "deberta": {"target_modules": ["query_proj", "value_proj"], "heads": HEAD},
     "wav2vec2": CONV, "hubert": CONV, "resnet": {"target_modules": ["convolution"]},
@@ -151,7 +161,8 @@ KINDS = {
     "raw_embedding": of("llama", keys(lambda key: re.sub(r"(lora_embedding_[AB])$", r"\1.default", key)
                                       if "embedding" in key else key), target_modules=["q_proj", "embed_tokens"]),
     "no_alpha": of("llama", config(drop=["lora_alpha"]), lora_alpha=8),
-    "old_fields": of("llama", config(**OLD_PEFT)),
+    **{f"fields_of_peft_{version}": of("llama", config(only=fields)) for version, fields in FIELDS_OF_PEFT.items()},
+    "fields_of_peft_0.1_more": of("llama", config(**OLD_PEFT)),
     "newer_fields": of("llama", config(a_field_of_tomorrow=None)),
     "bias_null": of("llama", config(bias=None), loads=False),
     "null_patterns": of("llama", config(rank_pattern={}, alpha_pattern={}, exclude_modules=None)),
