@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -31,6 +32,8 @@ def launch(config, *arguments, flags=(), code=0, **environment):
     fixed = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"}
     if "zero" in config:
         del fixed["ACCELERATE_USE_CPU"]
+    if config != "single":  # several workers of pytest launch at once
+        command += ["--main_process_port", str(free_port())]
     done = subprocess.run(
         [*command, *flags, *map(str, arguments)],
         cwd=ROOT, env=os.environ | fixed | environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
@@ -38,6 +41,13 @@ def launch(config, *arguments, flags=(), code=0, **environment):
     )  # fmt: skip
     assert (done.returncode == 0) == (code == 0), done.stdout[-8000:]
     return done.stdout
+
+
+def free_port():
+    """A port that nobody listens at now."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
 
 
 @dataclass
