@@ -52,7 +52,7 @@ class OSRMLoraConfig(LoraConfig):
 
     Raises:
         ValueError: an unknown choice, a number out of its range, options that contradict each other, or one of LoRA's
-            with which the adapter could not be merged (DoRA, trained biases, …).
+            with which the adapter could not be merged (DoRA, bare parameters, …).
     """
 
     out_of_task: list[str] | None = None
@@ -77,10 +77,6 @@ class OSRMLoraConfig(LoraConfig):
                     f"{name}={getattr(self, name)!r}: OSRM makes adapters to be merged, and no merge takes such a one "
                     f"(it is not plain LoRA): leave {name} out, or use peft.LoraConfig"
                 )
-        if self.bias != "none":
-            raise ValueError(
-                f"bias={self.bias!r} trains biases, which no merge takes: leave it at 'none', or use peft.LoraConfig"
-            )
         for name, choices in (("statistic", STATISTICS), ("null_space", NULL_SPACES), ("in_task", IN_TASK)):
             choice(name, getattr(self, name), choices)
         if isinstance(self.out_of_task, (str, Path)):

@@ -98,12 +98,6 @@ def test_an_option_under_which_no_merge_takes_the_adapter_is_refused_at_once(opt
         OSRMLoraConfig(**LORA, **PAPER, **{option: NOT_PLAIN.get(option, True)})
 
 
-@pytest.mark.parametrize("bias", ["all", "lora_only"])
-def test_trained_biases_are_refused_at_once(bias):
-    with pytest.raises(ValueError, match=rf"bias='{bias}' trains biases, which no merge takes"):
-        OSRMLoraConfig(**LORA, **PAPER, bias=bias)
-
-
 def test_what_osrm_makes_with_the_other_options_can_be_merged(others, tmp_path):
     options = {"use_rslora": True, "rank_pattern": {"layer.0.attention.self.query": 2}, "modules_to_save": ["pooler"]}
     options |= {"alpha_pattern": {"layer.1.attention.self.value": 3}, "exclude_modules": ["layer.1.attention.self.key"]}

@@ -31,6 +31,8 @@ def launch(config, *arguments, flags=(), code=0, **environment):
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", f"accelerate_configs/{config}.yaml"]
     fixed = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"}
     if "zero" in config:
+        # DeepSpeed's own extension: in a user's cache a process that was killed as it compiled leaves a lock for ever
+        fixed["TORCH_EXTENSIONS_DIR"] = str(Path(sys.prefix) / "torch_extensions")
         del fixed["ACCELERATE_USE_CPU"]
     if config != "single":  # several workers of pytest launch at once
         command += ["--main_process_port", str(free_port())]
