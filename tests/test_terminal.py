@@ -107,6 +107,17 @@ def test_styles_still_reach_a_terminal(monkeypatch):
     assert "\x1b[1mx" in done.stdout and "\\x1b[2J" in done.stdout and "\x1b[2J" not in done.stdout
 
 
+@pytest.mark.parametrize("where", ["cp1252", "ascii", "closed"])
+def test_what_an_output_cannot_show_is_escaped(where):
+    command = "import sys; sys.argv[1:] = ['merge', '--help']; from osrm_peft.cli import main; main()"
+    given = {"stdout": None, "preexec_fn": lambda: os.close(1)} if where == "closed" else {"stdout": subprocess.PIPE}
+    encoding = {"PYTHONIOENCODING": "utf-8" if where == "closed" else where}
+    run = [sys.executable, "-W", "ignore", "-c", command]
+    done = subprocess.run(run, stderr=subprocess.PIPE, env=os.environ | encoding, check=False, **given)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert where == "closed" or b"\\u03bb" in done.stdout
+
+
 # --- faults that no check foresees ---------------------------------------------------------------------------------
 
 
