@@ -1,5 +1,6 @@
 """Tokens of all inputs are compared, and tokenizer and generation settings come from a named source."""
 
+import importlib
 import json
 import logging
 import re
@@ -172,6 +173,28 @@ def test_large_vocabularies_are_compared_quickly(folders, tmp_path):
     tokenizer(folders["b"], words)
     assert merge(folders, tmp_path).is_dir()
     assert time.perf_counter() - started < 20  # quadratic: hours
+
+
+MODULES = ["bertweet", "phobert", "bartpho", "myt5", "gpt_neox_japanese", "luke", "whisper", "prophetnet", "roc_bert",
+           "fsmt", "xlm", "bert", "gpt2", "t5", "xlm_roberta", "deberta_v2", "wav2vec2", "clip", "esm"]  # fmt: skip
+UNINSTALLED = ["source.spm", "target.spm", "target_vocab.json", "dict.txt", "qwen.tiktoken", "tekken.json",
+               "sentencepiece.bpe.model", "spiece.model", "tokenizer.model.v3"]  # fmt: skip
+
+
+def test_all_files_of_transformers_tokenizers_are_copied(folders, tmp_path):
+    files = set(UNINSTALLED)
+    for name in MODULES:
+        module = importlib.import_module(f"transformers.models.{name}.tokenization_{name}")
+        files |= {one for cls in vars(module).values() for one in (getattr(cls, "vocab_files_names", None) or {}).values()}
+    assert len(files) > 25
+    for folder in folders.values():
+        for name in files - {"tokenizer.json"}:
+            (folder / name).write_text(name)
+    out = merge(folders, tmp_path)
+    assert files - {"tokenizer.json"} <= {path.name for path in out.iterdir()}
+    (folders["b"] / "source.spm").write_text("other")  # is one of them, so that tokens are compared
+    with pytest.raises(ValueError, match="the tokenizer of 'a' in .* cannot be read"):
+        merge(folders, tmp_path)
 
 
 # whose settings
