@@ -11,12 +11,13 @@ from typing import Any
 from safetensors import safe_open
 from safetensors.torch import load_file
 from tqdm.auto import tqdm
-from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from osrm_peft.card import write_manifest
 from osrm_peft.checkpoints.blocks import Blocks
 from osrm_peft.checkpoints.model_files import crc32_of
 from osrm_peft.checkpoints.plan import STATE, CheckpointPlan, plan_checkpoints
+from osrm_peft.checkpoints.skeleton import built_config
 from osrm_peft.checkpoints.writing import write_heads, write_rest, write_shard
 from osrm_peft.files import MANIFEST, check_replaceable, check_space, put_in_place, read_object, write_json
 from osrm_peft.hub import local_folder
@@ -168,7 +169,7 @@ def load_merged(folder: str | Path, name: str, auto_class: Any = AutoModelForSeq
         raise FileNotFoundError(f"{folder} has no head {name!r}: it has {', '.join(known) or 'none'}")
     with safe_open(file, framework="pt") as opened:
         config = json.loads(opened.metadata()["config"])
-    model = auto_class.from_pretrained(place, config=AutoConfig.for_model(**config))
+    model = auto_class.from_pretrained(place, config=built_config(config))
     left = model.load_state_dict(load_file(file), strict=False).unexpected_keys
     if left:
         raise ValueError(f"{file} holds {left[0]!r}, which {type(model).__name__} has not: give another auto_class")

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import MODEL_MAPPING, PreTrainedModel, initialization
+from transformers import MODEL_MAPPING, PreTrainedConfig, PreTrainedModel, initialization
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import logging
 
@@ -61,13 +61,18 @@ def skeleton(path: Path, config: Mapping[str, Any], name: str | None) -> PreTrai
         ) from error
 
 
+def built_config(told: Mapping[str, Any]) -> PreTrainedConfig:
+    """The configuration that a config.json tells of, infinite numbers too, which transformers writes as objects."""
+    return CONFIG_MAPPING[told["model_type"]].from_dict(PreTrainedConfig._decode_special_floats(dict(told)))
+
+
 @lru_cache(maxsize=16)
 def _built(name: str, told: str) -> PreTrainedModel | None:
     cls, given = getattr(transformers, name), json.loads(told)
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # what is said of a configuration is said when it is loaded
     try:
-        config = CONFIG_MAPPING[given["model_type"]].from_dict(given)
+        config = built_config(given)
         if not isinstance(config, cls.config_class):
             return None
         with ExitStack() as stack:
