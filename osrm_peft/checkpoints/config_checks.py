@@ -57,7 +57,11 @@ def check_config(path: Path, config: Mapping[str, Any], tensors: int) -> None:
             waiting += [(field, one, depth + 1) for one in value]
         elif isinstance(value, int) and not -_LARGEST <= value < _LARGEST:
             raise ValueError(f"{path}: {shown_field} is {_short(value)}, which is no size of a model")
-        elif isinstance(value, int) and value > max(_EXPERTS if "expert" in key else _MOST, tensors) and _COUNTS.search(key):
+        elif (
+            isinstance(value, int)
+            and value > max(_EXPERTS if "expert" in key else _MOST, tensors)
+            and _COUNTS.search(key)
+        ):
             raise ValueError(f"{path}: {shown_field} is {value}, and the weights are {tensors} tensors")
 
 

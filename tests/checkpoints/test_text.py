@@ -185,7 +185,9 @@ def test_all_files_of_transformers_tokenizers_are_copied(folders, tmp_path):
     files = set(UNINSTALLED)
     for name in MODULES:
         module = importlib.import_module(f"transformers.models.{name}.tokenization_{name}")
-        files |= {one for cls in vars(module).values() for one in (getattr(cls, "vocab_files_names", None) or {}).values()}
+        files |= {
+            one for cls in vars(module).values() for one in (getattr(cls, "vocab_files_names", None) or {}).values()
+        }
     assert len(files) > 25
     for folder in folders.values():
         for name in files - {"tokenizer.json"}:
