@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 _DEEPEST, _LARGEST = 32, 2**63
-_MOST, _EXPERTS = 4096, 2**14  # layers or heads, where a file does not have as many tensors; Doge's experts are rows
+_MOST = 2**14  # layers, heads or experts (Doge's are rows), where a file does not have as many tensors
 _COUNTS = re.compile(r"(^|_)(num|n)_?.*(layer|expert|block|head|group)|(^|_)(layers|depth)s?$")
 _TYPES: dict[str, tuple[type, ...]] = {"model_type": (str,), "tie_word_embeddings": (bool,), "vocab_size": (int,)}
 # fields, at any depth, that go with the tokenizer
@@ -57,11 +57,7 @@ def check_config(path: Path, config: Mapping[str, Any], tensors: int) -> None:
             waiting += [(field, one, depth + 1) for one in value]
         elif isinstance(value, int) and not -_LARGEST <= value < _LARGEST:
             raise ValueError(f"{path}: {shown_field} is {_short(value)}, which is no size of a model")
-        elif (
-            isinstance(value, int)
-            and value > max(_EXPERTS if "expert" in key else _MOST, tensors)
-            and _COUNTS.search(key)
-        ):
+        elif isinstance(value, int) and value > max(_MOST, tensors) and _COUNTS.search(key):
             raise ValueError(f"{path}: {shown_field} is {value}, and the weights are {tensors} tensors")
 
 

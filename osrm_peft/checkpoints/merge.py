@@ -1,6 +1,5 @@
 """merge_checkpoints: tensor by tensor from disk to disk; interrupted, it goes on where it stopped."""
 
-import errno
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -22,9 +21,7 @@ from osrm_peft.checkpoints.writing import write_heads, write_rest, write_shard
 from osrm_peft.files import MANIFEST, check_replaceable, check_space, put_in_place, read_object, write_json
 from osrm_peft.hub import local_folder
 from osrm_peft.merging.weights import Weights
-from osrm_peft.places import alone_in
-
-_FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)  # no room, by disk, file or quota
+from osrm_peft.places import FULL, alone_in
 
 
 def merge_checkpoints(
@@ -129,7 +126,7 @@ def _execute(plan: CheckpointPlan, out: Path, partial: Path, resume: bool, verif
                     try:
                         state["crc32"][file] = write_shard(merge, paths, names, bar)
                     except OSError as error:
-                        if error.errno not in _FULL:
+                        if error.errno not in FULL:
                             raise
                         reason = f"{os.strerror(error.errno)}: {paths[0]} could not be written"
                         raise OSError(error.errno, f"{reason}; make room, and go on with resume (--resume)") from error
