@@ -129,6 +129,7 @@ FAULTS = [
     (OverflowError("Python int too large to convert to C long"), "osrm-peft merge: OverflowError"),
     (RecursionError("maximum recursion depth exceeded"), "osrm-peft merge: RecursionError"),
     (SafetensorError("Error while deserializing header"), "osrm-peft merge: SafetensorError"),
+    (type("PanicException", (BaseException,), {})("of a library"), "osrm-peft merge: PanicException"),
     (KeyError("x"), "osrm-peft merge: KeyError"), (AssertionError(), "osrm-peft merge: AssertionError"),
     (OSError(28, "No space left on device"), "No space left on device"), (ValueError(f"a\nb{EVIL}"), "error: a b"),
 ]  # fmt: skip

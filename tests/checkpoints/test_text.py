@@ -129,7 +129,16 @@ def test_models_without_tokenizer_files_merge_and_it_is_said(folders, tmp_path):
 def test_a_tokenizer_that_cannot_be_read_is_one_error(folders, tmp_path):
     tokenizer(folders["a"])
     tokenizer(folders["b"])
-    for content in ("{", "[" * 100_000, '{"model": {"type": "WordLevel", "vocab": {"a": 1180591620717411303424}}}'):
+    panics = {"normalizer": {"type": "Precompiled", "precompiled_charsmap": ""}, "model": {"type": "WordLevel"}}
+    panics["model"] |= {"vocab": {"a": 0}, "unk_token": "a"}
+    endless = {"model": {"type": "WordLevel", "vocab": {"a": 0, "b": 4 * 10**9}, "unk_token": "a"}}
+    for content in (
+        "{",
+        "[" * 100_000,
+        json.dumps(panics),
+        json.dumps(endless),
+        '{"model": {"type": "WordLevel", "vocab": {"a": 1180591620717411303424}}}',
+    ):
         (folders["b"] / "tokenizer.json").write_text(content)
         with pytest.raises(ValueError, match=r"tokenizer of 'b' in .*/b cannot be read.*remove its files") as caught:
             merge(folders, tmp_path)
@@ -195,7 +204,7 @@ def test_all_files_of_transformers_tokenizers_are_copied(folders, tmp_path):
     out = merge(folders, tmp_path)
     assert files - {"tokenizer.json"} <= {path.name for path in out.iterdir()}
     (folders["b"] / "source.spm").write_text("other")  # is one of them, so that tokens are compared
-    with pytest.raises(ValueError, match="the tokenizer of 'a' in .* cannot be read"):
+    with pytest.raises(ValueError, match=r"the tokenizer of 'a' in .* cannot be read"):
         merge(folders, tmp_path)
 
 
