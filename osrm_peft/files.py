@@ -28,7 +28,7 @@ CONTENTS = {
 _FIELDS = {
     "kind": str, "base_model": str, "task": str, "task_type": str, "method": str, "inputs": dict, "options": dict,
     "files": list | dict, "scores": list, "log": list, "versions": dict, "energy_kept": dict, "serving": dict,
-    "scale": int | float, "num_labels": int,
+    "scale": int | float, "num_labels": int, "crc32": dict,
 }  # fmt: skip
 
 

@@ -1,6 +1,5 @@
 """merge_checkpoints: tensor by tensor from disk to disk; interrupted, it goes on where it stopped."""
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, nullcontext
@@ -18,7 +17,8 @@ from osrm_peft.checkpoints.model_files import crc32_of
 from osrm_peft.checkpoints.plan import STATE, CheckpointPlan, plan_checkpoints
 from osrm_peft.checkpoints.skeleton import built_config
 from osrm_peft.checkpoints.writing import write_heads, write_rest, write_shard
-from osrm_peft.files import MANIFEST, check_replaceable, check_space, put_in_place, read_object, write_json
+from osrm_peft.checks import printable
+from osrm_peft.files import MANIFEST, check_replaceable, check_space, parse_json, put_in_place, read_object, write_json
 from osrm_peft.hub import local_folder
 from osrm_peft.merging.weights import Weights
 from osrm_peft.places import FULL, alone_in
@@ -164,9 +164,13 @@ def load_merged(folder: str | Path, name: str, auto_class: Any = AutoModelForSeq
     known = sorted(path.stem for path in (place / "heads").glob("*.safetensors"))
     if name not in known:
         raise FileNotFoundError(f"{folder} has no head {name!r}: it has {', '.join(known) or 'none'}")
-    with safe_open(file, framework="pt") as opened:
-        config = json.loads(opened.metadata()["config"])
-    model = auto_class.from_pretrained(place, config=built_config(config))
+    try:
+        with safe_open(file, framework="pt") as opened:
+            config = built_config(parse_json((opened.metadata() or {})["config"]))
+    except Exception as error:  # of safetensors and transformers: any kind
+        reason = printable(" ".join(str(error).split()))[:200]
+        raise ValueError(f"{file} is damaged ({type(error).__name__}: {reason}): merge again") from error
+    model = auto_class.from_pretrained(place, config=config)
     left = model.load_state_dict(load_file(file), strict=False).unexpected_keys
     if left:
         raise ValueError(f"{file} holds {left[0]!r}, which {type(model).__name__} has not: give another auto_class")

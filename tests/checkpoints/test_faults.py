@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from osrm_peft import merge_checkpoints
+from osrm_peft import load_merged, merge_checkpoints
 from osrm_peft.checkpoints import blocks
 from osrm_peft.checkpoints import merge as engine
 from tests.checkpoints.test_merge import CASES, QUICK, hashes, noisy, rewrite, same, tensors_of, write
@@ -111,7 +111,7 @@ import json, os, resource, signal, sys
 from pathlib import Path
 import osrm_peft.checkpoints.blocks as rows_of
 import osrm_peft.checkpoints.merge as engine
-from osrm_peft import merge_checkpoints
+from osrm_peft import load_merged, merge_checkpoints
 
 given = json.loads(sys.argv[1])
 write_shard, blocks = engine.write_shard, rows_of.Blocks.blocks
@@ -647,3 +647,23 @@ def test_a_folder_whose_name_is_no_utf_8_merges(small, tmp_path):
     shutil.copytree(small["a"], odd)
     out = merge_checkpoints({"a": odd, "b": small["b"]}, tmp_path / "out")
     assert json.loads((out / "osrm_peft.json").read_text())["inputs"]["a"]["source"] == str(odd)
+
+
+@pytest.mark.parametrize(
+    "about", [None, {"x": "y"}, *({"config": text} for text in ("[" * 100_000, "3", "{}", '{"model_type": 3}',
+              '{"model_type": "no"}', '{"model_type": "bert", "num_hidden_layers": "x"}'))]
+)  # fmt: skip
+def test_a_head_that_tells_of_no_model_is_damaged(trained, tmp_path, about):
+    out = merge_checkpoints({"a": trained["a"], "b": trained["b"]}, tmp_path / "out", heads=["classifier*"])
+    file = out / "heads" / "a.safetensors"
+    save_file(load_file(file), file, about)
+    with pytest.raises(ValueError, match=r"heads/a\.safetensors is damaged \(.*\): merge again") as caught:
+        load_merged(out, "a")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("sums", [3, True, "x", [], {"model.safetensors": 3}])
+def test_checksums_of_the_wrong_kind_are_damage(small, tmp_path, sums):
+    (small["a"] / "osrm_peft.json").write_text(json.dumps({"crc32": sums}))
+    with pytest.raises(ValueError, match=r"/a/model\.safetensors is damaged|osrm_peft\.json is damaged \(crc32="):
+        merge_checkpoints({"a": small["a"], "b": small["b"]}, tmp_path / "out")
