@@ -126,6 +126,9 @@ def choose_text(
 def _mark(folder: Path) -> str:
     """Of the tokenizer files' bytes."""
     found = [(path.name, path.read_bytes()) for path in files_of(folder, TOKENIZERS)]
+    for name, data in found:
+        if data.startswith(b"version https://git-lfs"):
+            raise ValueError(f"{folder / name}: a Git LFS pointer, not the file: run `git lfs pull` in its folder")
     return hashlib.sha256(
         b"".join(name.encode() + b"\0" + hashlib.sha256(data).digest() for name, data in found)
     ).hexdigest()

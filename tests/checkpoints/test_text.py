@@ -148,6 +148,15 @@ def test_a_tokenizer_that_cannot_be_read_is_one_error(folders, tmp_path):
     assert merge(folders, tmp_path).is_dir()
 
 
+def test_a_tokenizer_that_git_did_not_fetch_is_named(folders, tmp_path):
+    for name in "ab":  # the same one, so that the files are equal
+        tokenizer(folders[name])
+        pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n"
+        (folders[name] / "tokenizer.json").write_text(pointer)
+    with pytest.raises(ValueError, match=r"/a/tokenizer\.json: a Git LFS pointer, not the file: run `git lfs pull`"):
+        merge(folders, tmp_path)
+
+
 def test_rows_that_are_cut_need_tokenizers(folders, tmp_path):
     folders["b"] = model(tmp_path / "larger", 3, vocab_size=50)
     tokenizer(folders["a"])
