@@ -42,7 +42,7 @@ def write_manifest(folder: str | Path, manifest: Mapping[str, Any]) -> None:
     card = str(model_card(manifest))
     write_json(Path(folder) / MANIFEST, manifest)
     with new_file(Path(folder) / "README.md") as path:
-        path.write_text(card, encoding="utf-8")
+        path.write_text(card, encoding="utf-8", errors="backslashreplace")  # of paths
 
 
 def record_scores(folder: str | Path, scores: list[dict[str, Any]]) -> None:

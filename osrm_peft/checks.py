@@ -18,6 +18,11 @@ _SHORT.maxlist = _SHORT.maxtuple = _SHORT.maxdict = _SHORT.maxset = 10
 _DEVICES = r"(?i:con|prn|aux|nul|conin\$|conout\$|(?:com|lpt)[0-9¹²³])[ ]*(?:\..*)?"
 
 
+def is_fault(error: BaseException) -> bool:
+    """Whether it is an error: a library in Rust that panics raises what is no Exception, as an interrupt is none."""
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
+
+
 def shown(value: Any) -> str:
     """`value` as an error shows it: its repr, cut where it is long or deep."""
     try:

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from osrm_peft import cli_checkpoints, cli_features, cli_merge, cli_report  # noqa: F401 (their commands)
+from osrm_peft.checks import is_fault
 from osrm_peft.cli_base import (
     ConfigOption,
     SuiteOption,
@@ -164,12 +165,14 @@ def main() -> None:
     escape_messages()
     try:
         app()
-    except Exception as error:
+    except BaseException as error:
+        if not is_fault(error):
+            raise
         Console(stderr=True).print(f"[bold red]error:[/bold red] {escape(told(error))}", soft_wrap=True)
         sys.exit(2)
 
 
-def told(error: Exception) -> str:
+def told(error: BaseException) -> str:
     """What went wrong, on one line, and what to do; where no check foresaw it, in which command and line of ours."""
     text = one_line(error) or type(error).__name__
     if isinstance(error, MemoryError) or re.search("out of memory|can't allocate memory|not enough memory", text):

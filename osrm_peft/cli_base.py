@@ -1,5 +1,6 @@
 """What the commands of `osrm-peft` share: the app, the console, options, and NAME=VALUE texts."""
 
+import io
 import logging
 import os
 import sys
@@ -21,7 +22,7 @@ app = typer.Typer(
     help="Train LoRA adapters so that they can be merged (OSRM), and merge them (LoRE-Merging and the baselines).",
 )
 console = Console(  # soft: a path is one word, to copy; of several processes the first prints
-    soft_wrap=True, width=None if sys.stdout.isatty() else 120, quiet=os.environ.get("RANK", "0") != "0"
+    soft_wrap=True, width=None if sys.stdout and sys.stdout.isatty() else 120, quiet=os.environ.get("RANK", "0") != "0"
 )
 
 
@@ -61,7 +62,9 @@ def one_line(text: object) -> str:
 
 
 def escape_messages() -> None:
-    """Let warnings and log messages that nobody else handles go to the terminal escaped."""
+    """Let what a terminal lacks, and warnings and log messages that nobody else handles, go to it escaped."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # where a terminal or pipe has no λ
     if logging.lastResort is not None:
         logging.lastResort.setFormatter(_Formatter())
     warnings.formatwarning = lambda *arguments, **named: printable(_format_warning(*arguments, **named))

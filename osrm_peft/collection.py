@@ -221,6 +221,9 @@ def _run(
                 lambda _, args, keywords: collector.encode(keywords.get("encoder_hidden_states")), with_kwargs=True
             )
             stack.callback(handle.remove)
+        for tower in sides.towers:
+            handle = tower.register_forward_hook(lambda module, args, output: collector.leave_tower(output))
+            stack.callback(handle.remove)
         for given in batches:
             batch = given.to(device)
             inputs = sides.with_decoder(batch.inputs, batch.labels)

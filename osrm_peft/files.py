@@ -28,7 +28,7 @@ CONTENTS = {
 _FIELDS = {
     "kind": str, "base_model": str, "task": str, "task_type": str, "method": str, "inputs": dict, "options": dict,
     "files": list | dict, "scores": list, "log": list, "versions": dict, "energy_kept": dict, "serving": dict,
-    "scale": int | float, "num_labels": int,
+    "scale": int | float, "num_labels": int, "crc32": dict,
 }  # fmt: skip
 
 
@@ -76,6 +76,9 @@ def check_replaceable(path: str | Path, kind: str) -> Path:
         PermissionError: see `check_folder`.
     """
     path = check_folder(path)
+    around = [path.is_mount() and "a file system of its own", _runs_in(path) and "the folder that this runs in"]
+    for what in filter(None, around):
+        raise FileExistsError(f"{path} is {what}, which no other can take the place of: name a folder in it")
     if not path.is_dir() or not any(path.iterdir()):
         return path
     manifest = read_manifest(path)
@@ -84,17 +87,23 @@ def check_replaceable(path: str | Path, kind: str) -> Path:
             f"{path} exists and is not a folder that osrm_peft wrote as {kind!r} (its {MANIFEST} would say so): "
             "name a new folder, or remove it yourself"
         )
-    if kind in CONTENTS:
-        foreign = sorted({entry.name for entry in path.iterdir()} - CONTENTS[kind])
-    else:
-        there = {entry.relative_to(path).as_posix() for entry in path.rglob("*") if not entry.is_dir()}
-        foreign = sorted(there - set(manifest.get("files", [])))
+    ours = set(manifest.get("files") or []) if kind not in CONTENTS else CONTENTS[kind]
+    ours |= {f"heads/{task}.safetensors" for task in manifest.get("inputs") or {}}
+    there = {one.relative_to(path).as_posix() for one in path.rglob("*") if one.is_symlink() or not one.is_dir()}
+    foreign = sorted(there - ours)
     if foreign:
         raise FileExistsError(
             f"{path} holds files of others ({', '.join(foreign[:4])}): replacing it would lose them; "
             "name a new folder, or remove them yourself"
         )
     return path
+
+
+def _runs_in(folder: Path) -> bool:
+    try:
+        return Path.cwd().is_relative_to(folder)
+    except FileNotFoundError:  # it is gone
+        return False
 
 
 def check_space(out: Path, needed: int) -> None:
@@ -169,7 +178,8 @@ def parse_json(text: str | bytes) -> Any:
 def write_json(path: str | Path, content: Any) -> None:
     """Write `content` as indented JSON, complete or not at all."""
     with new_file(path) as partial:
-        partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+        partial.write_text(text, encoding="utf-8", errors="backslashreplace")  # a path may have bytes that are no UTF-8
 
 
 def command() -> str | None:

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from osrm_peft.distributed import Processes
 from osrm_peft.moments import FeatureMoments
-from osrm_peft.positions import Positions, Sides, find_positions, same_tensor
+from osrm_peft.positions import Positions, Sides, find_positions, same_tensor, tensors_in
 
 
 @dataclass(frozen=True)
@@ -141,9 +141,14 @@ class Collector:
         self.in_decoder = self.sides.decoder_positions(inputs, batch.labels, self.positions) if two else self.positions
         self.text = "input_ids" in inputs or "inputs_embeds" in inputs
         self.encoded: Tensor | None = None
+        self.images: list[Tensor] = []  # what towers and the modules between them and the text have returned
         # (tensor, its version, the layer that received it first), of the last input and of the encoder's output; the
         # tensors are kept alive, so that no other can lie at the same place
         self.received: dict[str, tuple[Tensor, int, str]] = {}
+
+    def leave_tower(self, output: Any) -> None:
+        """What a tower returns, which layers of the text may read: it has none of the text's positions."""
+        self.images += tensors_in(output)
 
     def encode(self, encoded: Tensor | None) -> None:
         """The encoder's output in this pass, or what is made of it for the decoder."""
@@ -168,7 +173,9 @@ class Collector:
         if leader != name:
             return
         positions = self.in_decoder if self.sides.in_decoder(name, x, self.encoded) else self.positions
-        positions = self.unmasked if self.sides.in_tower(name) else positions
+        place = x.data_ptr(), x.numel()
+        of_images = self.sides.in_tower(name) or any(place == (one.data_ptr(), one.numel()) for one in self.images)
+        positions = self.unmasked if of_images else positions
         if self.counts:
             self.moments[name].add_(*positions.of(name, x, self.whole_samples))
         self.received["encoded" if same_tensor(x, self.encoded) else "last"] = (x, x._version, name)

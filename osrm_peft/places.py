@@ -10,7 +10,7 @@ import stat
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -59,10 +59,50 @@ def _checked(path: str | Path, wanted: int) -> Path:
             what = f"cannot be {_KINDS[wanted]}: name another"
             raise FileExistsError(f"{one} is {_KINDS.get(kind or 0, 'no file or folder')}, so {path} {what}")
         if kind is not None and one != place:
-            if not os.access(one, os.W_OK | os.X_OK):
-                raise PermissionError(f"{one} cannot be written to, so {path} cannot be made: name another place")
+            _try(one, place, path)
             break
     return place
+
+
+def _try(folder: Path, place: Path, path: str | Path) -> None:
+    """Raise PermissionError where no partial result of `place` can be made in `folder`: rights alone do not tell."""
+    try:
+        place.name.encode()  # what safetensors writes to
+        probe = Path(tempfile.mkdtemp(prefix=f".{place.name}.", suffix=".partial", dir=folder))
+    except (OSError, UnicodeEncodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "its name is no UTF-8"
+        raise PermissionError(
+            f"{folder} cannot be written to, so {path} cannot be made ({why}): name another"
+        ) from error
+    with suppress(OSError):  # another process took it for a dead one's
+        probe.rmdir()
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """The folder, made if need be, is this process' alone until the block ends, or the folder has another name.
+
+    Raises:
+        FileExistsError: another process is in it; or it is a link, or no folder.
+    """
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)  # FileExistsError: it is no folder
+        if folder.is_symlink():
+            raise FileExistsError(f"{folder} is a link, and what is unfinished lies there: remove it")
+        try:
+            lock = _lock(folder)
+        except BlockingIOError as error:
+            raise FileExistsError(f"another process writes in {folder}: wait for it, or name another") from error
+        with suppress(FileNotFoundError):
+            if os.path.samestat(folder.stat() if lock is None else os.fstat(lock), folder.stat()):
+                break
+        if lock is not None:  # of a folder that has another name by now
+            os.close(lock)
+    try:
+        yield
+    finally:
+        if lock is not None:
+            os.close(lock)
 
 
 def _kind(path: Path) -> int | None:
@@ -139,7 +179,11 @@ def clean_up(path: Path) -> None:
     pattern = re.compile(rf"\.{re.escape(path.name)}\.(\d+|[a-z0-9_]{{8}})\.(partial|old)")
     places = path.parent.iterdir() if path.parent.is_dir() else ()
     for place in [one for one in places if pattern.fullmatch(one.name)]:
-        if _kind(place) not in (stat.S_IFREG, stat.S_IFDIR) or (lock := _lock(place)) is None:
+        try:
+            lock = _lock(place) if _kind(place) in (stat.S_IFREG, stat.S_IFDIR) else None
+        except BlockingIOError:
+            continue
+        if lock is None:
             continue
         try:
             partial = place.suffix == ".partial"
@@ -169,7 +213,11 @@ def _locked_folder(path: Path) -> tuple[Path, int | None]:
 
 
 def _lock(place: Path, wait: bool = False) -> int | None:
-    """The lock of a file or folder, to be closed; None where another holds it or the system has none."""
+    """The lock of a file or folder, to be closed; None where the system has none.
+
+    Raises:
+        BlockingIOError: another holds it.
+    """
     if sys.platform == "win32":
         return None
     try:
@@ -178,7 +226,9 @@ def _lock(place: Path, wait: bool = False) -> int | None:
         return None
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except OSError:
+    except OSError as error:
         os.close(lock)
+        if isinstance(error, BlockingIOError):
+            raise
         return None
     return lock

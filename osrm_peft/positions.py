@@ -10,8 +10,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from osrm_peft.layers import base_of
+from osrm_peft.layers import base_of, input_embedding
 
+# of modules between a tower and the text, by the ends of their names; InstructBLIP's qformer reads a text, too
+_BETWEEN = ("projector", "connector", "aligner", "qformer", "language_projection", "vision_projection",
+            "image_to_text_projection", "perceiver_resampler", "embed_vision")  # fmt: skip
 _OTHER_MASKS = ("pixel_mask", "feature_attention_mask", "input_features_mask")  # of DETR, Qwen2-Audio, Gemma 3n, …
 
 
@@ -144,10 +147,12 @@ class Sides:
         names = {module: f"{name}." for name, module in base.named_modules()}
         self._prefix = names.get(self.encoder, "")
         seen = ("image", "video") if self.two else ("image", "video", "audio")  # else sound is what the mask is of
-        towers = {names[tower] for tower in _towers(base, seen) if names.get(tower, ".") != "."}
-        towers |= {name for name in names.values() if towers and name.endswith("multi_modal_projector.")}
-        self._towers = tuple(towers)
         self._accepts = set(inspect.signature(base.forward).parameters)
+        text = {self.encoder, input_embedding(base)}  # some classes name their encoder of text whatever they are asked
+        found = [one for one in _towers(base, seen) if names.get(one, ".") != "." and text.isdisjoint(one.modules())]
+        between = tuple(f"{end}." for end in _BETWEEN if end != "qformer" or "qformer_input_ids" not in self._accepts)
+        found += [one for one, name in names.items() if found and name.endswith(between)]
+        self.towers, self._towers = found, tuple(names[one] for one in found)
         self._audio = next((one for one in names if hasattr(one, "_get_feature_vector_attention_mask")), None)
         self._base = base
 
@@ -218,6 +223,12 @@ def _towers(base: Any, modalities: tuple[str, ...]) -> Iterator[nn.Module]:
             yield base.get_encoder(modality=modality)
         except (TypeError, ValueError, AttributeError):  # the model's own method knows no modalities
             continue
+
+
+def tensors_in(output: Any) -> list[Tensor]:
+    """The tensors of what a module returns: one, or those of a tuple or ModelOutput."""
+    values = output.values() if isinstance(output, Mapping) else output if isinstance(output, tuple) else (output,)
+    return [one for one in values if isinstance(one, Tensor)]
 
 
 def same_tensor(x: Tensor, other: Tensor | None) -> bool:

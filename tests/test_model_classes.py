@@ -48,6 +48,22 @@ def _clip(**_):
     return transformers.CLIPConfig(text_config=TEXT, vision_config=IMAGE, projection_dim=12)
 
 
+def _blip(**_):
+    """Its decoder of text reads the images: 17 positions of either."""
+    return transformers.BlipConfig(
+        text_config=TEXT | {"encoder_hidden_size": 16}, vision_config=IMAGE | {"initializer_range": 0.02}
+    )
+
+
+def _blip2(**_):
+    sizes = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = transformers.OPTConfig(**sizes, ffn_dim=24, word_embed_proj_dim=16, max_position_embeddings=40)
+    kind = transformers.Blip2Config
+    qformer = sizes | {"intermediate_size": 24, "encoder_hidden_size": 16}
+    parts = {"vision_config": IMAGE | {"initializer_range": 0.02}, "qformer_config": qformer}
+    return kind(**parts, text_config=text.to_dict(), num_query_tokens=16, image_token_index=49)
+
+
 def _two(encoder):
     def config(**_):
         text = transformers.BertConfig(**DECODER)
@@ -102,6 +118,9 @@ CASES = {
     "clip-vision": Case("CLIPVisionModel", IMAGE, "images"),
     "clip": Case("CLIPModel", {}, "text and images", None, _clip),
     "llava": Case("LlavaForConditionalGeneration", {}, "text and images", "tokens", _llava),
+    "blip": Case("BlipForConditionalGeneration", {}, "text and images", None, _blip),
+    "blip2": Case("Blip2ForConditionalGeneration", {}, "text and images", None, _blip2),
+    "seamless": Case("SeamlessM4TForTextToText", TWO | {"hidden_size": 16}, labels="tokens"),
     "image-to-text": Case("VisionEncoderDecoderModel", {}, "images", "tokens", _two(_vit)),
     "speech-to-text": Case("SpeechEncoderDecoderModel", {}, "masked sound", "tokens", _two(_wav2vec2)),
 }
@@ -129,7 +148,7 @@ def batch_of(name, seed=1):
     if "text" in inputs:
         ids = torch.randint(3, 48, real.shape, generator=generator)
         ids[torch.arange(3), real.sum(1) - 1] = 2  # BART's classifier and CLIP look for the end of a text
-        if name == "llava":
+        if name in ("llava", "blip2"):
             ids[:, :16], real = 49, until((17, 16, 17))
         batch |= {"input_ids": ids * real, "attention_mask": real.long()}
     if "images" in inputs:
@@ -176,10 +195,19 @@ def kept(name, layer, x, batch):
         return frames(SOUND_LENGTHS)[:, None].expand(-1, x.shape[1], -1).flatten(1)
     if x.dim() == 2 and len(x) == 3:
         return torch.ones(3, 1, dtype=torch.bool)  # pooled: one vector a sample
-    crosses = re.search(r"(encoder_attn|EncDecAttention|crossattention)\b.*\.(k|v|k_proj|v_proj|key|value)$", layer)
-    if re.search(r"(^|\.)decoder\.", layer) and not crosses and name not in ("bart-cls", "segformer-pixels"):
+    crosses = re.search(r"(encoder_attn|EncDecAttention|cross_?attention)\b.*\.(k|v|k_proj|v_proj|key|value)$", layer)
+    if crosses and name.startswith("blip"):
+        return torch.ones(3, length, dtype=torch.bool)
+    if (
+        re.search(r"(^|\.)(text_)?decoder\.", layer)
+        and not name.startswith("blip")
+        and not crosses
+        and name not in ("bart-cls", "segformer-pixels")
+    ):
         return batch["labels"] != -100
-    if "images" in inputs and ("text" not in inputs or "vision" in layer or "projector" in layer):
+    if "images" in inputs and (
+        "text" not in inputs or re.search("vision|projector|qformer|language_projection", layer)
+    ):
         return torch.ones(3, x[0].numel() // x.shape[-1], dtype=torch.bool)
     if inputs == "masked sound":
         found = frames(SOUND_LENGTHS)

@@ -13,7 +13,7 @@ import pytest
 
 from osrm_peft import places
 from osrm_peft.files import MANIFEST, check_file, check_folder, check_replaceable, new_file, new_folder, write_json
-from osrm_peft.places import FULL, beside, clean_up, put_in_place
+from osrm_peft.places import FULL, alone_in, beside, clean_up, put_in_place
 
 
 def plant(path, kind):
@@ -88,6 +88,81 @@ def test_links_are_followed_to_what_is_there_and_to_what_is_not(tmp_path, way):
         write(tmp_path / "out", way, content)
         assert (tmp_path / "out").is_symlink() and read(tmp_path / "far/behind") == content
     assert sorted(one.name for one in (tmp_path / "far").iterdir()) == ["behind"]
+
+
+@pytest.mark.parametrize("check", [check_file, check_folder])
+@pytest.mark.parametrize("name", ["n" * 250, "\udcff"])
+def test_names_that_no_partial_result_or_no_safetensors_file_can_have_are_refused_before_any_work(
+    tmp_path, check, name
+):
+    with pytest.raises(
+        PermissionError, match=r"cannot be made \((File name too long|its name is no UTF-8)\): name anoth"
+    ):
+        check(tmp_path / name)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="a folder that even root cannot write to is Linux's")
+@pytest.mark.parametrize("below", ["out", "far/out"])
+def test_rights_alone_do_not_tell_whether_a_folder_can_be_written_to(below):
+    for check in (check_file, check_folder):
+        with pytest.raises(PermissionError, match=r"/proc cannot be written to, so /proc/.*out cannot be made"):
+            check(f"/proc/{below}")
+
+
+def test_a_folder_that_no_other_can_take_the_place_of_is_refused_before_any_work(tmp_path, monkeypatch):
+    with pytest.raises(FileExistsError, match=r"^/ is a file system of its own, .*: name a folder in it"):
+        check_replaceable("/", "merged")
+    write(tmp_path / "out", new_folder)
+    (tmp_path / "out/heads").mkdir()
+    for here, out in (("out", "."), ("out/heads", "..")):
+        monkeypatch.chdir(tmp_path / here)
+        with pytest.raises(FileExistsError, match=r"/out is the folder that this runs in, .*: name a folder in it"):
+            check_replaceable(out, "merged")
+    monkeypatch.chdir(tmp_path / "out/heads")
+    (tmp_path / "out/heads").rmdir()  # where this runs is gone
+    write(tmp_path / "out", new_folder, "again")
+    assert read(tmp_path / "out") == "again"
+
+
+@pytest.mark.parametrize("kind", ["merged", "emr", "adapter", "checkpoint"])
+@pytest.mark.parametrize(
+    "name", ["heads/notes.txt", "heads/b.safetensors", "heads/a.safetensors/x", "README.md/x", "link"]
+)
+def test_files_of_others_are_found_at_any_depth(tmp_path, kind, name):
+    about = {"kind": kind, "inputs": {"a": {"source": "s"}}, "files": [MANIFEST, "heads/a.safetensors"]}
+    (tmp_path / "out/heads").mkdir(parents=True)
+    (tmp_path / "out" / MANIFEST).write_text(json.dumps(about))
+    if kind != "adapter":
+        (tmp_path / "out/heads/a.safetensors").touch()
+    check_replaceable(tmp_path / "out", kind)
+    (tmp_path / "out/heads/a.safetensors").unlink(missing_ok=True)
+    place = tmp_path / "out" / name
+    place.parent.mkdir(exist_ok=True)
+    place.symlink_to(tmp_path) if name == "link" else place.touch()
+    with pytest.raises(FileExistsError, match=rf"holds files of others \({name}\)"):
+        check_replaceable(tmp_path / "out", kind)
+
+
+def test_paths_that_are_no_utf_8_are_written_down(tmp_path):
+    write_json(tmp_path / "x.json", {"source": "\udcff/a"})
+    assert json.loads((tmp_path / "x.json").read_text(encoding="utf-8")) == {"source": "\udcff/a"}
+
+
+def test_one_process_at_a_time_is_in_a_folder(tmp_path):
+    folder = tmp_path / "far/work"
+    with alone_in(folder):
+        (folder / "mine").touch()
+        with pytest.raises(FileExistsError, match=r"another process writes in .*: wait"), alone_in(folder):
+            pass
+        folder.rename(tmp_path / "done")
+        with alone_in(folder):  # a new one of this name
+            assert not list(folder.iterdir())
+    with alone_in(folder):
+        pass
+    (tmp_path / "link").symlink_to(tmp_path / "done")
+    with pytest.raises(FileExistsError, match="is a link"), alone_in(tmp_path / "link"):
+        pass
 
 
 @pytest.mark.skipif(os.getuid() == 0, reason="root writes everywhere")

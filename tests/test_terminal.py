@@ -107,6 +107,17 @@ def test_styles_still_reach_a_terminal(monkeypatch):
     assert "\x1b[1mx" in done.stdout and "\\x1b[2J" in done.stdout and "\x1b[2J" not in done.stdout
 
 
+@pytest.mark.parametrize("where", ["cp1252", "ascii", "closed"])
+def test_what_an_output_cannot_show_is_escaped(where):
+    command = "import sys; sys.argv[1:] = ['merge', '--help']; from osrm_peft.cli import main; main()"
+    given = {"stdout": None, "preexec_fn": lambda: os.close(1)} if where == "closed" else {"stdout": subprocess.PIPE}
+    encoding = {"PYTHONIOENCODING": "utf-8" if where == "closed" else where}
+    run = [sys.executable, "-W", "ignore", "-c", command]
+    done = subprocess.run(run, stderr=subprocess.PIPE, env=os.environ | encoding, check=False, **given)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert where == "closed" or b"\\u03bb" in done.stdout
+
+
 # --- faults that no check foresees ---------------------------------------------------------------------------------
 
 
@@ -118,6 +129,7 @@ FAULTS = [
     (OverflowError("Python int too large to convert to C long"), "osrm-peft merge: OverflowError"),
     (RecursionError("maximum recursion depth exceeded"), "osrm-peft merge: RecursionError"),
     (SafetensorError("Error while deserializing header"), "osrm-peft merge: SafetensorError"),
+    (type("PanicException", (BaseException,), {})("of a library"), "osrm-peft merge: PanicException"),
     (KeyError("x"), "osrm-peft merge: KeyError"), (AssertionError(), "osrm-peft merge: AssertionError"),
     (OSError(28, "No space left on device"), "No space left on device"), (ValueError(f"a\nb{EVIL}"), "error: a b"),
 ]  # fmt: skip

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 _DEEPEST, _LARGEST = 32, 2**63
-_MOST = 4096  # layers, heads or experts, where a file does not have as many tensors
+_MOST = 2**14  # layers, heads or experts (Doge's are rows), where a file does not have as many tensors
 _COUNTS = re.compile(r"(^|_)(num|n)_?.*(layer|expert|block|head|group)|(^|_)(layers|depth)s?$")
 _TYPES: dict[str, tuple[type, ...]] = {"model_type": (str,), "tie_word_embeddings": (bool,), "vocab_size": (int,)}
 # fields, at any depth, that go with the tokenizer

@@ -1,28 +1,27 @@
 """merge_checkpoints: tensor by tensor from disk to disk; interrupted, it goes on where it stopped."""
 
-import errno
-import json
 import os
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
 from safetensors.torch import load_file
 from tqdm.auto import tqdm
-from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from osrm_peft.card import write_manifest
 from osrm_peft.checkpoints.blocks import Blocks
 from osrm_peft.checkpoints.model_files import crc32_of
 from osrm_peft.checkpoints.plan import STATE, CheckpointPlan, plan_checkpoints
+from osrm_peft.checkpoints.skeleton import built_config
 from osrm_peft.checkpoints.writing import write_heads, write_rest, write_shard
-from osrm_peft.files import MANIFEST, check_replaceable, check_space, put_in_place, write_json
+from osrm_peft.checks import printable
+from osrm_peft.files import MANIFEST, check_replaceable, check_space, parse_json, put_in_place, read_object, write_json
 from osrm_peft.hub import local_folder
 from osrm_peft.merging.weights import Weights
-
-_FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)  # no room, by disk, file or quota
+from osrm_peft.places import FULL, alone_in
 
 
 def merge_checkpoints(
@@ -78,7 +77,8 @@ def merge_checkpoints(
 
     Raises:
         TypeError, ValueError, FileNotFoundError, FileExistsError, OSError: bad options; models that are not alike
-            (named, with the way out); damaged or pickled files; a full disk. Known before a byte is written, if at all.
+            (named, with the way out); damaged or pickled files; a full disk; another process that writes the same
+            result. Known before a byte is written, if at all.
     """
     out = check_replaceable(out, "checkpoint")
     plan = plan_checkpoints(
@@ -92,8 +92,15 @@ def execute(
     plan: CheckpointPlan, out: Path, *, resume: bool = False, verify: bool = True, progress: bool = False
 ) -> Path:
     """Merge as planned: into a folder beside `out`, which takes its name at the end."""
-    folders = [f"{name}/" for name in plan.models] if plan.method.per_task else [""]
     partial = out.with_name(f".{out.name}.merging")
+    if not partial.exists():  # else some of it may be written
+        check_space(out, (len(plan.models) if plan.method.per_task else 1) * plan.size_of(list(plan.shapes)))
+    with alone_in(partial):
+        return _execute(plan, out, partial, resume, verify, progress)
+
+
+def _execute(plan: CheckpointPlan, out: Path, partial: Path, resume: bool, verify: bool, progress: bool) -> Path:
+    folders = [f"{name}/" for name in plan.models] if plan.method.per_task else [""]
     state = _state(partial, plan, folders, resume)
     missing = [name for file, names in plan.shards if file not in state["crc32"] for name in names]
     _clear(partial, {partial / STATE, *(partial / folder / file for file in state["crc32"] for folder in folders)})
@@ -119,7 +126,7 @@ def execute(
                     try:
                         state["crc32"][file] = write_shard(merge, paths, names, bar)
                     except OSError as error:
-                        if error.errno not in _FULL:
+                        if error.errno not in FULL:
                             raise
                         reason = f"{os.strerror(error.errno)}: {paths[0]} could not be written"
                         raise OSError(error.errno, f"{reason}; make room, and go on with resume (--resume)") from error
@@ -137,7 +144,8 @@ def execute(
     write_manifest(partial, plan.manifest() | {"crc32": whole, "files": sorted(files)})
     check_replaceable(out, "checkpoint")  # as it is by now
     (partial / STATE).unlink()
-    put_in_place(partial, out)
+    with alone_in(out) if out.is_dir() else nullcontext():  # until it is removed, under the name of what is unfinished
+        put_in_place(partial, out)
     return out
 
 
@@ -156,9 +164,13 @@ def load_merged(folder: str | Path, name: str, auto_class: Any = AutoModelForSeq
     known = sorted(path.stem for path in (place / "heads").glob("*.safetensors"))
     if name not in known:
         raise FileNotFoundError(f"{folder} has no head {name!r}: it has {', '.join(known) or 'none'}")
-    with safe_open(file, framework="pt") as opened:
-        config = json.loads(opened.metadata()["config"])
-    model = auto_class.from_pretrained(place, config=AutoConfig.for_model(**config))
+    try:
+        with safe_open(file, framework="pt") as opened:
+            config = built_config(parse_json((opened.metadata() or {})["config"]))
+    except Exception as error:  # of safetensors and transformers: any kind
+        reason = printable(" ".join(str(error).split()))[:200]
+        raise ValueError(f"{file} is damaged ({type(error).__name__}: {reason}): merge again") from error
+    model = auto_class.from_pretrained(place, config=config)
     left = model.load_state_dict(load_file(file), strict=False).unexpected_keys
     if left:
         raise ValueError(f"{file} holds {left[0]!r}, which {type(model).__name__} has not: give another auto_class")
@@ -169,11 +181,14 @@ def _state(partial: Path, plan: CheckpointPlan, folders: list[str], resume: bool
     """What an interrupted merge has finished; nothing without `resume`."""
     state: dict[str, Any] = {"fingerprint": plan.fingerprint(), "summary": None, "crc32": {}}
     if resume and (partial / STATE).is_file():
-        found = json.loads((partial / STATE).read_text(encoding="utf-8"))
-        if found["fingerprint"] != state["fingerprint"]:
+        found = read_object(partial / STATE)
+        if found.get("fingerprint") != state["fingerprint"]:
             raise ValueError(f"{partial} is of another merge (other inputs or options): merge without resume")
-        there = {file: sums for file, sums in found["crc32"].items() if _sound(partial, file, folders, sums)}
-        return found | {"crc32": there}
+        try:
+            there = {file: sums for file, sums in found["crc32"].items() if _sound(partial, file, folders, sums)}
+        except (KeyError, AttributeError, TypeError, ValueError) as error:
+            raise ValueError(f"{partial / STATE} is damaged ({error}): merge without resume") from error
+        return state | {"summary": found.get("summary"), "crc32": there}
     return state
 
 

@@ -18,8 +18,10 @@ from osrm_peft.tensor_files import DTYPES
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 # what belongs to a model besides weights and configuration
-TOKENIZERS = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model",
-              "chat_template*", "additional_chat_templates/*")  # fmt: skip
+TOKENIZERS = ("*tokenizer*", "special_tokens_map.json", "added_tokens.json", "*vocab*", "merges.txt", "*.model",
+              "*.spm", "*.tiktoken", "tekken.json", "bpe.codes", "dict.txt", "emoji.json", "normalizer.json",
+              "byte_maps.json", "word_shape.json", "word_pronunciation.json", "chat_template*",
+              "additional_chat_templates/*")  # fmt: skip
 GENERATION = ("generation_config.json",)
 PROCESSORS = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 BESIDE = ("config.json", *GENERATION, *TOKENIZERS, *PROCESSORS)

@@ -60,7 +60,7 @@ def align(every: Mapping[str, ModelFiles], models: Iterable[str]) -> Names:
     """
     models = list(models)
     class_name = _reference(every, models)
-    built = {name: skeleton(one.folder / "config.json", one.config, class_name) for name, one in every.items()}
+    built = {name: _model(one, class_name) for name, one in every.items()}
     like = next((built[name] for name in models if built[name] is not None), None)
     found = {name: _canonical(one, like) for name, one in every.items()}
     left_out: dict[str, list[str]] = {name: [] for name in every}
@@ -96,11 +96,15 @@ def _reference(every: Mapping[str, ModelFiles], models: list[str]) -> str | None
 
     def knows(class_name: str) -> int:
         name = next(name for name, one in classes.items() if one == class_name)
-        model = skeleton(every[name].folder / "config.json", every[name].config, class_name)
+        model = _model(every[name], class_name)
         state = set() if model is None else set(model.state_dict())
         return sum(one.partition(PART)[0] in state for name in models for one in _canonical(every[name], model))
 
     return max(known, key=knows)
+
+
+def _model(files: ModelFiles, class_name: str | None) -> PreTrainedModel | None:
+    return skeleton(files.folder / "config.json", files.config, class_name, len(files.tensors))
 
 
 def _canonical(files: ModelFiles, model: PreTrainedModel | None) -> dict[str, str]:

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import MODEL_MAPPING, PreTrainedModel, initialization
+from torch.nn.modules.module import register_module_module_registration_hook
+from transformers import MODEL_MAPPING, PreTrainedConfig, PreTrainedModel, initialization
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import logging
 
@@ -19,6 +20,8 @@ from osrm_peft.checkpoints.config_checks import shown
 _NAMELESS = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "id2label", "label2id",
              "problem_type", "use_cache", "finetuning_task", "_attn_implementation", "attn_implementation",
              "task_specific_params", "auto_map")  # fmt: skip
+
+_MODULES, _EACH = 20_000, 20  # modules that any model may have, and for each tensor of its file
 
 
 def architecture(config: Mapping[str, Any]) -> str | None:
@@ -35,11 +38,12 @@ def architecture(config: Mapping[str, Any]) -> str | None:
     return None if bare is None or config.get("architectures") else bare.__name__
 
 
-def skeleton(path: Path, config: Mapping[str, Any], name: str | None) -> PreTrainedModel | None:
+def skeleton(path: Path, config: Mapping[str, Any], name: str | None, tensors: int) -> PreTrainedModel | None:
     """The model `name` on torch's meta device, as this configuration builds it; no code but transformers' own runs.
 
     Args:
         path: of the config.json, for errors.
+        tensors: how many the weights are, which bounds the model.
 
     Returns:
         None where transformers has no such class, or lacks a package for it: names are then taken as they are.
@@ -51,7 +55,7 @@ def skeleton(path: Path, config: Mapping[str, Any], name: str | None) -> PreTrai
         return None
     told = {key: value for key, value in config.items() if key not in _NAMELESS}
     try:
-        return _built(name, json.dumps(told, sort_keys=True))
+        return _built(name, json.dumps(told, sort_keys=True), _MODULES + _EACH * tensors)
     except ImportError:
         return None
     except Exception as error:  # of transformers' checks and classes: any kind
@@ -61,16 +65,34 @@ def skeleton(path: Path, config: Mapping[str, Any], name: str | None) -> PreTrai
         ) from error
 
 
+def built_config(told: Mapping[str, Any]) -> PreTrainedConfig:
+    """The configuration that a config.json tells of, infinite numbers too, which transformers writes as objects."""
+    return CONFIG_MAPPING[told["model_type"]].from_dict(PreTrainedConfig._decode_special_floats(dict(told)))
+
+
+class _Bound:
+    """Stops the building of a model that has no end: counts come from a file, under names that classes choose."""
+
+    def __init__(self, most: int) -> None:
+        self.most, self.left = most, most
+
+    def __call__(self, *_: Any) -> None:
+        self.left -= 1
+        if self.left < 0:
+            raise ValueError(f"more than {self.most} modules, too many for the weights")
+
+
 @lru_cache(maxsize=16)
-def _built(name: str, told: str) -> PreTrainedModel | None:
+def _built(name: str, told: str, most: int) -> PreTrainedModel | None:
     cls, given = getattr(transformers, name), json.loads(told)
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # what is said of a configuration is said when it is loaded
     try:
-        config = CONFIG_MAPPING[given["model_type"]].from_dict(given)
+        config = built_config(given)
         if not isinstance(config, cls.config_class):
             return None
         with ExitStack() as stack:
+            stack.callback(register_module_module_registration_hook(_Bound(most)).remove)
             stack.enter_context(torch.random.fork_rng(devices=[]))
             stack.enter_context(initialization.no_init_weights())
             stack.enter_context(torch.device("meta"))

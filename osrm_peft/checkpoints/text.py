@@ -3,6 +3,7 @@
 import hashlib
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,13 @@ from osrm_peft.checkpoints.settings import (
     tokenizer_settings,
     vocabulary_size,
 )
+from osrm_peft.checks import is_fault
+from osrm_peft.vocabulary import tokens_in
 
 logger = logging.getLogger(__name__)
 
 _VOCABULARIES = ("tokenizer.json", "vocab*", "*.model", "spiece*", "merges.txt")  # without one of them no tokenizer
+_MOST = 2**24  # tokens
 KINDS = {"tokenizer": TOKENIZERS, "generation": GENERATION, "processor": PROCESSORS}  # {kind: its files}
 
 
@@ -122,6 +126,9 @@ def choose_text(
 def _mark(folder: Path) -> str:
     """Of the tokenizer files' bytes."""
     found = [(path.name, path.read_bytes()) for path in files_of(folder, TOKENIZERS)]
+    for name, data in found:
+        if data.startswith(b"version https://git-lfs"):
+            raise ValueError(f"{folder / name}: a Git LFS pointer, not the file: run `git lfs pull` in its folder")
     return hashlib.sha256(
         b"".join(name.encode() + b"\0" + hashlib.sha256(data).digest() for name, data in found)
     ).hexdigest()
@@ -133,14 +140,27 @@ def _tokenizers(every: Mapping[str, ModelFiles], marks: Mapping[str, str]) -> di
         if mark not in found:
             folder = every[name].folder
             try:
+                _check_numbers(folder)
                 found[mark] = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-            except Exception as error:  # of transformers, tokenizers, sentencepiece: any kind
+            except BaseException as error:  # of transformers, tokenizers, sentencepiece: any kind
+                if not is_fault(error):
+                    raise
                 reason = shown(" ".join(str(error).split()))[:200] or type(error).__name__
                 raise ValueError(
                     f"the tokenizer of {name!r} in {folder} cannot be read, so its tokens cannot be compared "
                     f"({reason}): save it anew, or remove its files to merge without comparing"
                 ) from error
     return found
+
+
+def _check_numbers(folder: Path) -> None:
+    """Raise ValueError for a token whose number is that of no row: tokenizers counts up to it."""
+    tokens: dict[str, int] = {}
+    with suppress(ValueError):  # whatever else is wrong with the file, transformers tells
+        tokens = tokens_in(folder)
+    token = max(tokens, key=tokens.__getitem__, default="")
+    if tokens and tokens[token] >= _MOST:
+        raise ValueError(f"token {token!r} is {tokens[token]}, and no model has so many rows")
 
 
 def _check_tokens(

@@ -1,13 +1,13 @@
 """Writing a merged checkpoint: weight files complete or absent, and what belongs beside them."""
 
 import json
+import os
 import shutil
 import zlib
 from contextlib import ExitStack
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
@@ -18,6 +18,7 @@ from osrm_peft.checkpoints.plan import CheckpointPlan
 from osrm_peft.checkpoints.settings import files_of, vocabulary_size, with_rows
 from osrm_peft.checkpoints.text import KINDS
 from osrm_peft.files import new_file, write_json
+from osrm_peft.places import FULL
 from osrm_peft.tensor_files import file_head
 
 
@@ -72,7 +73,8 @@ def write_heads(plan: CheckpointPlan, folder: Path) -> None:
         try:
             with new_file(path) as partial:
                 save_file(tensors, partial, {"format": "pt", "config": json.dumps(config)})
-        except SafetensorError as error:
-            raise OSError(
-                f"{path} could not be written ({error}): make room, and go on with resume (--resume)"
-            ) from error
+        except OSError as error:
+            if error.errno not in FULL:
+                raise
+            reason = f"{path} could not be written ({os.strerror(error.errno)})"
+            raise OSError(error.errno, f"{reason}: make room, and go on with resume (--resume)") from error

@@ -1,6 +1,7 @@
 """LoRE-Merging: an implicit base and low-rank task vectors by coordinate descent."""
 
 import math
+import sys
 from functools import partial
 from typing import Any
 
@@ -96,12 +97,12 @@ def lore(
     theta, base = _tall(theta), _tall(offset)
     if mu is None and rank_ratio is None:
         spread = [top_value(one - base) for one in theta]
-        mu = (0.1 if mu_ratio is None else mu_ratio) * sum(spread) / len(spread)
+        mu = min((0.1 if mu_ratio is None else mu_ratio) * sum(spread) / len(spread), sys.float_info.max)
     threshold, rank = mu or 0.0, math.ceil(rank_ratio * narrow) if rank_ratio is not None else None
 
     size, moved, iterations, value = float(theta.norm()), math.inf, 0, 0.0
     found: list[Directions] = []
-    while moved > tolerance * size and iterations < max_iterations:
+    while not iterations or (moved > tolerance * size and iterations < max_iterations):
         moved = _step(theta, base, found, threshold) if found else math.inf
         last, found, value = found, [], 0.0
         for one in theta:
@@ -157,7 +158,7 @@ def _objective(X: Tensor, S: Tensor, mu: float) -> float:
     """½‖X − δ‖_F² + μ‖δ‖_* of δ = U (S − μ) Vᵀ: what was not found, what was cut, and what was kept."""
     whole = sum(float(X[rows].double().square().sum()) for rows in _blocks(X))
     S = S.double()
-    return max(whole - float(S.square().sum()), 0) / 2 + len(S) * mu**2 / 2 + mu * float((S - mu).sum())
+    return max(whole - float(S.square().sum()), 0) / 2 + len(S) * mu * mu / 2 + mu * float((S - mu).sum())
 
 
 def _blocks(X: Tensor) -> list[slice]:

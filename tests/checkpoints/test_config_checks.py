@@ -6,7 +6,14 @@ import pytest
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers import BertForSequenceClassification, FineGrainedFP8Config, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    BertForSequenceClassification,
+    CanineConfig,
+    CanineModel,
+    FineGrainedFP8Config,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from osrm_peft import merge_checkpoints
 from osrm_peft.checkpoints import blocks, writing
@@ -172,6 +179,26 @@ def test_a_disk_that_is_full_when_heads_are_written_is_one_error(folders, tmp_pa
 def test_fields_that_are_no_models_are_named_with_their_file(folders, tmp_path, fields, message):
     edit(folders["b"], **fields)
     refused(folders, tmp_path, rf"{folders['b'] / 'config.json'}: {message}")
+
+
+@pytest.mark.parametrize("field", ["num_hash_functions", "num_hidden_layers"])
+def test_a_model_without_end_is_not_built(tmp_path, field):
+    """Whatever the class calls the number of what it makes."""
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+    config = CanineConfig(**sizes, num_hash_buckets=16, num_hash_functions=2)
+    for name in "ab":
+        CanineModel(config).save_pretrained(tmp_path / name)
+    edit(tmp_path / "b", **{field: 16_000 if field == "num_hidden_layers" else 10**9})
+    message = (
+        r"b/config\.json: transformers cannot build CanineModel from it \(more than 2\d+ modules, too many for the"
+    )
+    refused({name: tmp_path / name for name in "ab"}, tmp_path, message)
+
+
+def test_many_experts_that_are_rows_are_no_absurd_number(folders, tmp_path):
+    for folder in folders.values():
+        edit(folder, num_experts=2**14)  # Doge's
+    assert merge_checkpoints(folders, tmp_path / "out").is_dir()
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from osrm_peft import merge_checkpoints
+from osrm_peft import load_merged, merge_checkpoints
 from osrm_peft.checkpoints import blocks
 from osrm_peft.checkpoints import merge as engine
 from tests.checkpoints.test_merge import CASES, QUICK, hashes, noisy, rewrite, same, tensors_of, write
@@ -111,7 +111,7 @@ import json, os, resource, signal, sys
 from pathlib import Path
 import osrm_peft.checkpoints.blocks as rows_of
 import osrm_peft.checkpoints.merge as engine
-from osrm_peft import merge_checkpoints
+from osrm_peft import load_merged, merge_checkpoints
 
 given = json.loads(sys.argv[1])
 write_shard, blocks = engine.write_shard, rows_of.Blocks.blocks
@@ -581,3 +581,89 @@ def test_a_result_can_be_merged_into_its_own_folder(small, tmp_path):
     expected = merge_checkpoints({"out": out, "b": small["b"]}, tmp_path / "expected")
     again = merge_checkpoints({"out": out, "b": small["b"]}, out)
     assert weights_of(again) == weights_of(expected)
+
+
+# two merges into one folder, and what is left of another
+
+
+def test_of_two_merges_into_one_folder_the_second_is_refused(trained, whole, tmp_path, monkeypatch):
+    write_shard = engine.write_shard
+
+    def meanwhile(*args):
+        with pytest.raises(FileExistsError, match=rf"another process writes in .*{PARTIAL}: wait for it"):
+            merge_checkpoints(out=tmp_path / "out", **arguments(trained, "dare"))
+        return write_shard(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "write_shard", meanwhile)
+        merge_checkpoints(out=tmp_path / "out", **arguments(trained))
+    assert weights_of(tmp_path / "out") == weights_of(whole["ties"]) and os.listdir(tmp_path) == ["out"]
+
+
+def test_a_merge_that_begins_while_an_earlier_result_is_removed_is_refused(trained, whole, tmp_path, monkeypatch):
+    rmtree, begun = shutil.rmtree, []
+
+    def meanwhile(place, **options):
+        if Path(place).name == PARTIAL:
+            begun.append(1)
+            with pytest.raises(FileExistsError, match="another process writes in"):
+                merge_checkpoints(out=tmp_path / "out", **arguments(trained, "dare"))
+        rmtree(place, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", meanwhile)
+    for method in ("dare", "ties"):
+        merge_checkpoints(out=tmp_path / "out", **arguments(trained, method))
+        assert weights_of(tmp_path / "out") == weights_of(whole[method]) and os.listdir(tmp_path) == ["out"]
+    assert begun == [1]
+
+
+def test_a_link_is_no_place_for_what_is_unfinished(trained, tmp_path):
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter").touch()
+    (tmp_path / PARTIAL).symlink_to("thesis")
+    with pytest.raises(FileExistsError, match=r"\.out\.merging is a link"):
+        merge_checkpoints(out=tmp_path / "out", **arguments(trained))
+    assert (tmp_path / "thesis" / "chapter").exists()
+
+
+@pytest.mark.parametrize("about", ["{", "[]", "{}", {}, {"crc32": 3}, {"crc32": {"x": 3}}])
+def test_a_damaged_state_is_named(small, tmp_path, monkeypatch, about):
+    given = {"models": {"a": small["a"], "b": small["b"]}, "method": "average"}
+    interrupted(monkeypatch, tmp_path / "out", after=0, **given)
+    state = tmp_path / PARTIAL / STATE
+    text = (
+        about
+        if isinstance(about, str)
+        else json.dumps({"fingerprint": json.loads(state.read_text())["fingerprint"]} | about)
+    )
+    state.write_text(text)
+    with pytest.raises(ValueError, match=r"merge_state\.json is damaged.*|is of another merge.*merge without resume"):
+        merge_checkpoints(out=tmp_path / "out", resume=True, **given)
+    assert merge_checkpoints(out=tmp_path / "out", **given).is_dir()
+
+
+def test_a_folder_whose_name_is_no_utf_8_merges(small, tmp_path):
+    odd = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff"))
+    shutil.copytree(small["a"], odd)
+    out = merge_checkpoints({"a": odd, "b": small["b"]}, tmp_path / "out")
+    assert json.loads((out / "osrm_peft.json").read_text())["inputs"]["a"]["source"] == str(odd)
+
+
+@pytest.mark.parametrize(
+    "about", [None, {"x": "y"}, *({"config": text} for text in ("[" * 100_000, "3", "{}", '{"model_type": 3}',
+              '{"model_type": "no"}', '{"model_type": "bert", "num_hidden_layers": "x"}'))]
+)  # fmt: skip
+def test_a_head_that_tells_of_no_model_is_damaged(trained, tmp_path, about):
+    out = merge_checkpoints({"a": trained["a"], "b": trained["b"]}, tmp_path / "out", heads=["classifier*"])
+    file = out / "heads" / "a.safetensors"
+    save_file(load_file(file), file, about)
+    with pytest.raises(ValueError, match=r"heads/a\.safetensors is damaged \(.*\): merge again") as caught:
+        load_merged(out, "a")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("sums", [3, True, "x", [], {"model.safetensors": 3}])
+def test_checksums_of_the_wrong_kind_are_damage(small, tmp_path, sums):
+    (small["a"] / "osrm_peft.json").write_text(json.dumps({"crc32": sums}))
+    with pytest.raises(ValueError, match=r"/a/model\.safetensors is damaged|osrm_peft\.json is damaged \(crc32="):
+        merge_checkpoints({"a": small["a"], "b": small["b"]}, tmp_path / "out")

@@ -7,12 +7,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
+    AutoModelForCausalLM,
     BertConfig,
     BertForSequenceClassification,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    Mamba2Config,
+    Mamba2ForCausalLM,
     ViTConfig,
     ViTForImageClassification,
 )
@@ -253,3 +256,23 @@ def test_lambda_is_of_all_tensors_and_what_was_averaged_is_named(tmp_path, caplo
 def test_only_spectral_methods_average(folders, tmp_path):
     out = merge(folders("llama"), tmp_path / "out", "ties")
     assert "averaged" not in json.loads((out / "osrm_peft.json").read_text())
+
+
+MAMBA2 = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 1, "state_size": 4, "num_heads": 4, "head_dim": 8,
+          "n_groups": 1}  # fmt: skip
+
+
+def test_configurations_with_infinite_numbers_are_read(tmp_path):
+    """As transformers writes them: {"__float__": "Infinity"}."""
+    for seed, name in enumerate("ab"):
+        torch.manual_seed(seed)
+        Mamba2ForCausalLM(Mamba2Config(**MAMBA2)).save_pretrained(tmp_path / name)
+    assert "__float__" in (tmp_path / "a" / "config.json").read_text()
+    folders = {name: tmp_path / name for name in "ab"}
+    out = merge_checkpoints(folders, tmp_path / "out", heads=["lm_head*"])
+    first, second = (Mamba2ForCausalLM.from_pretrained(folders[name]).state_dict() for name in "ab")
+    found = load_merged(out, "b", AutoModelForCausalLM)
+    assert found.config.time_step_limit[1] == float("inf")
+    for name, tensor in found.state_dict().items():
+        wanted = second[name] if name.startswith("lm_head") else (first[name] + second[name]) / 2
+        torch.testing.assert_close(tensor, wanted)

@@ -1,5 +1,6 @@
 """Tokens of all inputs are compared, and tokenizer and generation settings come from a named source."""
 
+import importlib
 import json
 import logging
 import re
@@ -128,7 +129,16 @@ def test_models_without_tokenizer_files_merge_and_it_is_said(folders, tmp_path):
 def test_a_tokenizer_that_cannot_be_read_is_one_error(folders, tmp_path):
     tokenizer(folders["a"])
     tokenizer(folders["b"])
-    for content in ("{", "[" * 100_000, '{"model": {"type": "WordLevel", "vocab": {"a": 1180591620717411303424}}}'):
+    panics = {"normalizer": {"type": "Precompiled", "precompiled_charsmap": ""}, "model": {"type": "WordLevel"}}
+    panics["model"] |= {"vocab": {"a": 0}, "unk_token": "a"}
+    endless = {"model": {"type": "WordLevel", "vocab": {"a": 0, "b": 4 * 10**9}, "unk_token": "a"}}
+    for content in (
+        "{",
+        "[" * 100_000,
+        json.dumps(panics),
+        json.dumps(endless),
+        '{"model": {"type": "WordLevel", "vocab": {"a": 1180591620717411303424}}}',
+    ):
         (folders["b"] / "tokenizer.json").write_text(content)
         with pytest.raises(ValueError, match=r"tokenizer of 'b' in .*/b cannot be read.*remove its files") as caught:
             merge(folders, tmp_path)
@@ -136,6 +146,15 @@ def test_a_tokenizer_that_cannot_be_read_is_one_error(folders, tmp_path):
     for path in folders["b"].glob("tokenizer*"):  # the way out
         path.unlink()
     assert merge(folders, tmp_path).is_dir()
+
+
+def test_a_tokenizer_that_git_did_not_fetch_is_named(folders, tmp_path):
+    for name in "ab":  # the same one, so that the files are equal
+        tokenizer(folders[name])
+        pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n"
+        (folders[name] / "tokenizer.json").write_text(pointer)
+    with pytest.raises(ValueError, match=r"/a/tokenizer\.json: a Git LFS pointer, not the file: run `git lfs pull`"):
+        merge(folders, tmp_path)
 
 
 def test_rows_that_are_cut_need_tokenizers(folders, tmp_path):
@@ -172,6 +191,30 @@ def test_large_vocabularies_are_compared_quickly(folders, tmp_path):
     tokenizer(folders["b"], words)
     assert merge(folders, tmp_path).is_dir()
     assert time.perf_counter() - started < 20  # quadratic: hours
+
+
+MODULES = ["bertweet", "phobert", "bartpho", "myt5", "gpt_neox_japanese", "luke", "whisper", "prophetnet", "roc_bert",
+           "fsmt", "xlm", "bert", "gpt2", "t5", "xlm_roberta", "deberta_v2", "wav2vec2", "clip", "esm"]  # fmt: skip
+UNINSTALLED = ["source.spm", "target.spm", "target_vocab.json", "dict.txt", "qwen.tiktoken", "tekken.json",
+               "sentencepiece.bpe.model", "spiece.model", "tokenizer.model.v3"]  # fmt: skip
+
+
+def test_all_files_of_transformers_tokenizers_are_copied(folders, tmp_path):
+    files = set(UNINSTALLED)
+    for name in MODULES:
+        module = importlib.import_module(f"transformers.models.{name}.tokenization_{name}")
+        files |= {
+            one for cls in vars(module).values() for one in (getattr(cls, "vocab_files_names", None) or {}).values()
+        }
+    assert len(files) > 25
+    for folder in folders.values():
+        for name in files - {"tokenizer.json"}:
+            (folder / name).write_text(name)
+    out = merge(folders, tmp_path)
+    assert files - {"tokenizer.json"} <= {path.name for path in out.iterdir()}
+    (folders["b"] / "source.spm").write_text("other")  # is one of them, so that tokens are compared
+    with pytest.raises(ValueError, match=r"the tokenizer of 'a' in .* cannot be read"):
+        merge(folders, tmp_path)
 
 
 # whose settings

@@ -193,3 +193,21 @@ def test_a_rank_is_of_offset_and_direction_together(tmp_path, space, scale):
         torch.testing.assert_close(cut.deltas()[name], best, rtol=0, atol=1e-5 * size)
         kept = float(S[:3].square().sum() / S.square().sum())
         assert cut.energy_kept()[name] == pytest.approx(kept, rel=1e-5) and kept < 0.999
+
+
+@pytest.mark.parametrize("options", [{"mu": 1e308}, {"mu_ratio": 1e308}, {"mu_ratio": 1.7e308}])
+@pytest.mark.parametrize("width", [8, 300])
+def test_a_threshold_above_all_numbers_cuts_everything(options, width):
+    tau = 100 * torch.randn(2, 9, width)
+    found = lore(tau, torch.ones(2), **options)
+    assert not found.direction.any() and found.report["iterations"] == 2
+    torch.testing.assert_close(found.offset, tau.mean(0))
+    wanted = sum(float((one.double() - tau.double().mean(0)).square().sum()) for one in tau) / 2
+    assert found.report["objective"] == pytest.approx(wanted, rel=1e-5)
+
+
+def test_a_tolerance_above_all_numbers_ends_after_one_step():
+    tau = 1e30 * torch.randn(2, 5, 4)
+    found = lore(tau, torch.ones(2), tolerance=1e308)
+    assert found.report["iterations"] == 1
+    torch.testing.assert_close(found.offset, tau.mean(0))
