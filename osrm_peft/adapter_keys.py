@@ -1,14 +1,16 @@
 """What each tensor of an adapter file is, and the one name that its layer has whatever wrapped the model."""
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Container, Iterable, Mapping
 from typing import Any, NamedTuple
 
 PREFIX = "base_model.model."
 # components that wrappers put into names: torch.compile, FSDP, activation checkpointing, DDP and DeepSpeed
 _WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "module"}
+_DOUBTFUL = re.compile(r"(^|\.)(module|base_model\.model)\.")
 
 _HALF = re.compile(r"(.+)\.lora_(embedding_)?([AB])(?:\.([^.]+))?")  # a trailing `.weight` is cut off before
+_LORA = re.compile(r"\.lora_(A|B|embedding|magnitude)")  # of adapters; models may have a `lora_` something of their own
 _INDEX = re.compile(r"\.\d+(?=\.|$)")
 
 # the modules that PEFT trains and saves by itself for a task type (its classes PeftModelFor…)
@@ -19,7 +21,10 @@ _HEADS = {"classifier", "score", "qa_outputs", "pre_classifier", "classification
 EMBEDDINGS = {
     "embed_tokens", "lm_head", "wte", "word_embeddings", "shared", "embed_in", "embed_out", "tok_embeddings",
     "embed_positions", "token_embedding", "embeddings", "decoder", "proj_out", "output", "lm_head_decoder",
+    "output_projection", "input_embedding", "word_embedding", "tokens_embed", "generator_lm_head", "vocab_projector",
+    "lm_loss",
 }  # fmt: skip
+_INSIDE = {"lm_head", "embed_tokens"}  # their parts are copied with them: `lm_head.out_proj`, `embed_tokens.norm`
 
 
 class Part(NamedTuple):
@@ -42,30 +47,51 @@ class Part(NamedTuple):
     adapter: str = ""
 
 
-def base_name(key: str) -> str:
-    """A parameter's or layer's name in the base model: without PEFT's prefix, and without wrappers anywhere in it."""
+def base_name(key: str, own: bool = False) -> str:
+    """A parameter's or layer's name in the base model: without PEFT's prefix, and without wrappers anywhere in it.
+
+    Args:
+        own: the base model has components of its own that are called like a wrapper's (see `is_doubtful`): they stay.
+    """
+    if own:
+        return ".".join(part for part in _behind_prefix(key).split(".") if part not in _WRAPPERS - {"module"})
     parts = [part for part in key.split(".") if part not in _WRAPPERS]
     while parts[:2] == ["base_model", "model"] and len(parts) > 2:
         parts = parts[2:]
     return ".".join(parts)
 
 
-def part_of(key: str, saved: Iterable[str], tied: bool = False) -> Part:
+def is_doubtful(key: str) -> bool:
+    """Whether the name has components that are a wrapper's or the model's own, which only the model tells.
+
+    LeViT has layers below `.module.`, a reward model may have them below `base_model.model.`.
+    """
+    return bool(_DOUBTFUL.search(_behind_prefix(key)))
+
+
+def _behind_prefix(key: str) -> str:
+    before, prefix, behind = key.partition(PREFIX)
+    return behind if prefix and {*before.split(".")} <= {"", *_WRAPPERS} else key
+
+
+def part_of(key: str, saved: Iterable[str], tied: bool = False, own: bool = False) -> Part:
     """What the tensor of this key is.
 
     Args:
         saved: the config's `modules_to_save`, and the heads that PEFT adds for the task type.
         tied: the config's `ensure_weight_tying`: PEFT then saves the modules tied to those, too.
+        own: see `base_name`.
     """
-    name = base_name(key)
+    name = base_name(key, own)
     pair = _HALF.fullmatch(name.removesuffix(".weight"))
     if pair and name.endswith(".weight") != bool(pair[2]):
-        return Part("lora", pair[1], pair[3], bool(pair[2]), pair[4] or "")
-    if ".lora_" in name:
+        layer = pair[1].replace(".base_layer.", ".")  # the output layer inside of an adapted nn.MultiheadAttention
+        return Part("lora", layer, pair[3], bool(pair[2]), pair[4] or "")
+    if _LORA.search(name):
         return Part("unknown", name)
-    layer, _, parameter = name.rpartition(".")
-    if layer.endswith(".base_layer"):
-        return Part("bias" if parameter == "bias" else "base", f"{layer.removesuffix('.base_layer')}.{parameter}")
+    parameter = name.rpartition(".")[2]
+    if ".base_layer." in name:
+        return Part("bias" if parameter == "bias" else "base", name.replace(".base_layer.", "."))
     if ".original_module." in name:
         return Part("original", name.replace(".original_module.", "."))
     copy = re.fullmatch(r"(.+)\.modules_to_save\.(.+\.)?([^.]+)", name)
@@ -85,7 +111,22 @@ def below(module: str) -> Callable[[str], bool]:
 
 def is_embedding(parameter: str) -> bool:
     """Whether a parameter is of a module that is called like an input or output embedding."""
-    return parameter.rpartition(".")[0].rpartition(".")[2] in EMBEDDINGS
+    *_, parent, layer, _ = ["", "", *parameter.split(".")]
+    return layer in EMBEDDINGS or parent in _INSIDE
+
+
+def spelled(name: str, adapted: Container[str]) -> str:
+    """A layer's or parameter's name as PEFT has it where the modules around it are `adapted`: `X.base_layer.weight`."""
+    parts: list[str] = []
+    for end, part in enumerate(name.split("."), 1):
+        inside = ".".join(name.split(".")[: end - 1]) in adapted
+        parts += ["base_layer", part] if inside else [part]
+    return ".".join(parts)
+
+
+def outermost(layers: Collection[str]) -> list[str]:
+    """Of adapted layers those in no other: PEFT, told to adapt nn.MultiheadAttention, adapts its output layer, too."""
+    return sorted(name for name in layers if ".base_layer." not in spelled(name, layers))
 
 
 def saved_modules(config: Mapping[str, Any]) -> list[str]:

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 
 from osrm_peft.adapter_config import BAKE, CONFIG, checked_config, scale_of
-from osrm_peft.adapter_keys import Part, is_embedding, is_head, part_of, saved_modules
+from osrm_peft.adapter_keys import Part, is_doubtful, is_embedding, is_head, outermost, part_of, saved_modules
 from osrm_peft.adapters import (
     HEADS,
     TARGETS,
@@ -27,7 +27,9 @@ from osrm_peft.adapters import (
 from osrm_peft.files import MANIFEST, read_manifest
 from osrm_peft.foreign import check_folder, describe_file, foreign_config
 from osrm_peft.hub import local_folder, pinned
-from osrm_peft.tensor_files import Header, tensor_headers, tensor_reader
+from osrm_peft.layer_names import model_of
+from osrm_peft.layers import all_lora_layers, base_of, check_unmerged, unwrapped
+from osrm_peft.tensor_files import DTYPES, Header, tensor_headers, tensor_reader
 
 
 def load_adapter(
@@ -42,10 +44,18 @@ def load_adapter(
 
     Raises:
         FileNotFoundError: neither a folder nor a Hub repository that can be reached, or no PEFT adapter: what it is.
-        ValueError: not plain LoRA (names what it is, and the way out), NaN or Inf in a layer, or no such head.
+        TypeError: a live model that is no PeftModel.
+        ValueError: not plain LoRA (names what it is, and the way out), NaN or Inf in a layer, or no such head; a live
+            model with several active adapters, or with adapted embeddings and an adapter merged into its weights.
     """
-    if isinstance(source, PeftModel):
-        return _of_model(source, adapter_name)
+    if isinstance(source, nn.Module):
+        model = unwrapped(source)
+        if not isinstance(model, PeftModel):
+            raise TypeError(
+                f"a {type(model).__name__} is no PeftModel: give the model that get_peft_model returns, or the folder "
+                "that the adapter was saved to (save_pretrained of PEFT, or of transformers after add_adapter)"
+            )
+        return _of_model(model, adapter_name)
     if Path(source).is_file():
         raise FileNotFoundError(f"{source} is no adapter's folder: {describe_file(Path(source))}")
     folder = local_folder(str(source), [CONFIG, WEIGHTS, f"{HEADS}/*.safetensors", "*.json"])
@@ -85,6 +95,11 @@ def load_adapter(
 
 def _of_model(model: PeftModel, adapter_name: str | None) -> LoraAdapter:
     if adapter_name is None:
+        if len(model.active_adapters) > 1:
+            raise ValueError(
+                f"the model has several active adapters, {', '.join(model.active_adapters)}: say which with "
+                "load_adapter(model, adapter_name=…)"
+            )
         adapter_name = next(iter(model.peft_config)) if len(model.peft_config) == 1 else model.active_adapter
     if adapter_name not in model.peft_config:
         raise ValueError(f"the model has no adapter {adapter_name!r}, only {', '.join(model.peft_config)}")
@@ -94,7 +109,9 @@ def _of_model(model: PeftModel, adapter_name: str | None) -> LoraAdapter:
     }
     config = model.peft_config[adapter_name]
     headers: dict[str, Header] = {key: (tuple(tensor.shape), tensor.dtype) for key, tensor in tensors.items()}
-    adapter = _parse(config.to_dict(), headers, tensors.__getitem__, f"live {type(model).__name__}")
+    adapter = _parse(config.to_dict(), headers, tensors.__getitem__, f"live {type(model).__name__}", model=model)
+    if adapter.copies:  # they would hold the merged weights
+        check_unmerged(all_lora_layers(model))
     adapter.factors = dict(adapter.factors)
     adapter.weight_hash = _weight_hash({"provenance": getattr(config, "provenance", None)}, adapter.source)
     return adapter
@@ -117,9 +134,11 @@ def _parse(
     read: Callable[[str], Tensor],
     source: str,
     sha256: str | None = None,
+    model: PeftModel | None = None,
 ) -> LoraAdapter:
     config = checked_config(config, source)
-    halves, saved, copies, duplicates = _sorted_out(config, headers, source)
+    own = any(map(is_doubtful, headers)) and _has_own_wrappers(config, model)
+    halves, saved, copies, duplicates = _sorted_out(config, headers, source, own)
     for name, key in duplicates.items():
         if not torch.equal(read(key), read(saved[name])):  # nested modules_to_save, which PEFT cannot load either
             raise ValueError(
@@ -142,13 +161,13 @@ def _parse(
                 )
         scales[name] = scale_of(config, name, rank, source)
     for name, key in {**saved, **copies}.items():
-        if isinstance(headers[key][1], str):
+        if headers[key][1] not in DTYPES.values() and headers[key][1] not in DTYPES:  # whole numbers: of buffers
             raise ValueError(f"{source} has {headers[key][1]} entries in {name!r}: floating-point ones can be merged")
         if not read(key).isfinite().all():
             what = "its head" if name in saved and is_head(name, config, halves) else "its module"
             raise ValueError(f"{source} has NaN or Inf in {what} {name!r}: the training run diverged; train it again")
     if config.get("ensure_weight_tying"):  # PEFT then adapts or saves a layer besides those that its config names
-        config |= dict.fromkeys(TARGETS) | {"target_modules": sorted(halves)}
+        config |= dict.fromkeys(TARGETS) | {"target_modules": outermost(halves)}
 
     def factors_of(name: str) -> Factors:
         A, B = (read(halves[name][half]).float().flatten(1) for half in "AB")
@@ -169,12 +188,26 @@ def _parse(
     )
 
 
+def _has_own_wrappers(config: Mapping[str, Any], model: PeftModel | None) -> bool:
+    """Whether the base model has modules of its own that are called like a wrapper (LeViT's `module`).
+
+    A class that nobody here can build (PEFT writes its name where there is no task type) is no wrapper of torch's, so
+    its names are its own. Where nothing tells, they are a wrapper's.
+    """
+    base = base_of(model) if model is not None else model_of(config, config.get("base_model_name_or_path"))
+    if base is not None:
+        return not isinstance(base, PeftModel) and any(is_doubtful(name) for name, _ in base.named_parameters())
+    auto = config.get("auto_mapping") or {}
+    library = str(auto.get("parent_library")).partition(".")[0]
+    return bool(auto.get("base_model_class")) and library not in ("torch", "deepspeed", "peft", "transformers")
+
+
 def _sorted_out(
-    config: Mapping[str, Any], headers: Mapping[str, Header], source: str
+    config: Mapping[str, Any], headers: Mapping[str, Header], source: str, own: bool
 ) -> tuple[dict[str, dict[str, str]], dict[str, str], dict[str, str], dict[str, str]]:
     """{layer: {"A" or "B": key}}, and {parameter: key} of trained ones, frozen base weights, and trained ones again."""
     modules, tied = saved_modules(config), bool(config.get("ensure_weight_tying"))
-    parts = {key: part_of(key, modules, tied) for key in headers}
+    parts = {key: part_of(key, modules, tied, own) for key in headers}
     halves: dict[str, dict[str, str]] = {}
     for key, part in parts.items():
         if part.kind == "lora" and len(headers[key][0]) >= 2:

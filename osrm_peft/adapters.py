@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,21 @@ from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dic
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from osrm_peft.adapter_config import CONFIG
-from osrm_peft.adapter_keys import PREFIX, TASK_HEADS, base_name, below, is_head, saved_modules
+from osrm_peft.adapter_keys import (
+    PREFIX,
+    TASK_HEADS,
+    base_name,
+    below,
+    is_head,
+    outermost,
+    part_of,
+    saved_modules,
+    spelled,
+)
 from osrm_peft.base_identity import located
 from osrm_peft.base_models import head_width, load_base
 from osrm_peft.files import new_file
@@ -161,7 +171,7 @@ class LoraAdapter:
 
     def peft_config(self) -> LoraConfig:
         """The LoraConfig under which stock PEFT reproduces these factors."""
-        rank, saved = self.rank, _trained(self)
+        rank, saved = self.rank, [*self.heads, *self.modules]
         fields: dict[str, Any] = {name: self.config.get(name) for name in _KEPT}
         fields["base_model_name_or_path"] = located(self.base_model)
         fields["fan_in_fan_out"] = bool(fields["fan_in_fan_out"])
@@ -172,19 +182,28 @@ class LoraAdapter:
         saved_whole = [*known, *dict.fromkeys(name.rpartition(".")[0] for name in unnamed)]
         return LoraConfig(r=rank, lora_alpha=rank, modules_to_save=saved_whole or None, inference_mode=True, **fields)
 
-    def without_heads(self) -> "LoraAdapter":
-        """The shared part: without the task's head, which PEFT must not adapt in its place."""
-        config, modules = self.config, sorted({name.rpartition(".")[0] for name in self.heads})
-        targets = config.get("target_modules")
+    def apart(self, whole: Iterable[str]) -> "LoraAdapter":
+        """The same with LoRA and modules trained whole kept apart: PEFT has one or the other on a layer.
+
+        A layer that is trained whole here has no LoRA. One that only other tasks have trained whole is left out of the
+        targets, by which PEFT would adapt it in its place.
+
+        Args:
+            whole: parameters that some task has trained whole.
+        """
+        own = {name.rpartition(".")[0] for name in (*self.heads, *self.modules)}
+        factors = {name: self.factors[name] for name in self.factors if name not in own}
+        others = sorted({name.rpartition(".")[0] for name in whole} - own - set(factors))
+        config, targets = self.config, self.config.get("target_modules")
         every = isinstance(targets, str) and targets.lower() == "all-linear"
-        hit = modules if every else [one for one in modules if check_target_module_exists(_targets(config), one)]
+        hit = others if every else [one for one in others if check_target_module_exists(_targets(config), one)]
         if hit:
             excluded = config.get("exclude_modules")
             if isinstance(excluded, str):
                 config = config | {"exclude_modules": "|".join([f"(?:{excluded})", *map(re.escape, hit)])}
             else:
                 config = config | {"exclude_modules": sorted({*(excluded or []), *hit})}
-        return replace(self, heads={}, config=config)
+        return replace(self, factors=factors, config=config)
 
     @property
     def rank(self) -> int:
@@ -204,11 +223,10 @@ class LoraAdapter:
                 raise ValueError(
                     f"layer {name!r} overflows {self.dtype}: lower the scale, or give the adapters the dtype float32"
                 )
-            tensors |= {f"{PREFIX}{name}.{key}": tensor for key, tensor in _as_peft(pair, self.layouts.get(name))}
+            place = f"{PREFIX}{spelled(name, self.factors)}"
+            tensors |= {f"{place}.{key}": tensor for key, tensor in _as_peft(pair, self.layouts.get(name))}
         for name, tensor in self.copies.items():
-            layer, _, parameter = name.rpartition(".")
-            key = f"{layer}.base_layer.{parameter}" if layer in self.factors else name
-            tensors[f"{PREFIX}{key}"] = tensor.clone().contiguous()
+            tensors[f"{PREFIX}{spelled(name, self.factors)}"] = tensor.clone().contiguous()
         saved = {**self.heads, **self.modules}
         return tensors | {f"{PREFIX}{name}": tensor.clone().contiguous() for name, tensor in saved.items()}
 
@@ -229,11 +247,11 @@ class LoraAdapter:
         adapter._check_fits(model)
         config = adapter.peft_config()
         config.base_model_name_or_path = None  # PEFT fills in this model's, and would warn of another
-        config.target_modules = sorted(adapter.factors)
+        config.target_modules = outermost(adapter.factors)
         config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
         peft_model = get_peft_model(model, config)
         result: Any = set_peft_model_state_dict(peft_model, adapter.state_dict())
-        lost = [key for key in result.missing_keys if "lora_" in key] + list(result.unexpected_keys)
+        lost = [key for key in result.missing_keys if part_of(key, ()).kind == "lora"] + list(result.unexpected_keys)
         if lost:
             raise ValueError(f"{type(model).__name__} and the adapter do not fit: {', '.join(sorted(lost)[:6])}")
         return peft_model.eval()
@@ -258,6 +276,7 @@ class LoraAdapter:
         """The same with the names that its layers have in this model (in this version of transformers)."""
         actual = {base_name(name): name for name, _ in model.named_modules()}
         actual |= {base_name(name): name for name, _ in model.named_parameters()}
+        actual |= {name: name for name in actual.values()}
         names = [*self.factors, *self.heads, *self.modules, *self.copies]
         lost = [name for name in names if name not in actual]
         found = {} if not lost else names_in(model, [name for name in lost if name in self.factors])
@@ -275,7 +294,7 @@ class LoraAdapter:
                 f"{type(model).__name__} lacks {len(missing)} of the {len(self.factors)} adapted layers: "
                 f"{', '.join(missing[:4])}; the adapter is of {self.base_model}"
             )
-        parameters = {name: tuple(one.shape) for name, one in model.named_parameters(remove_duplicate=False)}
+        parameters = {name: tuple(one.shape) for name, one in tensors_of(model).items()}
         for name, wanted in {one: shape_in(part, one) for part in (self.copies, self.modules) for one in part}.items():
             actual = parameters.get(name)
             if actual is None:
@@ -321,15 +340,10 @@ class LoraAdapter:
 def save_head(adapter: LoraAdapter, path: Path) -> None:
     """Write what a task has for itself (head, modules, copies of base weights), with what PEFT must know to load it."""
     notes = {key: adapter.config.get(key) for key in ("modules_to_save", "task_type", "fan_in_fan_out")}
-    modules = [*saved_modules(adapter.config), *(name.rpartition(".")[0] for name in adapter.modules)]
-    notes["modules_to_save"] = [
-        one for one in dict.fromkeys(modules) if any(map(below(one), _trained(adapter)))
-    ] or None
-    tensors = {**adapter.copies, **adapter.modules, **adapter.heads}
+    copies = {spelled(name, [name.rpartition(".")[0]]): one for name, one in adapter.copies.items()}
+    tensors = {**adapter.heads, **adapter.modules, **copies}
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(
-        {key: value.clone().contiguous() for key, value in tensors.items()}, path, {"osrm_peft": json.dumps(notes)}
-    )
+    save_file({key: one.clone().contiguous() for key, one in tensors.items()}, path, {"osrm_peft": json.dumps(notes)})
 
 
 def load_head(adapter: LoraAdapter, path: Path, layers: Collection[str]) -> LoraAdapter:
@@ -342,13 +356,11 @@ def load_head(adapter: LoraAdapter, path: Path, layers: Collection[str]) -> Lora
         SafetensorError, KeyError, json.JSONDecodeError: it is damaged.
     """
     with safe_open(path, framework="pt") as file:
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
+        kept = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
         config = adapter.config | json.loads((file.metadata() or {})["osrm_peft"])
-    saved = [below(module) for module in saved_modules(config)]
-    heads = {name: one for name, one in tensors.items() if is_head(name, config, layers)}
-    trained = {name for name in tensors if any(matches(name) for matches in saved)}
-    modules = {name: one for name, one in tensors.items() if name in trained and name not in heads}
-    copies = {name: one for name, one in tensors.items() if name not in trained and name not in heads}
+    copies = {key.replace(".base_layer.", "."): kept.pop(key) for key in list(kept) if ".base_layer." in key}
+    heads = {name: one for name, one in kept.items() if is_head(name, config, layers)}
+    modules = {name: one for name, one in kept.items() if name not in heads}
     return replace(
         adapter,
         heads=heads,
@@ -358,8 +370,9 @@ def load_head(adapter: LoraAdapter, path: Path, layers: Collection[str]) -> Lora
     )
 
 
-def _trained(adapter: LoraAdapter) -> list[str]:
-    return [*adapter.heads, *adapter.modules]
+def tensors_of(model: nn.Module) -> dict[str, Tensor]:
+    """{name: parameter or buffer} of a model, a shared one under each of its names."""
+    return {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
 
 
 def _as_peft(pair: dict[str, Tensor], layout: tuple[int, ...] | None) -> Iterator[tuple[str, Tensor]]:

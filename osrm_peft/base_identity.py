@@ -4,6 +4,7 @@ import logging
 import os
 import re
 from collections.abc import Mapping
+from itertools import combinations
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -54,8 +55,7 @@ def common_base(bases: Mapping[str, Base], base_model: str | None) -> str | None
     Raises:
         ValueError: they are of different base models; names them.
     """
-    (first, one), *others = bases.items()
-    for name, other in others:
+    for (first, one), (name, other) in combinations(bases.items(), 2):  # what one does not tell, another may
         hashes = one.weight_hash, other.weight_hash
         known = comparable(*hashes) and one.layers == other.layers
         if known and len({*hashes}) > 1:
@@ -71,7 +71,7 @@ def common_base(bases: Mapping[str, Base], base_model: str | None) -> str | None
                 f"the adapters have different base models ({listed}): they cannot be merged; if these are names of one "
                 "and the same model, say so with base_model=NAME (--base-model NAME)"
             )
-    return base_model if base_model is not None else one.name
+    return base_model if base_model is not None else next(iter(bases.values())).name
 
 
 def comparable(one: str | None, other: str | None) -> bool:
@@ -80,10 +80,19 @@ def comparable(one: str | None, other: str | None) -> bool:
 
 
 def _same(one: Base, other: Base) -> bool:
-    if (one.revision or "main") != (other.revision or "main"):
+    commits = [_commit(base.name) for base in (one, other)]
+    revisions = [commit or base.revision or "main" for commit, base in zip(commits, (one, other), strict=True)]
+    untold = commits.count(None) == 1 and "main" in revisions  # `main` may be the commit of a cached folder
+    if revisions[0] != revisions[1] and not untold:
         return False
     names = _key(one.name), _key(other.name)
     return names[0] == names[1] or _alias(*names) or _alias(*reversed(names)) or _same_on_hub(*names)
+
+
+def _commit(name: str | None) -> str | None:
+    """The commit of a folder in the Hub's cache; None for any other name."""
+    found = re.search(r"[/\\]models--.+?[/\\]snapshots[/\\]([^/\\]+)", name or "")
+    return found[1] if found else None
 
 
 def _key(name: str | None) -> str:
@@ -91,9 +100,9 @@ def _key(name: str | None) -> str:
     if not name:
         return ""
     short = public_name(name) or ""
-    if short == MODEL or re.search(r"[/\\]models--.+?[/\\]snapshots[/\\]", name):
+    if short == MODEL or _commit(name):
         return short
-    return os.path.normpath(str(located(name))) if is_local(name) else name
+    return os.path.normpath(str(located(name))).rstrip("\\") if is_local(name) else name.rstrip("/")
 
 
 def _alias(short: str, whole: str) -> bool:

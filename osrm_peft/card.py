@@ -25,7 +25,8 @@ _PIPELINES = {  # {PEFT's task type: (the Hub's name, transformers' class)}
     "FEATURE_EXTRACTION": ("feature-extraction", "AutoModel"),
 }
 _METRICS = {"matthews": "matthews_correlation"}  # the Hub's names
-_RECIPE = ("base_model", "method", "options", "scale", "weights", "space", "rank", "seed", "statistics", "features")
+_RECIPE = ("base_model", "method", "options", "scale", "weights", "space", "rank", "modules", "seed", "statistics",
+           "features")  # fmt: skip
 _FACTS = {
     "method": "method", "scale": "scale λ", "space": "space", "seed": "seed", "written_rank": "rank as written",
     "vocab": "vocabulary", "train_rows": "training rows",
@@ -219,6 +220,10 @@ def _facts(about: dict[str, Any]) -> Iterator[tuple[str, object]]:
     """(what, value) lines of how it was made."""
     yield from ((name, about[key]) for key, name in _FACTS.items() if about.get(key) is not None)
     yield from ((f"option {name}", value) for name, value in (about.get("options") or {}).items())
+    fates = about.get("trained_modules") or {}
+    for fate in dict.fromkeys(fates.values()):
+        names = [name for name, one in fates.items() if one == fate]
+        yield f"modules: {fate}", ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
     if about.get("energy_kept"):
         yield "energy kept", f"at least {min(about['energy_kept'].values()):.6g} in every layer"
     for rank, kept in (about.get("serving") or {}).items():

@@ -34,6 +34,13 @@ def merge(
     ] = None,
     space: Annotated[str | None, typer.Option(help="auto, weight, core or knots.")] = None,
     rank: Annotated[str | None, typer.Option(help="Largest rank of the result, or serving. Default: exact.")] = None,
+    modules: Annotated[
+        str | None,
+        typer.Option(
+            help="Of modules trained whole (lm_head, embeddings, norms): average, per_task, error, or the task whose "
+            "they are. Default: the average."
+        ),
+    ] = None,
     base_model: Annotated[
         str | None, typer.Option(help="The base model, where the adapters name it differently.")
     ] = None,
@@ -64,6 +71,7 @@ def merge(
         "scale": scales[0] if len(scales) == 1 else scales or None,
         "space": space,
         "rank": None if rank is None else parse_yaml(rank),
+        "modules": modules,
         "base_model": base_model,
         "statistics": pairs(statistics) or None,
         "features": pairs(features) or None,

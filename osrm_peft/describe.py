@@ -1,6 +1,6 @@
 """Tables for a terminal of what lies in adapters, and of what a merge would do."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,7 @@ from rich.filesize import decimal
 from rich.markup import escape
 from rich.table import Table
 
-from osrm_peft.adapters import LoraAdapter
+from osrm_peft.adapters import LoraAdapter, shape_in
 from osrm_peft.features import TaskFeatures
 from osrm_peft.merging.plan import MergePlan
 from osrm_peft.spectrum import Pool
@@ -19,13 +19,15 @@ _KINDS: dict[Any, str] = {None: "linear", (): "embedding"}
 
 def adapter_tables(adapters: Mapping[str, LoraAdapter]) -> list[Table]:
     """One line an adapter, and one line a group of like layers with each adapter's rank r and scale s."""
-    summary = _table("Adapters", "adapter", "base model", "layers", "rank", "dtype", "heads", "source")
+    summary = _table("Adapters", "adapter", "base model", "layers", "rank", "dtype", "heads", "modules", "source")
     for name, adapter in adapters.items():
         ranks = sorted({rank for _, rank, _ in adapter.shapes.values()})
-        heads = ", ".join(f"{head} {tuple(tensor.shape)}" for head, tensor in adapter.heads.items()) or "none"
+        heads = _listed(f"{head} {tuple(tensor.shape)}" for head, tensor in adapter.heads.items())
+        whole = {"": adapter.modules, "copy of ": adapter.copies}
+        modules = _listed(f"{of}{name} {shape_in(part, name)}" for of, part in whole.items() for name in part)
         dtype = str(adapter.dtype).removeprefix("torch.")
         listed = ", ".join(map(str, ranks))
-        cells = [name, str(adapter.base_model), str(len(adapter.shapes)), listed, dtype, heads, adapter.source]
+        cells = [name, str(adapter.base_model), str(len(adapter.shapes)), listed, dtype, heads, modules, adapter.source]
         summary.add_row(*map(escape, cells))
     layers = _table("Layers", "layers", "number", "shape", "kind", *(f"{escape(name)}: r, s, ‖τ‖" for name in adapters))
     for (module, shape, kind), names in _groups(adapters).items():
@@ -56,6 +58,7 @@ def plan_tables(plan: MergePlan) -> list[Table]:
         "rank": rank,
         "weights written": f"{decimal(plan.output_bytes())} in {str(plan.dtype).removeprefix('torch.')}",
         "heads": f"one a task: {', '.join(heads)}" if heads else "none",
+        "modules": _listed(f"{name}: {fate}" for name, fate in plan.fates.items()),
     }.items():
         result.add_row(name, escape(value))
     return [*adapter_tables(plan.inputs.adapters), result]
@@ -96,6 +99,11 @@ def features_tables(features: TaskFeatures, path: Path) -> list[Table]:
             escape(", ".join([leader, *rest])), str(moments.width), str(moments.count), f"{energy:.4g}", share
         )
     return [result, inputs]
+
+
+def _listed(texts: Iterable[str]) -> str:
+    found = list(texts)
+    return (", ".join(found[:6]) + (f" and {len(found) - 6} more" if len(found) > 6 else "")) or "none"
 
 
 def _weight(value: object) -> str:

@@ -36,7 +36,7 @@ def names_in(model: nn.Module, names: Iterable[str], *, parameters: bool = False
         parameters: names are of parameters, not of layers.
     """
     known = model.named_parameters() if parameters else model.named_modules()
-    actual = {shape_of_name(base_name(name)) for name, _ in known}
+    actual = {shape_of_name(one) for name, _ in known for one in (name, base_name(name))}
     lost = [name for name in names if shape_of_name(name) not in actual]
     renamed = _renamed(model, lost, "" if parameters else ".weight") if lost else {}
     found = {name: renamed.get(name, name) for name in names}

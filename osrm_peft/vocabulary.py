@@ -1,28 +1,47 @@
 """The tokens of a tokenizer that lies beside weights, and the first one in which two of them differ."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 
 def tokens_in(folder: Path | None) -> dict[str, int]:
-    """{token: its row} of the `tokenizer.json` in a folder, added tokens too; empty where there is none.
+    """{token: its row} of the tokenizer in a folder, added tokens too; empty where there is none.
+
+    Of `tokenizer.json`; of a tokenizer without one, the added tokens alone.
 
     Raises:
-        ValueError: the file is damaged.
+        ValueError: a file is damaged.
     """
-    path = None if folder is None else folder / "tokenizer.json"
-    if path is None or not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        vocab = content["model"]["vocab"]
-        if isinstance(vocab, list):  # of Unigram models: [token, score] in the order of the rows
-            vocab = {token: row for row, (token, _) in enumerate(vocab)}
-        added = {one["content"]: one["id"] for one in content.get("added_tokens") or []}
-        return {str(token): int(row) for token, row in {**vocab, **added}.items()}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}): save the tokenizer again") from error
+    for name, read in _READERS.items() if folder is not None else ():
+        path = Path(folder or "", name)
+        if path.is_file():
+            try:
+                found = read(json.loads(path.read_text(encoding="utf-8")))
+                if found:
+                    return {str(token): int(row) for token, row in found.items()}
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+                raise ValueError(
+                    f"{path} is damaged ({type(error).__name__}: {error}): save the tokenizer again"
+                ) from error
+    return {}
+
+
+def _all_tokens(content: Any) -> dict[str, Any]:
+    vocab = content["model"]["vocab"]
+    if isinstance(vocab, list):  # of Unigram models: [token, score] in the order of the rows
+        vocab = {token: row for row, (token, _) in enumerate(vocab)}
+    return {**vocab, **{one["content"]: one["id"] for one in content.get("added_tokens") or []}}
+
+
+_READERS: dict[str, Callable[[Any], dict[str, Any]]] = {
+    "tokenizer.json": _all_tokens,
+    "added_tokens.json": dict,
+    "tokenizer_config.json": lambda content: {
+        one["content"]: row for row, one in (content.get("added_tokens_decoder") or {}).items()
+    },
+}
 
 
 def first_difference(one: Mapping[str, int], other: Mapping[str, int]) -> tuple[str, int | None, int | None] | None:

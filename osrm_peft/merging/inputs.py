@@ -9,10 +9,12 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
+from osrm_peft.adapter_keys import outermost
 from osrm_peft.adapter_reader import load_adapter
 from osrm_peft.adapters import TARGETS, Factors, LoraAdapter
 from osrm_peft.base_identity import Base, common_base
 from osrm_peft.checks import choice, task_names
+from osrm_peft.layers import unwrapped
 from osrm_peft.merging.alignment import align
 
 Adapters = Mapping[str, str | Path | PeftModel | LoraAdapter]
@@ -60,7 +62,7 @@ class Inputs:
         targets = [[adapter.config.get(key) for key in TARGETS] for adapter in self.adapters.values()]
         config: dict[str, Any] = {"base_model_name_or_path": self.base}
         if self.renamed or any(target != targets[0] for target in targets):
-            config |= dict.fromkeys(TARGETS) | {"target_modules": list(self.shapes)}
+            config |= dict.fromkeys(TARGETS) | {"target_modules": outermost(self.shapes)}
         layouts = {name: layout for adapter in self.adapters.values() for name, layout in adapter.layouts.items()}
         return {
             name: replace(adapter, factors={}, config=adapter.config | config, layouts=layouts, modules={}, copies={})
@@ -109,13 +111,14 @@ def _load(task: str, adapter: str | Path | PeftModel | LoraAdapter) -> LoraAdapt
     """The adapter; of a live model with several, the one that is called like the task."""
     if isinstance(adapter, LoraAdapter):
         return adapter
-    if isinstance(adapter, PeftModel) and len(adapter.peft_config) > 1:
-        if task not in adapter.peft_config:
+    model = unwrapped(adapter)
+    if isinstance(model, PeftModel) and len(model.peft_config) > 1:
+        if task not in model.peft_config:
             raise ValueError(
-                f"the live model given for task {task!r} has several adapters ({', '.join(adapter.peft_config)}): call "
+                f"the live model given for task {task!r} has several adapters ({', '.join(model.peft_config)}): call "
                 f"the task like its adapter, or give load_adapter(model, adapter_name=…)"
             )
-        return load_adapter(adapter, adapter_name=task)
+        return load_adapter(model, adapter_name=task)
     return load_adapter(adapter, whole=True)
 
 

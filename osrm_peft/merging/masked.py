@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from osrm_peft.adapters import HEADS, LoraAdapter, load_head, save_head
+from osrm_peft.adapter_keys import outermost
+from osrm_peft.adapters import HEADS, LoraAdapter, load_head, save_head, tensors_of
 from osrm_peft.card import write_manifest
 from osrm_peft.checks import number
 from osrm_peft.files import new_folder, parse_json, read_manifest
@@ -114,7 +115,8 @@ class MaskedAdapter(Pushable):
     def adapter(self, task: str, rank: int | None = None) -> LoraAdapter:
         """This task as an ordinary LoRA adapter with its head: of full rank, or the best of this rank."""
         factors = {name: compress_matrix(delta, rank).factors for name, delta in self.deltas(task).items()}
-        return replace(self.tasks[task], factors=factors, source="merge", sha256=None)
+        whole = (name for other in self.tasks.values() for name in (*other.heads, *other.modules))
+        return replace(self.tasks[task], factors=factors, source="merge", sha256=None).apart(whole)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write shared vector, packed masks and scales (`emr.safetensors`), heads and manifest, all or nothing.
@@ -162,9 +164,9 @@ class MaskedAdapter(Pushable):
                     raise ValueError(f"{name}: masks {tuple(layer.masks.shape)} of {tuple(layer.unified.shape)}")
             tasks, dtype = {}, next(iter(layers.values())).unified.dtype
             for name in check_names(dict.fromkeys(names)):  # none of them leads out of the folder
-                config = {"base_model_name_or_path": manifest.get("base_model"), "target_modules": list(layers)}
-                one = LoraAdapter({}, {}, config, dtype, source=str(folder), layouts=layouts)
-                tasks[name] = load_head(one, folder / HEADS / f"{name}.safetensors", layers)
+                config = {"base_model_name_or_path": manifest.get("base_model"), "target_modules": outermost(layers)}
+                bare = LoraAdapter({}, {}, config, dtype, source=str(folder), layouts=layouts)
+                tasks[name] = load_head(bare, folder / HEADS / f"{name}.safetensors", layers)
             return cls(layers, scales, float(manifest["scale"]), tasks, manifest)
         except (SafetensorError, ValueError, LookupError, OSError, TypeError, AttributeError, StopIteration) as error:
             raise ValueError(f"{folder} is damaged: {type(error).__name__}: {error}") from error
@@ -176,11 +178,7 @@ class MaskedAdapter(Pushable):
 
     def _weights_of(self, task: str, model: PreTrainedModel) -> dict[Tensor, Tensor]:
         """{parameter: its value for this task}, checked against the model."""
-        place, modules, parameters = (
-            self._place(task),
-            dict(model.named_modules()),
-            dict(model.named_parameters(remove_duplicate=False)),
-        )
+        place, modules, parameters = self._place(task), dict(model.named_modules()), tensors_of(model)
         values: dict[Any, Tensor] = {}
         deltas: dict[Any, Tensor] = {}
         for name, layer in self.layers.items():
@@ -202,7 +200,7 @@ class MaskedAdapter(Pushable):
                 )
             values[weight] = weight.detach().float() + delta.to(weight.device)
         one = self.tasks[task]
-        for name, tensor in {**one.heads, **one.modules, **one.copies}.items():
+        for name, tensor in {**one.copies, **one.heads, **one.modules}.items():
             actual = tuple(parameters[name].shape) if name in parameters else None
             if actual != tuple(tensor.shape):
                 remedy = f"load the base model with num_labels={len(tensor)}"
@@ -212,7 +210,7 @@ class MaskedAdapter(Pushable):
                 raise ValueError(
                     f"the {what} {name!r} has shape {tuple(tensor.shape)}, the model's is {actual}: {remedy}"
                 )
-            under = deltas.get(parameters[name])  # of a copied base weight that is adapted, too
+            under = deltas.get(parameters[name]) if name in one.copies else None  # a base weight that is adapted, too
             values[parameters[name]] = tensor if under is None else tensor.float() + under.to(tensor.device)
         return values
 

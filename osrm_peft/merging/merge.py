@@ -128,13 +128,13 @@ def execute(plan: MergePlan, processes: Processes = ALONE, *, progress: bool = F
         manifest["chosen_weights"] = {
             name: dict(zip(tasks, weight.tolist(), strict=True)) for name, weight in weights.items()
         }
-    trained = merge_modules(plan.inputs.adapters, plan.task_weights, plan.modules)
-    if trained.manifest:
-        manifest["modules"] = trained.manifest
+    trained = merge_modules(plan.inputs.adapters, plan.task_weights, plan.modules, plan.fates)
     own = {
         task: replace(one, modules=trained.own[task], copies=trained.own_copies[task])
         for task, one in plan.inputs.templates().items()
     }
+    whole = {name.rpartition(".")[0] for name in trained.shared}  # one task's: LoRA of others on it has no place
+    layers = {name: layer for name, layer in layers.items() if name not in whole}
     return MergedAdapter(
         layers, plan.scale, plan.rank, own, plan.dtype, manifest, plan.padded, trained.shared, trained.copies
     )
@@ -277,9 +277,7 @@ def _masked(plan: MergePlan, names: Iterable[str], processes: Processes) -> Mask
     layers = {name: layer for name, (layer, _, _) in found.items()}
     full, kept = (torch.stack([sums[place] for sums in found.values()]).sum(0) for place in (1, 2))
     scales = torch.where(kept > 0, full / kept.clamp_min(1e-300), 0).tolist()
-    trained, manifest = merge_modules(plan.inputs.adapters, plan.task_weights, plan.modules), plan.manifest()
-    if trained.manifest:
-        manifest["modules"] = trained.manifest
+    trained = merge_modules(plan.inputs.adapters, plan.task_weights, plan.modules, plan.fates)
     tasks = {
         task: replace(
             one,
@@ -288,4 +286,4 @@ def _masked(plan: MergePlan, names: Iterable[str], processes: Processes) -> Mask
         )
         for task, one in plan.inputs.templates().items()
     }
-    return MaskedAdapter(layers, dict(zip(tasks, scales, strict=True)), plan.scale, tasks, manifest)
+    return MaskedAdapter(layers, dict(zip(tasks, scales, strict=True)), plan.scale, tasks, plan.manifest())

@@ -47,7 +47,7 @@ class MergedAdapter(Pushable):
         layers: {layer name in the base model: MergedLayer}.
         scale: λ, what multiplies the merged direction.
         rank: largest rank of the result; None keeps the exact one.
-        tasks: {task: its adapter with head, modules of its own and config, without factors}.
+        tasks: {task: its adapter with head, modules and copies of its own and config, without factors}.
         dtype: of the written factors: the adapters' own.
         manifest: how it was made.
         padded: the least rank to write; layers of lower rank get zero directions.
@@ -106,8 +106,8 @@ class MergedAdapter(Pushable):
         with new_folder(folder, "merged") as partial:
             shared = self._adapter(None, found)
             shared.save_pretrained(partial)
-            trained = self.modules or any(one.heads or one.modules or one.copies for one in self.tasks.values())
-            for name, adapter in self.tasks.items() if trained else ():  # a task's file may be empty
+            own = (adapter.heads or adapter.modules or adapter.copies for adapter in self.tasks.values())
+            for name, adapter in self.tasks.items() if self.modules or any(own) else ():  # a file may be empty
                 save_head(adapter, partial / HEADS / f"{name}.safetensors")
             energy = {name: one.energy_kept for name, one in found.items()}
             manifest = self.manifest | {"written_rank": shared.rank, "energy_kept": energy}
@@ -121,14 +121,18 @@ class MergedAdapter(Pushable):
     def _adapter(self, task: str | None, found: dict[str, Compressed]) -> LoraAdapter:
         if task is not None and task not in self.tasks:
             raise ValueError(f"no task {task!r} was merged, only {', '.join(self.tasks)}")
-        one = next(iter(self.tasks.values())).without_heads() if task is None else self.tasks[task]
+        one = next(iter(self.tasks.values())) if task is None else self.tasks[task]
+        own: dict[str, Any] = {} if task is None else {"heads": one.heads, "modules": one.modules, "copies": one.copies}
+        modules = {**self.modules, **own.get("modules", {})}
+        copies = {name: one for name, one in {**self.copies, **own.get("copies", {})}.items() if name not in modules}
         return replace(
             one,
             factors={name: layer.factors for name, layer in found.items()},
-            modules={**self.modules, **({} if task is None else one.modules)},
-            copies={**self.copies, **({} if task is None else one.copies)},
+            heads=own.get("heads", {}),
+            modules=modules,
+            copies=copies,
             dtype=self.dtype,
             source="merge",
             sha256=None,
             padded=self.padded,
-        )
+        ).apart(name for other in self.tasks.values() for name in (*other.heads, *other.modules))

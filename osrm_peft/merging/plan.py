@@ -40,6 +40,7 @@ class MergePlan:
         padded: the least rank to write.
         heads: what becomes of trained heads.
         modules: what becomes of trained modules of the pre-trained model; None averages them.
+        fates: {parameter: the same in words}, of each trained module and copied base weight.
         task_weights: {task: {name pattern: number}}, for those.
         seed: of methods that draw.
         inputs: the adapters.
@@ -60,6 +61,7 @@ class MergePlan:
     padded: int
     heads: str
     modules: str | None
+    fates: dict[str, str]
     task_weights: dict[str, Mapping[str, float]]
     seed: int
     inputs: Inputs
@@ -90,6 +92,7 @@ class MergePlan:
             "space": self.space,
             "rank": "serving" if self.padded > 1 else self.rank,
             "heads": self.heads,
+            "modules": self.modules,
             "base_model": self.inputs.base,
             "task_type": next(iter(self.inputs.adapters.values())).config.get("task_type"),
             "inputs": {
@@ -99,6 +102,7 @@ class MergePlan:
             "command": command(),
             "versions": versions(),
             **self.sources,
+            **({"trained_modules": self.fates} if self.fates else {}),
             **({"seed": self.seed} if self.method.prepare else {}),
             **({"scale_of_layers": "chosen by features, see report"} if self.guided_scale else {}),
         }
@@ -164,7 +168,7 @@ def plan_merge(
     inputs = gather(adapters, base_model=base_model, heads=heads)
     if modules is None and chosen.per_task:
         modules = "per_task"
-    check_modules(inputs.adapters, modules, named)
+    fates = check_modules(inputs.adapters, modules, named)
     by_layer = weights_by_layer(named, inputs.shapes)
     for layer, weight in by_layer.items():
         try:
@@ -192,6 +196,7 @@ def plan_merge(
         padded=1,
         heads=heads,
         modules=modules,
+        fates=fates,
         task_weights=named,
         seed=seed,
         inputs=inputs,

@@ -23,7 +23,7 @@ class MergeRecipe:
         method: the merge method.
         options: the method's own options.
         scale: a number, a list of numbers (a sweep from one merge), or `"features"`.
-        weights, space, rank, heads, base_model, statistics, features, seed: see `merge_adapters`.
+        weights, space, rank, heads, modules, base_model, statistics, features, seed: see `merge_adapters`.
     """
 
     adapters: dict[str, str] = field(default_factory=dict)
@@ -34,6 +34,7 @@ class MergeRecipe:
     space: str = "auto"
     rank: int | str | None = None
     heads: str = "per_task"
+    modules: str | None = None
     base_model: str | None = None
     statistics: dict[str, str] | None = None
     features: dict[str, str] | None = None
