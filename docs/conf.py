@@ -42,9 +42,7 @@ def _command(name: str, command, level: int = 2) -> str:
         lines += ["| argument or option | default | meaning |", "|---|---|---|"]
         lines += [_row(parameter) for parameter in options]
     inner = getattr(command, "commands", {})
-    return "\n".join(
-        [*lines, "", *(_command(f"{name} {other}", inner[other], level + 1) for other in inner)]
-    )
+    return "\n".join([*lines, "", *(_command(f"{name} {other}", inner[other], level + 1) for other in inner)])
 
 
 def _usage(name: str, command) -> str:
@@ -81,7 +79,9 @@ def methods() -> str:
         needs = {"gram": "`collect_gram`", "fisher": "`collect_fisher`"}.get(method.needs or "", "")
         full = "no" if method.needs or method.spaces == ("factors",) else "without base" if method.baseless else "yes"
         computes = (inspect.getdoc(method.fn) or "").split("\n\n")[0].replace("\n", " ").replace("|", "\\|")
-        lines.append(f"| `{name}` | {method.scale:g} | {options} | {spaces} | {needs} | {full} | {computes} {method.paper} |")
+        lines.append(
+            f"| `{name}` | {method.scale:g} | {options} | {spaces} | {needs} | {full} | {computes} {method.paper} |"
+        )
     return "\n".join(lines)
 
 
