@@ -2,6 +2,7 @@
 
 import os
 import sys
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported: no test may reach for the Hub
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -27,6 +28,42 @@ TINY = {
     "intermediate_size": 24,
     "max_position_embeddings": 32,
 }
+
+# What `make test-fast` leaves out: files, or single tests (the beginning of FILE::NAME), below tests/.
+MARKED = {
+    "process": (
+        "multiprocess/",
+        "checkpoints/test_faults.py",
+        "test_demo.py",
+        "test_docs.py::test_every_python_block",
+        "test_docs.py::test_a_users_file",
+        "test_glue.py",
+        "test_hub.py",
+        "test_places.py",
+        "test_push.py",
+        "test_recipes.py",
+        "test_reproduce.py",
+        "test_terminal.py",
+    ),
+    "slow": (
+        "test_callback.py",
+        "test_cli",
+        "test_families.py",
+        "test_model_classes.py",
+        "test_writers.py",
+        "zoo/",
+    ),
+    "browser": ("test_html_report.py::test_a_browser",),
+}
+
+
+def pytest_collection_modifyitems(items):
+    here = Path(__file__).parent
+    for item in items:
+        name = f"{item.path.relative_to(here).as_posix()}::{item.name}"
+        for mark, beginnings in MARKED.items():
+            if name.startswith(beginnings):
+                item.add_marker(mark)
 
 
 @pytest.fixture(autouse=True)
