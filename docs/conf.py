@@ -78,11 +78,15 @@ def methods() -> str:
         spaces = ", ".join(dict.fromkeys(spaces.split(", ")))
         needs = {"gram": "`collect_gram`", "fisher": "`collect_fisher`"}.get(method.needs or "", "")
         full = "no" if method.needs or method.spaces == ("factors",) else "without base" if method.baseless else "yes"
-        computes = (inspect.getdoc(method.fn) or "").split("\n\n")[0].replace("\n", " ").replace("|", "\\|")
+        computes = " Then: ".join(_first_lines(fn) for fn in (method.prepare, method.fn) if fn is not None)
         lines.append(
             f"| `{name}` | {method.scale:g} | {options} | {spaces} | {needs} | {full} | {computes} {method.paper} |"
         )
     return "\n".join(lines)
+
+
+def _first_lines(fn) -> str:
+    return (inspect.getdoc(fn) or "").split("\n\n")[0].replace("\n", " ").replace("|", "\\|")
 
 
 def _generated(app, docname: str, source: list[str]) -> None:

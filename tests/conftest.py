@@ -46,7 +46,11 @@ MARKED = {
         "test_terminal.py",
     ),
     "slow": (
+        "checkpoints/test_merge.py",
+        "merging/test_alignment.py",
+        "test_base_models.py",
         "test_callback.py",
+        "test_card.py",
         "test_cli",
         "test_families.py",
         "test_model_classes.py",
