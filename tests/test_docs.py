@@ -13,6 +13,7 @@ import typer
 
 import osrm_peft
 from osrm_peft.merging import METHODS
+from tests import conftest
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -183,7 +184,9 @@ def test_every_command_line_is_one_that_the_program_takes():
 
 
 def test_make_targets_and_files_that_pages_name_exist():
-    targets = set(re.findall(r"^([a-z0-9-]+):", (ROOT / "Makefile").read_text(), flags=re.M))
+    makefile = (ROOT / "Makefile").read_text()
+    targets = set(re.findall(r"^([a-z0-9-]+):", makefile, flags=re.M))
+    assert targets == set(re.findall(r"^([a-z0-9-]+):.*  ## ", makefile, flags=re.M))  # make help lists it
     for page in PAGES:
         text = text_of(page)
         assert set(re.findall(r"(?:^|`)make ([a-z0-9-]+)", text, flags=re.M)) <= targets, page
@@ -191,6 +194,16 @@ def test_make_targets_and_files_that_pages_name_exist():
             assert (ROOT / path).is_file(), (page, path)
         for link in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text):
             assert link.startswith("https://") or (page.parent / link).exists(), (page, link)
+
+
+def test_the_marks_of_the_fast_lane_name_tests_that_exist():
+    for beginning in sum(conftest.MARKED.values(), ()):
+        name, _, function = beginning.partition("::")
+        found = [
+            path for path in (ROOT / "tests").rglob("*") if path.relative_to(ROOT / "tests").as_posix().startswith(name)
+        ]
+        assert (name.endswith("/") and (ROOT / "tests" / name).is_dir()) or found, beginning
+        assert f"def {function}" in found[0].read_text(encoding="utf-8") if function else True, beginning
 
 
 def test_every_page_is_in_the_contents_once():
