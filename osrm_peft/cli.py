@@ -160,6 +160,33 @@ def demo(
         raise typer.Exit(130) from None
 
 
+@app.command()
+def env() -> None:
+    """Print versions and machine, for an issue. No path, name of a user or address is among them."""
+    import os
+    import platform
+    from importlib.metadata import PackageNotFoundError, version
+
+    import torch
+
+    from osrm_peft.files import versions
+
+    facts: dict[str, object] = dict(versions())
+    for name in ("deepspeed", "trl", "bitsandbytes"):
+        try:
+            facts[name] = version(name)
+        except PackageNotFoundError:
+            facts[name] = "not installed"
+    cuda = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    facts |= {
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "CPUs": f"{os.cpu_count()}, {torch.get_num_threads()} threads for torch",
+        "GPUs": ", ".join(torch.cuda.get_device_name(place) for place in range(cuda)) or "none",
+    }
+    for name, value in facts.items():
+        say(f"- {name}: {value}")
+
+
 def main() -> None:
     """Run the command; an error is one line, not a traceback."""
     escape_messages()

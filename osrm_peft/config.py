@@ -28,8 +28,8 @@ class OSRMLoraConfig(LoraConfig):
     adapter: `adapter_config.json` holds LoraConfig's fields only, the fields below go to the
     manifest `osrm_peft.json` beside it.
 
-    The defaults are the best of our study (README, "Which A"): A keeps off the directions that hold 90 % of the other
-    tasks' energy, and takes of the rest those with most of the task's own. The paper's choice is
+    The defaults are the best of our study (docs/results/which_a.md): A keeps off the directions that hold 90 % of the
+    other tasks' energy, and takes of the rest those with most of the task's own. The paper's choice is
     `null_space="random", protect=None`, and needs no features of the task's own.
 
     Args:

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported: no test may reach for the Hub
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -27,6 +28,60 @@ TINY = {
     "intermediate_size": 24,
     "max_position_embeddings": 32,
 }
+
+# What `make test-fast` leaves out: files, or single tests (the beginning of FILE::NAME), below tests/.
+MARKED = {
+    "process": (
+        "multiprocess/",
+        "checkpoints/test_faults.py",
+        "test_demo.py",
+        "test_docs.py::test_every_python_block",
+        "test_docs.py::test_a_users_file",
+        "test_glue.py",
+        "test_hub.py",
+        "test_places.py",
+        "test_push.py",
+        "test_recipes.py",
+        "test_reproduce.py",
+        "test_terminal.py",
+    ),
+    "slow": (
+        "checkpoints/test_merge.py",
+        "checkpoints/test_names.py",
+        "checkpoints/test_text.py",
+        "merging/test_alignment.py",
+        "test_base_models.py",
+        "test_callback.py",
+        "test_card.py",
+        "test_cli",
+        "test_families.py",
+        "test_hostile_files.py",
+        "test_model_classes.py",
+        "test_writers.py",
+        "zoo/",
+    ),
+    "browser": ("test_html_report.py::test_a_browser",),
+}
+
+
+HERE = Path(__file__).parent
+FAST = "not (process or slow or browser)"
+
+
+def pytest_ignore_collect(collection_path, config):
+    """`make test-fast` does not import the files that it leaves out: importing TRL alone takes seconds."""
+    name = collection_path.relative_to(HERE).as_posix()
+    if config.option.markexpr == FAST and name.endswith(".py"):
+        return name.startswith(sum(MARKED.values(), ())) or None
+    return None
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        name = f"{item.path.relative_to(HERE).as_posix()}::{item.name}"
+        for mark, beginnings in MARKED.items():
+            if name.startswith(beginnings):
+                item.add_marker(mark)
 
 
 @pytest.fixture(autouse=True)

@@ -1,6 +1,6 @@
 """Live against PEFT's `add_weighted_adapter`: where it is right we agree; where it is not, the difference is asserted.
 
-A trap that no longer springs means that PEFT has changed: then the test, and what the README says of PEFT, must too.
+A trap that no longer springs means that PEFT has changed: then the test, and docs/papers.md, must too.
 """
 
 import warnings
