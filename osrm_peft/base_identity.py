@@ -80,10 +80,9 @@ def comparable(one: str | None, other: str | None) -> bool:
 
 
 def _same(one: Base, other: Base) -> bool:
-    commits = [_commit(base.name) for base in (one, other)]
-    revisions = [commit or base.revision or "main" for commit, base in zip(commits, (one, other), strict=True)]
-    untold = commits.count(None) == 1 and "main" in revisions  # `main` may be the commit of a cached folder
-    if revisions[0] != revisions[1] and not untold:
+    revisions = [base.revision or _commit(base.name) or "main" for base in (one, other)]
+    told = one.revision or other.revision  # of two folders in the Hub's cache the commits may differ by a README alone
+    if told and revisions[0] != revisions[1] and {*revisions} != {"main", _commit(one.name) or _commit(other.name)}:
         return False
     names = _key(one.name), _key(other.name)
     return names[0] == names[1] or _alias(*names) or _alias(*reversed(names)) or _same_on_hub(*names)

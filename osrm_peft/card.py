@@ -25,8 +25,7 @@ _PIPELINES = {  # {PEFT's task type: (the Hub's name, transformers' class)}
     "FEATURE_EXTRACTION": ("feature-extraction", "AutoModel"),
 }
 _METRICS = {"matthews": "matthews_correlation"}  # the Hub's names
-_RECIPE = ("base_model", "method", "options", "scale", "weights", "space", "rank", "modules", "seed", "statistics",
-           "features")  # fmt: skip
+_RECIPE = ("base_model", "method", "options", "scale", "weights", "space", "rank", "seed", "statistics", "features")
 _FACTS = {
     "method": "method", "scale": "scale λ", "space": "space", "seed": "seed", "written_rank": "rank as written",
     "vocab": "vocabulary", "train_rows": "training rows",
@@ -114,6 +113,7 @@ def _model_card(manifest: Mapping[str, Any]) -> ModelCard:
     if all(_weight(about.get("weights"), task) == 1 for task in inputs):
         recipe.pop("weights", None)
     recipe |= {"scale": "features"} if about.get("scale_of_layers") else {}
+    recipe |= {"modules": about["modules_policy"]} if about.get("modules_policy") else {}
     environment = Environment(loader=PackageLoader("osrm_peft", "."), finalize=_shown, keep_trailing_newline=True)
     body = environment.get_template("model_card.md").render(
         about=about,
@@ -220,7 +220,7 @@ def _facts(about: dict[str, Any]) -> Iterator[tuple[str, object]]:
     """(what, value) lines of how it was made."""
     yield from ((name, about[key]) for key, name in _FACTS.items() if about.get(key) is not None)
     yield from ((f"option {name}", value) for name, value in (about.get("options") or {}).items())
-    fates = about.get("trained_modules") or {}
+    fates = about.get("modules") or {}
     for fate in dict.fromkeys(fates.values()):
         names = [name for name, one in fates.items() if one == fate]
         yield f"modules: {fate}", ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")

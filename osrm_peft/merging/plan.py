@@ -92,7 +92,7 @@ class MergePlan:
             "space": self.space,
             "rank": "serving" if self.padded > 1 else self.rank,
             "heads": self.heads,
-            "modules": self.modules,
+            "modules_policy": self.modules,
             "base_model": self.inputs.base,
             "task_type": next(iter(self.inputs.adapters.values())).config.get("task_type"),
             "inputs": {
@@ -102,7 +102,7 @@ class MergePlan:
             "command": command(),
             "versions": versions(),
             **self.sources,
-            **({"trained_modules": self.fates} if self.fates else {}),
+            **({"modules": self.fates} if self.fates else {}),
             **({"seed": self.seed} if self.method.prepare else {}),
             **({"scale_of_layers": "chosen by features, see report"} if self.guided_scale else {}),
         }
