@@ -15,7 +15,9 @@ from osrm_peft.layers import base_of, input_embedding
 # of modules between a tower and the text, by the ends of their names; InstructBLIP's qformer reads a text, too
 _BETWEEN = ("projector", "connector", "aligner", "qformer", "language_projection", "vision_projection",
             "image_to_text_projection", "perceiver_resampler", "embed_vision")  # fmt: skip
-_OTHER_MASKS = ("pixel_mask", "feature_attention_mask", "input_features_mask")  # of DETR, Qwen2-Audio, Gemma 3n, …
+# of DETR, SigLIP 2 and Idefics 3, Mllama, VisualBERT, LUKE, Qwen2-Audio, Gemma 3n, …
+_OTHER_MASKS = ("pixel_mask", "pixel_attention_mask", "aspect_ratio_mask", "visual_attention_mask",
+                "entity_attention_mask", "feature_attention_mask", "input_features_mask")  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -130,7 +130,11 @@ def test_inputs_whose_positions_cannot_be_told_apart_are_refused_if_there_is_pad
         Positions(2, keep).of("layer", x, False)
 
 
-@pytest.mark.parametrize("mask", ["pixel_mask", "feature_attention_mask", "input_features_mask"])
+MASKS = ["pixel_mask", "pixel_attention_mask", "aspect_ratio_mask", "visual_attention_mask", "entity_attention_mask",
+         "feature_attention_mask", "input_features_mask"]  # fmt: skip
+
+
+@pytest.mark.parametrize("mask", MASKS)
 def test_padding_of_pixels_or_sound_that_no_layer_s_mask_tells_of_is_refused_where_it_matters(mask):
     x, text = torch.randn(2, 9, 3), {"attention_mask": torch.ones(2, 7)}
     for given, seen, refused in (({}, x, True), (text, x[:, :5], True), (text, x[:, :7], False), ({}, x[:, 0], False)):
