@@ -266,6 +266,45 @@ def test_only_what_writers_of_this_path_left_is_removed(tmp_path):
     assert {one.name for one in tmp_path.iterdir()} == {*kept, "out", ".out.77.partial"}
 
 
+@pytest.mark.parametrize("name", ["o.t", "o(", "[o]", "o+t"])
+def test_names_that_are_patterns_are_names(tmp_path, name):
+    (tmp_path / ".oxt.12345678.partial").write_text("theirs")
+    (tmp_path / f".{name}.12345678.partial").write_text("left")
+    write(tmp_path / name, new_folder)
+    assert {one.name for one in tmp_path.iterdir()} == {".oxt.12345678.partial", name}
+
+
+def test_what_was_left_is_cleaned_up_where_a_result_comes_from_elsewhere(tmp_path):
+    write(tmp_path / ".out.12345678.partial/old", new_folder, "earlier")
+    write(tmp_path / "made", new_folder, "new")
+    put_in_place(tmp_path / "made", tmp_path / "out")
+    assert read(tmp_path / "out") == "new" and [one.name for one in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_folder_that_another_took_for_a_dead_one_s_is_made_again(tmp_path, monkeypatch):
+    lock, taken = places._lock, []
+
+    def late(place, wait=False):
+        if wait and not taken:
+            taken.append(place)
+            clean_up(tmp_path / "out")  # before its owner has the lock
+            assert not place.exists()
+            return None
+        return lock(place, wait)
+
+    monkeypatch.setattr(places, "_lock", late)
+    write(tmp_path / "out", new_folder)
+    assert len(taken) == 1 and [one.name for one in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("kind", ["fifo", "folder"])
+def test_what_took_a_file_s_place_meanwhile_stays(tmp_path, kind):
+    with pytest.raises(FileExistsError, match="name another"), new_file(tmp_path / "out") as partial:
+        partial.write_text("new")
+        plant(tmp_path / "out", kind)
+    assert stat.S_ISFIFO((tmp_path / "out").lstat().st_mode) == (kind == "fifo") and len(list(tmp_path.iterdir())) == 1
+
+
 def test_an_earlier_result_of_an_earlier_version_is_put_back_or_named(tmp_path, caplog):
     out, old = tmp_path / "out", tmp_path / ".out.4321.old"
     write(old, new_folder, "earlier")
