@@ -68,6 +68,16 @@ def test_a_file_is_written_where_there_is_no_other_thing(tmp_path, kind):
     assert state(tmp_path) == before
 
 
+@pytest.mark.parametrize("mask, mode", [(0o022, 0o755), (0o077, 0o700), (0o002, 0o775)])
+def test_a_folder_may_be_read_by_those_whom_the_user_lets(tmp_path, mask, mode):
+    before = os.umask(mask)
+    try:
+        write(tmp_path / "out", new_folder)
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "out").stat().st_mode) == mode
+
+
 def write(path, way, content="new"):
     if way is new_file:
         with new_file(path) as partial:
