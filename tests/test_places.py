@@ -170,9 +170,15 @@ def test_one_process_at_a_time_is_in_a_folder(tmp_path):
             assert not list(folder.iterdir())
     with alone_in(folder):
         pass
-    (tmp_path / "link").symlink_to(tmp_path / "done")
-    with pytest.raises(FileExistsError, match="is a link"), alone_in(tmp_path / "link"):
+
+
+@pytest.mark.parametrize("kind", [*ODD, "file", "link to a folder"])
+def test_no_process_is_alone_in_what_is_no_folder(tmp_path, kind):
+    plant(tmp_path / "work", kind)
+    before = state(tmp_path)
+    with pytest.raises(FileExistsError, match=r"/work is no folder, .*: remove it"), alone_in(tmp_path / "work"):
         pass
+    assert state(tmp_path) == before
 
 
 @pytest.mark.skipif(os.getuid() == 0, reason="root writes everywhere")
