@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 from pathlib import Path
 
 import pytest
@@ -151,6 +152,30 @@ def test_yaml_that_contains_itself_or_multiplies_is_one_line(tmp_path):
         with pytest.raises(ValueError, match=r"r.yaml") as caught:
             Recipe.from_yaml(tmp_path / "r.yaml")
         assert len(str(caught.value)) < 2000
+
+
+MERGES = [f"a{n}: &a{n} {{<<: [{', '.join([f'*a{n - 1}'] * 9)}]}}" for n in range(1, 30)]
+ENDLESS = {
+    "keys": "{" + ",".join(f"a{place}: 1" for place in range(20_000)) + "}",
+    "number": "1" * 50_000 + ".e",
+    "merges": "\n".join(["a0: &a0 {x: 1}", *MERGES]),
+}
+
+
+@pytest.mark.parametrize("name", ENDLESS)
+def test_yaml_takes_no_longer_than_it_is_long(name):
+    started = time.perf_counter()
+    if name == "merges":
+        with pytest.raises(ValueError, match="'<<' gives too many keys"):
+            parse_yaml(ENDLESS[name])
+    else:
+        assert len(parse_yaml(ENDLESS[name])) in (20_000, 50_002)
+    assert time.perf_counter() - started < 15  # without a bound: minutes to ages
+
+
+@pytest.mark.parametrize("text", ["1e-3", "1.e3", "1.5E+2", ".5e1", "-2e2"])
+def test_numbers_of_yaml_1_2(text):
+    assert parse_yaml(text) == float(text)
 
 
 MANIFESTS = {
