@@ -3,7 +3,9 @@
 import json
 import re
 import time
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -21,7 +23,7 @@ from osrm_peft.merging.recipe import MergeRecipe
 from osrm_peft.moments import FeatureMoments
 from osrm_peft.push import push_to_hub
 from osrm_peft.recipe import Recipe
-from osrm_peft.yaml_io import parse_yaml
+from osrm_peft.yaml_io import check_fields, parse_yaml
 from tests.conftest import make_adapter
 
 WRONG = [None, True, 3, -1, 1.5, "x", "\x1b[31m", "", [], [1], [None], ["a", "a"], [[[]]], {}, {"a": 1}, {"a": None},
@@ -171,6 +173,25 @@ def test_yaml_takes_no_longer_than_it_is_long(name):
     else:
         assert len(parse_yaml(ENDLESS[name])) in (20_000, 50_002)
     assert time.perf_counter() - started < 15  # without a bound: minutes to ages
+
+
+def test_merged_keys_of_yaml_may_come_from_several_mappings():
+    text = "a: &a {x: 1}\nb: &b {y: 2}\nc: {<<: *a, <<: *b, z: 3}\nd: {<<: [*a, *b], x: 4}"
+    found = parse_yaml(text)
+    assert found["c"] == {"x": 1, "y": 2, "z": 3} and found["d"] == {"x": 4, "y": 2}
+
+
+@dataclass
+class Kinds:
+    one: Literal[1, "a"] = 1
+    yes: Literal[True] = True
+
+
+@pytest.mark.parametrize("field, value", [("one", True), ("one", 1.0), ("yes", 1), ("one", "b"), ("one", [])])
+def test_a_choice_is_of_its_own_type(field, value):
+    check_fields("recipe", {"one": "a", "yes": True}, Kinds)
+    with pytest.raises(ValueError, match=rf"recipe: {field}=.* must be Literal"):
+        check_fields("recipe", {field: value}, Kinds)
 
 
 @pytest.mark.parametrize("text", ["1e-3", "1.e3", "1.5E+2", ".5e1", "-2e2"])
