@@ -130,6 +130,13 @@ def test_inputs_whose_positions_cannot_be_told_apart_are_refused_if_there_is_pad
         Positions(2, keep).of("layer", x, False)
 
 
+def test_a_mask_of_other_rows_than_the_samples_tells_nothing():
+    keep = torch.ones(3, 7, dtype=torch.bool)
+    keep[1, 4:] = False
+    with pytest.raises(ValueError, match=r"but the attention_mask is \(3, 7\): padding cannot be told apart"):
+        Positions(2, keep).of("layer", torch.randn(3, 7, 5), False)
+
+
 MASKS = ["pixel_mask", "pixel_attention_mask", "aspect_ratio_mask", "visual_attention_mask", "entity_attention_mask",
          "feature_attention_mask", "input_features_mask"]  # fmt: skip
 
