@@ -123,6 +123,7 @@ def collect_gram(
     )  # fmt: skip
 
 
+@torch.inference_mode(False)  # whose tensors do not tell of changes in place, and can be changed nowhere else
 def _collect(
     model: nn.Module,
     loader: Iterable[Mapping[str, Any]],

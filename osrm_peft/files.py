@@ -60,7 +60,6 @@ def new_folder(path: str | Path, kind: str) -> Iterator[Path]:
     with beside(path) as folder:
         partial = folder / path.name
         partial.mkdir()
-        partial.chmod(0o755)
         yield partial
         put_in_place(partial, check_replaceable(path, kind))  # as it is by now
 

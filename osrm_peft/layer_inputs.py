@@ -36,9 +36,10 @@ class Batch:
     counts: bool = True
 
     def to(self, device: torch.device) -> "Batch":
-        """The same batch there."""
+        """The same batch there, as tensors whose changes are counted (those of inference mode are not)."""
 
         def moved(value: Any) -> Any:
+            value = value.clone() if isinstance(value, Tensor) and value.is_inference() else value
             return value.to(device) if isinstance(value, Tensor) else value
 
         positions = replace(self.positions, keep=moved(self.positions.keep), samples=moved(self.positions.samples))
@@ -225,4 +226,5 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         for module, training in modes.items():
             module.training = training
         for parameter, grad in grads.items():
-            parameter.requires_grad_(grad)
+            if parameter.requires_grad != grad:  # PEFT's tensors only: those of inference mode take no setting
+                parameter.requires_grad_(grad)

@@ -83,12 +83,12 @@ def alone_in(folder: Path) -> Iterator[None]:
     """The folder, made if need be, is this process' alone until the block ends, or the folder has another name.
 
     Raises:
-        FileExistsError: another process is in it; or it is a link, or no folder.
+        FileExistsError: another process is in it; or it is no folder, or a link to one.
     """
     while True:
-        folder.mkdir(parents=True, exist_ok=True)  # FileExistsError: it is no folder
-        if folder.is_symlink():
-            raise FileExistsError(f"{folder} is a link, and what is unfinished lies there: remove it")
+        if _kind(folder) not in (None, stat.S_IFDIR):
+            raise FileExistsError(f"{folder} is no folder, and what is unfinished lies there: remove it")
+        folder.mkdir(parents=True, exist_ok=True)
         try:
             lock = _lock(folder)
         except BlockingIOError as error:

@@ -15,7 +15,9 @@ from osrm_peft.layers import base_of, input_embedding
 # of modules between a tower and the text, by the ends of their names; InstructBLIP's qformer reads a text, too
 _BETWEEN = ("projector", "connector", "aligner", "qformer", "language_projection", "vision_projection",
             "image_to_text_projection", "perceiver_resampler", "embed_vision")  # fmt: skip
-_OTHER_MASKS = ("pixel_mask", "feature_attention_mask", "input_features_mask")  # of DETR, Qwen2-Audio, Gemma 3n, …
+# of DETR, SigLIP 2 and Idefics 3, Mllama, VisualBERT, LUKE, Qwen2-Audio, Gemma 3n, …
+_OTHER_MASKS = ("pixel_mask", "pixel_attention_mask", "aspect_ratio_mask", "visual_attention_mask",
+                "entity_attention_mask", "feature_attention_mask", "input_features_mask")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -172,9 +174,9 @@ class Sides:
         Raises:
             ValueError: nor does its forward.
         """
-        if not self._of_tokens(labels):
+        real = self._real(labels)
+        if real is None:
             return inputs
-        assert labels is not None
         if "decoder_input_ids" not in inputs and "decoder_inputs_embeds" not in inputs:
             make: Any = getattr(self._base, "prepare_decoder_input_ids_from_labels", None)
             if make is not None:
@@ -186,7 +188,7 @@ class Sides:
                     f"{type(self._base).__name__} makes no inputs of its decoder from labels: give decoder_input_ids "
                     "in each batch, or take the model class that is trained on labels (…ForConditionalGeneration)"
                 )
-        mask = {"decoder_attention_mask": (labels != -100).long()}
+        mask = {"decoder_attention_mask": real.long()}
         return mask | inputs if "decoder_attention_mask" in self._accepts else inputs
 
     def positions(self, inputs: Mapping[str, Any], main: Positions) -> Positions:
@@ -208,13 +210,17 @@ class Sides:
         """The decoder's positions; where the model makes its inputs from the encoder's, these are the same."""
         if "decoder_attention_mask" in inputs:
             return Positions(main.rows, inputs["decoder_attention_mask"].bool())
-        if self._of_tokens(labels):
-            return Positions(main.rows, labels != -100)  # type: ignore[arg-type]
+        real = self._real(labels)
+        if real is not None:
+            return Positions(main.rows, real)
         made = "decoder_input_ids" not in inputs and "decoder_inputs_embeds" not in inputs
         return main if made else Positions(main.rows)
 
-    def _of_tokens(self, labels: Tensor | None) -> bool:
-        return self.two and labels is not None and labels.dim() == 2 and not labels.is_floating_point()
+    def _real(self, labels: Tensor | None) -> Tensor | None:
+        """(b, s) bool: the positions that labels of tokens have, also of several at each (MusicGen); None: others."""
+        if not self.two or labels is None or labels.dim() not in (2, 3) or labels.is_floating_point():
+            return None
+        return (labels != -100).view(*labels.shape[:2], -1).any(2)
 
 
 def _towers(base: Any, modalities: tuple[str, ...]) -> Iterator[nn.Module]:

@@ -77,6 +77,21 @@ def test_where_no_saved_parameter_depends_on_the_labels_the_model_s_config_decid
     assert heads and head_width(str(tmp_path / "base"), heads) is None is head_width(model, {})
 
 
+class Several(transformers.BertForSequenceClassification):
+    """A head of other models than transformers': two rows a label, and three more."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.classifier = torch.nn.Linear(config.hidden_size, 2 * config.num_labels + 3)
+
+
+@pytest.mark.parametrize("labels", [1, 2, 3, 9])
+def test_a_head_may_have_several_rows_a_label_and_more(labels):
+    model = Several(transformers.BertConfig(**TEXT))
+    assert head_width(model, {"classifier.weight": (2 * labels + 3, 16)}) == labels
+    assert head_width(model, {"classifier.bias": (2 * labels + 3,)}) == labels
+
+
 def test_a_head_that_does_not_fit_names_the_labels(tmp_path):
     adapter_of("modernbert", make("modernbert", 4), tmp_path)
     with pytest.raises(ValueError, match=r"the head 'classifier\..*load the base model with num_labels=4"):

@@ -2,7 +2,10 @@
 
 import json
 import re
+import time
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -20,7 +23,7 @@ from osrm_peft.merging.recipe import MergeRecipe
 from osrm_peft.moments import FeatureMoments
 from osrm_peft.push import push_to_hub
 from osrm_peft.recipe import Recipe
-from osrm_peft.yaml_io import parse_yaml
+from osrm_peft.yaml_io import check_fields, parse_yaml
 from tests.conftest import make_adapter
 
 WRONG = [None, True, 3, -1, 1.5, "x", "\x1b[31m", "", [], [1], [None], ["a", "a"], [[[]]], {}, {"a": 1}, {"a": None},
@@ -151,6 +154,49 @@ def test_yaml_that_contains_itself_or_multiplies_is_one_line(tmp_path):
         with pytest.raises(ValueError, match=r"r.yaml") as caught:
             Recipe.from_yaml(tmp_path / "r.yaml")
         assert len(str(caught.value)) < 2000
+
+
+MERGES = [f"a{n}: &a{n} {{<<: [{', '.join([f'*a{n - 1}'] * 9)}]}}" for n in range(1, 30)]
+ENDLESS = {
+    "keys": "{" + ",".join(f"a{place}: 1" for place in range(20_000)) + "}",
+    "number": "1" * 50_000 + ".e",
+    "merges": "\n".join(["a0: &a0 {x: 1}", *MERGES]),
+}
+
+
+@pytest.mark.parametrize("name", ENDLESS)
+def test_yaml_takes_no_longer_than_it_is_long(name):
+    started = time.perf_counter()
+    if name == "merges":
+        with pytest.raises(ValueError, match="'<<' gives too many keys"):
+            parse_yaml(ENDLESS[name])
+    else:
+        assert len(parse_yaml(ENDLESS[name])) in (20_000, 50_002)
+    assert time.perf_counter() - started < 15  # without a bound: minutes to ages
+
+
+def test_merged_keys_of_yaml_may_come_from_several_mappings():
+    text = "a: &a {x: 1}\nb: &b {y: 2}\nc: {<<: *a, <<: *b, z: 3}\nd: {<<: [*a, *b], x: 4}"
+    found = parse_yaml(text)
+    assert found["c"] == {"x": 1, "y": 2, "z": 3} and found["d"] == {"x": 4, "y": 2}
+
+
+@dataclass
+class Kinds:
+    one: Literal[1, "a"] = 1
+    yes: Literal[True] = True
+
+
+@pytest.mark.parametrize("field, value", [("one", True), ("one", 1.0), ("yes", 1), ("one", "b"), ("one", [])])
+def test_a_choice_is_of_its_own_type(field, value):
+    check_fields("recipe", {"one": "a", "yes": True}, Kinds)
+    with pytest.raises(ValueError, match=rf"recipe: {field}=.* must be Literal"):
+        check_fields("recipe", {field: value}, Kinds)
+
+
+@pytest.mark.parametrize("text", ["1e-3", "1.e3", "1.5E+2", ".5e1", "-2e2"])
+def test_numbers_of_yaml_1_2(text):
+    assert parse_yaml(text) == float(text)
 
 
 MANIFESTS = {

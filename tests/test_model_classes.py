@@ -332,3 +332,28 @@ def test_a_model_that_makes_nothing_of_labels_asks_for_the_decoder_s_inputs():
     found, whole = collect("m2m100", model, given), collect("m2m100", expected, batch)
     for name, moments in found.layers.items():
         close(moments.second_moment(), whole.layers[f"model.{name}"].second_moment(), name)
+
+
+def test_labels_of_several_tokens_at_each_position_make_the_decoder_s_inputs():
+    sound = transformers.EncodecConfig(
+        num_filters=4, hidden_size=16, codebook_size=8, num_lstm_layers=1, upsampling_ratios=[2, 2]
+    )
+    decoder = {"vocab_size": 9, "hidden_size": 16, "ffn_dim": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    decoder |= {"num_codebooks": 2, "pad_token_id": 8, "bos_token_id": 8, "decoder_start_token_id": 8}
+    parts = {"text_encoder": transformers.T5Config(**T5).to_dict(), "audio_encoder": sound.to_dict()}
+    config = transformers.MusicgenConfig(**parts, decoder=transformers.MusicgenDecoderConfig(**decoder).to_dict())
+    torch.manual_seed(0)
+    model, text = transformers.MusicgenForConditionalGeneration(config).eval(), batch_of("bert")
+    real = until(LABEL_LENGTHS)
+    labels = torch.randint(0, 8, (*real.shape, 2)).masked_fill(~real[..., None], -100)
+    made = model.prepare_decoder_input_ids_from_labels(labels).flatten(0, 1)
+    given = {"decoder_input_ids": made, "decoder_attention_mask": real.long()}
+    options = {"task": "t", "target_modules": ["q", "v", "q_proj", "v_proj"], "progress": False}
+    del text["labels"]
+    found = collect_features(model, [text | {"labels": labels}], **options)
+    expected = collect_features(model, [text | given], **options)
+    assert len(expected.layers) == 6
+    for name, moments in expected.layers.items():
+        self_attention = "decoder" in name and ("self_attn" in name or "q_proj" in name)
+        assert found.layers[name].count == moments.count == (real.sum() if self_attention else 38), name
+        close(found.layers[name].second_moment(), moments.second_moment(), name)

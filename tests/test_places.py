@@ -68,6 +68,16 @@ def test_a_file_is_written_where_there_is_no_other_thing(tmp_path, kind):
     assert state(tmp_path) == before
 
 
+@pytest.mark.parametrize("mask, mode", [(0o022, 0o755), (0o077, 0o700), (0o002, 0o775)])
+def test_a_folder_may_be_read_by_those_whom_the_user_lets(tmp_path, mask, mode):
+    before = os.umask(mask)
+    try:
+        write(tmp_path / "out", new_folder)
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "out").stat().st_mode) == mode
+
+
 def write(path, way, content="new"):
     if way is new_file:
         with new_file(path) as partial:
@@ -160,9 +170,15 @@ def test_one_process_at_a_time_is_in_a_folder(tmp_path):
             assert not list(folder.iterdir())
     with alone_in(folder):
         pass
-    (tmp_path / "link").symlink_to(tmp_path / "done")
-    with pytest.raises(FileExistsError, match="is a link"), alone_in(tmp_path / "link"):
+
+
+@pytest.mark.parametrize("kind", [*ODD, "file", "link to a folder"])
+def test_no_process_is_alone_in_what_is_no_folder(tmp_path, kind):
+    plant(tmp_path / "work", kind)
+    before = state(tmp_path)
+    with pytest.raises(FileExistsError, match=r"/work is no folder, .*: remove it"), alone_in(tmp_path / "work"):
         pass
+    assert state(tmp_path) == before
 
 
 @pytest.mark.skipif(os.getuid() == 0, reason="root writes everywhere")
@@ -264,6 +280,45 @@ def test_only_what_writers_of_this_path_left_is_removed(tmp_path):
     os.mkfifo(tmp_path / ".out.77.partial")
     write(tmp_path / "out", new_file)
     assert {one.name for one in tmp_path.iterdir()} == {*kept, "out", ".out.77.partial"}
+
+
+@pytest.mark.parametrize("name", ["o.t", "o(", "[o]", "o+t"])
+def test_names_that_are_patterns_are_names(tmp_path, name):
+    (tmp_path / ".oxt.12345678.partial").write_text("theirs")
+    (tmp_path / f".{name}.12345678.partial").write_text("left")
+    write(tmp_path / name, new_folder)
+    assert {one.name for one in tmp_path.iterdir()} == {".oxt.12345678.partial", name}
+
+
+def test_what_was_left_is_cleaned_up_where_a_result_comes_from_elsewhere(tmp_path):
+    write(tmp_path / ".out.12345678.partial/old", new_folder, "earlier")
+    write(tmp_path / "made", new_folder, "new")
+    put_in_place(tmp_path / "made", tmp_path / "out")
+    assert read(tmp_path / "out") == "new" and [one.name for one in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_folder_that_another_took_for_a_dead_one_s_is_made_again(tmp_path, monkeypatch):
+    lock, taken = places._lock, []
+
+    def late(place, wait=False):
+        if wait and not taken:
+            taken.append(place)
+            clean_up(tmp_path / "out")  # before its owner has the lock
+            assert not place.exists()
+            return None
+        return lock(place, wait)
+
+    monkeypatch.setattr(places, "_lock", late)
+    write(tmp_path / "out", new_folder)
+    assert len(taken) == 1 and [one.name for one in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("kind", ["fifo", "folder"])
+def test_what_took_a_file_s_place_meanwhile_stays(tmp_path, kind):
+    with pytest.raises(FileExistsError, match="name another"), new_file(tmp_path / "out") as partial:
+        partial.write_text("new")
+        plant(tmp_path / "out", kind)
+    assert stat.S_ISFIFO((tmp_path / "out").lstat().st_mode) == (kind == "fifo") and len(list(tmp_path.iterdir())) == 1
 
 
 def test_an_earlier_result_of_an_earlier_version_is_put_back_or_named(tmp_path, caplog):

@@ -66,6 +66,31 @@ class Patches(nn.Module):
         return self.q_proj(nn.functional.one_hot(input_ids, 4).float())
 
 
+class InPlace(nn.Module):
+    """Its second layer receives the tensor of the first one, changed in place in between."""
+
+    def __init__(self):
+        super().__init__()
+        self.q_proj, self.v_proj, self.config = nn.Linear(4, 4), nn.Linear(4, 4), None
+
+    def forward(self, x):
+        self.q_proj(x)
+        return self.v_proj(x.mul_(3))
+
+
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize("made_there", [False, True])
+def test_a_tensor_that_was_changed_in_place_is_another_input(inference, made_there):
+    with torch.inference_mode(inference and made_there):
+        x = torch.randn(2, 5, 4)
+    with torch.inference_mode(inference):
+        found = collect(InPlace(), [{"x": x.clone() if not made_there else x}]).layers
+    assert found["q_proj"].count == found["v_proj"].count == 10
+    torch.testing.assert_close(
+        found["v_proj"].second_moment(), 9 * found["q_proj"].second_moment(), rtol=1e-5, atol=1e-6
+    )
+
+
 def test_longer_tensors_than_the_samples_do_not_count_as_samples():
     batches = [{"input_ids": torch.tensor([[0, 1], [2, 3]]), "pixel_values": torch.randn(50, 3)} for _ in range(3)]
     assert collect(Patches(), batches, targets=["q_proj"]).k == 6
@@ -130,7 +155,18 @@ def test_inputs_whose_positions_cannot_be_told_apart_are_refused_if_there_is_pad
         Positions(2, keep).of("layer", x, False)
 
 
-@pytest.mark.parametrize("mask", ["pixel_mask", "feature_attention_mask", "input_features_mask"])
+def test_a_mask_of_other_rows_than_the_samples_tells_nothing():
+    keep = torch.ones(3, 7, dtype=torch.bool)
+    keep[1, 4:] = False
+    with pytest.raises(ValueError, match=r"but the attention_mask is \(3, 7\): padding cannot be told apart"):
+        Positions(2, keep).of("layer", torch.randn(3, 7, 5), False)
+
+
+MASKS = ["pixel_mask", "pixel_attention_mask", "aspect_ratio_mask", "visual_attention_mask", "entity_attention_mask",
+         "feature_attention_mask", "input_features_mask"]  # fmt: skip
+
+
+@pytest.mark.parametrize("mask", MASKS)
 def test_padding_of_pixels_or_sound_that_no_layer_s_mask_tells_of_is_refused_where_it_matters(mask):
     x, text = torch.randn(2, 9, 3), {"attention_mask": torch.ones(2, 7)}
     for given, seen, refused in (({}, x, True), (text, x[:, :5], True), (text, x[:, :7], False), ({}, x[:, 0], False)):

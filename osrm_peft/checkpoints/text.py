@@ -217,7 +217,7 @@ def _sources(
             }
             refuse_other(told, of_models, kind, None)
         if holders and not (asked is not None and kind == "generation"):
-            sources[kind] = (of_models or holders)[0]
+            sources[kind] = holders[0]  # a model's, where one has them
     return sources
 
 

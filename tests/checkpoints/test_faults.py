@@ -621,7 +621,7 @@ def test_a_link_is_no_place_for_what_is_unfinished(trained, tmp_path):
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter").touch()
     (tmp_path / PARTIAL).symlink_to("thesis")
-    with pytest.raises(FileExistsError, match=r"\.out\.merging is a link"):
+    with pytest.raises(FileExistsError, match=r"\.out\.merging is no folder"):
         merge_checkpoints(out=tmp_path / "out", **arguments(trained))
     assert (tmp_path / "thesis" / "chapter").exists()
 

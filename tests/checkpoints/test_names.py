@@ -109,6 +109,25 @@ def test_a_head_that_the_file_has_as_its_own_is_merged_as_its_own(folders, tmp_p
         same(LlamaForCausalLM.from_pretrained(out).state_dict(), expected, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("holders", ["a", "ab"])
+def test_a_copy_of_a_tied_tensor_is_written_once(folders, tmp_path, holders):
+    found = folders("tied")
+    expected = tensors_of(merge(found, tmp_path / "expected"))
+    for part in holders:
+        embedding = tensors_of(found[part])["model.embed_tokens.weight"]
+        rewrite(found[part], **{"lm_head.weight": embedding.clone()})
+    assert "lm_head.weight" not in expected
+    same(tensors_of(merge(found, tmp_path / "out")), expected)
+
+
+def test_whole_numbers_that_transformers_ignores_may_differ(folders, tmp_path):
+    found = folders("bert")
+    expected = tensors_of(merge(found, tmp_path / "expected"))
+    for place, folder in enumerate(found.values()):
+        rewrite(folder, **{"bert.embeddings.position_ids": torch.arange(place, place + 32)[None]})
+    same(tensors_of(merge(found, tmp_path / "out")), expected)
+
+
 @pytest.mark.parametrize("method", ["task_arithmetic", "ties"])
 def test_a_tied_base_has_its_copy_where_the_models_have_heads_of_their_own(folders, tmp_path, method):
     found = folders("llama")

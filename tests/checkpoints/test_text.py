@@ -283,6 +283,18 @@ def test_settings_that_differ_between_models_are_named_with_the_way_out(folders,
     assert text_of(other)["asked"] == "b"
 
 
+def test_a_source_that_says_nothing_of_a_token_leaves_the_default(folders, tmp_path):
+    config = json.loads((folders["base"] / "config.json").read_text())
+    del config["bos_token_id"], config["pad_token_id"]
+    (folders["base"] / "config.json").write_text(json.dumps(config))
+    for name in "ab":
+        config = json.loads((folders[name] / "config.json").read_text())
+        (folders[name] / "config.json").write_text(json.dumps(config | {"bos_token_id": 5}))
+    out = merge(folders, tmp_path, tokenizer="base")
+    assert not {"bos_token_id", "pad_token_id"} & set(json.loads((out / "config.json").read_text()))
+    assert LlamaForCausalLM.from_pretrained(out).config.bos_token_id == LlamaConfig().bos_token_id == 1
+
+
 def test_what_one_model_has_not_is_taken_from_the_other(folders, tmp_path):
     """A pad token in one config.json, a generation_config.json and a tokenizer in one folder: nothing differs."""
     config = json.loads((folders["a"] / "config.json").read_text())
