@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from osrm_peft.adapter_config import BAKE, CONFIG, checked_config, scale_of
-from osrm_peft.adapter_keys import Part, is_doubtful, is_embedding, is_head, outermost, part_of, saved_modules
+from osrm_peft.adapter_keys import PREFIX, Part, is_doubtful, is_embedding, is_head, outermost, part_of, saved_modules
 from osrm_peft.adapters import (
     HEADS,
     TARGETS,
@@ -107,9 +107,12 @@ def _of_model(model: PeftModel, adapter_name: str | None) -> LoraAdapter:
         key: value.detach().to("cpu", copy=True)  # a copy: the model may be trained on
         for key, value in get_peft_model_state_dict(model, adapter_name=adapter_name).items()
     }
-    config = model.peft_config[adapter_name]
+    config, base = model.peft_config[adapter_name], base_of(model)
+    fields = config.to_dict()
+    if fields.get("task_type") is None:  # as PEFT writes it: the class of the model
+        fields["auto_mapping"] = {"base_model_class": type(base).__name__, "parent_library": type(base).__module__}
     headers: dict[str, Header] = {key: (tuple(tensor.shape), tensor.dtype) for key, tensor in tensors.items()}
-    adapter = _parse(config.to_dict(), headers, tensors.__getitem__, f"live {type(model).__name__}", model=model)
+    adapter = _parse(fields, headers, tensors.__getitem__, f"live {type(model).__name__}", model=model)
     if adapter.copies:  # they would hold the merged weights
         check_unmerged(all_lora_layers(model))
     adapter.factors = dict(adapter.factors)
@@ -196,7 +199,9 @@ def _has_own_wrappers(config: Mapping[str, Any], model: PeftModel | None) -> boo
     """
     base = base_of(model) if model is not None else model_of(config, config.get("base_model_name_or_path"))
     if base is not None:
-        return not isinstance(base, PeftModel) and any(is_doubtful(name) for name, _ in base.named_parameters())
+        return not isinstance(base, PeftModel) and any(
+            is_doubtful(PREFIX + name) for name, _ in base.named_parameters()
+        )
     auto = config.get("auto_mapping") or {}
     library = str(auto.get("parent_library")).partition(".")[0]
     return bool(auto.get("base_model_class")) and library not in ("torch", "deepspeed", "peft", "transformers")

@@ -37,7 +37,8 @@ from osrm_peft.packaged import resolve_model
 WEIGHTS, HEADS = "adapter_model.safetensors", "heads"
 
 TARGETS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
-_KEPT = ("base_model_name_or_path", "revision", "task_type", "fan_in_fan_out", *TARGETS)  # in the config that we write
+# in the config that we write
+_KEPT = ("base_model_name_or_path", "revision", "task_type", "auto_mapping", "fan_in_fan_out", *TARGETS)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Tables for a terminal of what lies in adapters, and of what a merge would do."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,7 @@ from rich.filesize import decimal
 from rich.markup import escape
 from rich.table import Table
 
+from osrm_peft.adapter_keys import shape_of_name
 from osrm_peft.adapters import LoraAdapter, shape_in
 from osrm_peft.features import TaskFeatures
 from osrm_peft.merging.plan import MergePlan
@@ -18,22 +19,20 @@ _KINDS: dict[Any, str] = {None: "linear", (): "embedding"}
 
 
 def adapter_tables(adapters: Mapping[str, LoraAdapter]) -> list[Table]:
-    """One line an adapter, and one line a group of like layers with each adapter's rank r and scale s."""
-    summary = _table("Adapters", "adapter", "base model", "layers", "rank", "dtype", "heads", "modules", "source")
+    """One line an adapter, one line a group of like layers with each adapter's rank r and scale s, and modules."""
+    summary = _table("Adapters", "adapter", "base model", "layers", "rank", "dtype", "heads", "source")
     for name, adapter in adapters.items():
         ranks = sorted({rank for _, rank, _ in adapter.shapes.values()})
-        heads = _listed(f"{head} {tuple(tensor.shape)}" for head, tensor in adapter.heads.items())
-        whole = {"": adapter.modules, "copy of ": adapter.copies}
-        modules = _listed(f"{of}{name} {shape_in(part, name)}" for of, part in whole.items() for name in part)
+        heads = ", ".join(f"{head} {tuple(tensor.shape)}" for head, tensor in adapter.heads.items()) or "none"
         dtype = str(adapter.dtype).removeprefix("torch.")
         listed = ", ".join(map(str, ranks))
-        cells = [name, str(adapter.base_model), str(len(adapter.shapes)), listed, dtype, heads, modules, adapter.source]
+        cells = [name, str(adapter.base_model), str(len(adapter.shapes)), listed, dtype, heads, adapter.source]
         summary.add_row(*map(escape, cells))
     layers = _table("Layers", "layers", "number", "shape", "kind", *(f"{escape(name)}: r, s, ‖τ‖" for name in adapters))
     for (module, shape, kind), names in _groups(adapters).items():
         cells = [_cell(adapter, names) for adapter in adapters.values()]
         layers.add_row(escape(module), str(len(names)), f"{shape[0]}×{shape[1]}", kind, *cells)
-    return [summary, layers]
+    return [summary, layers, *_module_tables(adapters)]
 
 
 def plan_tables(plan: MergePlan) -> list[Table]:
@@ -58,7 +57,7 @@ def plan_tables(plan: MergePlan) -> list[Table]:
         "rank": rank,
         "weights written": f"{decimal(plan.output_bytes())} in {str(plan.dtype).removeprefix('torch.')}",
         "heads": f"one a task: {', '.join(heads)}" if heads else "none",
-        "modules": _listed(f"{name}: {fate}" for name, fate in plan.fates.items()),
+        "modules": "; ".join(_of_each_fate(plan.fates)) or "none",
     }.items():
         result.add_row(name, escape(value))
     return [*adapter_tables(plan.inputs.adapters), result]
@@ -101,9 +100,30 @@ def features_tables(features: TaskFeatures, path: Path) -> list[Table]:
     return [result, inputs]
 
 
-def _listed(texts: Iterable[str]) -> str:
-    found = list(texts)
-    return (", ".join(found[:6]) + (f" and {len(found) - 6} more" if len(found) > 6 else "")) or "none"
+def _module_tables(adapters: Mapping[str, LoraAdapter]) -> list[Table]:
+    """One line a group of like parameters that are trained whole, or copies of base weights; no table without any."""
+    table = _table("Modules", "parameters", "number", *map(escape, adapters))
+    names: dict[str, list[str]] = {}
+    for name in sorted({name for one in adapters.values() for name in (*one.modules, *one.copies)}):
+        names.setdefault(shape_of_name(name), []).append(name)
+    for group, alike in names.items():
+        cells = []
+        for adapter in adapters.values():
+            parts = {"trained": adapter.modules, "copy": adapter.copies}
+            found = {
+                f"{kind} {'×'.join(map(str, shape_in(part, name)))}"
+                for kind, part in parts.items() for name in alike if name in part
+            }  # fmt: skip
+            cells.append(", ".join(sorted(found)) or "absent")
+        table.add_row(escape(group), str(len(alike)), *cells)
+    return [table] if names else []
+
+
+def _of_each_fate(fates: Mapping[str, str]) -> Iterator[str]:
+    """What becomes of modules: the parameters, named alike where they differ in depth only."""
+    for fate in dict.fromkeys(fates.values()):
+        groups = dict.fromkeys(shape_of_name(name) for name, one in fates.items() if one == fate)
+        yield f"{', '.join(groups)}: {fate}"
 
 
 def _weight(value: object) -> str:

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
+from peft import AutoPeftModel, AutoPeftModelForCausalLM, LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from osrm_peft import OSRMLoraConfig, collect_features, initialize_osrm_weights, load_adapter, merge_adapters
@@ -23,6 +23,9 @@ SAME = [
     (CACHE, CACHE.replace("/home/x", "/root").replace("0123abcd", "4567")),
     ("/models/one/final", "/models/one/final"),
     ("/models/one/final/", "/models/one/final"),
+    ("/models/two/../one/final", "/models/one/final"),
+    ("C:\\models\\final\\", "C:\\models\\final"),
+    ("meta-llama/Llama-3.2-1B/", "meta-llama/Llama-3.2-1B"),
 ]
 OTHER = [
     ("/models/one/final", "/models/two/final"),
@@ -56,6 +59,31 @@ def test_a_revision_of_null_is_main():
     assert common_base({"a": Base("gpt2"), "b": Base("gpt2", "main")}, None) == "gpt2"
     with pytest.raises(ValueError, match=r"a: gpt2, b: gpt2@refs/pr/1"):
         common_base({"a": Base("gpt2"), "b": Base("gpt2", "refs/pr/1")}, None)
+
+
+@pytest.mark.parametrize("revision", ["0123abcd", None, "main"])
+def test_a_commit_of_the_cache_is_a_revision(revision):
+    assert common_base({"a": Base(CACHE), "b": Base("meta-llama/Llama-3.2-1B", revision)}, None) == CACHE
+    assert common_base({"a": Base("meta-llama/Llama-3.2-1B", revision), "b": Base(CACHE)}, None)
+
+
+def test_another_revision_than_that_of_the_cache_is_refused():
+    for pair in ((Base(CACHE), Base("meta-llama/Llama-3.2-1B", "v2")), (Base(CACHE, "v2"), Base(CACHE))):
+        for bases in (pair, pair[::-1]):
+            with pytest.raises(ValueError, match="the adapters have different base models"):
+                common_base(dict(zip("ab", bases, strict=True)), None)
+
+
+def test_all_are_compared_with_all():
+    """What the first does not tell, a revision or a hash, two others may."""
+    layers = frozenset({"x"})
+    hashes = [Base("gpt2"), Base("gpt2", None, "v2" + "0" * 14, layers), Base("gpt2", None, "v2" + "1" * 14, layers)]
+    for order in ((0, 1, 2), (1, 0, 2), (2, 1, 0)):
+        with pytest.raises(ValueError, match="trained on base models with different weights"):
+            common_base(dict(zip("abc", [hashes[place] for place in order], strict=True)), None)
+    name = "meta-llama/Llama-3.2-1B"
+    with pytest.raises(ValueError, match="different base models"):
+        common_base({"a": Base(CACHE), "b": Base(name), "c": Base(name, "0123abcd")}, None)
 
 
 def test_a_hash_of_the_weights_decides_where_both_sides_have_one():
@@ -133,6 +161,23 @@ def test_a_live_model_s_adapters_are_told_apart_by_the_tasks_names():
     ):
         merge_adapters({"cola": model}, "average")
     assert merge_adapters({"cola": load_adapter(model, adapter_name="b")}, "average").layers
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("model", ["vit", "clip", "hubert"])
+def test_auto_peft_loads_results_without_a_task_type(model, tmp_path):
+    """PEFT then takes the model's class from `auto_mapping`."""
+    noisy(model, 0).save_pretrained(tmp_path / "base")
+    for seed in (1, 2):
+        live = adapted(model, seed, target_modules=["q_proj"])
+        write(live, tmp_path / f"t{seed}", str(tmp_path / "base"))
+    sources = {f"t{seed}": tmp_path / f"t{seed}" for seed in (1, 2)}
+    for adapters in (sources, sources | {"t2": live}):
+        merged = merge_adapters(adapters, "average", base_model=str(tmp_path / "base"))
+        merged.save_pretrained(tmp_path / "out")
+        found = AutoPeftModel.from_pretrained(tmp_path / "out").eval()
+        torch.testing.assert_close(outputs(found), outputs(merged.load(noisy(model, 0))))
+        assert json.loads((tmp_path / "out/adapter_config.json").read_text())["auto_mapping"]
 
 
 @pytest.mark.parametrize("method", ["average", "ties", "tsv", "lore", "concat"])

@@ -60,6 +60,18 @@ def test_features_train_merge_evaluate(tmp_path, call):
     assert "emr 1" in call("evaluate", tmp_path / "emr", "--rows", 8, "--max-length", 16)
 
 
+@pytest.mark.parametrize("flags", [[], ["--modules", "per_task"], ["--modules", "tweets"], ["-m", "emr"]])
+def test_a_merge_with_trained_modules_is_evaluated(flags, tmp_path, call):
+    for seed, (name, labels) in enumerate((("tweets", 1), ("questions", 6))):
+        torch.manual_seed(seed)
+        config = LoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS", modules_to_save=["pooler"])
+        get_peft_model(load_base("packaged", labels), config).save_pretrained(tmp_path / name)
+    call("merge", tmp_path / "tweets", tmp_path / "questions", "--out", tmp_path / "out", *flags)
+    printed = call("evaluate", tmp_path / "out", "--rows", 4, "--max-length", 8, "--save")
+    assert "tweets" in printed and "questions" in printed
+    assert len(json.loads((tmp_path / "out/osrm_peft.json").read_text())["scores"]) == 2
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -1,10 +1,12 @@
 """The commands around merging, in this process, on tiny adapters."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from osrm_peft import load_adapter, merge_adapters
 from osrm_peft.merging.recipe import MergeRecipe
@@ -100,6 +102,65 @@ def test_inspect_shows_layers_ranks_scales_and_heads(adapters, tmp_path, call):
     )
     assert f"query 2 16×16 linear 4, 2, {norm**0.5:.3g} 4, 4," in printed and "(1 of 2)" in printed
     assert "2, 4" in printed and "classifier.bias (1,)" in printed and "float32" in printed
+
+
+@pytest.fixture
+def with_modules(tmp_path):
+    """Two tasks that trained their pooler whole, and have copies of the embeddings."""
+    for seed, name in ((1, "tweets"), (2, "sms_spam")):
+        model = make_adapter(tmp_path / name, seed=seed, num_labels=seed, modules_to_save=["pooler"])
+        model.save_pretrained(tmp_path / name, save_embedding_layers=True)
+    return {name: str(tmp_path / name) for name in ("tweets", "sms_spam")}
+
+
+POOLER = "bert.pooler.dense.weight"
+
+
+def test_a_policy_for_modules_is_a_flag_and_a_field_of_recipes(with_modules, tmp_path, call):
+    own = {task: load_adapter(folder).modules[POOLER] for task, folder in with_modules.items()}
+    out, config = tmp_path / "out", recipe_file(tmp_path, f"adapters: {with_modules}\nmodules: tweets\n")
+    call("merge", *with_modules.values(), "--out", out)
+    assert torch.allclose(load_adapter(out).modules[POOLER], sum(own.values()) / 2)
+    call("merge", "-c", config, "--out", out)
+    assert torch.equal(load_adapter(out).modules[POOLER], own["tweets"])
+    assert "modules: tweets" in (out / "README.md").read_text()  # the recipe in the card makes it again
+    call("merge", "-c", config, "--out", out, "--modules", "per_task")
+    assert not load_adapter(out).modules
+    assert torch.equal(load_adapter(out, head="sms_spam").modules[POOLER], own["sms_spam"])
+    text = call("merge", "-c", config, "--out", out, "--modules", "error", code=2)
+    assert f"tweets, sms_spam trained bert.pooler.dense.bias, {POOLER} and modules='error'" in text
+    text = call("merge", *with_modules.values(), "--out", out, "--modules", "mean", code=2)
+    assert "unknown modules policy 'mean': choose from average, per_task, error, tweets, sms_spam" in text
+
+
+def test_inspect_and_a_dry_run_show_modules_and_copies(with_modules, tmp_path, call):
+    printed = call("inspect", *with_modules.values())
+    assert f"{POOLER} 1 trained 16×16 trained 16×16" in printed
+    assert "bert.embeddings.word_embeddings.weight 1 copy 50×16 copy 50×16" in printed
+    make_adapter(tmp_path / "norms", modules_to_save=["output.LayerNorm"])
+    printed = call("inspect", with_modules["tweets"], tmp_path / "norms")
+    assert "bert.encoder.layer.#.output.LayerNorm.weight 2 absent trained 16" in printed
+    for flags, fate in (
+        ([], "average"),
+        (["--modules", "per_task"], "each task's own"),
+        (["--modules", "sms_spam"], "that of sms_spam"),
+        (["-m", "emr"], "each task's own"),
+    ):
+        printed = call("merge", *with_modules.values(), "--out", tmp_path / "out", "--dry-run", *flags)
+        assert re.search(rf"{POOLER}(, bert.embeddings.word_embeddings.weight)?: {fate}", printed)
+        assert "that of" in fate or "word_embeddings.weight: copy of the base model's" in printed
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("method", ["average", "emr"])
+def test_manifest_and_card_say_what_became_of_modules(method, with_modules, tmp_path, call):
+    out = tmp_path / "out"
+    call("merge", *with_modules.values(), "--out", out, "-m", method)
+    fate = {"average": "average", "emr": "each task's own"}[method]
+    assert json.loads((out / "osrm_peft.json").read_text())["modules"][POOLER] == fate
+    card = (out / "README.md").read_text()
+    assert f"* modules: {fate}: bert.pooler.dense.bias, {POOLER}" in card.replace("\\", "")
+    assert "modules: copy of the base model's: bert.embeddings.word_embeddings.weight" in card.replace("\\", "")
 
 
 def test_interference_and_weights_from_features(adapters, tmp_path, call):

@@ -63,6 +63,9 @@ class Inputs:
         config: dict[str, Any] = {"base_model_name_or_path": self.base}
         if self.renamed or any(target != targets[0] for target in targets):
             config |= dict.fromkeys(TARGETS) | {"target_modules": outermost(self.shapes)}
+        classes = [one.config.get("auto_mapping") for task, one in self.adapters.items() if not self.prefixes[task]]
+        known = [one for one in classes if one]
+        config["auto_mapping"] = known[0] if known and all(one == known[0] for one in known) else None
         layouts = {name: layout for adapter in self.adapters.values() for name, layout in adapter.layouts.items()}
         return {
             name: replace(adapter, factors={}, config=adapter.config | config, layouts=layouts, modules={}, copies={})

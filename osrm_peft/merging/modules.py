@@ -66,7 +66,7 @@ def check_modules(
     if policy in adapters:
         one = adapters[str(policy)]
         fates = dict.fromkeys(trained, f"the base model's, as in {policy}")
-        return fates | dict.fromkeys([*one.copies, *one.modules], f"that of {policy}")
+        return fates | dict.fromkeys([*one.modules, *one.copies], f"that of {policy}")
     if policy == "per_task":
         equal = [name for name in copied if _difference(name, _holders(adapters, name)) is None]
         return dict.fromkeys([*trained, *copied], _OWN) | dict.fromkeys(equal, _COPY)

@@ -1,5 +1,6 @@
 """Modules of the pre-trained model that adapters trained whole, and copies of base weights that PEFT wrote along."""
 
+import copy
 import json
 
 import pytest
@@ -111,6 +112,10 @@ def test_what_cannot_be_averaged_is_refused_and_each_way_out_works(folders, tmp_
         merge_adapters(folders, "average")
     assert merge_adapters(folders, "average", modules="per_task").tasks["t1"].modules
     assert set(merge_adapters(folders, "average", modules="t3").modules) == {LM_HEAD, EMBED}
+    base = merge_adapters(folders, "average", modules="plain")
+    assert not base.modules and base.manifest["modules"] == dict.fromkeys(
+        [LM_HEAD, EMBED], "the base model's, as in plain"
+    )
 
 
 @pytest.mark.parametrize(
@@ -199,6 +204,13 @@ def test_tokenizers_of_every_kind_are_read(tmp_path):
     (tmp_path / "tokenizer.json").write_text(json.dumps(unigram))
     assert tokens_in(tmp_path) == {"<unk>": 0, "a": 1, "<new>": 2}
     assert tokens_in(tmp_path / "nothing") == tokens_in(None) == {}
+    slow = tmp_path / "slow"
+    slow.mkdir()
+    decoder = {"added_tokens_decoder": {"2": {"content": "<new>"}, "0": {"content": "<unk>"}}}
+    (slow / "tokenizer_config.json").write_text(json.dumps(decoder))
+    assert tokens_in(slow) == {"<new>": 2, "<unk>": 0}
+    (slow / "added_tokens.json").write_text('{"<other>": 7}')
+    assert tokens_in(slow) == {"<other>": 7}
     (tmp_path / "tokenizer.json").write_text('{"model": {}}')
     with pytest.raises(ValueError, match=r"tokenizer.json is damaged .* save the tokenizer again"):
         tokens_in(tmp_path)
@@ -234,10 +246,10 @@ def test_copies_that_differ_are_refused_by_rows_unless_a_policy_is_named(kind, t
     close(load_adapter(tmp_path / "out").copies[EMBED], own[1], 0)
     merged = merge_adapters(folders, "average", modules="per_task")
     merged.save_pretrained(tmp_path / "apart")
-    for task, copy in zip(folders, own, strict=True):
+    for task, kept in zip(folders, own, strict=True):
         rows = merged.load(resized(noisy("llama", 0), 3, 99), task).get_base_model().get_input_embeddings()
-        close(getattr(rows, "base_layer", rows).weight, copy, 0)
-        close(load_adapter(tmp_path / "apart", head=task).copies[EMBED], copy, 0)
+        close(getattr(rows, "base_layer", rows).weight, kept, 0)
+        close(load_adapter(tmp_path / "apart", head=task).copies[EMBED], kept, 0)
 
 
 def test_copies_are_compared_in_the_coarser_dtype(tmp_path):
@@ -292,3 +304,161 @@ def test_a_head_of_a_task_is_no_module(tmp_path):
     stock("bert", tmp_path / "out")
     edit(tmp_path / "out", task_type="CAUSAL_LM")
     assert load_adapter(tmp_path / "out").modules
+
+
+# a layer that one has trained whole and another adapted by LoRA
+
+
+def weights(model):
+    """All of a PeftModel's weights after stock PEFT's merge_and_unload."""
+    return {name: one.clone() for name, one in copy.deepcopy(model).merge_and_unload().state_dict().items()}
+
+
+def alike(found, expected):
+    for name, value in expected.items():
+        close(found[name], value, 2e-6)
+
+
+SAVED, ADAPTED = {"modules_to_save": ["lm_head"]}, {"target_modules": ["q_proj", "lm_head"]}
+
+
+@pytest.fixture
+def clash(tmp_path):
+    """a has trained lm_head whole, b by LoRA; and the weights of both, of the base, and of the average of τ alone."""
+    live = {"a": adapted("llama", 1, target_modules=["q_proj"], **SAVED), "b": adapted("llama", 2, **ADAPTED)}
+    folders = {task: write(model, tmp_path / task) for task, model in live.items()}
+    own = {task: weights(model) for task, model in live.items()}
+    base = noisy("llama", 0).state_dict()
+    mean = {name: (value + own["b"][name]) / 2 for name, value in own["a"].items()}
+    return folders, own, mean | {LM_HEAD: (base[LM_HEAD] + own["b"][LM_HEAD]) / 2}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("policy", ["per_task", "a", "b"])
+def test_a_layer_trained_whole_has_no_lora(policy, clash, tmp_path):
+    folders, own, mean = clash
+    message = rf"'{LM_HEAD}' was trained by a and adapted by LoRA in b, so it has no average: modules='per_task' .*TASK"
+    for default in (None, "average"):
+        with pytest.raises(ValueError, match=message):
+            merge_adapters(folders, "average", modules=default)
+    merged = merge_adapters(folders, "average", modules=policy)
+    merged.save_pretrained(tmp_path / "out")
+    whole, by_lora = mean | {LM_HEAD: own["a"][LM_HEAD]}, mean
+    shared = whole if policy == "a" else by_lora
+    alike(weights(stock("llama", tmp_path / "out")), shared)
+    alike(weights(merged.load(noisy("llama", 0))), shared)
+    for task in ("a", "b"):
+        expected = whole if policy == "a" or (policy, task) == ("per_task", "a") else by_lora
+        alike(weights(merged.load(noisy("llama", 0), task)), expected)
+        if policy != "b":  # nobody has anything for itself
+            load_adapter(tmp_path / "out", head=task).save_pretrained(tmp_path / "one")
+            alike(weights(stock("llama", tmp_path / "one")), expected)
+    fate = "each task's own" if policy == "per_task" else f"that of {policy}"  # b has a copy of the base's
+    assert merged.manifest["modules"] == {LM_HEAD: fate}
+
+
+@torch.no_grad()
+def test_emr_of_a_layer_trained_whole_by_one(clash, tmp_path):
+    folders, own, _ = clash
+    for merged in (merge_adapters(folders, "emr"), merge_adapters(folders, "emr", modules="a")):
+        merged.save_pretrained(tmp_path / "emr")
+        again = MaskedAdapter.from_pretrained(tmp_path / "emr")
+        for task in ("a", "b"):
+            expected = merged.load(noisy("llama", 0), task).state_dict()
+            if task == "a":
+                close(expected[LM_HEAD], own["a"][LM_HEAD], 0)
+            alike(again.load(noisy("llama", 0), task).state_dict(), expected)
+            again.adapter(task).save_pretrained(tmp_path / task)
+            found = weights(stock("llama", tmp_path / task))
+            for name, value in expected.items():
+                close(found[name], value, 1e-5)
+
+
+@torch.no_grad()
+def test_what_other_tasks_trained_whole_is_no_target_of_the_shared_adapter(tmp_path):
+    """all-linear, saved without the projector's modules, would adapt the projector."""
+    config = {"target_modules": "all-linear", "modules_to_save": ["multi_modal_projector"]}
+    folders = {f"t{seed}": write(adapted("llava", seed, **config), tmp_path / f"t{seed}") for seed in (1, 2)}
+    merge_adapters(folders, "average", modules="per_task").save_pretrained(tmp_path / "out")
+    shared = stock("llava", tmp_path / "out")  # which refuses missing keys
+    assert not any("projector" in name and "lora" in name for name, _ in shared.named_parameters())
+    alike({k: v for k, v in weights(shared).items() if "projector" in k},
+          {k: v for k, v in noisy("llava", 0).state_dict().items() if "projector" in k})  # fmt: skip
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("policy", [None, "average", "per_task", "t1"])
+def test_copies_of_adapted_embeddings_are_restored_under_their_lora(policy, tmp_path):
+    live = {f"t{seed}": adapted("llama", seed, 3, **COPIES["targeted"]) for seed in (1, 2)}
+    folders = {task: write(model, tmp_path / task) for task, model in live.items()}
+    own = [weights(model) for model in live.values()]
+    mean = {name: (value + own[1][name]) / 2 for name, value in own[0].items()}
+    merged = merge_adapters(folders, "average", modules=policy)
+    merged.save_pretrained(tmp_path / "out")
+    alike(weights(stock("llama", tmp_path / "out", 3)), mean)
+    for task in live:
+        alike(weights(merged.load(resized(noisy("llama", 0), 3, 99), task)), mean)
+    masked = merge_adapters(folders, "emr", modules=policy)
+    masked.save_pretrained(tmp_path / "emr")
+    for task in live:
+        expected = masked.load(resized(noisy("llama", 0), 3, 99), task).state_dict()
+        MaskedAdapter.from_pretrained(tmp_path / "emr").adapter(task).save_pretrained(tmp_path / "one")
+        found = weights(stock("llama", tmp_path / "one", 3))
+        for name, value in expected.items():
+            close(found[name], value, 1e-5)
+
+
+def test_copies_do_not_depend_on_the_order_and_keep_most_digits(tmp_path):
+    folders = {}
+    for task, dtype, change in (("a", torch.bfloat16, 0), ("b", torch.float32, 0), ("c", torch.float32, 1e-5)):
+        model = adapted("llama", 1, **COPIES["beside"])
+        with torch.no_grad():
+            model.get_base_model().model.embed_tokens.weight[0, 0] = 1 + change
+        model.get_base_model().to(dtype)
+        folders[task] = write(model, tmp_path / task, save_embedding_layers=True)
+    exact = load_adapter(folders["b"]).copies[EMBED]
+    for order in ("ab", "ba"):
+        copied = merge_adapters({task: folders[task] for task in order}, "average").copies[EMBED]
+        assert copied.dtype == torch.float32 and torch.equal(copied, exact)
+    for order in ("abc", "bca", "acb", "cab"):
+        with pytest.raises(ValueError, match=r"differ in row 0 of 40"):
+            merge_adapters({task: folders[task] for task in order}, "average")
+
+
+def test_weights_by_pattern_are_those_of_the_layer_that_a_module_is(folders):
+    weights = {"t1": {"lm_head": 1, "*": 0}, "t2": {"lm_head": 3, "*embed_tokens": 1, "*": 1}, "t3": {"*": 0}}
+    merged = merge_adapters(folders, "task_arithmetic", weights=weights)
+    own = {task: tensors(folder) for task, folder in folders.items()}
+    close(merged.modules[LM_HEAD], (own["t1"][LM_HEAD] + 3 * own["t2"][LM_HEAD]) / 4)
+    close(merged.modules[EMBED], own["t2"][EMBED])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rank", [1, "serving"])
+def test_a_rank_and_a_scale_do_not_touch_modules(rank, folders, tmp_path):
+    exact = merge_adapters(folders, "average")
+    merged = merge_adapters(folders, "average", rank=rank).at_scale(2.0)
+    merged.save_pretrained(tmp_path / "out")
+    for name, one in load_adapter(tmp_path / "out").modules.items():
+        close(one, exact.modules[name], 0)
+    close(outputs(stock("llama", tmp_path / "out")), outputs(merged.load(noisy("llama", 0))), 1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["llama", "bert"])
+def test_a_merge_of_a_merge_keeps_modules_and_heads(name, tmp_path):
+    """Of three adapters, two merged first: their average weighs half."""
+    config = {"llama": SAVES, "bert": {"target_modules": ["query"], "modules_to_save": ["pooler"]}}[name]
+    live = [adapted(name, seed, **config) for seed in (1, 2, 3)]
+    folders = [write(model, tmp_path / str(place)) for place, model in enumerate(live)]
+    merge_adapters({"x": folders[0], "y": folders[1]}, "average").save_pretrained(tmp_path / "first")
+    first = load_adapter(tmp_path / "first", head="x")
+    merged = merge_adapters({"first": first, "z": folders[2]}, "average")
+    merged.save_pretrained(tmp_path / "second")
+    one, two, three = map(weights, live)
+    mean = {name: (one[name] + two[name] + 2 * three[name]) / 4 for name in one}
+    for task, head in (("first", one), ("z", three)):
+        expected = mean | {key: value for key, value in head.items() if "classifier" in key}
+        alike(weights(merged.load(noisy(name, 0), task)), expected)
+        load_adapter(tmp_path / "second", head=task).save_pretrained(tmp_path / task)
+        alike(weights(stock(name, tmp_path / task)), expected)

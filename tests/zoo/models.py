@@ -69,6 +69,12 @@ ZOO = {
     "bert_questions": ("BertForQuestionAnswering", BERT),
     "resnet": ("ResNetForImageClassification", {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1],
                                                 "layer_type": "basic", "num_labels": 3}),
+    "levit": ("LevitForImageClassification", {
+        "image_size": 16, "hidden_sizes": [16, 24, 32], "num_attention_heads": [2, 2, 2], "depths": [1, 1, 1],
+        "key_dim": [4, 4, 4], "num_labels": 3}),
+    "distilbert_mlm": ("DistilBertForMaskedLM", {"vocab_size": 40, "dim": 16, "hidden_dim": 24, "n_layers": 1,
+                                                 "n_heads": 2, "max_position_embeddings": 32}),
+    "xlnet": ("XLNetLMHeadModel", {"vocab_size": 40, "d_model": 16, "n_layer": 1, "n_head": 2, "d_inner": 24}),
     "llava": ("LlavaForConditionalGeneration", LLAVA),
     "paligemma": ("PaliGemmaForConditionalGeneration", {
         "text_config": LLAMA | {"model_type": "gemma", "head_dim": 8}, "projection_dim": 16, "image_token_id": 39,

@@ -48,6 +48,12 @@ def both(*modules):
     return {f"{module}.{parameter}" for module in modules for parameter in ("weight", "bias")}
 
 
+def of_layers(name, *ends):
+    """Parameters and buffers of a zoo model's layers whose names end so."""
+    layers = (key.rpartition(".")[0] for key in noisy(name, 0).state_dict())
+    return {key for layer, key in zip(layers, noisy(name, 0).state_dict(), strict=True) if layer.endswith(ends)}
+
+
 HEAD, TWO_LAYERS = both("classifier"), both("classifier.dense", "classifier.out_proj")
 LM_HEAD, EMBED = "lm_head.weight", "model.embed_tokens.weight"
 CONV = {"target_modules": ["q_proj", "k_proj"]}
@@ -117,6 +123,9 @@ KINDS = {
     "copies_asked_for": of(options={"save_embedding_layers": True}),
     "copies_asked_for_bert": of("bert", target_modules=["query"], heads=HEAD, options={"save_embedding_layers": True}),
     "copies_asked_for_phi": of("phi", target_modules=["q_proj"], options={"save_embedding_layers": True}),
+    "copies_asked_for_vocab_projector": of("distilbert_mlm", target_modules=["q_lin"],
+                                           options={"save_embedding_layers": True}),
+    "copies_asked_for_lm_loss": of("xlnet", target_modules=["layer_1"], options={"save_embedding_layers": True}),
     "new_tokens_targeted": of(target_modules=["q_proj", "embed_tokens", "lm_head"], resize=3),
     "new_tokens_unsaid": of(resize=3, options={"save_embedding_layers": True}),
     "new_tokens_tied": of("llama_tied", resize=3, options={"save_embedding_layers": True}),
@@ -138,12 +147,18 @@ KINDS = {
                                modules={"transformer.wte.weight"}),
     "saves_pooler": of("bert", target_modules=["query"], modules_to_save=["pooler"], heads=HEAD,
                        modules=both("bert.pooler.dense")),
+    "saves_batch_norms": of("resnet", target_modules=["convolution"], modules_to_save=["normalization"],
+                            modules=of_layers("resnet", "normalization")),
+    "saves_positions": of("clip", target_modules=["q_proj"], modules_to_save=["position_embedding"], modules={
+        "text_model.embeddings.position_embedding.weight", "vision_model.embeddings.position_embedding.weight"}),
     "saves_image_projector": of("llava", target_modules=QV, modules_to_save=["multi_modal_projector"], modules=both(
         "model.multi_modal_projector.linear_1", "model.multi_modal_projector.linear_2")),
     # heads
     "head_of_images": of("vit", target_modules=QV, modules_to_save=["classifier"], heads=HEAD),
     "head_of_convolutions": of("resnet", target_modules=["convolution"], modules_to_save=["classifier"],
                                heads=both("classifier.1")),
+    "head_with_batch_norm": of("levit", target_modules=["queries_keys_values.linear"], modules_to_save=["classifier"],
+                               heads=of_layers("levit", "classifier.linear", "classifier.batch_norm")),
     "head_of_two_layers": of("modernbert_classifier", target_modules=["Wqkv"], modules_to_save=["head"],
                              heads={*HEAD, "head.dense.weight", "head.norm.weight"}),
     "head_of_roberta": of("roberta_classifier", target_modules=["query", "dense"], heads=TWO_LAYERS),
