@@ -177,6 +177,11 @@ class Collector:
         place = x.data_ptr(), x.numel()
         of_images = self.sides.in_tower(name) or any(place == (one.data_ptr(), one.numel()) for one in self.images)
         positions = self.unmasked if of_images else positions
+        if self.sides.turned and x.dim() == 3 and len(x) == x.shape[1] > 1:
+            raise ValueError(
+                f"layer {name!r} has positions before samples, which cannot be told apart where there are {len(x)} of "
+                "either: give batches of another number of samples"
+            )
         if self.counts:
             self.moments[name].add_(*positions.of(name, x, self.whole_samples))
         self.received["encoded" if same_tensor(x, self.encoded) else "last"] = (x, x._version, name)

@@ -142,6 +142,8 @@ class Sides:
 
     def __init__(self, model: nn.Module) -> None:
         base = base_of(model)
+        kind = getattr(getattr(base, "config", None), "model_type", None)
+        self.turned = kind in ("xlnet", "fsmt")  # inside, positions come before samples
         self.two = bool(getattr(getattr(base, "config", None), "is_encoder_decoder", False))
         self.encoder = base.get_encoder() if self.two else None
         decoder = base.get_decoder() if self.two and isinstance(base, PreTrainedModel) else None

@@ -193,7 +193,8 @@ def test_weight_hash_tells_models_apart_but_not_dtypes(base):
     names = [QUERY_1]
     assert weight_hash(base, names) == weight_hash(make_base(num_labels=7).bfloat16(), names)  # heads do not count
     assert weight_hash(base, names) != weight_hash(make_base(seed=1), names)
-    assert weight_hash(base, names) == weight_hash(base, reversed(list(names)))
+    both = [QUERY_1, QUERY_1.replace("query", "key")]
+    assert weight_hash(base, both) == weight_hash(base, both[::-1]) != weight_hash(base, names)
     trained = make_base()
     trained.get_submodule(QUERY_1).weight.data *= 1.01
     assert weight_hash(base, names) != weight_hash(trained, names)

@@ -9,6 +9,8 @@ from transformers import (
     LongformerModel,
     T5Config,
     T5ForConditionalGeneration,
+    XLNetConfig,
+    XLNetModel,
 )
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
@@ -132,6 +134,14 @@ def test_labels_tell_of_the_decoder_s_padding_where_its_forward_takes_no_mask():
     for name, moments in expected.layers.items():
         assert found.layers[name].count == moments.count
         torch.testing.assert_close(found.layers[name].second_moment(), moments.second_moment(), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("statistic", ["token", "sample"])
+def test_models_that_put_positions_before_samples_need_another_number_of_either(statistic):
+    model = XLNetModel(XLNetConfig(vocab_size=50, d_model=16, n_layer=1, n_head=2, d_inner=24)).eval()
+    with pytest.raises(ValueError, match=r"where there are 7 of either: give batches of another number of samples"):
+        collect(model, [make_batch(rows=7, length=7, pads=[0, 3])], statistic, ["layer_1"])
+    assert collect(model, [make_batch(rows=6, length=7, pads=[0])], "token", ["layer_1"]).layers
 
 
 @pytest.mark.parametrize(("shape", "m"), [((2, 5, 7, 3), 5), ((2, 7, 5, 3), 5), ((14, 3), 1), ((2, 7, 3), 1)])

@@ -123,6 +123,13 @@ def test_the_very_share_of_p_directions_is_p_directions_whatever_the_rounding_of
     assert spectrum.strongest(1.0).rank == len(energy)
 
 
+@pytest.mark.parametrize("scale", [0.1, 1 / 3, 7e-5])
+def test_a_share_that_directions_hold_to_rounding_needs_no_other(scale):
+    for n in range(1, 40):
+        spectrum = Spectrum(torch.full((n,), scale, dtype=torch.float64), torch.eye(n, dtype=torch.float64))
+        assert [spectrum.strongest(k / n).rank for k in range(n + 1)] == list(range(n + 1))
+
+
 @pytest.mark.parametrize("protect", [None, 0, 7, 0.0, 0.25, 1.0])
 def test_protect_keeps_its_kind(protect):
     assert check_protect(protect) == protect and type(check_protect(protect)) is type(protect)
