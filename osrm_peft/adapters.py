@@ -276,7 +276,7 @@ class LoraAdapter:
     def _named_as_in(self, model: PreTrainedModel) -> "LoraAdapter":
         """The same with the names that its layers have in this model (in this version of transformers)."""
         actual = {base_name(name): name for name, _ in model.named_modules()}
-        actual |= {base_name(name): name for name, _ in model.named_parameters()}
+        actual |= {base_name(name): name for name in tensors_of(model)}
         actual |= {name: name for name in actual.values()}
         names = [*self.factors, *self.heads, *self.modules, *self.copies]
         lost = [name for name in names if name not in actual]

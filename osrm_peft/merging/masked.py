@@ -210,6 +210,13 @@ class MaskedAdapter(Pushable):
                 raise ValueError(
                     f"the {what} {name!r} has shape {tuple(tensor.shape)}, the model's is {actual}: {remedy}"
                 )
+            sharing = {other for other, shared in parameters.items() if shared is parameters[name]} - {name}
+            alike = {other for other in sharing & {*one.modules} if torch.equal(one.modules[other], tensor)}
+            if name in one.modules and sharing - alike:
+                raise ValueError(
+                    f"the module {name!r} shares its weight with {', '.join(sorted(sharing - alike))}, which this task "
+                    "has not trained alike: one weight cannot hold both; use .adapter(task), whose modules are apart"
+                )
             under = deltas.get(parameters[name]) if name in one.copies else None  # a base weight that is adapted, too
             values[parameters[name]] = tensor if under is None else tensor.float() + under.to(tensor.device)
         return values

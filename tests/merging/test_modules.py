@@ -375,6 +375,28 @@ def test_emr_of_a_layer_trained_whole_by_one(clash, tmp_path):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("module", ["embed_tokens", "lm_head"])
+def test_emr_in_a_live_model_refuses_a_trained_half_of_tied_weights_and_the_way_out_works(module, tmp_path):
+    config = {"target_modules": ["q_proj"], "modules_to_save": [module]}
+    folders = {f"t{seed}": write(adapted("llama_tied", seed, **config), tmp_path / f"t{seed}") for seed in (1, 2)}
+    merged = merge_adapters(folders, "emr")
+    base = noisy("llama_tied", 0)
+    before = outputs(base)
+    with pytest.raises(ValueError, match=rf"{module}.weight' shares its weight with .*; use .adapter\(task\)"):
+        merged.load(base, "t1")
+    close(outputs(base), before, 0)
+    merged.adapter("t1").save_pretrained(tmp_path / "out")
+    attached = merged.adapter("t1").attach(base)
+    close(outputs(stock("llama_tied", tmp_path / "out")), outputs(attached), 1e-5)
+    # trained together, they are one weight
+    config |= {"ensure_weight_tying": True}
+    folders = {f"t{seed}": write(adapted("llama_tied", seed, **config), tmp_path / f"t{seed}") for seed in (1, 2)}
+    merged = merge_adapters(folders, "emr")
+    merged.adapter("t1").save_pretrained(tmp_path / "out")
+    close(outputs(merged.load(noisy("llama_tied", 0), "t1")), outputs(stock("llama_tied", tmp_path / "out")), 1e-5)
+
+
+@torch.no_grad()
 def test_what_other_tasks_trained_whole_is_no_target_of_the_shared_adapter(tmp_path):
     """all-linear, saved without the projector's modules, would adapt the projector."""
     config = {"target_modules": "all-linear", "modules_to_save": ["multi_modal_projector"]}

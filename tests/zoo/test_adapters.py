@@ -93,6 +93,7 @@ KINDS = {
     "rslora": of(use_rslora=True),
     "alpha": of(lora_alpha=1),
     "alpha_pattern": of(alpha_pattern={"q_proj": 5, "layers.1.self_attn.v_proj": 0.5}),
+    "alpha_patterns_overlap": of(alpha_pattern={"layers.1.self_attn.v_proj": 0.5, "v_proj": 5}),  # the first counts
     "alpha_pattern_regex": of(alpha_pattern={r".*\.0\..*": 5, "^model.layers.1.self_attn.q_proj": 7}),
     "rank_pattern": of(rank_pattern={"v_proj": 1}),
     "rslora_rank_pattern": of(use_rslora=True, rank_pattern={"v_proj": 1}, alpha_pattern={"q_proj": 9}),

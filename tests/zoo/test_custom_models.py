@@ -133,6 +133,15 @@ def test_a_table_of_whole_numbers_that_differs_has_no_average(tmp_path):
     assert same.tolist() == [0, 1, 2, 3] and same.dtype == torch.int64
 
 
+def test_a_wrapper_inside_of_a_model_with_such_a_name_of_its_own_is_left_out():
+    live = adapted("module", 1)
+    expected = weights(live)
+    live.base_model.model.module = torch.compile(live.base_model.model.module)
+    adapter = load_adapter(live)
+    assert set(adapter.factors) == {"module.0", "module.2"}
+    close(weights(adapter.attach(made("module"))), expected)
+
+
 @pytest.mark.parametrize("library", ["torch.nn.parallel.distributed", "deepspeed.runtime.engine", "peft.peft_model"])
 def test_what_a_wrapper_was_called_is_none_of_the_model_s_names(library, tmp_path):
     """A PeftModel of a DistributedDataParallel has its name for the class, and `module` in each layer's."""
