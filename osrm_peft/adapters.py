@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
@@ -67,48 +67,42 @@ class Factors:
         return self.s * self.B @ self.A
 
 
-class FactorsOnDemand(Mapping[str, Factors]):
+_Value = TypeVar("_Value")
+_Shape = TypeVar("_Shape", bound=tuple[int, ...])
+
+
+class _OnDemand(Mapping[str, _Value], Generic[_Value, _Shape]):
+    """{name: value} that are read from their file when asked for, and not kept."""
+
+    def __init__(self, shapes: dict[str, _Shape], read: Callable[[str], _Value]) -> None:
+        self.shapes, self._read = shapes, read
+
+    def __getitem__(self, name: str) -> _Value:
+        if name not in self.shapes:
+            raise KeyError(name)
+        return self._read(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+
+class FactorsOnDemand(_OnDemand[Factors, tuple[int, int, int]]):
     """{layer: Factors} that are read from their file when asked for, and not kept.
 
     Attributes:
         shapes: {layer: (o, r, n)}, known without reading.
     """
 
-    def __init__(self, shapes: dict[str, tuple[int, int, int]], read: Callable[[str], Factors]) -> None:
-        self.shapes, self._read = shapes, read
 
-    def __getitem__(self, name: str) -> Factors:
-        if name not in self.shapes:
-            raise KeyError(name)
-        return self._read(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.shapes)
-
-    def __len__(self) -> int:
-        return len(self.shapes)
-
-
-class TensorsOnDemand(Mapping[str, Tensor]):
+class TensorsOnDemand(_OnDemand[Tensor, tuple[int, ...]]):
     """{parameter name: tensor} that are read from their file when asked for, and not kept.
 
     Attributes:
         shapes: {parameter name: shape}, known without reading.
     """
-
-    def __init__(self, shapes: dict[str, tuple[int, ...]], read: Callable[[str], Tensor]) -> None:
-        self.shapes, self._read = shapes, read
-
-    def __getitem__(self, name: str) -> Tensor:
-        if name not in self.shapes:
-            raise KeyError(name)
-        return self._read(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.shapes)
-
-    def __len__(self) -> int:
-        return len(self.shapes)
 
 
 @dataclass
