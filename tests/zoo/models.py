@@ -56,6 +56,9 @@ ZOO = {
     "modernbert": ("ModernBertForMaskedLM", BERT | {"cls_token_id": 1, "sep_token_id": 2}),
     "t5": ("T5ForConditionalGeneration", {"vocab_size": 40, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1,
                                           "num_heads": 2, "decoder_start_token_id": 0}),
+    "t5gemma": ("T5GemmaForConditionalGeneration", {
+        part: LLAMA | {"head_dim": 8, "num_hidden_layers": 1} for part in ("encoder", "decoder")
+    } | {"vocab_size": 40}),
     "bart": ("BartForConditionalGeneration", SEQ2SEQ),
     "whisper": ("WhisperForConditionalGeneration", SEQ2SEQ | {"num_mel_bins": 8, "max_source_positions": 8,
                                                               "max_target_positions": 16}),
