@@ -130,10 +130,16 @@ def _common_shapes(adapters: Mapping[str, LoraAdapter]) -> dict[str, tuple[int, 
     layouts: dict[str, Any] = {}
     for task, adapter in adapters.items():
         for name, (o, _, n) in adapter.shapes.items():
-            layout = adapter.layouts.get(name)
+            layout, before = adapter.layouts.get(name), layouts.get(name)
             if shapes.setdefault(name, (o, n)) != (o, n) or layouts.setdefault(name, layout) != layout:
+                here, there = (_kind(one, layout) for one, layout in (((o, n), layout), (shapes[name], before)))
                 raise ValueError(
-                    f"layer {name!r} is {o}×{n} in {task!r} and {shapes[name][0]}×{shapes[name][1]} in "
-                    "the adapters before it: they are of different base models and cannot be merged"
+                    f"layer {name!r} is {here} in {task!r} and {there} in the adapters before it: they are of "
+                    "different base models and cannot be merged"
                 )
     return shapes
+
+
+def _kind(shape: tuple[int, int], layout: tuple[int, ...] | None) -> str:
+    size = "×".join(map(str, shape))
+    return size if layout is None else f"{size} ({f'a kernel {layout}' if layout else 'an embedding'})"

@@ -122,7 +122,7 @@ def merge_modules(
 def _holders(adapters: Mapping[str, LoraAdapter], name: str) -> dict[str, Mapping[str, Tensor]]:
     """{task: its modules, or its copies of base weights, with the parameter of this name}, nothing read yet."""
     parts = {task: (adapter.modules, adapter.copies) for task, adapter in adapters.items()}
-    return {task: part for task, both in parts.items() for part in both[::-1] if name in part}
+    return {task: part for task, both in parts.items() for part in both if name in part}
 
 
 def _average(
@@ -193,7 +193,7 @@ def _check_vocabularies(adapters: Mapping[str, LoraAdapter]) -> None:
         return
     tokens = {task: tokens_in(adapter.folder) for task, adapter in adapters.items()}
     for one, other in combinations([task for task, found in tokens.items() if found], 2):
-        difference = first_difference(tokens[one], tokens[other]) or first_difference(tokens[other], tokens[one])
+        difference = first_difference(tokens[one], tokens[other])
         if difference is not None:
             token = difference[0]
             places = ", ".join(f"{_row(tokens[task].get(token))} in {task!r}" for task in (one, other))

@@ -205,3 +205,21 @@ def test_two_layers_cannot_get_one_name(tmp_path):
     adapter = load_adapter(write(adapted("llama", 1, target_modules=["q_proj"]), tmp_path))
     with pytest.raises(ValueError, match="two layers would get one name"):
         adapter.renamed(lambda name: "x")
+
+
+def test_a_bare_model_s_adapter_is_refused_where_the_whole_has_two_of_its_class(tmp_path):
+    bert = noisy("bert", 0).config
+    whole = T.EncoderDecoderModel(
+        T.EncoderDecoderConfig.from_encoder_decoder_configs(
+            bert, T.BertConfig(**(bert.to_dict() | {"is_decoder": True, "add_cross_attention": True}))
+        )
+    )
+    whole.save_pretrained(tmp_path / "base")
+    base = str(tmp_path / "base")
+    lora(whole, tmp_path / "whole", 1, ["query"], base=base)
+    lora(T.BertModel(bert), tmp_path / "bare", 2, ["query"], base=base)
+    for order in (("whole", "bare"), ("bare", "whole")):
+        with pytest.raises(ValueError, match=r"nothing tells whether these are the same layers"):
+            merge_adapters({task: tmp_path / task for task in order}, "average")
+    placed = load_adapter(tmp_path / "bare").renamed(lambda name: f"encoder.{name}")
+    assert len(merge_adapters({"whole": tmp_path / "whole", "bare": placed}, "average").layers) == 6

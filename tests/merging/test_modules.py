@@ -342,6 +342,7 @@ def test_a_layer_trained_whole_has_no_lora(policy, clash, tmp_path):
         with pytest.raises(ValueError, match=message):
             merge_adapters(folders, "average", modules=default)
     merged = merge_adapters(folders, "average", modules=policy)
+    assert ("lm_head" in merged.deltas()) == (policy != "a")
     merged.save_pretrained(tmp_path / "out")
     whole, by_lora = mean | {LM_HEAD: own["a"][LM_HEAD]}, mean
     shared = whole if policy == "a" else by_lora

@@ -61,9 +61,9 @@ def made(kind):
     return KINDS[kind][0]().eval()
 
 
-def adapted(kind, seed):
+def adapted(kind, seed, **config):
     torch.manual_seed(seed)
-    model = get_peft_model(made(kind), LoraConfig(r=2, lora_alpha=6, **KINDS[kind][1]))
+    model = get_peft_model(made(kind), LoraConfig(r=2, lora_alpha=6, **(KINDS[kind][1] | config)))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         trained = [one for one in model.parameters() if one.requires_grad]
@@ -112,6 +112,40 @@ def test_an_adapter_is_what_stock_peft_loads(kind, tmp_path):
         close(weights(stock(kind, tmp_path / "merged")), mean)
         further = merge_adapters({"merged": tmp_path / "merged"}, "average")  # a merge is an adapter
         close(weights(further.load(made(kind))), mean)
+
+
+def test_adapters_of_other_targets_are_merged_by_the_outermost_layers(tmp_path):
+    live = [adapted("attention", 1), adapted("attention", 2, target_modules=["attn"])]
+    folders = {str(place): write(model, tmp_path / str(place)) for place, model in enumerate(live)}
+    one, other = map(weights, live)
+    merge_adapters(folders, "average").save_pretrained(tmp_path / "merged")
+    close(weights(stock("attention", tmp_path / "merged")), {name: (one[name] + other[name]) / 2 for name in one})
+
+
+OTHERS = {
+    "kernels": (nn.Conv2d(3, 4, (2, 1)), nn.Conv2d(3, 4, (1, 2)), r"4×6 \(a kernel \(3, 1, 2\)\) .* \(3, 2, 1\)\)"),
+    "linear": (nn.Conv1d(3, 4, 2), nn.Linear(6, 4), r"4×6 in 'b' and 4×6 \(a kernel \(3, 2\)\) in"),
+    "embedding": (nn.Linear(6, 4), nn.Embedding(6, 4), r"4×6 \(an embedding\) in 'b' and 4×6 in"),
+}
+
+
+@pytest.mark.parametrize(("one", "other", "message"), OTHERS.values(), ids=OTHERS)
+def test_layers_of_one_name_and_two_kinds_are_refused(one, other, message, tmp_path):
+    for task, layer in (("a", one), ("b", other)):
+        write(get_peft_model(Model(layer=layer), LoraConfig(r=2, target_modules=["layer"])), tmp_path / task)
+    with pytest.raises(ValueError, match=rf"layer 'layer' is {message} .*of different base models"):
+        merge_adapters({task: tmp_path / task for task in "ab"}, "average")
+
+
+def test_an_embedding_of_any_name_has_rows_of_a_vocabulary(tmp_path):
+    for task, words in (("a", "xy"), ("b", "yx")):
+        write(
+            get_peft_model(Model(codes=nn.Embedding(2, 4)), LoraConfig(r=2, target_modules=["codes"])), tmp_path / task
+        )
+        vocab = {"model": {"vocab": {word: row for row, word in enumerate(words)}}}
+        (tmp_path / task / "tokenizer.json").write_text(json.dumps(vocab))
+    with pytest.raises(ValueError, match=r"token 'x' is row 0 in 'a', row 1 in 'b'"):
+        merge_adapters({task: tmp_path / task for task in "ab"}, "average")
 
 
 def test_a_table_of_whole_numbers_that_differs_has_no_average(tmp_path):
