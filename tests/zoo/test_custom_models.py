@@ -2,6 +2,7 @@
 
 import copy
 import json
+import warnings
 
 import pytest
 import torch
@@ -79,7 +80,12 @@ def weights(model):
 
 
 def stock(kind, folder):
-    return PeftModel.from_pretrained(made(kind), str(folder))
+    """Stock PEFT's model of a folder; a missing key is an error."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model = PeftModel.from_pretrained(made(kind), str(folder))
+    assert not [one for one in caught if "missing" in str(one.message).lower()]
+    return model
 
 
 def close(found, expected):
