@@ -122,7 +122,7 @@ def merge_modules(
 def _holders(adapters: Mapping[str, LoraAdapter], name: str) -> dict[str, Mapping[str, Tensor]]:
     """{task: its modules, or its copies of base weights, with the parameter of this name}, nothing read yet."""
     parts = {task: (adapter.modules, adapter.copies) for task, adapter in adapters.items()}
-    return {task: part for task, both in parts.items() for part in both if name in part}
+    return {task: part for task, both in parts.items() for part in both[::-1] if name in part}
 
 
 def _average(
