@@ -49,8 +49,8 @@ test-distributed: $(ENGINES)  ## the engines in two processes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/multiprocess
 
 # The numerical tests with the kernels of other CPUs, and on one and two threads: four times about a minute.
-NUMERICAL := $(addprefix tests/,test_moments.py test_moment_files.py test_spectrum.py test_subspace.py test_projection.py \
-	test_interference.py test_features.py test_fisher.py merging golden)
+NUMERICAL := $(addprefix tests/,features osrm/test_spectrum.py osrm/test_subspace.py osrm/test_project.py \
+	evaluation/test_interference.py merging golden)
 NUMERICAL_TESTS := $(BIN)/python -m pytest -q -n 2 --dist loadfile $(NUMERICAL) -k 'not no_copies_are_kept and not from_the_hub'
 OLD := ATEN_CPU_CAPABILITY=default MKL_CBWR=COMPATIBLE ONEDNN_MAX_CPU_ISA=SSE41 OPENBLAS_CORETYPE=Nehalem
 AVX2 := ATEN_CPU_CAPABILITY=avx2 MKL_CBWR=AVX2 ONEDNN_MAX_CPU_ISA=AVX2 OPENBLAS_CORETYPE=Haswell

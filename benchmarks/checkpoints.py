@@ -28,7 +28,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from osrm_peft import merge_checkpoints
-from osrm_peft.merging.lore import lore
+from osrm_peft.merging.methods.lore import lore
 
 T, WIDTH, SEED = 3, 2048, 0
 MERGES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # name: (mergekit's, ours)

@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from osrm_peft import load_adapter, merge_adapters
-from osrm_peft.adapters import Factors
+from osrm_peft.adapters.factors import Factors
 from osrm_peft.merging.lowrank import compress
 from osrm_peft.merging.spaces import enter
 

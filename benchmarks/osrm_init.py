@@ -32,12 +32,12 @@ from torch.utils.data import DataLoader
 from transformers import DataCollatorWithPadding
 
 from osrm_peft import OSRMLoraConfig, TaskFeatures, collect_features, initialize_osrm_weights, list_tasks, load_task
-from osrm_peft.base_models import load_base, load_tokenizer
-from osrm_peft.layers import target_layers
-from osrm_peft.moments import FeatureMoments
-from osrm_peft.spectrum import Pool, Spectrum
-from osrm_peft.subspace import choose_directions
-from osrm_peft.tasks import tokenize
+from osrm_peft.features.moments import FeatureMoments
+from osrm_peft.models.layers import target_layers
+from osrm_peft.models.loading import load_base, load_tokenizer
+from osrm_peft.osrm.spectrum import Pool, Spectrum
+from osrm_peft.osrm.subspace import choose_directions
+from osrm_peft.tasks.task import tokenize
 
 WIDTH, RANK, OTHERS, K = 4096, 16, 7, 100
 MODELS = (  # name, layers, width

@@ -24,16 +24,19 @@ from rich.console import Console
 from transformers import TrainerCallback
 
 from osrm_peft import TaskFeatures, evaluate_task, load_adapter, merge_adapters, project_adapter
-from osrm_peft.base_models import load_tokenizer
-from osrm_peft.demo import RECIPE as DEMO
-from osrm_peft.files import new_file, versions, write_json
-from osrm_peft.layers import lora_layers
-from osrm_peft.recipe import Recipe
-from osrm_peft.report import markdown_table
-from osrm_peft.spectrum import Pool
-from osrm_peft.subspace import procrustes_drift
-from osrm_peft.tasks import Task, load_task
-from osrm_peft.training import train_task
+from osrm_peft.demo.run import RECIPE as DEMO
+from osrm_peft.evaluation.tables import markdown_table
+from osrm_peft.io.json import write_json
+from osrm_peft.io.manifest import versions
+from osrm_peft.io.places import new_file
+from osrm_peft.models.layers import lora_layers
+from osrm_peft.models.loading import load_tokenizer
+from osrm_peft.osrm.spectrum import Pool
+from osrm_peft.osrm.subspace import procrustes_drift
+from osrm_peft.tasks.suites import load_task
+from osrm_peft.tasks.task import Task
+from osrm_peft.training.recipe import Recipe
+from osrm_peft.training.train import train_task
 
 PAPER: dict[str, Any] = {"statistic": "token", "null_space": "random", "protect": None}
 INITS: dict[str, dict[str, Any] | None] = {  # OSRMLoraConfig fields; None: PEFT's own A

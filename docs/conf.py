@@ -30,7 +30,7 @@ def commands() -> str:
     """Markdown of every command: its help, arguments and options with their defaults."""
     import typer.main
 
-    from osrm_peft import cli
+    from osrm_peft.cli import main as cli
 
     return "\n".join(_command(name, group) for name, group in typer.main.get_command(cli.app).commands.items())
 

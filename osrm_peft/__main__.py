@@ -1,5 +1,5 @@
 """The command as a module: `accelerate launch … -m osrm_peft features …` runs it in several processes."""
 
-from osrm_peft.cli import main
+from osrm_peft.cli.main import main
 
 main()

@@ -30,11 +30,13 @@ from transformers import (
 )
 
 from osrm_peft import evaluate_task, load_merged, load_task, merge_checkpoints
-from osrm_peft.base_models import load_base, load_tokenizer
-from osrm_peft.checkpoints.spectra import plot_spectra, spectra, spectra_table
-from osrm_peft.files import check_file, check_folder, new_file, versions, write_json
-from osrm_peft.report import MultiTaskTable, Score
-from osrm_peft.tasks import Task, tokenize
+from osrm_peft.evaluation.spectra import plot_spectra, spectra, spectra_table
+from osrm_peft.evaluation.tables import MultiTaskTable, Score
+from osrm_peft.io.json import write_json
+from osrm_peft.io.manifest import versions
+from osrm_peft.io.places import check_file, check_folder, new_file
+from osrm_peft.models.loading import load_base, load_tokenizer
+from osrm_peft.tasks.task import Task, tokenize
 
 # Three tasks: of two models θ₀ is the mean and δ₁ = −δ₂, so LoRE's direct sum is the average, whatever μ and λ are.
 TASKS, LONG = ("questions", "product_reviews", "tweets"), "tweets"

@@ -26,8 +26,8 @@ from reproduction.suite import Suite
 from rich.console import Console
 
 from osrm_peft.distributed import start
-from osrm_peft.files import check_file, check_folder
-from osrm_peft.yaml_io import parse_yaml
+from osrm_peft.io.places import check_file, check_folder
+from osrm_peft.io.yaml import parse_yaml
 
 
 def main() -> None:

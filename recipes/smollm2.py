@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-from osrm_peft.files import check_replaceable, put_in_place
+from osrm_peft.io.manifest import check_replaceable
+from osrm_peft.io.places import put_in_place
 
 
 def main() -> None:

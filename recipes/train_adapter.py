@@ -11,8 +11,8 @@ import argparse
 import os
 from pathlib import Path
 
-from osrm_peft.files import check_folder
-from osrm_peft.recipe import Recipe
+from osrm_peft.io.places import check_folder
+from osrm_peft.training.recipe import Recipe
 
 
 def main() -> None:

@@ -1,0 +1,6 @@
+"""No test reaches for the Hub: said here, before any of them imports transformers."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import typer
 
-import osrm_peft
+import osrm_peft.cli.main
 from osrm_peft.merging import METHODS
 from tests import conftest
 
@@ -63,24 +63,37 @@ def ours(words):
 
 
 def tree():
-    """{file: line number} of the tree of the package in docs/development/architecture.md, in its order."""
+    """Files of the tree of the package in docs/development/architecture.md, in its order."""
     text = next(text for _, text, _ in blocks(DOCS / "development/architecture.md") if "osrm_peft/\n" in text)
-    names, folder = [], ""
+    names, folders = [], []
     for line in text.splitlines()[1:]:
         indent, name = re.match(r"( *)(\S+)", line).groups()
         if not line.startswith(" "):
             break
-        folder = folder if len(indent) > 2 else ""
+        folders = folders[: len(indent) // 2 - 1]
         if name.endswith("/"):
-            folder = name
+            folders.append(name)
         else:
-            names.append(folder + name)
+            names.append("".join(folders) + name)
     return names
 
 
 def modules():
-    """{module: its place in the tree}."""
-    return {f"osrm_peft.{name.removesuffix('.py').replace('/', '.')}": place for place, name in enumerate(tree())}
+    """{module: its place in the tree}; a package has the place of the last file that it imports."""
+    places = {f"osrm_peft.{name.removesuffix('.py').replace('/', '.')}": place for place, name in enumerate(tree())}
+    for init in PACKAGE.glob("*/**/__init__.py"):
+        places[".".join(init.parent.relative_to(ROOT).parts)] = -1
+    for init in sorted(PACKAGE.glob("*/**/__init__.py"), key=lambda path: -len(path.parts)):
+        package = ".".join(init.parent.relative_to(ROOT).parts)
+        places[package] = max((places[target] for target in imports(init, places)), default=-1)
+    return places
+
+
+def imports(path, known):
+    """The modules of ours that a file imports, inside of its functions, too."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("osrm_peft"):
+            yield from {f"{node.module}.{alias.name}" for alias in node.names} & set(known) or {node.module}
 
 
 def test_the_tree_is_the_tree():
@@ -89,32 +102,46 @@ def test_the_tree_is_the_tree():
     assert set(tree()) == {name for name in files if not name.endswith("__init__.py")} | {"__init__.py"}
 
 
-def test_imports_point_left():
-    """A file imports only from files above it in the tree; the package's front door imports lazily."""
+def test_imports_point_up():
+    """A file imports only from files above it in the tree."""
     places = modules()
     seen = 0
-    for module, place in places.items():
-        if module == "osrm_peft.__init__":
+    for name, place in zip(tree(), range(len(tree())), strict=True):
+        for target in imports(PACKAGE / name, places):
+            assert places[target] < place, f"{name} imports {target}, which lies below it"
+            seen += 1
+    assert seen > 300
+
+
+# What each folder may import from: those in the lines above its own.
+LAYERS = [
+    {"checks", "distributed"}, {"io"}, {"hub"}, {"models"}, {"tasks", "features", "adapters"}, {"osrm", "merging"},
+    {"training", "checkpoints"}, {"evaluation"}, {"demo"}, {"cli"}, {"__main__"},
+]  # fmt: skip
+
+
+def test_a_folder_imports_from_the_layers_below_it():
+    places, seen = modules(), set()
+    for path in PACKAGE.rglob("*.py"):
+        folder = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+        if folder == "__init__":
             continue
-        path = ROOT / (module.replace(".", "/") + ".py")
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("osrm_peft"):
-                targets = {f"{node.module}.{alias.name}" for alias in node.names} & set(places) or {node.module}
-                for target in targets - {"osrm_peft.merging"}:
-                    assert places[target] < place, f"{module} imports {target}, which lies to its right"
-                if "osrm_peft.merging" in targets:
-                    assert place > places["osrm_peft.merging.merge"], module
-                seen += 1
-    assert seen > 40
+        (level,) = (level for level, folders in enumerate(LAYERS) if folder in folders)
+        for target in imports(path, places):
+            other = target.split(".")[1]
+            assert other == folder or other in set().union(*LAYERS[:level]), f"{path} imports {target}"
+            seen.add(folder)
+    assert seen == set().union(*LAYERS) - {"checks", "distributed"}
 
 
 def test_maths_sees_no_path_config_or_model():
     for name in (
-        "moments",
-        "subspace",
+        "features/moments",
+        "osrm/subspace",
         "merging/lowrank",
         "merging/spaces",
-        "merging/sparsify",
+        "merging/methods/sparsify",
+        "merging/methods/thresholding",
         *map(method_file, METHODS),
     ):
         text = (PACKAGE / f"{name}.py").read_text(encoding="utf-8")
@@ -122,12 +149,12 @@ def test_maths_sees_no_path_config_or_model():
 
 
 def method_file(method):
-    return f"merging/{'dare' if method == 'dare_ties' else method}"
+    return f"merging/methods/{'dare' if method == 'dare_ties' else method}"
 
 
 def test_every_python_block_and_every_command_that_needs_no_network_runs(tmp_path):
     """In one process, page by page: what a reader does who follows the documentation from its first line."""
-    lines = ["import sys", "from osrm_peft import cli_base", "from osrm_peft.cli import app", ""]
+    lines = ["from osrm_peft.cli.main import app", ""]
     ran = {"python": 0, "bash": 0}
     for page in PAGES:
         for language, text, runs in blocks(page):
@@ -161,7 +188,7 @@ def test_every_python_block_and_every_command_that_needs_no_network_runs(tmp_pat
 
 
 def test_every_command_line_is_one_that_the_program_takes():
-    app = typer.main.get_command(__import__("osrm_peft.cli").cli.app)
+    app = typer.main.get_command(osrm_peft.cli.main.app)
     seen = set()
     for page in PAGES:
         for words, _ in command_lines(page):
@@ -192,6 +219,8 @@ def test_make_targets_and_files_that_pages_name_exist():
         assert set(re.findall(r"(?:^|`)make ([a-z0-9-]+)", text, flags=re.M)) <= targets, page
         for path in re.findall(r"(?:recipes|accelerate_configs|benchmarks|tests)/[\w/]+\.\w+", text):
             assert (ROOT / path).is_file(), (page, path)
+        for path in re.findall(r"`([\w/]+\.py)`", text):
+            assert any((place / path).is_file() for place in (ROOT, PACKAGE)), (page, path)
         for link in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text):
             assert link.startswith("https://") or (page.parent / link).exists(), (page, link)
 
@@ -242,8 +271,8 @@ def test_every_public_name_exists_and_is_documented():
         value = getattr(osrm_peft, name)
         assert value.__doc__, name
         assert f".. auto{'class' if inspect.isclass(value) else 'function'}:: osrm_peft.{name}\n" in page, name
-    assert set(dir(osrm_peft)) == {*osrm_peft.__all__, "__version__"}
-    with pytest.raises(AttributeError, match=r"has no attribute 'merge'"):
+    assert dir(osrm_peft) == sorted(osrm_peft.__all__) and osrm_peft.__version__
+    with pytest.raises(AttributeError, match="No osrm_peft attribute merge"):
         osrm_peft.merge  # noqa: B018
 
 
@@ -267,7 +296,7 @@ def test_every_method_is_in_both_tables():
 
 def test_the_reference_of_commands_has_every_option():
     text = configuration()["commands"]()
-    app = typer.main.get_command(__import__("osrm_peft.cli").cli.app)
+    app = typer.main.get_command(osrm_peft.cli.main.app)
     for name, command in app.commands.items():
         section = text.split(f"## {name}\n")[1].split("\n## ")[0]
         for parameter in command.params:

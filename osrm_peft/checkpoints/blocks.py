@@ -14,9 +14,9 @@ from torch import Tensor
 from osrm_peft.checkpoints.config_checks import shown
 from osrm_peft.checkpoints.plan import CheckpointPlan
 from osrm_peft.checkpoints.shapes import is_matrix
-from osrm_peft.merging.average import average
 from osrm_peft.merging.merge import generator_of
-from osrm_peft.merging.registry import Merged, taken
+from osrm_peft.merging.methods.average import average
+from osrm_peft.merging.methods.registry import Merged, taken
 
 BLOCK = 2**18  # entries of a tensor that an element-wise method sees at once: they fit a processor's cache
 

@@ -11,17 +11,18 @@ from safetensors.torch import load_file
 from tqdm.auto import tqdm
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
-from osrm_peft.card import write_manifest
 from osrm_peft.checkpoints.blocks import Blocks
 from osrm_peft.checkpoints.model_files import crc32_of
 from osrm_peft.checkpoints.plan import STATE, CheckpointPlan, plan_checkpoints
 from osrm_peft.checkpoints.skeleton import built_config
 from osrm_peft.checkpoints.writing import write_heads, write_rest, write_shard
 from osrm_peft.checks import printable
-from osrm_peft.files import MANIFEST, check_replaceable, check_space, parse_json, put_in_place, read_object, write_json
-from osrm_peft.hub import local_folder
+from osrm_peft.hub.card import write_manifest
+from osrm_peft.hub.sources import local_folder
+from osrm_peft.io.json import parse_json, read_object, write_json
+from osrm_peft.io.manifest import MANIFEST, check_replaceable
+from osrm_peft.io.places import FULL, alone_in, check_space, put_in_place
 from osrm_peft.merging.weights import Weights
-from osrm_peft.places import FULL, alone_in
 
 
 def merge_checkpoints(

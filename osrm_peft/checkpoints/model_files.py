@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from osrm_peft.checkpoints.config_checks import check_config, check_not_packed, check_not_quantised, refusal, shown
-from osrm_peft.files import MANIFEST, read_manifest, read_object
-from osrm_peft.hub import local_folder, pinned
-from osrm_peft.tensor_files import DTYPES
+from osrm_peft.hub.sources import local_folder, pinned
+from osrm_peft.io.json import read_object
+from osrm_peft.io.manifest import MANIFEST, read_manifest
+from osrm_peft.io.tensors import DTYPES
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 # what belongs to a model besides weights and configuration

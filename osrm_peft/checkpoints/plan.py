@@ -18,9 +18,9 @@ from osrm_peft.checkpoints.settings import vocabulary_size, with_ids, with_rows
 from osrm_peft.checkpoints.shapes import BASE, OUTPUT_DTYPES, is_matrix, result_dtypes, result_shapes
 from osrm_peft.checkpoints.text import Text, choose_text
 from osrm_peft.checks import choice, integer, number
-from osrm_peft.files import MANIFEST, command, versions
+from osrm_peft.io.manifest import MANIFEST, command, versions
 from osrm_peft.merging.inputs import check_names
-from osrm_peft.merging.registry import METHODS, Method, get_method
+from osrm_peft.merging.methods.registry import METHODS, Method, get_method
 from osrm_peft.merging.weights import Weights, weights_by_layer, weights_by_task
 
 logger = logging.getLogger(__name__)

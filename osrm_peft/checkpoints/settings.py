@@ -9,7 +9,7 @@ from typing import Any
 from transformers import GenerationConfig
 
 from osrm_peft.checkpoints.config_checks import TOKEN_IDS, shown
-from osrm_peft.files import read_object
+from osrm_peft.io.json import read_object
 
 _VERSIONS = ("transformers_version", "_from_model_config", "processor_class", "_processor_class",
              "image_processor_type", "feature_extractor_type", "auto_map", "use_cache")  # fmt: skip

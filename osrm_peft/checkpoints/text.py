@@ -22,7 +22,7 @@ from osrm_peft.checkpoints.settings import (
     vocabulary_size,
 )
 from osrm_peft.checks import is_fault
-from osrm_peft.vocabulary import tokens_in
+from osrm_peft.models.vocabulary import tokens_in
 
 logger = logging.getLogger(__name__)
 

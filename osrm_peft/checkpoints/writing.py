@@ -11,15 +11,15 @@ import torch
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
-from osrm_peft.card import write_manifest
 from osrm_peft.checkpoints.blocks import Blocks
 from osrm_peft.checkpoints.model_files import INDEX
 from osrm_peft.checkpoints.plan import CheckpointPlan
 from osrm_peft.checkpoints.settings import files_of, vocabulary_size, with_rows
 from osrm_peft.checkpoints.text import KINDS
-from osrm_peft.files import new_file, write_json
-from osrm_peft.places import FULL
-from osrm_peft.tensor_files import file_head
+from osrm_peft.hub.card import write_manifest
+from osrm_peft.io.json import write_json
+from osrm_peft.io.places import FULL, new_file
+from osrm_peft.io.tensors import file_head
 
 
 def write_shard(merge: Blocks, paths: list[Path], names: list[str], bar: tqdm) -> list[str]:

@@ -1,21 +1,8 @@
-"""Merging LoRA adapters: a method × a space × an output. Importing this registers the methods."""
+"""Merging LoRA adapters: a method × a space × an output."""
 
-from osrm_peft.merging import (  # noqa: F401 (registration)
-    average,
-    concat,
-    dare,
-    emr,
-    fisher,
-    iso,
-    lore,
-    regmean,
-    task_arithmetic,
-    ties,
-    tsv,
-)
-from osrm_peft.merging.masked import MaskedAdapter
+from osrm_peft.merging.emr_adapter import MaskedAdapter
 from osrm_peft.merging.merge import merge_adapters
-from osrm_peft.merging.merged import MergedAdapter
-from osrm_peft.merging.registry import METHODS, Merged, register
+from osrm_peft.merging.merged_adapter import MergedAdapter
+from osrm_peft.merging.methods import METHODS, Merged, register
 
 __all__ = ["METHODS", "MaskedAdapter", "Merged", "MergedAdapter", "merge_adapters", "register"]

@@ -5,8 +5,7 @@ from functools import partial
 
 from transformers import PreTrainedModel
 
-from osrm_peft.adapters import LoraAdapter
-from osrm_peft.layer_names import (
+from osrm_peft.adapters.layouts import (
     bare_prefix,
     by_known_renamings,
     looks_alike,
@@ -15,6 +14,7 @@ from osrm_peft.layer_names import (
     place_in,
     same_layout,
 )
+from osrm_peft.adapters.lora_adapter import LoraAdapter
 
 
 def align(adapters: dict[str, LoraAdapter], base: str | None) -> tuple[dict[str, LoraAdapter], dict[str, str]]:

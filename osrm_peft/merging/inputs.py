@@ -9,13 +9,14 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from osrm_peft.adapter_keys import outermost
-from osrm_peft.adapter_reader import load_adapter
-from osrm_peft.adapters import TARGETS, Factors, LoraAdapter
-from osrm_peft.base_identity import Base, common_base
+from osrm_peft.adapters.factors import Factors
+from osrm_peft.adapters.keys import outermost
+from osrm_peft.adapters.load import load_adapter
+from osrm_peft.adapters.lora_adapter import TARGETS, LoraAdapter
 from osrm_peft.checks import choice, task_names
-from osrm_peft.layers import unwrapped
 from osrm_peft.merging.alignment import align
+from osrm_peft.models.identity import Base, common_base
+from osrm_peft.models.layers import unwrapped
 
 Adapters = Mapping[str, str | Path | PeftModel | LoraAdapter]
 

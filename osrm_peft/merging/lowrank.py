@@ -8,8 +8,8 @@ import torch
 from scipy.sparse.linalg import svds
 from torch import Tensor
 
-from osrm_peft.adapters import Factors
-from osrm_peft.moments import FeatureMoments
+from osrm_peft.adapters.factors import Factors
+from osrm_peft.features.moments import FeatureMoments
 
 _EPS = torch.finfo(torch.float64).eps
 _WIDE = 1024

@@ -11,16 +11,16 @@ from scipy.sparse.linalg import ArpackError
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from osrm_peft.adapters import Factors
+from osrm_peft.adapters.factors import Factors
 from osrm_peft.distributed import ALONE, Processes
-from osrm_peft.merging.guidance import best_scale, normal_equations, solve
+from osrm_peft.merging.emr_adapter import MaskedAdapter, MaskedLayer
 from osrm_peft.merging.inputs import Adapters
 from osrm_peft.merging.lowrank import Compressed, compress, compress_matrix
-from osrm_peft.merging.masked import MaskedAdapter, MaskedLayer
-from osrm_peft.merging.merged import MergedAdapter, MergedLayer
+from osrm_peft.merging.merged_adapter import MergedAdapter, MergedLayer
+from osrm_peft.merging.methods.registry import Merged, taken
 from osrm_peft.merging.modules import merge_modules
 from osrm_peft.merging.plan import MergePlan, plan_merge
-from osrm_peft.merging.registry import Merged, taken
+from osrm_peft.merging.rules import best_scale, normal_equations, solve
 from osrm_peft.merging.spaces import Layer, enter
 from osrm_peft.merging.statistics import Statistics
 from osrm_peft.merging.weights import Weights

@@ -9,10 +9,10 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-from osrm_peft.adapter_keys import is_embedding
-from osrm_peft.adapters import LoraAdapter, shape_in
+from osrm_peft.adapters.keys import is_embedding
+from osrm_peft.adapters.lora_adapter import LoraAdapter, shape_in
 from osrm_peft.merging.weights import weights_by_layer
-from osrm_peft.vocabulary import first_difference, tokens_in
+from osrm_peft.models.vocabulary import first_difference, tokens_in
 
 logger = logging.getLogger(__name__)
 

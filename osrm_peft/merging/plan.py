@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from osrm_peft.checks import choice, integer, number
-from osrm_peft.features import TaskFeatures
-from osrm_peft.files import MANIFEST, command, versions
-from osrm_peft.fisher import DiagonalFisher
-from osrm_peft.hub import local_folder, pinned
+from osrm_peft.features.fisher import DiagonalFisher
+from osrm_peft.features.task_features import TaskFeatures
+from osrm_peft.hub.sources import local_folder, pinned
+from osrm_peft.io.manifest import MANIFEST, command, versions
 from osrm_peft.merging.inputs import Adapters, Inputs, check_names, gather
 from osrm_peft.merging.lowrank import SERVING
+from osrm_peft.merging.methods.registry import Method, get_method
 from osrm_peft.merging.modules import check_modules
-from osrm_peft.merging.registry import Method, get_method
 from osrm_peft.merging.spaces import SPACES
 from osrm_peft.merging.statistics import Statistics, statistics_of
 from osrm_peft.merging.weights import Weights, weights_by_layer, weights_by_task

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from osrm_peft.checks import kind, number, shown
+from osrm_peft.io.yaml import check_fields, fields_from_yaml, named
 from osrm_peft.merging.plan import MergePlan, plan_merge
-from osrm_peft.yaml_io import check_fields, fields_from_yaml, named
 
 _FILES = ("adapters", "statistics", "features")
 

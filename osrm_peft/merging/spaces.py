@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from osrm_peft.adapters import Factors
+from osrm_peft.adapters.factors import Factors
 from osrm_peft.merging.lowrank import Compressed, balanced, column_basis, compress_matrix
 
 SPACES = ("weight", "core", "knots")

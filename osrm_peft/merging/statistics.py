@@ -6,9 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from osrm_peft.adapters import LoraAdapter
-from osrm_peft.features import TaskFeatures
-from osrm_peft.fisher import DiagonalFisher
+from osrm_peft.adapters.lora_adapter import LoraAdapter
+from osrm_peft.features.fisher import DiagonalFisher
+from osrm_peft.features.task_features import TaskFeatures
 from osrm_peft.merging.inputs import Inputs
 
 logger = logging.getLogger(__name__)

@@ -6,10 +6,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from osrm_peft.demo import MERGES, Merge
+from osrm_peft.demo.run import MERGES, Merge
 from osrm_peft.distributed import Processes
-from osrm_peft.files import read_manifest
-from osrm_peft.report import Score
+from osrm_peft.evaluation.tables import Score
+from osrm_peft.io.manifest import read_manifest
 from reproduction.graph import Node
 from reproduction.suite import OSRM, PLAIN, Suite
 

@@ -13,7 +13,8 @@ from rich.console import Console
 from rich.table import Table
 
 from osrm_peft.distributed import ALONE, Processes
-from osrm_peft.files import read_object, versions, write_json
+from osrm_peft.io.json import read_object, write_json
+from osrm_peft.io.manifest import versions
 
 Make = Callable[[Path, Mapping[str, Path], Processes], None]
 

@@ -12,12 +12,15 @@ from typing import Any
 
 import yaml
 
-from osrm_peft.files import new_file, read_object, versions, write_json
-from osrm_peft.html_report import write_report
-from osrm_peft.hub import public_name
-from osrm_peft.report import AVERAGE, MultiTaskTable, Score, markdown_table, plot_scales
-from osrm_peft.tasks import load_task
-from osrm_peft.training import PAPER_LORA
+from osrm_peft.evaluation.page import write_report
+from osrm_peft.evaluation.plots import plot_scales
+from osrm_peft.evaluation.tables import AVERAGE, MultiTaskTable, Score, markdown_table
+from osrm_peft.hub.privacy import public_name
+from osrm_peft.io.json import read_object, write_json
+from osrm_peft.io.manifest import versions
+from osrm_peft.io.places import new_file
+from osrm_peft.tasks.suites import load_task
+from osrm_peft.training.train import PAPER_LORA
 from reproduction.experiments import Experiment
 from reproduction.graph import Node, ordered
 from reproduction.suite import OSRM, PLAIN, Suite

@@ -17,17 +17,17 @@ from osrm_peft import (
     merge_adapters,
     project_adapter,
 )
-from osrm_peft.base_models import load_tokenizer
-from osrm_peft.demo import STATISTICS_ROWS, Merge
+from osrm_peft.demo.run import STATISTICS_ROWS, Merge
 from osrm_peft.distributed import Processes, local_device
-from osrm_peft.features import TaskFeatures
-from osrm_peft.files import write_json
-from osrm_peft.merging.registry import METHODS
-from osrm_peft.out_of_task import OutOfTask
-from osrm_peft.recipe import Recipe
-from osrm_peft.tasks import Task
-from osrm_peft.training import PAPER_LORA, train_task
-from osrm_peft.yaml_io import check_fields, fields_from_yaml, named
+from osrm_peft.features.task_features import TaskFeatures
+from osrm_peft.io.json import write_json
+from osrm_peft.io.yaml import check_fields, fields_from_yaml, named
+from osrm_peft.merging.methods.registry import METHODS
+from osrm_peft.models.loading import load_tokenizer
+from osrm_peft.osrm.others import OutOfTask
+from osrm_peft.tasks.task import Task
+from osrm_peft.training.recipe import Recipe
+from osrm_peft.training.train import PAPER_LORA, train_task
 from reproduction.graph import Node
 
 PLAIN, OSRM = "LoRA", "OSRM"

@@ -17,8 +17,7 @@ from transformers import (
 
 from osrm_peft import merge_checkpoints
 from osrm_peft.checkpoints import blocks, writing
-from tests.checkpoints.test_merge import noisy, rewrite, tensors_of, write
-from tests.checkpoints.test_names import LLAMA, edit
+from tests.helpers.checkpoints import LLAMA, edit, noisy, rewrite, tensors_of, write
 
 
 @pytest.fixture(scope="module")

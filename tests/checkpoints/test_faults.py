@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 from osrm_peft import load_merged, merge_checkpoints
 from osrm_peft.checkpoints import blocks
 from osrm_peft.checkpoints import merge as engine
-from tests.checkpoints.test_merge import CASES, QUICK, hashes, noisy, rewrite, same, tensors_of, write
-from tests.conftest import make_adapter
+from tests.helpers.adapters import make_adapter
+from tests.helpers.checkpoints import CASES, QUICK, hashes, noisy, rewrite, same, tensors_of, write
 
 ROOT = Path(__file__).parents[2]
 SIZES = {"vocab_size": 4000, "hidden_size": 64, "intermediate_size": 1024}  # three weight files of 1 MiB

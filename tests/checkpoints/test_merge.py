@@ -1,9 +1,7 @@
 """Whole checkpoints: against the methods applied to whole tensors, in stock transformers, and what is refused."""
 
-import hashlib
 import json
 import zlib
-from pathlib import Path
 
 import pytest
 import torch
@@ -26,67 +24,12 @@ from osrm_peft import load_merged, merge_checkpoints
 from osrm_peft.checkpoints import blocks
 from osrm_peft.checkpoints.plan import CHECKPOINT_METHODS
 from osrm_peft.merging.merge import generator_of
-from osrm_peft.merging.registry import METHODS, Merged, taken
-from tests.conftest import TINY, make_base, make_batch
+from osrm_peft.merging.methods.registry import METHODS, Merged, taken
+from tests.helpers.checkpoints import CASES, QUICK, hashes, noisy, rewrite, same, tensors_of, write
+from tests.helpers.models import TINY, make_batch
 
-# name: options under which one model of weight 1 is returned as it is (nothing trimmed, nothing dropped)
-CASES = {
-    "average": {},
-    "dare": {"drop_rate": 0.0},
-    "dare_ties": {"drop_rate": 0.0, "density": 1.0},
-    "emr": {},
-    "iso": {},
-    "lore": {},
-    "task_arithmetic": {},
-    "ties": {"density": 1.0},
-    "tsv": {},
-}
-QUICK = {"lore": {"max_iterations": 4}}  # enough to compare
 ONE_RESULT = [name for name in CASES if name != "emr"]
 WEIGHTS = {"a": 1.0, "b": -0.5, "c": 2.0}
-
-
-def write(folder, tensors, config=None):
-    """A model's folder of these tensors."""
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(
-        {name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors", {"format": "pt"}
-    )
-    (folder / "config.json").write_text(json.dumps({"model_type": "bert"} | (config or {})))
-    return folder
-
-
-def rewrite(folder, **changed):
-    """The model's folder with some tensors changed or added."""
-    file = folder / "model.safetensors"
-    save_file(load_file(file) | changed, file, {"format": "pt"})
-    return folder
-
-
-def noisy(folder, seed, *, num_labels=3, size=0.02, dtype=None, **overrides):
-    """A tiny BERT, some way from that of seed 0."""
-    model = make_base(num_labels, **overrides)
-    if seed:
-        generator = torch.Generator().manual_seed(seed)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter += size * torch.randn(parameter.shape, generator=generator)
-    model.to(dtype or torch.float32).save_pretrained(folder)
-    return folder
-
-
-def tensors_of(folder):
-    """{name: tensor} of all weight files in a folder."""
-    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
-
-
-def hashes(*folders):
-    return {
-        path: hashlib.sha256(path.read_bytes()).hexdigest()
-        for folder in folders
-        for path in sorted(Path(folder).rglob("*"))
-        if path.is_file()
-    }
 
 
 def as_matrix(tensor):
@@ -122,14 +65,6 @@ def by_hand(models, base, method, *, weights=None, scale=None, seed=0, **options
             found = found if out.offset is None else found + out.offset
         results[name] = (as_matrix(under[name]) + found).view(under[name].shape)
     return results
-
-
-def same(found, expected, rtol=0.0, atol=0.0):
-    assert set(found) == set(expected)
-    for name in expected:
-        torch.testing.assert_close(
-            found[name], expected[name], rtol=rtol, atol=atol, msg=lambda m, name=name: f"{name}: {m}"
-        )
 
 
 @pytest.fixture(scope="module")

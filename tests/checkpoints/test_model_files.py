@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from osrm_peft import merge_checkpoints
 from osrm_peft.checkpoints.model_files import DTYPES, INDEX, WEIGHTS, ModelFiles, crc32_of, read_header
-from tests.checkpoints.test_merge import write
-from tests.conftest import make_base
+from tests.helpers.checkpoints import write
+from tests.helpers.models import make_base
 
 SHAPES = [(), (1,), (6,), (5, 3), (1, 4), (4, 1), (3, 2, 2), (2, 3, 1, 2), (0, 3), (3, 0), (0,)]
 

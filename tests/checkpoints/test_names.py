@@ -21,12 +21,10 @@ from transformers import (
 )
 
 from osrm_peft import load_merged, merge_checkpoints
-from osrm_peft.checkpoints.spectra import spectra
-from tests.checkpoints.test_merge import CASES, QUICK, rewrite, same, tensors_of, write
-from tests.conftest import TINY, make_batch
+from osrm_peft.evaluation.spectra import spectra
+from tests.helpers.checkpoints import CASES, LLAMA, QUICK, edit, rewrite, same, tensors_of, write
+from tests.helpers.models import TINY, make_batch
 
-LLAMA = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2,
-         "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
 KINDS = {
     "llama": (LlamaForCausalLM, lambda: LlamaConfig(**LLAMA)),
     "tied": (LlamaForCausalLM, lambda: LlamaConfig(**LLAMA, tie_word_embeddings=True)),
@@ -54,12 +52,6 @@ def folders(saved, tmp_path):
         return {part: shutil.copytree(saved / kind / part, tmp_path / part) for part in ("base", "a", "b")}
 
     return copied
-
-
-def edit(folder, **fields):
-    """Fields of config.json set, or removed where the value is None."""
-    config = json.loads((folder / "config.json").read_text()) | fields
-    (folder / "config.json").write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
 
 
 def renamed(folder, change, **more):

@@ -14,7 +14,7 @@ from tokenizers.models import WordLevel
 from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from osrm_peft import merge_checkpoints
-from tests.checkpoints.test_merge import tensors_of
+from tests.helpers.checkpoints import tensors_of
 
 WORDS = [f"w{place}" for place in range(40)]
 SIZES = {"vocab_size": 48, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1,

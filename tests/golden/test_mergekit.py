@@ -8,7 +8,8 @@ import torch
 from safetensors import safe_open
 
 from osrm_peft import merge_adapters
-from osrm_peft.adapters import Factors, LoraAdapter
+from osrm_peft.adapters.factors import Factors
+from osrm_peft.adapters.lora_adapter import LoraAdapter
 
 RECORD = Path(__file__).with_name("mergekit.safetensors")
 

@@ -12,8 +12,9 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 
 from osrm_peft import load_adapter, merge_adapters
-from osrm_peft.merging.ties import ties
-from tests.conftest import make_adapter, make_base
+from osrm_peft.merging.methods.ties import ties
+from tests.helpers.adapters import make_adapter
+from tests.helpers.models import make_base
 
 ROUNDING = 16 * 2**-23  # relative: what a float32 SVD of a 16×16 matrix, or sums of up to 16 products, may lose
 

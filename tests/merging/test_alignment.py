@@ -9,7 +9,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 
 from osrm_peft import load_adapter, merge_adapters
-from osrm_peft.layers import lora_layers
+from osrm_peft.models.layers import lora_layers
 from tests.zoo.adapters import WEIGHTS, adapted, edit, keys, stock, write
 from tests.zoo.models import ZOO, noisy
 

@@ -1,19 +1,18 @@
 """What every registered merge method keeps, over every kind of plain LoRA adapter."""
 
 import hashlib
-import zlib
 from dataclasses import replace
 
 import pytest
 import torch
 from peft import PeftModel
 
-from osrm_peft import DiagonalFisher, MaskedAdapter, TaskFeatures, load_adapter, merge_adapters
-from osrm_peft.layers import as_weight
+from osrm_peft import load_adapter, merge_adapters
 from osrm_peft.merging import METHODS
-from osrm_peft.moments import FeatureMoments
-from tests.conftest import make_adapter, make_base, make_batch
-from tests.test_adapters import VARIANTS, kind_of
+from osrm_peft.models.layers import as_weight
+from tests.helpers.adapters import VARIANTS, kind_of, make_adapter
+from tests.helpers.merging import deltas, merge
+from tests.helpers.models import make_base, make_batch
 
 # name: options under which one adapter of weight 1 is returned as it is (nothing trimmed, nothing dropped)
 CASES = {
@@ -51,35 +50,6 @@ def folders(tmp_path_factory):
 
 def three(folders, variant):
     return {f"task{seed}": folders / f"{variant}{seed}" for seed in (1, 2, 3)}
-
-
-def statistic(needs, task, shapes):
-    """Made-up statistics of a task: a well-conditioned Gram matrix, or positive Fisher information, a layer."""
-    generator = torch.Generator().manual_seed(zlib.crc32(task.encode()))
-    if needs == "fisher":
-        layers = {name: torch.rand(o, n, generator=generator) for name, (o, _, n) in sorted(shapes.items())}
-        return DiagonalFisher(task, "tiny", 1, "expected", layers=layers)
-    moments = {}
-    for name, (_, _, n) in sorted(shapes.items()):
-        h = torch.randn(4 * n, n, generator=generator)
-        moments[name] = FeatureMoments("token", n, 4 * n, h.sum(0), h.mT @ h)
-    return TaskFeatures(task, "tiny", "", "token", adapted=True, layers=moments)
-
-
-def merge(adapters, method, **arguments):
-    needs = METHODS[method].needs
-    if needs:
-        shapes = {}
-        for source in adapters.values():
-            shapes |= (source if hasattr(source, "shapes") else load_adapter(source)).shapes
-        arguments["statistics"] = {task: statistic(needs, task, shapes) for task in adapters}
-    return merge_adapters(adapters, method, **arguments)
-
-
-def deltas(merged):
-    if isinstance(merged, MaskedAdapter):
-        return {(task, name): delta for task in merged.tasks for name, delta in merged.deltas(task).items()}
-    return merged.deltas()
 
 
 def close(a, b, tolerance=1e-5):

@@ -8,10 +8,11 @@ from transformers import BertConfig, BertModel
 
 from osrm_peft import interference, load_adapter, merge_adapters
 from osrm_peft.merging.plan import plan_merge
-from tests.conftest import TINY, make_adapter, make_base, make_batch
-from tests.merging.test_concat import LAYERS, close, dense, lora
-from tests.merging.test_contract import merge, statistic
-from tests.merging.test_ties import paper
+from tests.helpers.adapters import make_adapter
+from tests.helpers.lora import LAYERS, close, dense, lora
+from tests.helpers.merging import merge, statistic
+from tests.helpers.models import TINY, make_base, make_batch
+from tests.helpers.papers import paper
 
 NAMES = ["h.0.attn.q", "h.0.attn.v", "h.1.attn.q", "h.1.attn.v"]
 DEEP = dict.fromkeys(NAMES, (4, 5, 2))

@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from osrm_peft.adapters import Factors
+from osrm_peft.adapters.factors import Factors
 from osrm_peft.merging import lowrank
 from osrm_peft.merging.lowrank import balanced, column_basis, compress, compress_matrix
 from osrm_peft.merging.spaces import enter

@@ -7,12 +7,13 @@ from peft import PeftModel
 from scipy.sparse.linalg import ArpackError
 
 from osrm_peft import load_adapter, merge_adapters
-from osrm_peft.adapters import save_head
-from osrm_peft.merging.average import average
-from osrm_peft.merging.registry import METHODS, register
-from osrm_peft.merging.task_arithmetic import task_arithmetic
-from tests.conftest import make_adapter, make_base, make_batch
-from tests.merging.test_concat import lora
+from osrm_peft.adapters.lora_adapter import save_head
+from osrm_peft.merging.methods.average import average
+from osrm_peft.merging.methods.registry import METHODS, register
+from osrm_peft.merging.methods.task_arithmetic import task_arithmetic
+from tests.helpers.adapters import make_adapter
+from tests.helpers.lora import lora
+from tests.helpers.models import make_base, make_batch
 
 
 @pytest.fixture
@@ -104,7 +105,7 @@ def test_saving_over_ours_replaces_it_whole_and_over_others_is_refused(adapters,
         raise OSError("disk full")
 
     with monkeypatch.context() as patch:
-        patch.setattr("osrm_peft.merging.merged.save_head", fails)
+        patch.setattr("osrm_peft.merging.merged_adapter.save_head", fails)
         with pytest.raises(OSError, match="disk full"):
             merge_adapters(adapters, "ties").save_pretrained(out)
     assert (out / "adapter_model.safetensors").read_bytes() == first  # the old result is whole
@@ -194,7 +195,7 @@ def test_a_live_model_merges_like_its_folder(tmp_path):
 
 
 def test_two_methods_cannot_have_one_name():
-    with pytest.raises(ValueError, match=r"merge method 'ties' is already osrm_peft.merging.ties"):
+    with pytest.raises(ValueError, match=r"merge method 'ties' is already osrm_peft.merging.methods.ties"):
         register("ties", paper="")(lambda tau, weights: tau[0])
 
 

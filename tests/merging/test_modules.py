@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, models
 
 from osrm_peft import MaskedAdapter, load_adapter, merge_adapters
-from osrm_peft.vocabulary import first_difference, tokens_in
+from osrm_peft.models.vocabulary import first_difference, tokens_in
 from tests.zoo.adapters import WEIGHTS, adapted, edit, resized, stock, write
 from tests.zoo.models import noisy, outputs
 

@@ -3,10 +3,10 @@ import torch
 from hypothesis import given, settings
 
 from osrm_peft import merge_adapters
-from osrm_peft.adapters import Factors
+from osrm_peft.adapters.factors import Factors
 from osrm_peft.merging.spaces import SPACES, enter
-from tests.merging.test_concat import LAYERS, close, dense, draw, lora, problems
-from tests.merging.test_ties import paper
+from tests.helpers.lora import LAYERS, close, dense, draw, lora, problems
+from tests.helpers.papers import paper
 
 
 def knots(tau):

@@ -16,7 +16,7 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from osrm_peft.packaged import resolve_model
+from osrm_peft.models.packaged import resolve_model
 from tests.multiprocess.worker import CHECKPOINT
 
 ROOT = Path(__file__).parents[2]

@@ -11,14 +11,14 @@ from torch.utils.data import DataLoader, DistributedSampler
 from transformers import AutoTokenizer
 
 from osrm_peft import MaskedAdapter, collect_features, collect_gram, load_task
-from osrm_peft.base_models import load_base
 from osrm_peft.distributed import Processes, start
-from osrm_peft.evaluation import predict
+from osrm_peft.evaluation.evaluate import predict
 from osrm_peft.merging import METHODS
-from osrm_peft.packaged import resolve_model
-from osrm_peft.tasks import tokenize
-from tests.conftest import make_base, make_batch
-from tests.merging.test_contract import deltas, merge
+from osrm_peft.models.loading import load_base
+from osrm_peft.models.packaged import resolve_model
+from osrm_peft.tasks.task import tokenize
+from tests.helpers.merging import deltas, merge
+from tests.helpers.models import make_base, make_batch
 
 COLLECTS = {  # the tiny model's layers are 16 wide, the batches 4 rows
     "uneven": {"k": 9},

@@ -8,7 +8,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from osrm_peft import TaskFeatures
-from osrm_peft.base_models import load_base
+from osrm_peft.models.loading import load_base
 from tests.multiprocess.conftest import ENGINES, launch, write_recipe
 from tests.multiprocess.worker import CHECKPOINT
 

@@ -8,8 +8,8 @@ from safetensors.torch import load_file
 
 from osrm_peft import load_adapter, merge_adapters
 from osrm_peft.distributed import ALONE
-from osrm_peft.files import read_manifest
-from tests.conftest import make_adapter
+from osrm_peft.io.manifest import read_manifest
+from tests.helpers.adapters import make_adapter
 from tests.multiprocess.conftest import launch
 from tests.multiprocess.sharing import TASKS, features, logits, merges
 

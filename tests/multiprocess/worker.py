@@ -19,14 +19,14 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import TrainerCallback, TrainingArguments
 
-import osrm_peft.training
+import osrm_peft.training.train
 from osrm_peft import initialize_osrm_weights
-from osrm_peft.base_models import load_base
-from osrm_peft.cli import main as command
+from osrm_peft.cli.main import main as command
 from osrm_peft.distributed import start, whole
-from osrm_peft.layers import lora_layers
-from osrm_peft.recipe import Recipe
-from osrm_peft.training import train_task
+from osrm_peft.models.layers import lora_layers
+from osrm_peft.models.loading import load_base
+from osrm_peft.training.recipe import Recipe
+from osrm_peft.training.train import train_task
 
 STEPS, CHECKPOINT, KILLED = 4, 2, 3
 
@@ -106,7 +106,7 @@ def main():
     folder, phases = Path(sys.argv[1]), sys.argv[2:]
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)
-    osrm_peft.training.TrainingArguments = Arguments
+    osrm_peft.training.train.TrainingArguments = Arguments
     recipe = Recipe.from_yaml(folder / "recipe.yaml")
     training = recipe.training | {"per_device_train_batch_size": 8 // int(os.environ.get("WORLD_SIZE", "1"))}
     training |= {"max_steps": STEPS, "save_strategy": "steps", "save_steps": CHECKPOINT, "logging_steps": 1}

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from osrm_peft import load_adapter, merge_adapters
-from osrm_peft.layers import as_weight, lora_layers
+from osrm_peft.models.layers import as_weight, lora_layers
 from tests.zoo.adapters import adapted, config, keys, resized, stock, write
 from tests.zoo.models import ZOO, noisy, outputs
 

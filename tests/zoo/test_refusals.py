@@ -10,7 +10,8 @@ import torch
 from peft import IA3Config, LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from osrm_peft import adapter_config, load_adapter, merge_adapters, merge_checkpoints
+from osrm_peft import load_adapter, merge_adapters, merge_checkpoints
+from osrm_peft.adapters import config as adapter_config
 from tests.zoo.adapters import CONFIG, WEIGHTS, adapted, edit, stock, write
 from tests.zoo.models import ZOO, noisy, outputs
 

@@ -1,0 +1,1 @@
+"""LoRA adapters as data: read from what PEFT wrote, written so that PEFT loads them."""

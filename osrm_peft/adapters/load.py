@@ -1,0 +1,289 @@
+"""load_adapter: what PEFT wrote, checked to be plain LoRA; everything else refused by name."""
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from osrm_peft.adapters.config import BAKE, CONFIG, checked_config, scale_of
+from osrm_peft.adapters.factors import Factors, FactorsOnDemand, TensorsOnDemand
+from osrm_peft.adapters.foreign import check_folder, describe_file, foreign_config
+from osrm_peft.adapters.keys import (
+    PREFIX,
+    Part,
+    is_doubtful,
+    is_embedding,
+    is_head,
+    outermost,
+    part_of,
+    saved_modules,
+)
+from osrm_peft.adapters.layouts import model_of
+from osrm_peft.adapters.lora_adapter import HEADS, TARGETS, WEIGHTS, LoraAdapter, load_head
+from osrm_peft.hub.sources import local_folder, pinned
+from osrm_peft.io.manifest import MANIFEST, read_manifest
+from osrm_peft.io.tensors import DTYPES, Header, tensor_headers, tensor_reader
+from osrm_peft.models.layers import all_lora_layers, base_of, check_unmerged, unwrapped
+
+
+def load_adapter(
+    source: str | Path | PeftModel, *, head: str | None = None, adapter_name: str | None = None, whole: bool = False
+) -> LoraAdapter:
+    """Read an adapter that PEFT or we wrote: a folder, a Hub id (`user/name`, `user/name@revision`) or a live model.
+
+    Args:
+        head: for a merged folder: the task whose head to take along.
+        whole: refuse a merged folder whose heads would be left behind.
+        adapter_name: for a live PeftModel: which of its adapters; None: the only one, or the active one.
+
+    Raises:
+        FileNotFoundError: neither a folder nor a Hub repository that can be reached, or no PEFT adapter: what it is.
+        TypeError: a live model that is no PeftModel.
+        ValueError: not plain LoRA (names what it is, and the way out), NaN or Inf in a layer, or no such head; a live
+            model with several active adapters, or with adapted embeddings and an adapter merged into its weights.
+    """
+    if isinstance(source, nn.Module):
+        model = unwrapped(source)
+        if not isinstance(model, PeftModel):
+            raise TypeError(
+                f"a {type(model).__name__} is no PeftModel: give the model that get_peft_model returns, or the folder "
+                "that the adapter was saved to (save_pretrained of PEFT, or of transformers after add_adapter)"
+            )
+        return _of_model(model, adapter_name)
+    if Path(source).is_file():
+        raise FileNotFoundError(f"{source} is no adapter's folder: {describe_file(Path(source))}")
+    folder = local_folder(str(source), [CONFIG, WEIGHTS, f"{HEADS}/*.safetensors", "*.json"])
+    check_folder(folder, str(source))
+    path = folder / HEADS / f"{head}.safetensors"
+    if (
+        whole
+        and head is None
+        and any(_holds_tensors(folder / HEADS / f"{name}.safetensors") for name in _heads_in(folder))
+    ):
+        raise ValueError(
+            f"{source} is a merge of several tasks: say whose head to take along with "
+            f"load_adapter({str(source)!r}, head=…), one of {', '.join(_heads_in(folder))}"
+        )
+    if head is not None and (not isinstance(head, str) or head != Path(head).name or not path.is_file()):
+        raise ValueError(f"{source} has no head {head!r}, only {', '.join(_heads_in(folder)) or 'none'}")
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{folder / CONFIG} is damaged: {type(error).__name__}: {error}; it must be JSON in UTF-8 (without a BOM)"
+        ) from error
+    foreign = foreign_config(config, folder)
+    if foreign is not None:
+        raise ValueError(f"{source} cannot be read: {foreign}")
+    try:
+        weights = folder / WEIGHTS
+        adapter = _parse(config, tensor_headers(weights), tensor_reader(weights), str(source), _sha256(weights))
+        if head is not None:
+            adapter = load_head(adapter, path, adapter.factors)
+    except (SafetensorError, json.JSONDecodeError, UnicodeDecodeError, KeyError) as error:
+        raise ValueError(f"{source} is damaged: {type(error).__name__}: {error}") from error
+    adapter.source, adapter.folder = pinned(str(source), folder), folder
+    adapter.weight_hash = _weight_hash(read_manifest(folder).get("osrm"), str(folder / MANIFEST))
+    return adapter
+
+
+def _of_model(model: PeftModel, adapter_name: str | None) -> LoraAdapter:
+    if adapter_name is None:
+        if len(model.active_adapters) > 1:
+            raise ValueError(
+                f"the model has several active adapters, {', '.join(model.active_adapters)}: say which with "
+                "load_adapter(model, adapter_name=…)"
+            )
+        adapter_name = next(iter(model.peft_config)) if len(model.peft_config) == 1 else model.active_adapter
+    if adapter_name not in model.peft_config:
+        raise ValueError(f"the model has no adapter {adapter_name!r}, only {', '.join(model.peft_config)}")
+    tensors = {
+        key: value.detach().to("cpu", copy=True)  # a copy: the model may be trained on
+        for key, value in get_peft_model_state_dict(model, adapter_name=adapter_name).items()
+    }
+    config, base = model.peft_config[adapter_name], base_of(model)
+    fields = config.to_dict()
+    if fields.get("task_type") is None:  # as PEFT writes it: the class of the model
+        fields["auto_mapping"] = {"base_model_class": type(base).__name__, "parent_library": type(base).__module__}
+    headers: dict[str, Header] = {key: (tuple(tensor.shape), tensor.dtype) for key, tensor in tensors.items()}
+    adapter = _parse(fields, headers, tensors.__getitem__, f"live {type(model).__name__}", model=model)
+    if adapter.copies:  # they would hold the merged weights
+        check_unmerged(all_lora_layers(model))
+    adapter.factors = dict(adapter.factors)
+    adapter.weight_hash = _weight_hash({"provenance": getattr(config, "provenance", None)}, adapter.source)
+    return adapter
+
+
+def _heads_in(folder: Path) -> list[str]:
+    return sorted(file.stem for file in (folder / HEADS).glob("*.safetensors"))
+
+
+def _holds_tensors(path: Path) -> bool:
+    try:
+        return bool(tensor_headers(path))
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+
+
+def _parse(
+    config: Any,
+    headers: Mapping[str, Header],
+    read: Callable[[str], Tensor],
+    source: str,
+    sha256: str | None = None,
+    model: PeftModel | None = None,
+) -> LoraAdapter:
+    config = checked_config(config, source)
+    own = any(map(is_doubtful, headers)) and _has_own_wrappers(config, model)
+    halves, saved, copies, duplicates = _sorted_out(config, headers, source, own)
+    for name, key in duplicates.items():
+        if not torch.equal(read(key), read(saved[name])):  # nested modules_to_save, which PEFT cannot load either
+            raise ValueError(
+                f"{source} has two values of {name!r}, {saved[name]!r} and {key!r}: train it with modules_to_save of "
+                "which none is inside of another"
+            )
+    shapes = {name: (headers[half["B"]][0], headers[half["A"]][0]) for name, half in halves.items()}
+    scales = {}
+    for name, half in halves.items():
+        rank = shapes[name][1][0]
+        for key in half.values():
+            if isinstance(headers[key][1], str) or rank == 0:
+                raise ValueError(
+                    f"{source} has {headers[key][1]} factors of rank {rank} in layer {name!r}: "
+                    "adapters hold float16, bfloat16 or float32 factors of rank 1 or more"
+                )
+            if not read(key).isfinite().all():
+                raise ValueError(
+                    f"{source} has NaN or Inf in layer {name!r}: the training run diverged; train it again"
+                )
+        scales[name] = scale_of(config, name, rank, source)
+    for name, key in {**saved, **copies}.items():
+        if headers[key][1] not in DTYPES.values() and headers[key][1] not in DTYPES:  # whole numbers: of buffers
+            raise ValueError(f"{source} has {headers[key][1]} entries in {name!r}: floating-point ones can be merged")
+        if not read(key).isfinite().all():
+            what = "its head" if name in saved and is_head(name, config, halves) else "its module"
+            raise ValueError(f"{source} has NaN or Inf in {what} {name!r}: the training run diverged; train it again")
+    if config.get("ensure_weight_tying"):  # PEFT then adapts or saves a layer besides those that its config names
+        config |= dict.fromkeys(TARGETS) | {"target_modules": outermost(halves)}
+
+    def factors_of(name: str) -> Factors:
+        A, B = (read(halves[name][half]).float().flatten(1) for half in "AB")
+        return Factors(A, B, scales[name])
+
+    def on_demand(keys: dict[str, str]) -> TensorsOnDemand:
+        return TensorsOnDemand({name: headers[key][0] for name, key in keys.items()}, lambda name: read(keys[name]))
+
+    sizes = {name: (B[0], A[0], math.prod(A[1:])) for name, (B, A) in shapes.items()}
+    layouts = {name: A[1:] for name, (_, A) in shapes.items() if len(A) > 2}
+    layouts |= {name: () for name, half in halves.items() if "lora_embedding_" in half["A"]}
+    dtype: Any = headers[next(iter(halves.values()))["A"]][1]
+    heads = {name: read(key) for name, key in saved.items() if is_head(name, config, halves)}
+    modules = on_demand({name: key for name, key in saved.items() if name not in heads})
+    factors = FactorsOnDemand(sizes, factors_of)
+    return LoraAdapter(
+        factors, heads, config, dtype, source, sha256, layouts, modules=modules, copies=on_demand(copies)
+    )
+
+
+def _has_own_wrappers(config: Mapping[str, Any], model: PeftModel | None) -> bool:
+    """Whether the base model has modules of its own that are called like a wrapper (LeViT's `module`).
+
+    A class that nobody here can build (PEFT writes its name where there is no task type) is no wrapper of torch's, so
+    its names are its own. Where nothing tells, they are a wrapper's.
+    """
+    base = base_of(model) if model is not None else model_of(config, config.get("base_model_name_or_path"))
+    if base is not None:
+        return not isinstance(base, PeftModel) and any(
+            is_doubtful(PREFIX + name) for name, _ in base.named_parameters()
+        )
+    auto = config.get("auto_mapping") or {}
+    library = str(auto.get("parent_library")).partition(".")[0]
+    return bool(auto.get("base_model_class")) and library not in ("torch", "deepspeed", "peft", "transformers")
+
+
+def _sorted_out(
+    config: Mapping[str, Any], headers: Mapping[str, Header], source: str, own: bool
+) -> tuple[dict[str, dict[str, str]], dict[str, str], dict[str, str], dict[str, str]]:
+    """{layer: {"A" or "B": key}}, and {parameter: key} of trained ones, frozen base weights, and trained ones again."""
+    modules, tied = saved_modules(config), bool(config.get("ensure_weight_tying"))
+    parts = {key: part_of(key, modules, tied, own) for key in headers}
+    halves: dict[str, dict[str, str]] = {}
+    for key, part in parts.items():
+        if part.kind == "lora" and len(headers[key][0]) >= 2:
+            _put(halves.setdefault(part.name, {}), part.half, key, source, f"layer {part.name!r}")
+    names = {part.adapter or "default" for part in parts.values() if part.kind == "lora"}
+    if len(names) > 1:
+        raise ValueError(f"{source} holds several adapters ({', '.join(sorted(names))}): save each into its own folder")
+    saved: dict[str, str] = {}
+    copies: dict[str, str] = {}
+    for key, part in parts.items():
+        if part.kind == "saved":
+            _put(saved, part.name, key, source, f"{part.name!r}")
+        elif part.kind == "base" or (part.kind == "bias" and _frozen(part, config, halves)):
+            _put(copies, part.name, key, source, f"{part.name!r}")
+    # PEFT writes a saved module three times where it saves embeddings, too; very old versions only in this place
+    duplicates = {part.name: key for key, part in parts.items() if part.kind == "duplicate" and part.name in saved}
+    saved |= {part.name: key for key, part in parts.items() if part.kind == "duplicate" and part.name not in saved}
+    biases = {name for name in copies if name.endswith(".bias")}
+    trains_biases = config.get("bias") in ("all", "lora_only")
+    if trains_biases and any(part.kind == "bias" or part.name in biases for part in parts.values()):
+        raise ValueError(f"{source} trained biases (bias={config['bias']!r}): {BAKE}")
+    known = set(copies) | set(saved)
+    unknown = [
+        f"{part.name} {headers[key][0]}"
+        for key, part in parts.items()
+        if part.kind == "unknown"
+        or (part.kind == "lora" and part.name not in halves)
+        or (part.kind == "bias" and part.name not in copies)
+    ]
+    strange = [name for name in copies if name.rpartition(".")[0] not in halves and not is_embedding(name)]
+    broken = [name for name, half in halves.items() if len(half) < 2 or not _fits(*(headers[half[h]][0] for h in "BA"))]
+    if unknown or broken or strange:
+        raise ValueError(
+            f"{source} is not plain LoRA; not understood: {', '.join(sorted(unknown + broken + strange)[:6])}"
+            f": merge plain LoRA adapters, or {BAKE}"
+        )
+    if not halves:
+        held = f" (it holds {', '.join(sorted(known)[:3])})" if known else ""
+        raise ValueError(f"{source} holds no lora_A and lora_B: it is empty{held}")
+    return halves, saved, copies, duplicates
+
+
+def _put(place: dict[str, str], name: str, key: str, source: str, what: str) -> None:
+    if name in place:
+        raise ValueError(f"{source} has {what} twice, as {place[name]!r} and as {key!r}: save the adapter again")
+    place[name] = key
+
+
+def _frozen(part: Part, config: Mapping[str, Any], halves: Mapping[str, Any]) -> bool:
+    """Whether a bias is a copy of the base model's, not a trained one."""
+    return config.get("bias") in (None, "none") and part.name.rpartition(".")[0] in halves
+
+
+def _fits(B: tuple[int, ...], A: tuple[int, ...]) -> bool:
+    """Whether B (o, r) or (o, r, 1, …) and A (r, n) or (r, channels, …) have a product."""
+    return B[1] == A[0] and math.prod(B[2:]) == 1 and len(B) == len(A)
+
+
+def _weight_hash(osrm: Any, source: str) -> str | None:
+    """The base weights' hash in what a manifest tells of OSRM; None where it tells none."""
+    provenance = osrm.get("provenance") if isinstance(osrm, Mapping) else None
+    found = provenance.get("weight_hash") if isinstance(provenance, Mapping) else None
+    if found is not None and not isinstance(found, str):
+        raise ValueError(f"{source} is damaged: weight_hash={found!r} must be text")
+    return found
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()

@@ -1,0 +1,336 @@
+"""LoraAdapter: {layer: Factors(A, B, s)}, heads and modules; written so that PEFT reads them, or attached."""
+
+import json
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from osrm_peft.adapters.config import CONFIG
+from osrm_peft.adapters.factors import Factors, FactorsOnDemand, TensorsOnDemand
+from osrm_peft.adapters.keys import (
+    PREFIX,
+    TASK_HEADS,
+    base_name,
+    below,
+    is_head,
+    outermost,
+    part_of,
+    saved_modules,
+    spelled,
+)
+from osrm_peft.adapters.layouts import fused_in, names_in
+from osrm_peft.io.places import new_file
+from osrm_peft.models.identity import located
+from osrm_peft.models.layers import weight_shape
+from osrm_peft.models.loading import head_width, load_base
+from osrm_peft.models.packaged import resolve_model
+
+WEIGHTS, HEADS = "adapter_model.safetensors", "heads"
+
+TARGETS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
+# in the config that we write
+_KEPT = ("base_model_name_or_path", "revision", "task_type", "auto_mapping", "fan_in_fan_out", *TARGETS)
+
+
+@dataclass
+class LoraAdapter:
+    """A plain LoRA adapter.
+
+    Attributes:
+        factors: {layer name in the base model: Factors}, float32; those of a folder are read when they are used.
+        heads: {parameter name in the base model: tensor} of the task's own head, such as a trained classifier.
+        config: the fields of `adapter_config.json`, PEFT's defaults where one is missing.
+        dtype: of the factors in the file; results are written in it.
+        source: the folder, Hub id or model that it came from.
+        sha256: of the weight file, None for a live model.
+        layouts: {layer: (channels, height, width) of a convolution's kernel, or () of an embedding}; no linear layers.
+        padded: the least rank to write, see `save_pretrained`.
+        modules: the same of modules of the pre-trained model that were trained whole (`modules_to_save`): `lm_head`,
+            `embed_tokens`, a norm; those of a folder are read when they are used.
+        copies: the same of frozen base weights that PEFT put into the file, since the vocabulary has new rows: loading
+            the adapter restores them.
+        weight_hash: of the base model's adapted layers (`fingerprint.weight_hash`), where OSRM's manifest tells it.
+        folder: where the adapter's files are on this machine, a tokenizer perhaps among them.
+        placed: its layers were renamed (`renamed`): a merge takes their names as they are.
+    """
+
+    factors: Mapping[str, Factors]
+    heads: dict[str, Tensor]
+    config: dict[str, Any]
+    dtype: torch.dtype = torch.float32
+    source: str = ""
+    sha256: str | None = None
+    layouts: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    padded: int = 1
+    modules: Mapping[str, Tensor] = field(default_factory=dict)
+    copies: Mapping[str, Tensor] = field(default_factory=dict)
+    weight_hash: str | None = None
+    folder: Path | None = None
+    placed: bool = False
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, int, int]]:
+        """{layer: (o, r, n)}, without reading a tensor from a file."""
+        if isinstance(self.factors, FactorsOnDemand):
+            return self.factors.shapes
+        return {name: (len(f.B), f.rank, f.A.shape[1]) for name, f in self.factors.items()}
+
+    @property
+    def base_model(self) -> str | None:
+        """Name or path of the base model, as the adapter's config has it."""
+        return self.config.get("base_model_name_or_path")
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write `adapter_config.json` and `adapter_model.safetensors` into `folder`: rank r everywhere, alpha = r.
+
+        Layers of lower rank are padded with zero directions, so any loader and server that takes rank r takes it.
+        """
+        tensors, config = self.state_dict(), self.peft_config().to_dict()
+        with new_file(Path(folder) / WEIGHTS) as path:
+            save_file(tensors, path, {"format": "pt"})
+        with new_file(Path(folder) / CONFIG) as path:
+            path.write_text(json.dumps(config, indent=2, sort_keys=True, default=list))
+
+    def peft_config(self) -> LoraConfig:
+        """The LoraConfig under which stock PEFT reproduces these factors."""
+        rank, saved = self.rank, [*self.heads, *self.modules]
+        fields: dict[str, Any] = {name: self.config.get(name) for name in _KEPT}
+        fields["base_model_name_or_path"] = located(self.base_model)
+        fields["fan_in_fan_out"] = bool(fields["fan_in_fan_out"])
+        known = [module for module in saved_modules(self.config) if any(map(below(module), saved))]
+        if not self.heads and fields["task_type"] in TASK_HEADS:  # PEFT would add (and re-initialise) a head of its own
+            fields["task_type"] = None
+        unnamed = [name for name in saved if not any(below(module)(name) for module in known)]
+        saved_whole = [*known, *dict.fromkeys(name.rpartition(".")[0] for name in unnamed)]
+        return LoraConfig(r=rank, lora_alpha=rank, modules_to_save=saved_whole or None, inference_mode=True, **fields)
+
+    def apart(self, whole: Iterable[str]) -> "LoraAdapter":
+        """The same with LoRA and modules trained whole kept apart: PEFT has one or the other on a layer.
+
+        A layer that is trained whole here has no LoRA. One that only other tasks have trained whole is left out of the
+        targets, by which PEFT would adapt it in its place.
+
+        Args:
+            whole: parameters that some task has trained whole.
+        """
+        own = {name.rpartition(".")[0] for name in (*self.heads, *self.modules)}
+        factors = {name: self.factors[name] for name in self.factors if name not in own}
+        others = sorted({name.rpartition(".")[0] for name in whole} - own - set(factors))
+        config, targets = self.config, self.config.get("target_modules")
+        every = isinstance(targets, str) and targets.lower() == "all-linear"
+        hit = others if every else [one for one in others if check_target_module_exists(_targets(config), one)]
+        if hit:
+            excluded = config.get("exclude_modules")
+            if isinstance(excluded, str):
+                config = config | {"exclude_modules": "|".join([f"(?:{excluded})", *map(re.escape, hit)])}
+            else:
+                config = config | {"exclude_modules": sorted({*(excluded or []), *hit})}
+        return replace(self, factors=factors, config=config)
+
+    @property
+    def rank(self) -> int:
+        """The largest rank of any layer, at least `padded`."""
+        return max([self.padded, *(rank for _, rank, _ in self.shapes.values())])
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The tensors as PEFT names them, in the adapter's dtype; s is folded into B (alpha = r)."""
+        tensors: dict[str, Tensor] = {}
+        rank = self.rank
+        for name, factors in self.factors.items():
+            pad = rank - factors.rank
+            A = torch.nn.functional.pad(factors.A, (0, 0, 0, pad))
+            B = torch.nn.functional.pad(factors.s * factors.B, (0, pad))
+            pair = {"A": A.to(self.dtype).contiguous(), "B": B.to(self.dtype).contiguous()}
+            if not pair["B"].isfinite().all():
+                raise ValueError(
+                    f"layer {name!r} overflows {self.dtype}: lower the scale, or give the adapters the dtype float32"
+                )
+            place = f"{PREFIX}{spelled(name, self.factors)}"
+            tensors |= {f"{place}.{key}": tensor for key, tensor in _as_peft(pair, self.layouts.get(name))}
+        for name, tensor in self.copies.items():
+            tensors[f"{PREFIX}{spelled(name, self.factors)}"] = tensor.clone().contiguous()
+        saved = {**self.heads, **self.modules}
+        return tensors | {f"{PREFIX}{name}": tensor.clone().contiguous() for name, tensor in saved.items()}
+
+    def attach(self, base: PreTrainedModel | str) -> PeftModel:
+        """A PeftModel of `base` with this adapter and its head, in eval mode.
+
+        Args:
+            base: the base model (its layers get wrapped, as PEFT does), or its name: then it is loaded with a head
+                of the right width (sequence classification or causal language models).
+
+        Raises:
+            ValueError: `base` lacks a layer, or its head or a trained module has another shape.
+        """
+        model = self.load_base_model(base) if isinstance(base, str) else base
+        if isinstance(model, PeftModel) or any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+            raise TypeError("the base model carries an adapter already: pass the model without it (`.unload()`)")
+        adapter = self._named_as_in(model)
+        adapter._check_fits(model)
+        config = adapter.peft_config()
+        config.base_model_name_or_path = None  # PEFT fills in this model's, and would warn of another
+        config.target_modules = outermost(adapter.factors)
+        config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
+        peft_model = get_peft_model(model, config)
+        result: Any = set_peft_model_state_dict(peft_model, adapter.state_dict())
+        lost = [key for key in result.missing_keys if part_of(key, ()).kind == "lora"] + list(result.unexpected_keys)
+        if lost:
+            raise ValueError(f"{type(model).__name__} and the adapter do not fit: {', '.join(sorted(lost)[:6])}")
+        return peft_model.eval()
+
+    def renamed(self, new: Callable[[str], str]) -> "LoraAdapter":
+        """The same adapter with other names for its layers and for the modules that it has trained.
+
+        Args:
+            new: from a name in the base model (a layer's or a parameter's) to another.
+        """
+        back = {new(name): name for name in self.factors}
+        if len(back) < len(self.factors):
+            raise ValueError(f"{self.source}: two layers would get one name")
+        shapes = {name: self.shapes[old] for name, old in back.items()}
+        layouts = {new(name): layout for name, layout in self.layouts.items()}
+        heads = {new(name): tensor for name, tensor in self.heads.items()}
+        factors = FactorsOnDemand(shapes, lambda name: self.factors[back[name]])
+        modules, copies = (_renamed(part, new) for part in (self.modules, self.copies))
+        return replace(self, factors=factors, layouts=layouts, heads=heads, modules=modules, copies=copies, placed=True)
+
+    def _named_as_in(self, model: PreTrainedModel) -> "LoraAdapter":
+        """The same with the names that its layers have in this model (in this version of transformers)."""
+        actual = {base_name(name): name for name, _ in model.named_modules()}
+        actual |= {base_name(name): name for name in tensors_of(model)}
+        actual |= {name: name for name in actual.values()}
+        names = [*self.factors, *self.heads, *self.modules, *self.copies]
+        lost = [name for name in names if name not in actual]
+        found = {} if not lost else names_in(model, [name for name in lost if name in self.factors])
+        if not found and all(actual.get(name, name) == name for name in names):
+            return self
+        return self.renamed(lambda name: actual.get(found.get(name, name), found.get(name, name)))
+
+    def _check_fits(self, model: PreTrainedModel) -> None:
+        """Before anything is wrapped: are the layers there, and have they, heads and modules the right shapes?"""
+        modules = dict(model.named_modules())
+        missing = sorted(set(self.factors) - set(modules))
+        fused = fused_in(model, missing) if missing else set()
+        if set(missing) - fused:
+            raise ValueError(
+                f"{type(model).__name__} lacks {len(missing)} of the {len(self.factors)} adapted layers: "
+                f"{', '.join(missing[:4])}; the adapter is of {self.base_model}"
+            )
+        parameters = {name: tuple(one.shape) for name, one in tensors_of(model).items()}
+        for name, wanted in {one: shape_in(part, one) for part in (self.copies, self.modules) for one in part}.items():
+            actual = parameters.get(name)
+            if actual is None:
+                raise ValueError(
+                    f"{type(model).__name__} has no {name!r}, which the adapter has trained; it is of {self.base_model}"
+                )
+            if actual != wanted:
+                remedy = "it is of another base model"
+                if actual[1:] == wanted[1:]:  # another vocabulary
+                    remedy = f"for its tokens call model.resize_token_embeddings({wanted[0]}) first"
+                raise ValueError(f"{name!r} has shape {actual} in the model and {wanted} in the adapter: {remedy}")
+        for name, (o, _, n) in self.shapes.items():
+            if name in fused:
+                continue
+            shape, actual_shape = (o, n), weight_shape(modules[name])
+            if actual_shape not in (None, shape):
+                raise ValueError(
+                    f"layer {name!r} is {actual_shape[0]}×{actual_shape[1]}, the adapter's is "
+                    f"{shape[0]}×{shape[1]}; the adapter is of {self.base_model}"
+                )
+        for name, tensor in self.heads.items():
+            if parameters.get(name) != tuple(tensor.shape):
+                labels = head_width(model, {key: tuple(tensor.shape) for key, tensor in self.heads.items()})
+                raise ValueError(
+                    f"the head {name!r} has shape {tuple(tensor.shape)}, the model's is {parameters.get(name)}: load "
+                    "the " + ("base model of the adapter" if labels is None else f"base model with num_labels={labels}")
+                )
+
+    def load_base_model(self, name: str) -> PreTrainedModel:
+        """The base model of this name, as this adapter needs it: of its task type, with a head of its width."""
+        task_type = self.config.get("task_type")
+        if self.heads and task_type == "SEQ_CLS":
+            shapes = {key: tuple(tensor.shape) for key, tensor in self.heads.items()}
+            return load_base(name, head_width(name, shapes))  # ours replaces the head
+        if task_type == "CAUSAL_LM":
+            return AutoModelForCausalLM.from_pretrained(resolve_model(name))
+        raise ValueError(
+            f"cannot tell which model class {name!r} needs for task_type={task_type!r}: "
+            "pass the loaded base model instead of its name"
+        )
+
+
+def save_head(adapter: LoraAdapter, path: Path) -> None:
+    """Write what a task has for itself (head, modules, copies of base weights), with what PEFT must know to load it."""
+    notes = {key: adapter.config.get(key) for key in ("modules_to_save", "task_type", "fan_in_fan_out")}
+    copies = {spelled(name, [name.rpartition(".")[0]]): one for name, one in adapter.copies.items()}
+    tensors = {**adapter.heads, **adapter.modules, **copies}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({key: one.clone().contiguous() for key, one in tensors.items()}, path, {"osrm_peft": json.dumps(notes)})
+
+
+def load_head(adapter: LoraAdapter, path: Path, layers: Collection[str]) -> LoraAdapter:
+    """The adapter with what `save_head` wrote for a task.
+
+    Args:
+        layers: the adapted ones.
+
+    Raises:
+        SafetensorError, KeyError, json.JSONDecodeError: it is damaged.
+    """
+    with safe_open(path, framework="pt") as file:
+        kept = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
+        config = adapter.config | json.loads((file.metadata() or {})["osrm_peft"])
+    copies = {key.replace(".base_layer.", "."): kept.pop(key) for key in list(kept) if ".base_layer." in key}
+    heads = {name: one for name, one in kept.items() if is_head(name, config, layers)}
+    modules = {name: one for name, one in kept.items() if name not in heads}
+    return replace(
+        adapter,
+        heads=heads,
+        config=config,
+        modules={**adapter.modules, **modules},
+        copies={**adapter.copies, **copies},
+    )
+
+
+def tensors_of(model: nn.Module) -> dict[str, Tensor]:
+    """{name: parameter or buffer} of a model, a shared one under each of its names."""
+    return {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
+
+
+def _as_peft(pair: dict[str, Tensor], layout: tuple[int, ...] | None) -> Iterator[tuple[str, Tensor]]:
+    """(name after the layer's, tensor) as PEFT has them for this kind of layer."""
+    for half, tensor in pair.items():
+        if layout == ():
+            yield f"lora_embedding_{half}", tensor
+        elif layout is None:
+            yield f"lora_{half}.weight", tensor
+        else:
+            shape = (len(tensor), *layout) if half == "A" else (*tensor.shape, *[1] * (len(layout) - 1))
+            yield f"lora_{half}.weight", tensor.reshape(shape)
+
+
+def shape_in(tensors: Mapping[str, Tensor], name: str) -> tuple[int, ...]:
+    """The shape of a tensor, which is not read for that."""
+    return tensors.shapes[name] if isinstance(tensors, TensorsOnDemand) else tuple(tensors[name].shape)
+
+
+def _renamed(tensors: Mapping[str, Tensor], new: Callable[[str], str]) -> TensorsOnDemand:
+    back = {new(name): name for name in tensors}
+    return TensorsOnDemand(
+        {name: shape_in(tensors, old) for name, old in back.items()}, lambda name: tensors[back[name]]
+    )
+
+
+def _targets(config: Mapping[str, Any]) -> LoraConfig:
+    fields: dict[str, Any] = {name: config.get(name) for name in TARGETS}
+    return LoraConfig(**fields)

@@ -1,0 +1,1 @@
+"""The command `osrm-peft`: a thin skin over the library's functions."""

@@ -1,0 +1,137 @@
+"""The commands around features: collect them, look into a file, project an adapter that is trained already."""
+
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from osrm_peft.cli.app import TaskOption, app, chosen, console, say
+
+if TYPE_CHECKING:  # the command's help need not wait for torch
+    from osrm_peft.features.task_features import TaskFeatures
+    from osrm_peft.training.recipe import Recipe
+
+features_app = typer.Typer(
+    invoke_without_command=True, help="Collect tasks' features, one file a task; or look into one."
+)
+app.add_typer(features_app, name="features")
+
+
+@features_app.callback()
+def features(
+    context: typer.Context,
+    config: Annotated[Path | None, typer.Option("--config", "-c", help="A recipe; flags go before it.")] = None,
+    task: TaskOption = None,
+    model: Annotated[str | None, typer.Option(help="Pre-trained model: Hub id, folder, or packaged.")] = None,
+    suite: Annotated[str | None, typer.Option(help="packaged, glue, or jsonl:FOLDER.")] = None,
+    target: Annotated[list[str] | None, typer.Option(help="A target module; repeat it. Default: PEFT's.")] = None,
+    statistic: Annotated[str | None, typer.Option(help="mean, sample or token.")] = None,
+    k: Annotated[int | None, typer.Option("-k", help="Samples a task.")] = None,
+    max_length: Annotated[int | None, typer.Option(help="Tokens a row is cut to.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Draws the samples.")] = None,
+    dtype: Annotated[str, typer.Option(help="Of the file: float32 or bfloat16.")] = "float32",
+    group_size: Annotated[int | None, typer.Option(help="Distinct inputs in memory at once. Default: all.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder: OUT/<task>.features.safetensors.")] = None,
+    overwrite: bool = False,
+) -> None:
+    """Collect the tasks' features on the pre-trained model, one file a task: from a recipe, or from flags alone."""
+    if context.invoked_subcommand is not None:
+        return
+    import torch
+    import transformers
+
+    from osrm_peft.checks import choice
+    from osrm_peft.distributed import start
+    from osrm_peft.features.task_features import TaskFeatures
+    from osrm_peft.io.places import check_file
+    from osrm_peft.training.recipe import Recipe
+
+    choice("dtype", dtype, ("float32", "bfloat16"))
+    given: dict[str, Any] = {"model": model, "suite": suite, "k": k, "max_length": max_length, "seed": seed}
+    given = {name: value for name, value in given.items() if value is not None}
+    if out is not None:
+        given["features"] = str(out)
+    if config is None and not {"model", "suite"} <= set(given):
+        raise ValueError("give a recipe (--config), or --model and --suite")
+    recipe = Recipe(**given) if config is None else replace(Recipe.from_yaml(config), **given)
+    if target:
+        recipe = replace(recipe, lora=recipe.lora | {"target_modules": target})
+    if statistic is not None:
+        recipe = replace(recipe, osrm=(recipe.osrm or {}) | {"statistic": statistic})
+    transformers.logging.set_verbosity_error()  # it warns of the head, which features do not need
+    base, processes = None, start()
+
+    def there(path: Path) -> bool:
+        if found := path.exists() and not overwrite:
+            _check_same(TaskFeatures.load(path), recipe)
+        return found
+
+    paths = {name: recipe.features_file(name) for name in chosen(task, recipe.task_names())}
+    for path in paths.values():
+        check_file(path)
+    for name, path in paths.items():
+        if processes.from_main(partial(there, path)):
+            say(f"{path} is there already (--overwrite makes it anew)")
+            continue
+        base = recipe.base(distributed=True) if base is None else base
+        found = recipe.collect(name, base=base, group_size=group_size, distributed=True)
+        processes.from_main(partial(found.save, path, getattr(torch, dtype)))
+        say(f"wrote {path}")
+
+
+def _check_same(found: "TaskFeatures", recipe: "Recipe") -> None:
+    """Is a file that is there already what is asked for?"""
+    from osrm_peft.hub.privacy import public_name
+    from osrm_peft.models.packaged import resolve_model
+
+    asked = {"statistic": (recipe.osrm or {}).get("statistic", found.statistic), "seed": recipe.seed}
+    asked |= {"base_model": public_name(resolve_model(recipe.model))}
+    wrong = [name for name, value in asked.items() if getattr(found, name) != value]
+    if wrong or found.k > recipe.k:
+        name = wrong[0] if wrong else "k"
+        value = asked.get(name, recipe.k)
+        raise ValueError(
+            f"{recipe.features_file(found.task)} is there already, with {name}={getattr(found, name)!r} and not "
+            f"{value!r}: --overwrite makes it anew, --out writes beside it"
+        )
+
+
+@features_app.command()
+def show(file: Annotated[str, typer.Argument(help="A features file, or a Hub repository with one.")]) -> None:
+    """What a features file is of, what it holds, and so what it reveals."""
+    from osrm_peft.cli.tables import features_tables
+    from osrm_peft.features.file import features_file
+    from osrm_peft.features.task_features import TaskFeatures
+
+    for table in features_tables(TaskFeatures.load(file), features_file(file)):
+        console.print(table)
+
+
+@app.command()
+def project(
+    adapter: Annotated[str, typer.Argument(help="The trained adapter: folder or Hub id.")],
+    features: Annotated[list[str], typer.Option(help="Features of another task; repeat it.")],
+    out: Annotated[Path, typer.Option(help="Folder for the projected adapter.")],
+    own: Annotated[str | None, typer.Option(help="Features of the adapter's own task.")] = None,
+    keep: Annotated[
+        float | None, typer.Option(help="Share of the own effect to keep. Default: the paper's way.")
+    ] = None,
+    null_space: Annotated[str, typer.Option(help="random or in_task: who chooses where others are quiet.")] = "random",
+    protect: Annotated[str | None, typer.Option(help="Strongest directions to avoid: number, or share (0.9).")] = None,
+    seed: Annotated[int, typer.Option(help="Of the random choice.")] = 0,
+) -> None:
+    """OSRM after the fact: keep a trained adapter away from the other tasks' features (paper §5.4)."""
+    from osrm_peft.io.manifest import check_replaceable
+    from osrm_peft.io.yaml import parse_yaml
+    from osrm_peft.osrm.project import project_adapter
+
+    check_replaceable(out, "adapter")
+    choice: dict[str, Any] = {"null_space": null_space, "protect": parse_yaml(protect or "null"), "seed": seed}
+    projection = project_adapter(adapter, features, in_task=own, keep=keep, progress=True, **choice)
+    projection.save_pretrained(out)
+    mean = projection.mean()
+    parts = [f"{name.replace('_', ' ')} {value:.3g}" for name, value in mean.items()]
+    least = min(layer.energy_kept for layer in projection.layers.values())
+    say(f"wrote {out}: means over {len(projection.layers)} layers: {', '.join(parts)}; least energy kept {least:.3g}")

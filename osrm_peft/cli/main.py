@@ -1,0 +1,218 @@
+"""The command `osrm-peft`: a thin skin over the library's functions."""
+
+import re
+import sys
+import traceback
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from osrm_peft.checks import is_fault
+from osrm_peft.cli import checkpoints, features, merge, report  # noqa: F401 (their commands)
+from osrm_peft.cli.app import (
+    ConfigOption,
+    SuiteOption,
+    TaskOption,
+    app,
+    chosen,
+    console,
+    escape_messages,
+    one_line,
+    say,
+    values,
+)
+
+
+@app.command()
+def train(
+    config: ConfigOption,
+    task: TaskOption = None,
+    out: Annotated[Path, typer.Option(help="Folder for the adapters: OUT/<task>.")] = Path("results/adapters"),
+    overwrite: bool = False,
+) -> None:
+    """Train one adapter a task. Several processes: `accelerate launch … -m osrm_peft train`, the same options."""
+    from osrm_peft.io.manifest import read_manifest
+    from osrm_peft.io.places import check_folder
+    from osrm_peft.training.recipe import Recipe
+
+    recipe = Recipe.from_yaml(config)
+    names = chosen(task, recipe.task_names())
+    for name in names:
+        check_folder(out / name)
+    for name in names:
+        if read_manifest(out / name).get("kind") == "adapter" and not overwrite:
+            say(f"{out / name} is there already (--overwrite makes it anew)")
+            continue
+        say(f"wrote {recipe.train(name, out / name, overwrite=overwrite)}")
+
+
+@app.command()
+def evaluate(
+    adapter: Annotated[str, typer.Argument(help="A merged folder, or one adapter's folder or Hub id.")],
+    suite: SuiteOption = "packaged",
+    task: TaskOption = None,
+    model: Annotated[str | None, typer.Option(help="Base model. Default: the one the adapter names.")] = None,
+    rows: Annotated[int | None, typer.Option(help="Validation rows a task. Default: all.")] = None,
+    max_length: int = 128,
+    out: Annotated[Path | None, typer.Option(help="Write the scores to this JSON file.")] = None,
+    save: Annotated[bool, typer.Option("--save", help="Put the scores into the folder's manifest and card.")] = False,
+) -> None:
+    """Score an adapter on a suite's tasks: a merged one with each task's head, a single one on its own task.
+
+    Under `accelerate launch … -m osrm_peft` the processes share the rows.
+    """
+    from osrm_peft.adapters.load import load_adapter
+    from osrm_peft.distributed import local_device, start
+    from osrm_peft.evaluation.evaluate import evaluate_task
+    from osrm_peft.evaluation.tables import MultiTaskTable, Score
+    from osrm_peft.hub.card import check_own_files, model_card, record_scores
+    from osrm_peft.hub.sources import local_folder
+    from osrm_peft.io.json import write_json
+    from osrm_peft.io.manifest import MANIFEST, read_manifest, versions
+    from osrm_peft.io.places import check_file
+    from osrm_peft.merging.emr_adapter import MaskedAdapter
+    from osrm_peft.models.loading import load_tokenizer
+    from osrm_peft.tasks.suites import load_task
+
+    if out is not None:
+        check_file(out)
+    folder = local_folder(adapter, ["*.json", "*.safetensors", "heads/*.safetensors"])
+    manifest = read_manifest(folder)
+    model_card(manifest)  # a damaged one shows here
+    merged = manifest.get("kind") in ("merged", "emr") and isinstance(manifest.get("inputs"), dict)
+    masked = MaskedAdapter.from_pretrained(folder) if manifest.get("kind") == "emr" else None
+    names = task or (list(manifest["inputs"]) if merged else [manifest["task"]] if "task" in manifest else None)
+    if names is None:
+        raise ValueError(f"{adapter} does not say which task it is for: name it with --task")
+    if save and (not manifest or not Path(adapter).is_dir()):
+        raise ValueError(f"--save writes the scores into a folder of ours, with {MANIFEST}; {adapter} is none")
+    if save:
+        check_own_files(folder)
+    scores, records, processes = [], [], start()
+    for name in names:
+        rows_of_task = load_task(suite, name).sample(validation=rows)
+        if masked is not None:
+            base = model or manifest.get("base_model") or ""
+            with_task: Any = masked.load(base, name)
+        else:
+            loaded = load_adapter(folder, head=name if merged else None)
+            base = model or manifest.get("base_model") or loaded.base_model or ""
+            with_task = loaded.attach(base)
+        tokenizer, with_task = load_tokenizer(base), with_task.to(local_device())
+        value = evaluate_task(with_task, rows_of_task, tokenizer, max_length=max_length, distributed=True)
+        method, scale = (str(manifest.get("method")), manifest.get("scale")) if merged else ("individual", None)
+        scores.append(Score(Path(adapter).name, method, scale, 0, name, value))
+        records.append(
+            {"task": name, "metric": rows_of_task.metric, "value": value, "split": "validation"}
+            | {"rows": len(rows_of_task.validation), "dataset": "nyu-mll/glue" if suite == "glue" else None}
+        )
+    console.print(MultiTaskTable.of(scores).terminal(f"Scores in percent on {suite}"))
+    if save and processes.main:
+        record_scores(folder, records)
+    if out is not None and processes.main:
+        settings = {
+            "adapter": adapter,
+            "suite": suite,
+            "model": model,
+            "rows": rows,
+            "max_length": max_length,
+        }
+        found = {score.task: score.score for score in scores}
+        write_json(out, {"scores": found, "settings": settings, "manifest": manifest, "versions": versions()})
+
+
+@app.command()
+def push(
+    folder: Annotated[Path, typer.Argument(help="An adapter, a merge (adapter or model), or a features file.")],
+    repo: Annotated[str, typer.Argument(help="user/name on the Hub; made if it is not there.")],
+    public: Annotated[bool, typer.Option("--public", help="Make a public repository. Default: private.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch; made if it is not there. Default: main.")] = None,
+    pr: Annotated[bool, typer.Option("--pr", help="Open a pull request.")] = False,
+    message: Annotated[str | None, typer.Option(help="Of the commit.")] = None,
+) -> None:
+    """Push to the Hub, with a model card, as one commit. The token is that of `hf auth login`, or HF_TOKEN."""
+    from osrm_peft.hub.push import push_to_hub
+
+    address = push_to_hub(folder, repo, private=not public, revision=revision, create_pr=pr, commit_message=message)
+    say(f"pushed {folder} to {address}")
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Results folder.")] = Path("results/demo"),
+    seeds: Annotated[int, typer.Option(min=1, max=1000, help="Sets of adapters; more than one shows the spread.")] = 1,
+    osrm: Annotated[list[str] | None, typer.Option(help="NAME=VALUE of OSRMLoraConfig, for the OSRM adapters.")] = None,
+) -> None:
+    """Everything once, on a real small model and six real tasks that need no network."""
+    import warnings
+
+    import transformers
+
+    from osrm_peft.demo.run import OSRM, run_demo
+
+    warnings.filterwarnings("ignore", category=FutureWarning)  # transformers' own, about its own names
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        run_demo(out, seeds=range(42, 42 + seeds), osrm=OSRM | values(osrm), console=console)
+    except KeyboardInterrupt:
+        say(f"interrupted; what is finished lies in {out}: run the same command to go on")
+        raise typer.Exit(130) from None
+
+
+@app.command()
+def env() -> None:
+    """Print versions and machine, for an issue. No path, name of a user or address is among them."""
+    import os
+    import platform
+    from importlib.metadata import PackageNotFoundError, version
+
+    import torch
+
+    from osrm_peft.io.manifest import versions
+
+    facts: dict[str, object] = dict(versions())
+    for name in ("deepspeed", "trl", "bitsandbytes"):
+        try:
+            facts[name] = version(name)
+        except PackageNotFoundError:
+            facts[name] = "not installed"
+    cuda = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    facts |= {
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "CPUs": f"{os.cpu_count()}, {torch.get_num_threads()} threads for torch",
+        "GPUs": ", ".join(torch.cuda.get_device_name(place) for place in range(cuda)) or "none",
+    }
+    for name, value in facts.items():
+        say(f"- {name}: {value}")
+
+
+def main() -> None:
+    """Run the command; an error is one line, not a traceback."""
+    escape_messages()
+    try:
+        app()
+    except BaseException as error:
+        if not is_fault(error):
+            raise
+        Console(stderr=True).print(f"[bold red]error:[/bold red] {escape(told(error))}", soft_wrap=True)
+        sys.exit(2)
+
+
+def told(error: BaseException) -> str:
+    """What went wrong, on one line, and what to do; where no check foresaw it, in which command and line of ours."""
+    text = one_line(error) or type(error).__name__
+    if isinstance(error, MemoryError) or re.search("out of memory|can't allocate memory|not enough memory", text):
+        return f"{_command()}: out of memory ({text[:200]}): free some, or ask for less (fewer rows, a lower rank)"
+    if isinstance(error, ValueError | TypeError | OSError) and type(error).__name__ != "LinAlgError":
+        return text
+    ours = [one for one in traceback.extract_tb(error.__traceback__) if "osrm_peft" in Path(one.filename).parts]
+    place = f" at {Path(ours[-1].filename).name}:{ours[-1].lineno}" if ours else ""
+    return f"{_command()}: {type(error).__name__}{place}: {text[:500]}"
+
+
+def _command() -> str:
+    return one_line(" ".join(["osrm-peft", *sys.argv[1:2]]))

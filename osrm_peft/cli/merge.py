@@ -1,0 +1,170 @@
+"""The commands around merging: merge, interference, statistics."""
+
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from osrm_peft.cli.app import ConfigOption, TaskOption, app, chosen, console, pairs, say, sources, values
+from osrm_peft.io.yaml import parse_yaml
+
+AdaptersArgument = Annotated[
+    list[str] | None, typer.Argument(help="Adapters, as TASK=FOLDER or TASK=user/name (or just FOLDER).")
+]
+StatisticsOption = Annotated[list[str] | None, typer.Option(help="TASK=FILE for fisher and regmean; repeat it.")]
+FeaturesOption = Annotated[list[str] | None, typer.Option(help="TASK=FILE of the pre-trained model; repeat it.")]
+
+
+@app.command()
+def merge(
+    adapters: AdaptersArgument = None,
+    out: Annotated[Path, typer.Option(help="Folder of the merged adapter.")] = Path("results/merged"),
+    config: Annotated[Path | None, typer.Option("--config", "-c", help="A merge recipe; flags go before it.")] = None,
+    method: Annotated[
+        str | None, typer.Option("--method", "-m", help="See the README's table. Default: average.")
+    ] = None,
+    weight: Annotated[list[str] | None, typer.Option(help="TASK=NUMBER; repeat it.")] = None,
+    weights: Annotated[str | None, typer.Option(help="features or features_global: chosen by --features.")] = None,
+    option: Annotated[list[str] | None, typer.Option("--option", "-o", help="NAME=VALUE of the method.")] = None,
+    scale: Annotated[
+        list[str] | None,
+        typer.Option(help="λ, or features. Default: the method's paper's. Repeat it for a sweep: OUT/scale_<λ>."),
+    ] = None,
+    space: Annotated[str | None, typer.Option(help="auto, weight, core or knots.")] = None,
+    rank: Annotated[str | None, typer.Option(help="Largest rank of the result, or serving. Default: exact.")] = None,
+    modules: Annotated[
+        str | None,
+        typer.Option(
+            help="Of modules trained whole (lm_head, embeddings, norms): average, per_task, error, or the task whose "
+            "they are. Default: the average."
+        ),
+    ] = None,
+    base_model: Annotated[
+        str | None, typer.Option(help="The base model, where the adapters name it differently.")
+    ] = None,
+    statistics: StatisticsOption = None,
+    features: FeaturesOption = None,
+    seed: Annotated[int | None, typer.Option(help="Of methods that draw (dare).")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything, say what would be merged, stop.")
+    ] = False,
+) -> None:
+    """Merge LoRA adapters into one, with each task's head beside it. The base model is not read."""
+    from osrm_peft.cli.tables import plan_tables
+    from osrm_peft.distributed import start
+    from osrm_peft.io.manifest import check_replaceable, read_manifest
+    from osrm_peft.merging.emr_adapter import MaskedAdapter
+    from osrm_peft.merging.merge import execute
+    from osrm_peft.merging.recipe import MergeRecipe
+
+    if weight and weights:
+        raise ValueError("give --weight TASK=NUMBER or --weights features, not both")
+    recipe = MergeRecipe() if config is None else MergeRecipe.from_yaml(config)
+    scales = [parse_yaml(text) for text in scale or []]
+    flags: dict[str, Any] = {
+        "adapters": sources(adapters),
+        "method": method,
+        "options": recipe.options | values(option) if option else None,
+        "weights": values(weight) or weights,
+        "scale": scales[0] if len(scales) == 1 else scales or None,
+        "space": space,
+        "rank": None if rank is None else parse_yaml(rank),
+        "modules": modules,
+        "base_model": base_model,
+        "statistics": pairs(statistics) or None,
+        "features": pairs(features) or None,
+        "seed": seed,
+    }
+    recipe = replace(recipe, **{name: value for name, value in flags.items() if value not in (None, {})})
+    scales_to_write = recipe.scales()
+    sweep = len(scales_to_write) > 1
+    foreign = [entry.name for entry in out.glob("*") if not entry.name.startswith("scale_")] if sweep else []
+    if foreign:
+        raise FileExistsError(f"{out} holds {foreign[0]}, so no sweep is written into it: name a new folder")
+    folders = {one: out / f"scale_{one!r}" if sweep else out for one in scales_to_write}
+    for folder in folders.values():
+        check_replaceable(folder, "emr" if recipe.method == "emr" else "merged")
+    plan = recipe.plan()
+    if dry_run:
+        for table in plan_tables(plan):
+            console.print(table)
+        for one, folder in folders.items():
+            say(f"would write {folder}" + (f" at λ = {one!r}" if sweep else ""))
+        return
+    processes = start()
+    merged = execute(plan, processes, progress=True)
+    for one, folder in folders.items() if processes.main else ():
+        scaled = merged if len(folders) == 1 else merged.at_scale(one)
+        scaled.save_pretrained(folder)
+        if isinstance(scaled, MaskedAdapter):
+            say(f"wrote {folder}: one shared vector, masks and scales of {len(scaled.tasks)} tasks")
+        else:
+            written = read_manifest(folder)
+            kept = min(written["energy_kept"].values())
+            say(f"wrote {folder}: rank {written['written_rank']}, energy kept per layer at least {kept:.4f}")
+            for one_rank, energy in written.get("serving", {}).items():
+                say(f"  at rank {one_rank} the worst layer keeps {energy:.4f} of its energy")
+
+
+@app.command()
+def interference(
+    adapters: Annotated[list[str], typer.Argument(help="Adapters, as TASK=FOLDER or just FOLDER.")],
+    features: FeaturesOption = None,
+    base: Annotated[
+        str | None, typer.Option(help="Pre-trained model to compare with. Default: each task's own adapter.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for interference.json and .png.")] = Path("results/interference"),
+) -> None:
+    """Before merging: how strongly each adapter acts on the other tasks' features."""
+    from osrm_peft.evaluation.interference import interference as measure
+    from osrm_peft.evaluation.plots import plot_interference
+    from osrm_peft.evaluation.tables import interference_table
+    from osrm_peft.io.json import write_json
+    from osrm_peft.io.manifest import versions
+    from osrm_peft.io.places import check_file
+    from osrm_peft.models.loading import load_base
+
+    for name in ("interference.json", "interference.png"):
+        check_file(out / name)
+    named, files = sources(adapters), pairs(features)
+    model = None if base is None else load_base(base, 2)
+    found = measure(named, files, base=model, progress=True)
+    settings = {"adapters": named, "features": files, "base": base}
+    write_json(out / "interference.json", found.to_dict() | {"settings": settings, "versions": versions()})
+    plot_interference({"adapters": found}, out / "interference.png")
+    console.print(interference_table(found))
+    say(f"wrote {out}/interference.json and {out}/interference.png")
+
+
+@app.command()
+def statistics(
+    config: ConfigOption,
+    kind: Annotated[str, typer.Option(help="gram (for regmean) or fisher.")],
+    adapters: Annotated[Path, typer.Option(help="Folder of the adapters: ADAPTERS/<task>.")] = Path("results/adapters"),
+    out: Annotated[Path, typer.Option(help="Folder of the files: OUT/<task>.<kind>.safetensors.")] = Path(
+        "results/statistics"
+    ),
+    task: TaskOption = None,
+    rows: Annotated[int, typer.Option(min=1, help="Training rows a task.")] = 1000,
+    overwrite: bool = False,
+) -> None:
+    """Collect what RegMean and Fisher merging need, on the fine-tuned models: one file a task."""
+    from osrm_peft.checks import choice
+    from osrm_peft.distributed import start
+    from osrm_peft.io.places import check_file
+    from osrm_peft.training.recipe import STATISTIC_KINDS, Recipe
+
+    choice("kind", kind, STATISTIC_KINDS)
+    recipe, processes = Recipe.from_yaml(config), start()
+    paths = {name: out / f"{name}.{kind}.safetensors" for name in chosen(task, recipe.task_names())}
+    for path in paths.values():
+        check_file(path)
+    for name, path in paths.items():
+        if processes.from_main(path.exists) and not overwrite:
+            say(f"{path} is there already (--overwrite makes it anew)")
+            continue
+        found = recipe.collect_statistics(kind, name, adapters / name, k=rows, distributed=True)
+        processes.from_main(partial(found.save, path))
+        say(f"wrote {path}")

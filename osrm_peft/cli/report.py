@@ -1,0 +1,19 @@
+"""The command around results: report."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from osrm_peft.cli.app import app, say
+
+
+@app.command()
+def report(
+    results: Annotated[list[str], typer.Argument(help="Results folders, searched through; or their JSON files.")],
+    out: Annotated[Path, typer.Option(help="The page, one file that needs no network.")] = Path("results/report.html"),
+) -> None:
+    """Browse results: one HTML page of scores, interference, spectra, drift and merged folders."""
+    from osrm_peft.evaluation.page import write_report
+
+    say(f"wrote {out}: {write_report(results, out).summary()}")

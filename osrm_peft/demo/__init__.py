@@ -1,0 +1,1 @@
+"""The demo: adapters, merges, scores and a report from one command."""

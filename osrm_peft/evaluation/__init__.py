@@ -1,0 +1,1 @@
+"""Scores, interference and spectra; their tables, plots and page."""

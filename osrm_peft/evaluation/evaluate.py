@@ -1,0 +1,100 @@
+"""Scores: a model's predictions on a task, measured by the task's metric through `evaluate`."""
+
+from functools import cache
+from pathlib import Path
+
+import evaluate
+import numpy as np
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+from transformers import DataCollatorWithPadding
+
+from osrm_peft.checks import printable
+from osrm_peft.distributed import ALONE, Processes
+from osrm_peft.tasks.task import METRICS, Task, tokenize
+
+
+def evaluate_task(
+    model: nn.Module,
+    task: Task,
+    tokenizer,
+    *,
+    batch_size: int = 64,
+    max_length: int = 128,
+    progress: bool = True,
+    distributed: bool = False,
+) -> float:
+    """Score of `model` on the task's validation rows.
+
+    Args:
+        model: takes the tokenizer's columns and returns `.logits` of shape (b, task.num_labels). It is put back into
+            the mode that it was in.
+        distributed: all processes of torch.distributed call this, each with the model, and share the rows.
+
+    Returns:
+        The task's metric: accuracy in [0, 1]; Matthews, or the mean of Pearson and Spearman, in [−1, 1].
+
+    Raises:
+        ValueError: the head's width is not the task's.
+    """
+    rows = tokenize(task.validation, tokenizer, max_length)
+    bar = f"evaluate {printable(task.name)}" if progress else None
+    processes = Processes.of(distributed)
+    return score(task, predict(model, rows, tokenizer, processes, batch_size=batch_size, progress=bar))
+
+
+def predict(
+    model: nn.Module,
+    rows: Dataset,
+    tokenizer,
+    processes: Processes = ALONE,
+    *,
+    batch_size: int = 64,
+    progress: str | None = None,
+) -> Tensor:
+    """(N, C) logits in the order of `rows`; batches hold rows of like length, so little padding is computed."""
+    by_length = np.argsort([-len(tokens) for tokens in rows["input_ids"]], kind="stable")
+    order = np.array(processes.share(by_length.tolist()), dtype=np.int64)
+    columns = [name for name in rows.column_names if name != "labels"]
+    loader = DataLoader(
+        rows.select_columns(columns).select(order),
+        batch_size=batch_size,
+        collate_fn=DataCollatorWithPadding(tokenizer),
+    )
+    device = next(model.parameters()).device
+    training = model.training
+    model.eval()
+    logits = []
+    try:
+        with torch.no_grad():
+            for batch in tqdm(loader, desc=progress, disable=progress is None or not processes.main, leave=False):
+                logits.append(model(**batch.to(device)).logits.float().cpu())
+    finally:
+        model.train(training)
+    parts = processes.gather((order, torch.cat(logits) if logits else None))
+    orders, found = zip(*[part for part in parts if part[1] is not None], strict=True)
+    return torch.cat(found)[torch.from_numpy(np.argsort(np.concatenate(orders)))]
+
+
+def score(task: Task, logits: Tensor) -> float:
+    """The task's metric of (N, C) logits against its validation labels."""
+    if logits.shape[1] != task.num_labels:
+        raise ValueError(
+            f"the model's head has {logits.shape[1]} outputs, task {task.name!r} needs {task.num_labels}: "
+            "load the adapter with this task's head"
+        )
+    if logits.isnan().any():
+        raise ValueError(f"the model's predictions on task {task.name!r} are NaN: is the adapter or its scale sound?")
+    predictions = logits[:, 0] if task.num_labels == 1 else logits.argmax(1)
+    references = task.validation["label"]
+    return float(_metric(task.metric).compute(predictions=predictions.tolist(), references=list(references))["score"])
+
+
+@cache
+def _metric(name: str) -> evaluate.EvaluationModule:
+    if name not in METRICS:
+        raise ValueError(f"unknown metric {name!r}: choose from {', '.join(METRICS)}")
+    return evaluate.load(str(Path(__file__).parent.parent / "tasks/metric"), name)

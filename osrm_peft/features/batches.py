@@ -1,0 +1,120 @@
+"""Batches of a loader, cut to the samples that are wanted and shared among processes."""
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from accelerate.data_loader import DataLoaderDispatcher, DataLoaderShard
+from torch import Tensor
+from torch.utils.data import DistributedSampler, RandomSampler
+from tqdm.auto import tqdm
+
+from osrm_peft.distributed import Processes
+from osrm_peft.features.padding import Positions, find_positions
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A batch as the model takes it, cut to the samples that are wanted.
+
+    Attributes:
+        inputs: without labels.
+        labels: the batch's labels, if it has them.
+        positions: where its samples are.
+        count: how many they are.
+        counts: False where it only keeps this process in step with the others, who have samples left.
+    """
+
+    inputs: dict[str, Any]
+    labels: Tensor | None
+    positions: Positions
+    count: int
+    counts: bool = True
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same batch there, as tensors whose changes are counted (those of inference mode are not)."""
+
+        def moved(value: Any) -> Any:
+            value = value.clone() if isinstance(value, Tensor) and value.is_inference() else value
+            return value.to(device) if isinstance(value, Tensor) else value
+
+        positions = replace(self.positions, keep=moved(self.positions.keep), samples=moved(self.positions.samples))
+        inputs = {key: moved(value) for key, value in self.inputs.items()}
+        return replace(self, inputs=inputs, labels=moved(self.labels), positions=positions)
+
+
+def check_rereadable(loader: Any, why: str) -> None:
+    """Raise ValueError if the loader gives other samples each time it is read."""
+    if isinstance(loader, Iterator) or isinstance(getattr(loader, "sampler", None), RandomSampler):
+        raise ValueError(f"{why}: give a DataLoader without shuffle, or a list of batches")
+
+
+def samples(
+    loader: Iterable[Mapping[str, Any]], k: int, processes: Processes, *, task: str, what: str, progress: bool
+) -> Iterator[Batch]:
+    """This process' batches, of at most k samples over all processes; each gets equally many batches.
+
+    Raises:
+        ValueError: the loader is split over processes already; or at the end, if there was no sample, or processes had
+            different ones.
+    """
+    if processes.count > 1:
+        check_rereadable(loader, "several processes share the samples of one loader, which must be the same everywhere")
+        if isinstance(loader, (DataLoaderShard, DataLoaderDispatcher)) or isinstance(
+            getattr(loader, "sampler", None), DistributedSampler
+        ):
+            raise ValueError(
+                f"the loader of task {task!r} is split over the processes already (accelerator.prepare, or a "
+                "DistributedSampler), which may repeat samples: give the loader as it was before, it is shared out here"
+            )
+    seen, waiting, digest = 0, [], hashlib.sha256()
+    with tqdm(total=k, desc=what, unit="sample", disable=not progress or not processes.main) as bar:
+        for given in loader:
+            batch = _cut(given, k - seen)
+            if batch.count == 0:
+                continue
+            seen += batch.count
+            if processes.count > 1:
+                sums = {
+                    key: float(value.double().sum()) for key, value in batch.inputs.items() if isinstance(value, Tensor)
+                }
+                digest.update(repr((batch.count, sums)).encode())
+            waiting.append(batch)
+            if len(waiting) == processes.count or seen >= k:
+                yield _mine(waiting, processes)
+                waiting = []
+            bar.update(batch.count)
+            if seen >= k:
+                break
+        if waiting:
+            yield _mine(waiting, processes)
+    everyone = processes.gather((seen, digest.hexdigest()))
+    if len(set(everyone)) > 1:
+        counts = [count for count, _ in everyone]
+        raise ValueError(
+            f"the processes' loaders of task {task!r} gave {counts} samples, or other ones: all must read the same"
+        )
+    if seen == 0:
+        raise ValueError(f"the loader of task {task!r} gave no sample: is its dataset empty?")
+
+
+def _mine(batches: list[Batch], processes: Processes) -> Batch:
+    """This process' batch of at most one each; the last again, not to be counted, where there are too few."""
+    return batches[processes.rank] if processes.rank < len(batches) else replace(batches[-1], counts=False)
+
+
+def _cut(batch: Mapping[str, Any], most: int) -> Batch:
+    """The first `most` samples of a batch."""
+    if not isinstance(batch, Mapping):
+        raise TypeError(f"the loader must give dicts as the model takes them, got a {type(batch).__name__}")
+    tensors = {key: value for key, value in batch.items() if isinstance(value, Tensor) and value.dim() > 0}
+    # Other tensors may be longer: cu_seq_lens of packed rows, the patches of all images.
+    main = [key for key in tensors if key in ("input_ids", "inputs_embeds", "attention_mask")] or list(tensors)
+    rows = max((len(tensors[key]) for key in main), default=0)
+    of_rows = {key for key, value in tensors.items() if len(value) == rows and not key.startswith("cu_seq_lens")}
+    cut = {key: value[:most] if key in of_rows else value for key, value in tensors.items()}
+    inputs = {key: value for key, value in {**batch, **cut}.items() if key not in ("label", "labels")}
+    positions, count = find_positions(inputs, min(rows, most), most)
+    return Batch(inputs, cut.get("labels", cut.get("label")), positions, count)

@@ -1,0 +1,227 @@
+"""TaskFeatures: what one task shows the others, its safetensors file, and whether it fits a model."""
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+
+from osrm_peft.checks import integer, kind, task_name
+from osrm_peft.features.file import SUFFIX, FileMoments, MomentsOnDemand, features_file, part_shapes, parts_of
+from osrm_peft.features.moments import FeatureMoments
+from osrm_peft.hub.push import push_to_hub
+from osrm_peft.io.places import new_file
+from osrm_peft.io.tensors import features_header, write_tensors
+from osrm_peft.io.yaml import check_fields
+from osrm_peft.models.fingerprint import counts_all_rows, embedding_hash, hash_of, sampled_weights
+from osrm_peft.models.layers import base_name, base_of, input_width
+
+_FORMAT = 4  # 2 has `adapted`; 3 the tokenizer, and second moments as triangles; 4 a hash of the embedding apart
+
+
+@dataclass
+class TaskFeatures:
+    """What one task shows the others: {layer name: FeatureMoments}, and what they were made from.
+
+    Layers that receive the very same tensor (query, key and value of one block) share one FeatureMoments object.
+
+    Attributes:
+        task: the task's name.
+        base_model: name or path of the pre-trained model.
+        weight_hash: `fingerprint.weight_hash` of that model over these layers.
+        vocabulary, embedding_hash: how many rows its input embedding has, and `fingerprint.embedding_hash` of these; a
+            model with more, new ones behind them is the same. None where it has none, and in files of earlier formats.
+        statistic: `"mean"`, `"sample"` or `"token"`, see FeatureMoments.
+        k: how many samples were seen.
+        seed: the seed that drew the samples, for the record.
+        reference: padding was counted in, as the released OSRM code does.
+        adapted: the inputs of the fine-tuned model (`collect_gram`), not of the pre-trained one.
+        adapter_sha256: of the weight file of the adapter that the fine-tuned model had, where it is known.
+        tokenizer, tokenizer_hash: name of the tokenizer that made the samples, and `tokenizer_hash` of it, if known.
+        layers: the moments, in model order; those of a file are read when they are used.
+    """
+
+    task: str
+    base_model: str
+    weight_hash: str
+    statistic: str
+    k: int = 0
+    seed: int | None = None
+    reference: bool = False
+    adapted: bool = False
+    adapter_sha256: str | None = None
+    tokenizer: str | None = None
+    tokenizer_hash: str | None = None
+    vocabulary: int | None = None
+    embedding_hash: str | None = None
+    layers: Mapping[str, FeatureMoments] = field(default_factory=dict)
+
+    def same_input(self) -> dict[str, str]:
+        """{layer: the first layer that receives the same tensor}, without reading a file's tensors."""
+        if isinstance(self.layers, FileMoments):
+            return self.layers.same_input
+        leaders: dict[int, str] = {}
+        return {name: leaders.setdefault(id(moments), name) for name, moments in self.layers.items()}
+
+    def widths(self) -> dict[str, int]:
+        """{layer: n, its input width}, without reading a file's tensors."""
+        if isinstance(self.layers, FileMoments):
+            return {name: self.layers.widths[leader] for name, leader in self.layers.same_input.items()}
+        return {name: moments.width for name, moments in self.layers.items()}
+
+    def save(self, path: str | Path, dtype: torch.dtype = torch.float32) -> None:
+        """Write one safetensors file, a layer at a time.
+
+        Per distinct input: the mean and, as collected, the sample means, or the lower triangle of the second moment.
+
+        Args:
+            dtype: float32, or bfloat16 for half the size: 8 bits a number, so directions with less than about a
+                thousandth of the strongest one's energy are lost in rounding.
+
+        Raises:
+            ValueError: another dtype.
+        """
+        if dtype not in (torch.float32, torch.bfloat16):
+            raise ValueError(f"dtype={dtype} of a features file must be torch.float32 or torch.bfloat16")
+        same_input, counts = self.same_input(), {}
+        shapes: dict[str, tuple[int, ...]] = {}
+        leaders = list(dict.fromkeys(same_input.values()))
+        for name in leaders:
+            moments = self.layers[name]
+            counts[name] = moments.count
+            shapes |= {f"{name}.{part}": shape for part, shape in part_shapes(moments).items()}
+        header = {key: value for key, value in vars(self).items() if key != "layers"}
+        header |= {"format": _FORMAT, "counts": counts, "same_input": same_input}
+        tensors = (
+            (f"{name}.{part}", tensor) for name in leaders for part, tensor in parts_of(self.layers[name]).items()
+        )
+        with new_file(path) as partial:
+            write_tensors(partial, shapes, dtype, tensors, {"format": "pt", "osrm_peft": json.dumps(header)})
+
+    def push_to_hub(self, repo_id: str, **arguments: Any) -> str:
+        """Push the file and a card, see `push.push_to_hub`; a repository may hold the files of several tasks."""
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / f"{task_name(self.task)}{SUFFIX}"
+            self.save(path)
+            return push_to_hub(path, repo_id, **arguments)
+
+    @classmethod
+    def load(cls, source: str | Path) -> "TaskFeatures":
+        """Read a file written by `save`, here or on the Hub; its tensors are read when they are used.
+
+        Args:
+            source: a file; or on the Hub `owner/name`, `owner/name@revision`, and where that repository holds
+                several features files, `owner/name[@revision]:FILE`.
+
+        Raises:
+            FileNotFoundError: neither a file nor a Hub repository with one.
+            ValueError: not a features file, or of a newer format.
+        """
+        path = features_file(source)
+        try:
+            header = features_header(path)
+            if integer("format", header["format"], 1) > _FORMAT:
+                raise ValueError(f"format {header['format']}, this osrm_peft reads up to {_FORMAT}: upgrade it")
+            counts, same_input = header.pop("counts"), header.pop("same_input")
+            del header["format"]
+            if "layers" in header or not isinstance(counts, dict) or not isinstance(same_input, dict):
+                raise ValueError("counts and same_input in its header must be mappings")
+            for name, leader in same_input.items():
+                kind(f"same_input of {name!r}", leader, str)
+            check_fields("its header", header, cls)
+            integer("k", header["k"], 0)
+            if header.get("vocabulary") is not None:
+                integer("vocabulary", header["vocabulary"], 1)
+            return cls(**header, layers=MomentsOnDemand(path, header["statistic"], counts, same_input))
+        except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"{source} is not a features file, or damaged ({type(error).__name__}: {error}): "
+                "write it with `osrm-peft features`"
+            ) from error
+
+    def check_fits(
+        self,
+        model: nn.Module,
+        layers: Iterable[str],
+        tokenizer: Any = None,
+        sampled: Mapping[str | int, bytes] | None = None,
+    ) -> None:
+        """Check that these features are of `model` (and `tokenizer`) and hold all of `layers`, at the right widths.
+
+        Args:
+            sampled: the model's `fingerprint.sampled_weights`, with those of this file's layers and `vocabulary`; None:
+                they are read here.
+
+        Raises:
+            ValueError: names the task, all layers that are missing or differ in width, or both models or tokenizers.
+        """
+        layers = list(layers)
+        base, whose = base_of(model), f"the features of task {self.task!r} (of {self.base_model})"
+        if self.adapted:
+            raise ValueError(
+                f"the features of task {self.task!r} are of its fine-tuned model (collect_gram, for RegMean): "
+                "collect them on the pre-trained model with collect_features"
+            )
+        missing = sorted(set(layers) - set(self.layers))
+        if missing:
+            raise ValueError(
+                f"{whose} lack {len(missing)} of the {len(layers)} adapted layers: "
+                f"{', '.join(missing[:4])}{' …' if len(missing) > 4 else ''}; "
+                "collect them again with the adapter's target_modules"
+            )
+        widths, actual_widths = self.widths(), {name: input_width(name, base.get_submodule(name)) for name in layers}
+        wrong = [name for name in layers if widths[name] != actual_widths[name]]
+        if wrong:
+            raise ValueError(
+                f"{whose} have width {widths[wrong[0]]} "
+                f"at {wrong[0]!r}, the model has {actual_widths[wrong[0]]}: they are of another base model"
+            )
+        foreign = sorted(set(self.layers) - set(dict(base.named_modules())))
+        if foreign:
+            raise ValueError(
+                f"the features of task {self.task!r} are of {self.base_model}, another architecture: "
+                f"{base_name(base)} has no layer {foreign[0]!r}"
+            )
+        self._check_weights(base, sampled_weights(base, self.layers, self.rows()) if sampled is None else sampled)
+        given = None if tokenizer is None else tokenizer_hash(tokenizer)
+        if None not in (given, self.tokenizer_hash) and given != self.tokenizer_hash:
+            raise ValueError(
+                f"the features of task {self.task!r} were collected with the tokenizer {self.tokenizer} "
+                f"({self.tokenizer_hash}), but this one is {tokenizer.name_or_path} ({given}): "
+                "collect them with the tokenizer that the adapter is trained with"
+            )
+
+    def rows(self) -> list[int]:
+        """Of how many rows of the input embedding the hash is known."""
+        return [] if self.vocabulary is None else [self.vocabulary]
+
+    def _check_weights(self, base: nn.Module, sampled: Mapping[str | int, bytes]) -> None:
+        actual, collected = hash_of(sampled, self.layers, like=self.weight_hash), self.weight_hash
+        if actual == collected and self.vocabulary is not None:
+            # A vocabulary cut since then says nothing: the layers decide.
+            found, expected = embedding_hash(sampled, self.vocabulary), self.embedding_hash
+            actual, collected = (actual, collected) if found is None else (f"{found}", f"{expected}")
+        if actual != collected:
+            resized = (
+                ". (The file is of an earlier version, which took a base whose embedding was resized for another one: "
+                "if that is all, collect again)"
+            )
+            raise ValueError(
+                f"the features of task {self.task!r} were collected on {self.base_model} (weights {collected}), "
+                f"but this model is {base_name(base)} (weights {actual}): collect them on the same pre-trained model"
+                + (resized if counts_all_rows(self.weight_hash) else "")
+            )
+
+
+def tokenizer_hash(tokenizer: Any) -> str | None:
+    """16 hexadecimal digits over the vocabulary and special tokens; None for what is no tokenizer."""
+    if not hasattr(tokenizer, "get_vocab"):
+        return None
+    content = [sorted(tokenizer.get_vocab().items()), sorted(map(str, tokenizer.all_special_tokens))]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]

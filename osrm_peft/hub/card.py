@@ -1,0 +1,263 @@
+"""The model card of what we write: a function of its manifest and of nothing else."""
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub.utils import HFValidationError, validate_repo_id
+from jinja2 import Environment, PackageLoader, TemplateError
+
+from osrm_peft.hub.privacy import public, public_name
+from osrm_peft.io.json import write_json
+from osrm_peft.io.manifest import MANIFEST, read_manifest
+from osrm_peft.io.places import check_file, new_file
+
+OSRM = "OSRM (Zhang & Zhou, ACL 2025), arXiv:2505.22934"
+REPO = "USER/NAME"  # where a card does not know its repository
+_LIBRARIES = {"adapter": "peft", "merged": "peft", "checkpoint": "transformers"}
+_PIPELINES = {  # {PEFT's task type: (the Hub's name, transformers' class)}
+    "SEQ_CLS": ("text-classification", "AutoModelForSequenceClassification"),
+    "TOKEN_CLS": ("token-classification", "AutoModelForTokenClassification"),
+    "CAUSAL_LM": ("text-generation", "AutoModelForCausalLM"),
+    "SEQ_2_SEQ_LM": ("text-generation", "AutoModelForSeq2SeqLM"),
+    "QUESTION_ANS": ("question-answering", "AutoModelForQuestionAnswering"),
+    "FEATURE_EXTRACTION": ("feature-extraction", "AutoModel"),
+}
+_METRICS = {"matthews": "matthews_correlation"}  # the Hub's names
+_RECIPE = ("base_model", "method", "options", "scale", "weights", "space", "rank", "seed", "statistics", "features")
+_FACTS = {
+    "method": "method", "scale": "scale λ", "space": "space", "seed": "seed", "written_rank": "rank as written",
+    "vocab": "vocabulary", "train_rows": "training rows",
+}  # fmt: skip
+_SETTINGS = ("statistic", "null_space", "in_task", "protect", "keep", "freeze_a", "osrm_seed")
+
+
+class _Plain(str):
+    """Text that goes into a card as it is."""
+
+
+def write_manifest(folder: str | Path, manifest: Mapping[str, Any]) -> None:
+    """Write a folder's manifest, and its card `README.md`."""
+    card = str(model_card(manifest))
+    write_json(Path(folder) / MANIFEST, manifest)
+    with new_file(Path(folder) / "README.md") as path:
+        path.write_text(card, encoding="utf-8", errors="backslashreplace")  # of paths
+
+
+def record_scores(folder: str | Path, scores: list[dict[str, Any]]) -> None:
+    """Put scores into a folder's manifest and card, in place of earlier ones of the same tasks.
+
+    Args:
+        scores: {"task", "metric", "value"} each, and where known "split", "rows" and "dataset" (its Hub id).
+
+    Raises:
+        ValueError: the folder has no manifest.
+    """
+    manifest = read_manifest(folder)
+    if not manifest:
+        raise ValueError(f"{folder} has no {MANIFEST} that could hold scores: osrm_peft did not write it")
+    check_own_files(folder)
+    tasks = {score["task"] for score in scores}
+    model_card(manifest)  # a damaged one shows here
+    kept = [score for score in manifest.get("scores") or [] if score["task"] not in tasks]
+    write_manifest(folder, manifest | {"scores": kept + scores})
+
+
+def check_own_files(folder: str | Path) -> None:
+    """Can manifest and card of this folder be written anew?
+
+    Raises:
+        ValueError: they are links out of it, as in the Hub's cache, whose files others share.
+        FileExistsError, PermissionError: see `check_file`.
+    """
+    for name in (MANIFEST, "README.md"):
+        if not check_file(Path(folder) / name).is_relative_to(Path(folder).resolve()):
+            raise ValueError(
+                f"{Path(folder) / name} is a link out of its folder: copy the folder (of the Hub's cache: download "
+                "with local_dir=…), and write there"
+            )
+
+
+def model_card(manifest: Mapping[str, Any]) -> ModelCard:
+    """The card of an adapter, a merged adapter, an EMR merge, a merged checkpoint or features.
+
+    No folder of this machine is in it, and what comes from files is escaped.
+
+    Args:
+        manifest: what `osrm_peft.json` holds; its `repo_id` is where it was pushed to.
+
+    Raises:
+        ValueError: it is not what we write: a field of another kind.
+    """
+    try:
+        return _model_card(manifest)
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError, RecursionError, TemplateError) as error:
+        raise ValueError(
+            f"the manifest {MANIFEST} is damaged ({type(error).__name__}: {error}): write it anew"
+        ) from error
+
+
+def _model_card(manifest: Mapping[str, Any]) -> ModelCard:
+    about, base = public(dict(manifest)), public_name(manifest.get("base_model"))
+    inputs, task_type = list(about.get("inputs") or {}), about.get("task_type")
+    auto = _PIPELINES.get(str(task_type), ("", "AutoModel"))[1]
+    labels = f", num_labels={int(about['num_labels'])}" if about.get("num_labels") and task_type == "SEQ_CLS" else ""
+    name = base if base and base != "packaged" else "BASE_MODEL"
+    repo = about.get("repo_id") or REPO
+    files = list(about.get("files") or {}) if about.get("kind") == "features" else []
+    recipe: dict[str, Any] = {
+        "adapters": {task: one.get("source", "") for task, one in (about.get("inputs") or {}).items()}
+    }
+    recipe |= {key: about[key] for key in _RECIPE if about.get(key) not in (None, {})}
+    if all(_weight(about.get("weights"), task) == 1 for task in inputs):
+        recipe.pop("weights", None)
+    recipe |= {"scale": "features"} if about.get("scale_of_layers") else {}
+    recipe |= {"modules": about["modules_policy"]} if about.get("modules_policy") else {}
+    environment = Environment(loader=PackageLoader("osrm_peft.hub", "."), finalize=_shown, keep_trailing_newline=True)
+    body = environment.get_template("model_card.md").render(
+        about=about,
+        base=base,
+        osrm=OSRM,
+        set_by_osrm=_is_osrm(about),
+        by_name=task_type in ("SEQ_CLS", "CAUSAL_LM"),
+        title=_title(about),
+        code=_code,
+        link=_link,
+        repo=repr(repo),
+        base_name=repr(base or name),
+        load_base=f"from transformers import {auto}\n\nbase = {auto}.from_pretrained({name!r}{labels})\n",
+        head=f", head={inputs[0]!r}" if inputs and task_type == "SEQ_CLS" else "",
+        first_task=repr(inputs[0]) if inputs else "task",
+        features="\n".join(f"TaskFeatures.load({f'{repo}:{file}'!r})" for file in files),
+        facts=list(_facts(about)),
+        weights={task: _weight(about.get("weights"), task) for task in inputs},
+        recipe=yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True) if about.get("kind") == "merged" else "",
+        versions=", ".join(f"{library} {version}" for library, version in (about.get("versions") or {}).items()),
+    )
+    body = re.sub(r"\n{3,}", "\n\n", body)
+    return ModelCard(f"---\n{_metadata(about, base).to_yaml()}\n---\n\n{body}")
+
+
+def escaped(text: object) -> str:
+    """Text that Markdown and HTML show as it is, on one line."""
+    line = "".join(char for char in " ".join(str(text).split()) if char.isprintable())
+    return re.sub(r"([\\`*_{}\[\]<>|#~!&$])", r"\\\1", line)
+
+
+def _shown(value: object) -> object:
+    return value if isinstance(value, _Plain) else "" if value is None else escaped(value)
+
+
+def _code(text: str, language: str = "python") -> _Plain:
+    """A code block that its own content cannot end."""
+    ticks = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
+    return _Plain(f"{ticks}{language}\n{text.strip()}\n{ticks}")
+
+
+def _link(base: str) -> _Plain:
+    if base == "packaged":
+        return _Plain("the packaged all-MiniLM-L6-v2")
+    return _Plain(f"[{escaped(base)}](https://huggingface.co/{base})" if _is_repository(base) else escaped(base))
+
+
+def _metadata(about: dict[str, Any], base: str | None) -> ModelCardData:
+    kind, pipeline = about.get("kind"), _PIPELINES.get(str(about.get("task_type")), ("", ""))[0]
+    merge = kind in ("merged", "emr", "checkpoint")
+    tags = ["osrm_peft", *(["lora"] if kind in ("adapter", "merged", "emr") else [])]
+    tags += ["osrm"] if _is_osrm(about) or about.get("projected") else []
+    tags += ["merge", str(about.get("method"))] if merge else ["features"] if kind == "features" else []
+    fields: dict[str, Any] = {"library_name": _LIBRARIES.get(str(kind), "osrm_peft"), "tags": tags}
+    models = [base] if base and _is_repository(base) else []
+    if kind == "checkpoint":
+        found = (_repository(one.get("source")) for one in (about.get("inputs") or {}).values())
+        models = [name for name in dict.fromkeys(found) if name]
+    if models and kind != "features":
+        fields["base_model"] = models[0] if len(models) == 1 else models
+        fields["base_model_relation"] = "merge" if kind == "checkpoint" else "adapter"
+    scores = about.get("scores") or []
+    datasets = dict.fromkeys(score["dataset"] for score in scores if score.get("dataset"))
+    fields |= {"pipeline_tag": pipeline, "datasets": list(datasets)}
+    fields["model_name"] = (about.get("repo_id") or _title(about)).split("/")[-1] if scores else None
+    fields["eval_results"] = [
+        EvalResult(
+            task_type=pipeline or "text-classification",
+            dataset_type=score.get("dataset") or score["task"],
+            dataset_name=score["task"],
+            dataset_config=score["task"] if score.get("dataset") else None,
+            dataset_split=score.get("split"),
+            metric_type=_METRICS.get(score["metric"], score["metric"]),
+            metric_value=score["value"],
+        )
+        for score in scores
+    ]
+    return ModelCardData(**{key: value for key, value in fields.items() if value})
+
+
+def _title(about: dict[str, Any]) -> str:
+    kind, tasks = about.get("kind"), ", ".join(about.get("inputs") or {})
+    if kind in ("merged", "emr", "checkpoint"):
+        return f"{about.get('method')} merge of {'models' if kind == 'checkpoint' else 'LoRA adapters'}: {tasks}"
+    if kind == "features":
+        return f"Task features: {', '.join(one['task'] for one in about.get('files', {}).values())}"
+    how = "OSRM-projected LoRA" if about.get("projected") else "OSRM LoRA" if _is_osrm(about) else "LoRA"
+    return f"{how} adapter" + (f": {about['task']}" if about.get("task") else "")
+
+
+def _is_osrm(about: dict[str, Any]) -> bool:
+    """Whether OSRM set A (an OSRMLoraConfig alone does not)."""
+    return bool((about.get("osrm") or {}).get("initialized"))
+
+
+def _weight(weights: Any, task: str) -> object:
+    found = weights.get(task, "") if isinstance(weights, dict) else weights
+    if isinstance(found, dict):
+        return found["*"] if set(found) == {"*"} else "by layer"
+    return found
+
+
+def _facts(about: dict[str, Any]) -> Iterator[tuple[str, object]]:
+    """(what, value) lines of how it was made."""
+    yield from ((name, about[key]) for key, name in _FACTS.items() if about.get(key) is not None)
+    yield from ((f"option {name}", value) for name, value in (about.get("options") or {}).items())
+    fates = about.get("modules") or {}
+    for fate in dict.fromkeys(fates.values()):
+        names = [name for name, one in fates.items() if one == fate]
+        yield f"modules: {fate}", ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+    if about.get("energy_kept"):
+        yield "energy kept", f"at least {min(about['energy_kept'].values()):.6g} in every layer"
+    for rank, kept in (about.get("serving") or {}).items():
+        yield f"energy that rank {rank} would keep", f"{kept:.6g} in the worst layer"
+    for key in ("statistics", "features"):
+        sources = about.get(key)
+        yield from ((f"{key} of {task}", one) for task, one in (sources if isinstance(sources, dict) else {}).items())
+    osrm, projected = about.get("osrm") or {}, about.get("projected") or {}
+    settings, provenance = osrm.get("settings") or projected, osrm.get("provenance") or projected
+    shown = {name: settings[name] for name in _SETTINGS if settings.get(name) is not None}
+    shown |= {"protect": "all directions"} if settings.get("protect", 0) is None and "keep" not in shown else {}
+    yield from ((f"OSRM {name}", value) for name, value in shown.items())
+    others = [one["task"] for one in provenance.get("out_of_task") or [] if isinstance(one, dict)]
+    if others:
+        yield "kept away from", ", ".join(others)
+    if about.get("kind") == "features":
+        for file, one in about["files"].items():
+            yield file, f"{one['task']}, statistic {one['statistic']}, {one['k']} rows, weights {one['weight_hash']}"
+    if about.get("command"):
+        yield "command", about["command"]
+
+
+def _repository(source: object) -> str | None:
+    """The Hub repository of a pinned source."""
+    repo, _, revision = str(source).partition("@")
+    return repo if re.match(r"[0-9a-f]{40}", revision) and _is_repository(repo) else None
+
+
+def _is_repository(name: str) -> bool:
+    """Whether it can be the name of a Hub repository with an owner (a folder's last part cannot)."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return "/" in name

@@ -1,0 +1,229 @@
+"""push_to_hub: what we wrote, with its card, as one commit; nothing local but its content goes along."""
+
+import json
+import re
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, hf_hub_download
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError
+
+from osrm_peft.hub.card import model_card
+from osrm_peft.hub.privacy import public, public_name
+from osrm_peft.io.json import read_object
+from osrm_peft.io.manifest import CONTENTS, MANIFEST, read_manifest
+from osrm_peft.io.tensors import features_header, tensor_headers
+
+_FEATURES = ("task", "base_model", "weight_hash", "statistic", "k", "seed")  # of a features file's header
+_CONFIGS = (CONFIG_NAME, "config.json", "tokenizer_config.json")
+_NAMES = ("base_model_name_or_path", "_name_or_path", "name_or_path", "special_tokens_map_file", "tokenizer_file")
+
+
+def push_to_hub(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    private: bool = True,
+    revision: str | None = None,
+    create_pr: bool = False,
+    commit_message: str | None = None,
+) -> str:
+    """Push an adapter, a merged adapter, an EMR merge, a merged checkpoint or a features file to the Hub, with a card.
+
+    One commit: a push that is interrupted changes nothing, and is simply made again. Weights, heads, configuration,
+    manifest and card go; what else lies in the folder stays. Folders of this machine are cut from their texts. The
+    token is the one that `huggingface_hub` has (`hf auth login`, or HF_TOKEN).
+
+    Args:
+        folder: what `save_pretrained`, `train_task`, `merge_checkpoints` or `TaskFeatures.save` wrote, or an adapter
+            that stock PEFT wrote. Features files of several tasks can share a repository.
+        repo_id: `user/name`; made if it is not there.
+        private: of a repository that is made.
+        revision: the branch; made from `main` if it is not there.
+        create_pr: open a pull request instead of committing.
+        commit_message: of the commit.
+
+    Returns:
+        The address of the commit or the pull request.
+
+    Raises:
+        ValueError: no repository name, or nothing that can be pushed.
+        FileNotFoundError: no such folder, or one of its files is missing.
+        HfHubHTTPError: the Hub refused (401: log in; 403: no right to write).
+    """
+    folder = Path(folder)
+    try:
+        validate_repo_id(repo_id)
+    except (HFValidationError, TypeError) as error:
+        raise ValueError(f"repo_id={repo_id!r} is no name of a repository, such as user/name: {error}") from error
+    if create_pr and revision is not None:
+        raise ValueError(f"a pull request has a branch of its own: give create_pr or revision={revision!r}, not both")
+    files, manifest = _contents(folder)
+    model_card(manifest)  # a damaged manifest shows here
+    message = commit_message or f"Push {manifest['kind']} with osrm_peft"
+    try:
+        return _commit(HfApi(), repo_id, files, manifest, private, revision, create_pr, message)
+    except (OSError, ValueError):
+        raise  # among them HfHubHTTPError, which tells what the Hub has to say
+    except Exception as error:  # of the client's transport
+        raise OSError(f"the Hub cannot be reached ({type(error).__name__}: {error}): push again") from error
+
+
+def _commit(
+    api: HfApi,
+    repo_id: str,
+    files: dict[str, Path],
+    manifest: dict[str, Any],
+    private: bool,
+    revision: str | None,
+    create_pr: bool,
+    message: str,
+) -> str:
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id  # with its owner's name
+    if revision is not None:
+        api.create_branch(repo_id, branch=revision, exist_ok=True)
+    head = str(api.repo_info(repo_id, revision=revision).sha)
+    there = set(api.list_repo_files(repo_id, revision=head))
+    known = _manifest_there(repo_id, head) if MANIFEST in there else {}
+    features = manifest["kind"] == "features"
+    if known and (known.get("kind") == "features") != features:
+        raise ValueError(f"{repo_id} holds {known.get('kind')}, this is {manifest['kind']}: name another repository")
+    if features:
+        manifest["files"] = _told(known, there) | manifest["files"]
+    manifest = public(manifest) | {"repo_id": repo_id, "base_model": public_name(manifest.get("base_model"))}
+    contents: dict[str, Any] = dict(files) | {"README.md": str(model_card(manifest)).encode()}
+    manifest["pushed"] = sorted({*contents, MANIFEST, *(manifest["files"] if features else ())})
+    contents[MANIFEST] = json.dumps(manifest, indent=2, ensure_ascii=False).encode()
+    contents |= {name: _public_config(files[name]) for name in files if Path(name).name in _CONFIGS}
+    operations: list[CommitOperationAdd | CommitOperationDelete] = [
+        CommitOperationAdd(name, one if isinstance(one, bytes) else str(one)) for name, one in contents.items()
+    ]
+    before = known.get("pushed")
+    stale = there & {*map(str, before if isinstance(before, list) else ())} - {*manifest["pushed"]}
+    operations += [CommitOperationDelete(name) for name in sorted(stale)]
+    commit = api.create_commit(
+        repo_id, operations, commit_message=message, revision=revision, create_pr=create_pr, parent_commit=head
+    )
+    return str(commit.pr_url if create_pr else commit.commit_url)
+
+
+class Pushable:
+    """`push_to_hub` of what has `save_pretrained`."""
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write it."""
+        raise NotImplementedError
+
+    def push_to_hub(self, repo_id: str, **arguments: Any) -> str:
+        """Push it as it would be saved, see `push.push_to_hub` for the arguments; returns the commit's address."""
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(Path(folder) / "pushed")
+            return push_to_hub(Path(folder) / "pushed", repo_id, **arguments)
+
+
+def _contents(folder: Path) -> tuple[dict[str, Path], dict[str, Any]]:
+    """{name in the repository: file}, and the manifest."""
+    if folder.is_file() and folder.name.endswith(".safetensors"):
+        return {folder.name: folder}, {"kind": "features", "files": {folder.name: _about_features(folder)}}
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no folder or features file {folder}")
+    manifest = read_manifest(folder)
+    if not manifest and (folder / CONFIG_NAME).is_file():
+        manifest = _of_peft(folder)
+    kind = manifest["kind"] = str(manifest.get("kind"))
+    if kind in CONTENTS:
+        names = list(_names(folder, kind))
+        needed = {"emr.safetensors"} if kind == "emr" else {CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME}
+    elif kind == "checkpoint":
+        names = [str(name) for name in manifest.get("files") or [] if name not in ("README.md", MANIFEST)]
+        needed = set(names)
+    else:
+        raise ValueError(
+            f"{folder} is nothing that osrm_peft or PEFT wrote (no {MANIFEST}, no {CONFIG_NAME}): give the folder "
+            "of an adapter or a merge, or a features file"
+        )
+    found = {name: _inside(folder, name) for name in names}
+    if not found:
+        raise ValueError(f"{folder / MANIFEST} names no files: write the model again")
+    missing = sorted(name for name in needed if not (folder / name).is_file())
+    if missing:
+        raise FileNotFoundError(f"{folder} lacks {missing[0]}: write it again")
+    return found, manifest
+
+
+def _of_peft(folder: Path) -> dict[str, Any]:
+    """The manifest of an adapter that stock PEFT wrote."""
+    config = read_object(folder / CONFIG_NAME)
+    if config.get("peft_type") != "LORA":
+        raise ValueError(f"{folder} is a {config.get('peft_type')} adapter: only LoRA adapters are pushed")
+    manifest = {"kind": "adapter", "base_model": config.get("base_model_name_or_path")}
+    manifest["task_type"] = config.get("task_type")
+    weights = _inside(folder, SAFETENSORS_WEIGHTS_NAME)
+    shapes = {name: shape for name, (shape, _) in (tensor_headers(weights) if weights.is_file() else {}).items()}
+    heads = {name: shape for name, shape in shapes.items() if ".lora_" not in name and shape}
+    return manifest | ({"num_labels": heads[last_layer(heads)][0]} if heads else {})
+
+
+def _names(folder: Path, kind: str) -> Iterator[str]:
+    for name in sorted(CONTENTS[kind] - {"README.md", MANIFEST}):
+        path = folder / name
+        found = sorted(path.glob("*.safetensors")) if path.is_dir() else [path] if path.is_file() else []
+        yield from (one.relative_to(folder).as_posix() for one in found)
+
+
+def _inside(folder: Path, name: str) -> Path:
+    """The file of this name, refused if it lies outside the folder."""
+    path = folder / name
+    if not name or not path.resolve().is_relative_to(folder.resolve()):
+        raise ValueError(
+            f"{name!r} of {folder} is no file in its folder, but leads out of it: copy what is to be pushed into one "
+            "folder (of the Hub's cache: download with local_dir=…)"
+        )
+    return path
+
+
+def _about_features(path: Path) -> dict[str, Any]:
+    """What the manifest tells of a features file."""
+    try:
+        header = features_header(path)
+        return {name: header[name] for name in _FEATURES}
+    except (SafetensorError, KeyError, ValueError) as error:
+        raise ValueError(
+            f"{path} is no features file, or damaged ({error}): give what TaskFeatures.save wrote"
+        ) from error
+
+
+def _manifest_there(repo_id: str, revision: str) -> dict[str, Any]:
+    """The manifest in the repository; empty where it is not one of ours."""
+    try:
+        return read_object(Path(hf_hub_download(repo_id, MANIFEST, revision=revision)))
+    except ValueError:
+        return {}
+
+
+def _told(known: dict[str, Any], names: set[str]) -> dict[str, Any]:
+    """What the repository's manifest tells of the features files that are there."""
+    files = known.get("files")
+    told = files.items() if isinstance(files, dict) else ()
+    return {name: one for name, one in told if name in names and isinstance(one, dict) and {*_FEATURES} <= {*one}}
+
+
+def _public_config(path: Path) -> bytes:
+    """A configuration without the folders that its models lie in."""
+    config = read_object(path)
+    shown = {name: public_name(one) for name, one in config.items() if name in _NAMES and isinstance(one, str)}
+    return json.dumps(config | shown, indent=2, sort_keys=True, ensure_ascii=False).encode()
+
+
+def last_layer(heads: Iterable[str]) -> str:
+    """Of a head's parameters, by their names, one that is as wide as there are labels: see `loading.head_width`.
+
+    That is one of PEFT's own names for it (classifier, score), and of its last layer (classifier.out_proj); neither
+    pre_classifier nor what is saved beside it (ModernBERT's head, an embedding).
+    """
+    return max(heads, key=lambda name: (bool(re.search(r"(^|\.)(classifier|score|classification_head)\.", name)), name))

@@ -1,0 +1,1 @@
+"""Bytes on disk: complete or absent, and what says how they were made. Knows no model."""

@@ -1,0 +1,140 @@
+"""osrm_peft.json, which says how a folder of ours was made, and folders that are written whole or not at all."""
+
+import importlib.metadata
+import platform
+import shlex
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from osrm_peft import checks
+from osrm_peft.io.json import read_object
+from osrm_peft.io.places import beside, check_folder, put_in_place
+
+MANIFEST = "osrm_peft.json"  # in every folder of ours: how it was made
+# {kind in the manifest: all names that such a folder of ours may hold}; a checkpoint's manifest lists its own
+CONTENTS = {
+    "adapter": {"adapter_config.json", "adapter_model.safetensors", "README.md", MANIFEST},
+    "emr": {"emr.safetensors", "README.md", MANIFEST, "heads"},
+    "merged": {"adapter_config.json", "adapter_model.safetensors", "README.md", MANIFEST, "heads"},
+}
+
+_FIELDS = {
+    "kind": str, "base_model": str, "task": str, "task_type": str, "method": str, "inputs": dict, "options": dict,
+    "files": list | dict, "scores": list, "log": list, "versions": dict, "energy_kept": dict, "serving": dict,
+    "scale": int | float, "num_labels": int, "crc32": dict,
+}  # fmt: skip
+
+
+@contextmanager
+def new_folder(path: str | Path, kind: str) -> Iterator[Path]:
+    """A temporary folder beside `path`, renamed to it when the block ends without an error.
+
+    Args:
+        kind: `"adapter"`, `"merged"` or `"emr"`, as the manifest in the folder will say.
+
+    Raises:
+        FileExistsError: see `check_replaceable`.
+    """
+    path = check_replaceable(path, kind)  # of a link, the folder behind it is replaced
+    with beside(path) as folder:
+        partial = folder / path.name
+        partial.mkdir()
+        yield partial
+        put_in_place(partial, check_replaceable(path, kind))  # as it is by now
+
+
+def check_replaceable(path: str | Path, kind: str) -> Path:
+    """Refuse a path that holds anything but an earlier result of the same kind, whole and nothing else.
+
+    Returns:
+        The path, links resolved.
+
+    Raises:
+        FileExistsError: `path` or one of its parents is no folder (`check_folder`), or the folder holds something else.
+        PermissionError: see `check_folder`.
+    """
+    path = check_folder(path)
+    around = [path.is_mount() and "a file system of its own", _runs_in(path) and "the folder that this runs in"]
+    for what in filter(None, around):
+        raise FileExistsError(f"{path} is {what}, which no other can take the place of: name a folder in it")
+    if not path.is_dir() or not any(path.iterdir()):
+        return path
+    manifest = read_manifest(path)
+    if manifest.get("kind") != kind:
+        raise FileExistsError(
+            f"{path} exists and is not a folder that osrm_peft wrote as {kind!r} (its {MANIFEST} would say so): "
+            "name a new folder, or remove it yourself"
+        )
+    ours = set(manifest.get("files") or []) if kind not in CONTENTS else CONTENTS[kind]
+    ours |= {f"heads/{task}.safetensors" for task in manifest.get("inputs") or {}}
+    there = {one.relative_to(path).as_posix() for one in path.rglob("*") if one.is_symlink() or not one.is_dir()}
+    foreign = sorted(there - ours)
+    if foreign:
+        raise FileExistsError(
+            f"{path} holds files of others ({', '.join(foreign[:4])}): replacing it would lose them; "
+            "name a new folder, or remove them yourself"
+        )
+    return path
+
+
+def _runs_in(folder: Path) -> bool:
+    try:
+        return Path.cwd().is_relative_to(folder)
+    except FileNotFoundError:  # it is gone
+        return False
+
+
+def read_manifest(folder: str | Path) -> dict[str, Any]:
+    """The manifest of a folder that we wrote; empty where there is none.
+
+    Raises:
+        ValueError: there is one, but it is damaged.
+    """
+    path = Path(folder) / MANIFEST
+    content = read_object(path) if path.is_file() else {}
+    try:
+        check_manifest(content)
+    except ValueError as error:
+        raise ValueError(f"the manifest {MANIFEST} is damaged ({error}): write {folder} anew") from error
+    return content
+
+
+def check_manifest(content: Mapping[str, Any]) -> None:
+    """Are the fields of a manifest of the kinds that we write?
+
+    Raises:
+        ValueError: names the first that is not, and its value.
+    """
+    for name, kinds in _FIELDS.items():
+        if content.get(name) is not None:
+            checks.kind(name, content[name], kinds)
+    for task, one in (content.get("inputs") or {}).items():
+        checks.kind(f"inputs of {task!r}", one, dict)
+    if isinstance(content.get("files"), list):
+        for one in content["files"]:
+            checks.kind("a name among files", one, str)
+
+
+def command() -> str | None:
+    """The command line, if it is one of ours; None in other programs."""
+    program = Path(sys.argv[0])
+    ours = program.name == "osrm-peft" or program.parts[-2:] == ("osrm_peft", "__main__.py")
+    return shlex.join(["osrm-peft", *sys.argv[1:]]) if ours else None
+
+
+def versions() -> dict[str, str]:
+    """Versions that a result file records."""
+    names = (
+        "osrm_peft",
+        "torch",
+        "transformers",
+        "peft",
+        "accelerate",
+        "datasets",
+        "evaluate",
+        "safetensors",
+    )
+    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in names}

@@ -1,0 +1,100 @@
+"""Safetensors files read and written one tensor at a time: a file may be larger than what memory should hold."""
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from osrm_peft.io.json import parse_json
+
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_OTHERS = {
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+DTYPES = _DTYPES | _OTHERS  # {name in a file: dtype}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+Header = tuple[tuple[int, ...], torch.dtype | str]  # shape and dtype of a tensor in a file
+
+
+def tensor_headers(path: Path) -> dict[str, Header]:
+    """{name: (shape, dtype)} without reading a tensor; a dtype that is no float is its name in the file."""
+    with safe_open(path, framework="pt") as file:
+        parts = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
+        dtypes = {key: part.get_dtype() for key, part in parts.items()}
+        return {key: (tuple(part.get_shape()), _DTYPES.get(dtypes[key], dtypes[key])) for key, part in parts.items()}
+
+
+def tensor_reader(path: Path) -> Callable[[str], Tensor]:
+    """Reads one tensor at a time; the file is closed in between, so that its pages need not stay in memory.
+
+    The returned function raises ValueError once the file has changed.
+    """
+    path = path.resolve()
+    return partial(_read, path, _identity(path))
+
+
+def _identity(path: Path) -> tuple[int, int, int]:
+    stat = path.stat()
+    return stat.st_ino, stat.st_size, stat.st_mtime_ns
+
+
+def _read(path: Path, first: tuple[int, int, int], key: str) -> Tensor:
+    if _identity(path) != first:
+        raise ValueError(f"{path} was changed after it was loaded: load it again")
+    with safe_open(path, framework="pt") as file:
+        return file.get_tensor(key).clone()
+
+
+def file_head(
+    shapes: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, torch.dtype], metadata: Mapping[str, str]
+) -> bytes:
+    """What a safetensors file begins with, before the data of these tensors in this order."""
+    header: dict[str, object] = {"__metadata__": dict(metadata)}
+    end = 0
+    for name, shape in shapes.items():
+        start, end = end, end + dtypes[name].itemsize * torch.Size(shape).numel()
+        header[name] = {"dtype": _NAMES[dtypes[name]], "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header, ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # the data are aligned to 8 bytes
+    return len(text).to_bytes(8, "little") + text
+
+
+def write_tensors(
+    path: Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    dtype: torch.dtype,
+    tensors: Iterable[tuple[str, Tensor]],
+    metadata: Mapping[str, str],
+) -> None:
+    """Write a safetensors file from tensors that are made one after the other.
+
+    Args:
+        shapes: {name: shape} of all of them, in the order in which they come.
+        dtype: of all of them; they are converted.
+        tensors: (name, tensor) pairs.
+    """
+    with path.open("wb") as file:
+        file.write(file_head(shapes, dict.fromkeys(shapes, dtype), metadata))
+        for (name, tensor), (expected, shape) in zip(tensors, shapes.items(), strict=True):
+            assert (name, tuple(tensor.shape)) == (expected, shape)
+            plain = torch.empty(shape, dtype=dtype, device="cpu").copy_(tensor)  # its strides too: (o, 1) of a mT
+            file.write(plain.flatten().view(torch.uint8).numpy().data)
+
+
+def features_header(path: Path) -> dict[str, Any]:
+    """What a features file tells of itself, without its tensors.
+
+    Raises:
+        SafetensorError, ValueError: it is damaged, or no features file.
+    """
+    with safe_open(path, framework="pt") as file:
+        header = parse_json((file.metadata() or {}).get("osrm_peft", "null"))
+    if not isinstance(header, dict) or not isinstance(header.get("task"), str) or not header["task"]:
+        raise ValueError("its header names no task")
+    return header

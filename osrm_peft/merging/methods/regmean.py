@@ -1,0 +1,84 @@
+"""RegMean: the least-squares mean of linear layers, exact on LoRA factors."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from osrm_peft.adapters.factors import Factors
+from osrm_peft.checks import number
+from osrm_peft.features.moments import FeatureMoments
+from osrm_peft.merging.methods.registry import register
+
+
+def check(off_diagonal: float, ridge: float) -> None:
+    """Raise ValueError for options out of range."""
+    number("off_diagonal", off_diagonal, 0, 1)
+    number("ridge", ridge, 0)
+
+
+def check_weights(weights: Tensor) -> None:
+    """Raise ValueError for weights that are all 0."""
+    if not weights.any():
+        raise ValueError("all weights are 0, so no task's error counts: give one of them another weight")
+
+
+@register(
+    "regmean",
+    paper="RegMean (Jin et al., ICLR 2023), arXiv:2212.09849",
+    spaces=("factors",),
+    check=check,
+    check_weights=check_weights,
+    needs="gram",
+)
+def regmean(
+    factors: Sequence[Factors | None],
+    weights: Tensor,
+    gram: Sequence[FeatureMoments],
+    *,
+    off_diagonal: float = 0.9,
+    ridge: float = 0.0,
+) -> Factors:
+    """argmin_W Σ_t |w_t| E‖(W − sgn(w_t) τ_t) h_t‖² (Eq. 1–2), as factors of rank ≤ Σ r.
+
+        W = Σ_t w_t τ_t G̃_t (Σ_u |w_u| G̃_u)⁻¹,   G_t = E h_t h_tᵀ,   G̃ = α G + (1 − α) diag G + ρ · tr(G)/n · I
+
+    With τ_t = s B_t A_t only A changes: B = [B_1 … B_T], A = [w_t s_t A_t G̃_t (Σ|w|G̃)⁻¹]. W₀ cancels, so the base
+    model is not needed. One Cholesky factorisation in float64; no o×n matrix.
+
+    Args:
+        factors: one a task, None where it does not adapt the layer (τ_t = 0).
+        weights: (T,) how much each task's error counts; a negative one negates the task vector.
+        gram: T moments of the layer's inputs in the fine-tuned models; as means: a task's number of rows does not
+            weigh.
+        off_diagonal: α, the share of the off-diagonal entries kept; the paper has 0.9 (0.1 for T5).
+        ridge: ρ, for Gram matrices that are singular even so.
+
+    Raises:
+        ValueError: Σ G̃ is not positive definite: more rows, a lower off_diagonal or a ridge.
+    """
+    n = next(len(f.A.mT) for f in factors if f is not None)
+    total = torch.zeros(n, n, dtype=torch.float64)
+    reads: list[Tensor | None] = []  # (n, r_t) G̃_t A_tᵀ
+    for w, f, moments in zip(weights, factors, gram, strict=True):
+        G = moments.second_moment()
+        G = off_diagonal * G + torch.diag((1 - off_diagonal) * G.diagonal() + ridge * G.trace() / n)
+        total += w.abs() * G
+        reads.append(None if f is None else float(w) * f.s * (G @ f.A.double().mT))
+    L, info = torch.linalg.cholesky_ex(total)
+    rounding = 4 * n**0.5 * 2**-24  # of sums in float32
+    if int(info) or (ridge == 0 and _least_eigenvalue(total.diagonal().sqrt(), L) < rounding):
+        raise ValueError(
+            f"the tasks' Gram matrices are singular together (width {n}): collect more rows, lower "
+            f"off_diagonal={off_diagonal:g}, or give ridge=1e-6"
+        )
+    A = [torch.cholesky_solve(read, L).mT for read in reads if read is not None]
+    return Factors(torch.cat(A), torch.cat([f.B.double() for f in factors if f is not None], dim=1))
+
+
+def _least_eigenvalue(size: Tensor, L: Tensor) -> float:
+    """Of the matrix LLᵀ scaled to a diagonal of ones (size: the roots of its diagonal), by inverse iteration."""
+    x = torch.linspace(1, 2, len(L), dtype=L.dtype)[:, None]
+    for _ in range(5):
+        x = size[:, None] * torch.cholesky_solve(size[:, None] * x / x.norm(), L)
+    return 1 / float(x.norm())

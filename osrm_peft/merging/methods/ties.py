@@ -1,0 +1,60 @@
+"""TIES: trim, elect a sign, merge what agrees with it."""
+
+import torch
+from torch import Tensor
+
+from osrm_peft.checks import choice
+from osrm_peft.merging.methods.registry import AddUp, Stacks, alone, register
+from osrm_peft.merging.methods.sparsify import check_density, keep_above, magnitude_thresholds
+
+TRIMS = ("model", "layer")
+
+
+def check(density: float, trim: str) -> None:
+    """Raise ValueError for options out of range."""
+    check_density(density)
+    choice("trim", trim, TRIMS)
+
+
+def summarise(stacks: Stacks, add_up: AddUp = alone, *, density: float, trim: str) -> Tensor | None:
+    """(T,) trimming thresholds over the whole model; None where each layer has its own."""
+    return magnitude_thresholds(stacks, density, add_up) if trim == "model" else None
+
+
+@register(
+    "ties",
+    paper="TIES-Merging (Yadav et al., NeurIPS 2023), arXiv:2306.01708",
+    check=check,
+    summarise=summarise,
+)
+def ties(
+    tau: Tensor, weights: Tensor, summary: Tensor | None = None, *, density: float = 0.2, trim: str = "model"
+) -> Tensor:
+    """Trim each τ_t to its largest entries, elect γ = sgn(Σ_t w_t τ̂_t), average the entries that agree with γ.
+
+        τ_m = Σ_{t: sgn(w_t τ̂_t) = γ} w_t τ̂_t / #{t: sgn(w_t τ̂_t) = γ}     (paper, Algorithm 1)
+
+    Weights scale the task vectors before the election (the paper has none); where the sum is 0 to rounding nothing is
+    kept.
+
+    Args:
+        tau: (T, o, n) task vectors of one layer.
+        weights: (T,) one a task.
+        summary: (T,) thresholds from `summarise`; None trims over this layer alone.
+        density: share of each task vector's entries kept, in (0, 1]; the paper keeps the top 20 %.
+        trim: `"model"`, over the whole task vector as in the paper, or `"layer"`.
+
+    Returns:
+        (o, n) in the dtype of `tau`.
+    """
+    thresholds = magnitude_thresholds([tau], density) if summary is None else summary
+    trimmed = weights[:, None, None] * keep_above(tau, thresholds)
+    sign = elected(trimmed)
+    agrees = (trimmed.sign() == sign) & (sign != 0)
+    return torch.where(agrees, trimmed, 0).sum(0) / agrees.sum(0).clamp_min(1)
+
+
+def elected(tau: Tensor) -> Tensor:
+    """(o, n) γ = sgn(Σ_t τ_t) of (T, o, n), 0 where the terms cancel: the sign of what rounding leaves is no vote."""
+    total = tau.sum(0)
+    return torch.where(total.abs() > 4 * torch.finfo(tau.dtype).eps * tau.abs().sum(0), total.sign(), 0)

@@ -1,0 +1,1 @@
+"""The base model: loaded by name, its layers, what identifies it."""

@@ -1,0 +1,91 @@
+"""Hashes of a base model's weights, which tell whether two models are the same."""
+
+import hashlib
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from osrm_peft.distributed import whole_weight
+from osrm_peft.models.layers import base_of, linear_layer
+
+HASHED_ENTRIES = 1024
+_LAYERS_ONLY = "v2"  # begins a hash of layers alone; earlier ones count the input embedding, with all its rows, in
+
+
+def weight_hash(model: nn.Module, names: Iterable[str]) -> str:
+    """A hash of the named layers' pre-trained weights, which tells two base models apart.
+
+    Hashed are each layer's name, shape and 1,024 evenly spaced entries rounded to bfloat16: equal whether the
+    checkpoint was loaded in float32 or bfloat16, changed by any training, and quick on the largest models. The input
+    embedding, which new tokens make longer, has a hash of its own: `embedding_hash`.
+
+    Args:
+        names: layers of the base model; of a model that an engine has split, every process must give the same ones.
+
+    Returns:
+        "v2" and 14 hexadecimal digits. (16 digits are of an earlier version, see `hash_of`: not to be compared.)
+    """
+    names = list(names)
+    return hash_of(sampled_weights(model, names), names)
+
+
+def sampled_weights(model: nn.Module, names: Iterable[str], rows: Iterable[int] = ()) -> dict[str | int, bytes]:
+    """What hashes look at: {name: of this layer, V: of the first V rows of the input embedding, "": of all its rows}.
+
+    Args:
+        rows: each V that is asked for; those that the embedding does not have are left out.
+    """
+    base = base_of(model)
+    found: dict[str | int, bytes] = {}
+    for name in names:
+        with whole_weight(linear_layer(name, base.get_submodule(name))) as weight:
+            found[name] = _sample(name, weight)
+    embedding = input_embedding(base)
+    if embedding is not None:
+        with whole_weight(embedding) as weight:
+            found[""] = _sample("input_embeddings", weight)
+            known = {len(weight), *(V for V in rows if len(weight) >= V)}
+            found |= {V: _sample("input_embeddings", weight[:V]) for V in known}
+    return found
+
+
+def input_embedding(model: nn.Module) -> nn.Module | None:
+    """The module with the weights that a model's first layers read; None for what has none (HuBERT, ConvNeXt, …)."""
+    try:
+        embedding = base_of(model).get_input_embeddings()
+    except (AttributeError, NotImplementedError):  # no transformers model; or one of sound or images
+        return None
+    return embedding if isinstance(getattr(embedding, "weight", None), Tensor) else None
+
+
+def _sample(name: str, weight: Tensor) -> bytes:
+    entries = weight.detach().flatten()
+    index = torch.linspace(0, entries.numel() - 1, HASHED_ENTRIES, dtype=torch.float64).long().unique()
+    sampled = entries[index.to(entries.device)].to("cpu", torch.bfloat16).view(torch.int16)
+    return f"{name}{tuple(weight.shape)}".encode() + sampled.numpy().tobytes()
+
+
+def hash_of(sampled: Mapping[str | int, bytes], names: Iterable[str], like: str = _LAYERS_ONLY) -> str:
+    """The `weight_hash` over some of the `sampled_weights`; made as the hash `like` was, which is that of a file."""
+    if like.startswith(_LAYERS_ONLY):
+        return _LAYERS_ONLY + _digest(sampled[name] for name in sorted(names))[:14]
+    every = sorted({*names, *({""} & set(sampled))}, key=lambda name: name or "input_embeddings")
+    return _digest(sampled[name] for name in every)[:16]
+
+
+def counts_all_rows(weight_hash: str) -> bool:
+    """Whether the hash is of an earlier version, which a resized vocabulary changes."""
+    return not weight_hash.startswith(_LAYERS_ONLY)
+
+
+def embedding_hash(sampled: Mapping[str | int, bytes], rows: int) -> str | None:
+    """16 hexadecimal digits over the first rows of the input embedding; None where `sampled` has not as many."""
+    return _digest([sampled[rows]])[:16] if rows in sampled else None
+
+
+def _digest(parts: Iterable[bytes]) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()

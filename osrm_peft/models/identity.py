@@ -1,0 +1,122 @@
+"""Whether adapters are of one and the same base model."""
+
+import logging
+import os
+import re
+from collections.abc import Mapping
+from itertools import combinations
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from huggingface_hub import HfApi
+from huggingface_hub.constants import HF_HUB_OFFLINE
+
+from osrm_peft.hub.privacy import is_local, public_name
+from osrm_peft.models.fingerprint import counts_all_rows
+from osrm_peft.models.packaged import MODEL
+
+logger = logging.getLogger(__name__)
+
+# owners to whom the Hub gave the models that once had a name without owner: `roberta-base` is `FacebookAI/roberta-base`
+_OWNERS = ("FacebookAI", "albert", "almanach", "distilbert", "google-bert", "google-t5", "openai-community", "xlnet",
+           "transfo-xl", "facebook", "Helsinki-NLP", "dbmdz", "microsoft", "google")  # fmt: skip
+
+
+class Base(NamedTuple):
+    """What an adapter tells of its base model.
+
+    Attributes:
+        name: Hub id or path, None where the adapter does not say.
+        revision: None is `main`.
+        weight_hash: of the base's weights (`fingerprint.weight_hash`), where the adapter's manifest has it.
+        layers: the layers that the hash is over.
+    """
+
+    name: str | None
+    revision: str | None = None
+    weight_hash: str | None = None
+    layers: frozenset[str] = frozenset()
+
+
+def located(name: str | None) -> str | None:
+    """A base model's name as it can be found again from any working directory: a folder here with its whole path."""
+    return str(Path(name).resolve()) if name and Path(name).is_dir() else name
+
+
+def common_base(bases: Mapping[str, Base], base_model: str | None) -> str | None:
+    """The name of the base model of all.
+
+    Two adapters are of one base where the hashes of its weights agree; without them, where the names do: paths
+    whole, Hub ids with their aliases (`roberta-base`), and the revisions.
+
+    Args:
+        base_model: the user's word that the names are of one model.
+
+    Raises:
+        ValueError: they are of different base models; names them.
+    """
+    for (first, one), (name, other) in combinations(bases.items(), 2):  # what one does not tell, another may
+        hashes = one.weight_hash, other.weight_hash
+        known = comparable(*hashes) and one.layers == other.layers
+        if known and len({*hashes}) > 1:
+            raise ValueError(
+                f"{first!r} and {name!r} were trained on base models with different weights ({one.name}: "
+                f"{hashes[0]}, {other.name}: {hashes[1]}): they cannot be merged"
+            )
+        if base_model is None and not known and not _same(one, other):
+            listed = ", ".join(
+                f"{task}: {base.name}{f'@{base.revision}' if base.revision else ''}" for task, base in bases.items()
+            )
+            raise ValueError(
+                f"the adapters have different base models ({listed}): they cannot be merged; if these are names of one "
+                "and the same model, say so with base_model=NAME (--base-model NAME)"
+            )
+    return base_model if base_model is not None else next(iter(bases.values())).name
+
+
+def comparable(one: str | None, other: str | None) -> bool:
+    """Whether two weight hashes are there and of one definition (`fingerprint.weight_hash` has had two)."""
+    return one is not None and other is not None and counts_all_rows(one) == counts_all_rows(other)
+
+
+def _same(one: Base, other: Base) -> bool:
+    revisions = [base.revision or _commit(base.name) or "main" for base in (one, other)]
+    told = one.revision or other.revision  # of two folders in the Hub's cache the commits may differ by a README alone
+    if told and revisions[0] != revisions[1] and {*revisions} != {"main", _commit(one.name) or _commit(other.name)}:
+        return False
+    names = _key(one.name), _key(other.name)
+    return names[0] == names[1] or _alias(*names) or _alias(*reversed(names)) or _same_on_hub(*names)
+
+
+def _commit(name: str | None) -> str | None:
+    """The commit of a folder in the Hub's cache; None for any other name."""
+    found = re.search(r"[/\\]models--.+?[/\\]snapshots[/\\]([^/\\]+)", name or "")
+    return found[1] if found else None
+
+
+def _key(name: str | None) -> str:
+    """The name to compare by: a folder's whole path; the short name of the packaged model and of the Hub's cache."""
+    if not name:
+        return ""
+    short = public_name(name) or ""
+    if short == MODEL or _commit(name):
+        return short
+    return os.path.normpath(str(located(name))).rstrip("\\") if is_local(name) else name.rstrip("/")
+
+
+def _alias(short: str, whole: str) -> bool:
+    """Whether `whole` is the name that the Hub gave to `short`, a model without owner."""
+    owner, _, name = whole.partition("/")
+    return bool(short) and "/" not in short and short == name and owner in _OWNERS
+
+
+def _same_on_hub(one: str, other: str) -> bool:
+    """Whether the Hub has both names for one repository (a renamed one); False where it cannot be asked."""
+    if HF_HUB_OFFLINE or not one or not other or is_local(one) or is_local(other):
+        return False
+    try:
+        found: list[Any] = [HfApi().model_info(name, timeout=5).id for name in (one, other)]
+    except Exception as error:  # no network, no such repository: the names alone decide
+        logger.debug("the Hub could not tell whether %s is %s: %s", one, other, error)
+        return False
+    return found[0] == found[1]

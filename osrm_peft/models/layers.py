@@ -1,0 +1,149 @@
+"""Which layers an adapter targets, by their names in the base model."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from peft import LoraConfig, PeftModel
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from osrm_peft.distributed import inner_module
+from osrm_peft.hub.privacy import public_name
+
+
+def unwrapped(model: Any) -> Any:
+    """The model inside DistributedDataParallel, a DeepSpeed engine or torch.compile; any other model as it is."""
+    while True:
+        inside = getattr(model, "_modules", {})  # not hasattr: a PeftModel answers for the model inside it
+        inner = inside["_orig_mod"] if "_orig_mod" in inside else inner_module(model)
+        if inner is None:
+            return model
+        model = inner
+
+
+def base_of(model: Any) -> Any:
+    """The base model inside a PeftModel (its layers keep their own names there), or `model` itself."""
+    model = unwrapped(model)
+    return unwrapped(model.get_base_model()) if isinstance(model, PeftModel) else model
+
+
+def base_name(model: nn.Module) -> str:
+    """Name from which the base model was loaded, see `public_name`; its class where it was made in memory."""
+    base = base_of(model)
+    return public_name(getattr(getattr(base, "config", None), "_name_or_path", "")) or type(base).__name__
+
+
+def target_layers(model: nn.Module, target_modules: list[str] | str | LoraConfig | None = None) -> dict[str, nn.Module]:
+    """The layers that LoRA with these `target_modules` adapts: {name in the base model: module}, in model order.
+
+    Args:
+        model: a base model, or a PeftModel with LoRA layers.
+        target_modules: as in `LoraConfig`, or a whole LoraConfig (its `layers_to_transform`, `exclude_modules`, … then
+            count too). None: the layers that carry LoRA in a PeftModel, else PEFT's default for the model type.
+
+    Raises:
+        ValueError: nothing matches, or a match is no linear layer.
+    """
+    base = base_of(model)
+    if target_modules is None and isinstance(model, PeftModel):
+        found: dict[str, Any] = all_lora_layers(model)
+    else:
+        config = _as_config(base, target_modules)
+        found = {
+            name: module for name, module in base.named_modules() if name and check_target_module_exists(config, name)
+        }
+        target_modules = config.target_modules
+    if not found:
+        raise ValueError(f"target_modules={target_modules!r} match no layer of {type(base).__name__}")
+    for name, module in found.items():
+        linear_layer(name, module)
+    return found
+
+
+def lora_layers(model: nn.Module, adapter_name: str) -> dict[str, Any]:
+    """The LoRA layers of one adapter of a PeftModel: {name in the base model: peft's LoraLayer}."""
+    return {
+        name: module
+        for name, module in base_of(model).named_modules()
+        if isinstance(module, LoraLayer) and adapter_name in module.r
+    }
+
+
+def base_layer(module: Any) -> Any:
+    """The layer that a LoRA layer wraps; any other module as it is."""
+    return module.get_base_layer() if isinstance(module, LoraLayer) else module
+
+
+def all_lora_layers(model: nn.Module) -> dict[str, Any]:
+    """The LoRA layers of all adapters: {name in the base model: peft's LoraLayer}."""
+    return {name: module for name, module in base_of(model).named_modules() if isinstance(module, LoraLayer)}
+
+
+def check_unmerged(layers: Mapping[str, Any]) -> None:
+    """Raise ValueError if an adapter is merged into the weights of one of the layers."""
+    merged = [name for name, module in layers.items() if getattr(module, "merged", False)]
+    if merged:
+        raise ValueError(f"an adapter is merged into {merged[0]!r}: call unmerge_adapter() first")
+
+
+def linear_layer(name: str, module: nn.Module) -> nn.Linear | Conv1D:
+    """The linear layer that `module` is, or that its LoRA layer wraps; bitsandbytes' quantised ones are `nn.Linear`s.
+
+    Raises:
+        ValueError: it is another kind of layer; names it.
+    """
+    layer = base_layer(module)
+    if not isinstance(layer, (nn.Linear, Conv1D)):
+        raise ValueError(
+            f"layer {name!r} is a {type(layer).__name__}; OSRM features are of linear layers (nn.Linear, Conv1D): "
+            "narrow target_modules, or list it in exclude_modules"
+        )
+    return layer
+
+
+def input_width(name: str, module: nn.Module) -> int:
+    """n of a linear layer; raises as `linear_layer` does."""
+    layer = linear_layer(name, module)
+    return layer.nx if isinstance(layer, Conv1D) else layer.in_features
+
+
+def weight_shape(module: nn.Module) -> tuple[int, int] | None:
+    """(o, n) of the layer's task vectors; None for a kind of layer that we do not know."""
+    if isinstance(module, nn.Linear):
+        return module.out_features, module.in_features
+    if isinstance(module, (nn.Embedding, Conv1D)):  # their weights are (n, o)
+        return int(module.weight.shape[1]), int(module.weight.shape[0])
+    if isinstance(module, nn.modules.conv._ConvNd):
+        return len(module.weight), module.weight[0].numel()
+    return None
+
+
+def as_weight(module: nn.Module, delta: Tensor) -> Tensor:
+    """An (o, n) task vector in the shape of the layer's own weight, for each kind that `weight_shape` knows."""
+    weight: Any = module.weight
+    return delta.mT if isinstance(module, (nn.Embedding, Conv1D)) else delta.reshape(weight.shape)
+
+
+def _as_config(base: nn.Module, target_modules: list[str] | str | LoraConfig | None) -> LoraConfig:
+    if isinstance(target_modules, LoraConfig):
+        fields = (
+            "target_modules",
+            "exclude_modules",
+            "layers_to_transform",
+            "layers_pattern",
+            "modules_to_save",
+        )
+        config = LoraConfig(
+            task_type=target_modules.task_type, **{field: getattr(target_modules, field) for field in fields}
+        )
+    else:
+        config = LoraConfig(target_modules=target_modules)
+    if config.target_modules is None:
+        model_type = getattr(getattr(base, "config", None), "model_type", None)
+        if model_type not in TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING:
+            raise ValueError(f"PEFT knows no default target_modules for model type {model_type!r}: name them")
+        config.target_modules = list(TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING[model_type])
+    return _maybe_include_all_linear_layers(config, base)  # type: ignore[return-value]

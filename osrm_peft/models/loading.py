@@ -1,0 +1,82 @@
+"""Base models and their tokenizers, by name."""
+
+import copy
+import logging
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+
+from osrm_peft.models.packaged import resolve_model
+
+logger = logging.getLogger(__name__)
+
+
+def load_base(model: str, num_labels: int | None, device_map: str | None = None) -> PreTrainedModel:
+    """A pre-trained model with a fresh classification head (`num_labels=1`: regression), in its checkpoint's dtype.
+
+    Args:
+        model: Hub id, folder, or `"packaged"`.
+        num_labels: width of the head. It is drawn from torch's global generator: seed it first. None: as many labels
+            as the model's config has.
+        device_map: `"auto"` spreads a model over the GPUs of this machine, and its memory where they are too few.
+    """
+    labels = {} if num_labels is None else {"num_labels": num_labels}
+    base = AutoModelForSequenceClassification.from_pretrained(
+        resolve_model(model), **labels, ignore_mismatched_sizes=True, device_map=device_map
+    )
+    config = base.config.get_text_config()
+    if getattr(config, "pad_token_id", None) is None:  # of decoders such as Llama, which classify at the last token
+        try:
+            config.pad_token_id = load_tokenizer(model).pad_token_id
+        except (OSError, ValueError) as error:
+            logger.warning("%s has no padding token, and takes one row at a time: no tokenizer (%s)", model, error)
+    return base
+
+
+def head_width(model: str | PreTrainedModel, heads: Mapping[str, Sequence[int]]) -> int | None:
+    """How many labels a saved classification head is for: asked of transformers, whatever the head's layers are called.
+
+    The model is built twice without weights, for 3 and for 5 labels: a parameter of n = a·labels + b rows tells.
+
+    Args:
+        model: name of the base model (for sequence classification), or the model itself.
+        heads: {parameter name in the model: shape} of the head, and of what else was saved.
+
+    Returns:
+        None where no saved parameter depends on the number of labels.
+    """
+    if isinstance(model, PreTrainedModel):
+        config, make = model.config, type(model)._from_config
+    else:
+        config = AutoConfig.from_pretrained(resolve_model(model))
+        make = AutoModelForSequenceClassification.from_config
+    few, many = (_shapes(make, config, labels) for labels in (3, 5))
+    for name, shape in heads.items():
+        for axis, (of_3, of_5) in enumerate(zip(few.get(name, ()), many.get(name, ()), strict=True)):
+            if of_3 != of_5 and len(shape) > axis:
+                each = (of_5 - of_3) // 2
+                return (shape[axis] - of_3) // each + 3
+    return None
+
+
+def _shapes(make: Callable[..., nn.Module], config: PreTrainedConfig, num_labels: int) -> dict[str, tuple[int, ...]]:
+    config = copy.deepcopy(config)
+    config.num_labels = num_labels
+    with torch.device("meta"):
+        return {name: tuple(parameter.shape) for name, parameter in make(config).named_parameters()}
+
+
+def load_tokenizer(model: str):
+    """The model's tokenizer, with a padding token (the end-of-sequence token where the model has none)."""
+    tokenizer = AutoTokenizer.from_pretrained(resolve_model(model))
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer

@@ -1,0 +1,145 @@
+"""OSRMLoraConfig: a LoraConfig that also says from which features, and how, A is chosen."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig
+from peft.utils import CONFIG_NAME
+
+from osrm_peft.adapters.config import NOT_PLAIN
+from osrm_peft.checks import choice, integer, number
+from osrm_peft.features.moments import STATISTICS
+from osrm_peft.hub.card import write_manifest
+from osrm_peft.hub.privacy import public, public_name
+from osrm_peft.io.manifest import MANIFEST, command, versions
+from osrm_peft.io.places import check_file
+from osrm_peft.models.identity import located
+from osrm_peft.osrm.subspace import IN_TASK, NULL_SPACES, check_protect
+
+_DEFAULT_CHOICE: tuple[str, str, float] = ("token", "in_task", 0.9)  # the best of benchmarks/osrm_study.py
+
+
+@dataclass
+class OSRMLoraConfig(LoraConfig):
+    """LoRA with OSRM's A (Zhang & Zhou, ACL 2025). `get_peft_model` makes a plain LoRA model of it.
+
+    A is set by `OSRMCallback` (in a Trainer) or `initialize_osrm_weights` (by hand). What is saved is a plain LoRA
+    adapter: `adapter_config.json` holds LoraConfig's fields only, the fields below go to the
+    manifest `osrm_peft.json` beside it.
+
+    The defaults are the best of our study (docs/results/which_a.md): A keeps off the directions that hold 90 % of the
+    other tasks' energy, and takes of the rest those with most of the task's own. The paper's choice is
+    `null_space="random", protect=None`, and needs no features of the task's own.
+
+    Args:
+        out_of_task: features files of the *other* tasks, written by `osrm-peft features` or `TaskFeatures.save`.
+        statistic: what those files hold: `"mean"`, `"sample"` or `"token"` (see FeatureMoments). A file that holds
+            another statistic is refused.
+        null_space: who chooses where the other tasks leave more than r directions free: `"random"` (seeded) or
+            `"in_task"` (the directions with most energy of this task's own features).
+        in_task: `"none"` (the paper), `"difference"` or `"ratio"`: weigh this task's own energy against the others',
+            see `subspace.choose_directions`.
+        in_task_features: this task's own features file, for `null_space="in_task"` and the two weighings of `in_task`.
+        in_task_weight: β in [0, 1] of `"difference"`; 0 is the paper.
+        ridge: ρ > 0 of `"ratio"`, relative to the mean energy of a direction.
+        protect: how much of the other tasks' energy A must avoid: the p strongest directions (a whole number), or as
+            many as hold that share of the energy (a float in [0, 1]); the rest counts as free. None: all (the paper).
+        freeze_a: train B only (paper §4.4).
+        reference: choose as the released code does (needs features collected with `reference=True`); where the others
+            are left at their defaults, they become `statistic="mean", null_space="random", protect=None`.
+        osrm_seed: seed of the random choice in a null space.
+
+    Raises:
+        ValueError: an unknown choice, a number out of its range, options that contradict each other, or one of LoRA's
+            with which the adapter could not be merged (DoRA, bare parameters, …).
+    """
+
+    out_of_task: list[str] | None = None
+    statistic: str = _DEFAULT_CHOICE[0]
+    null_space: str = _DEFAULT_CHOICE[1]
+    in_task: str = "none"
+    in_task_features: str | None = None
+    in_task_weight: float = 0.5
+    ridge: float = 0.1
+    protect: int | float | None = _DEFAULT_CHOICE[2]
+    freeze_a: bool = False
+    reference: bool = False
+    osrm_seed: int = 0
+    provenance: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
+    pushed: bool = field(default=False, init=False, repr=False)  # what is saved goes to the Hub as it is (Trainer)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in NOT_PLAIN:
+            if getattr(self, name, None):
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r}: OSRM makes adapters to be merged, and no merge takes such a one "
+                    f"(it is not plain LoRA): leave {name} out, or use peft.LoraConfig"
+                )
+        for name, choices in (("statistic", STATISTICS), ("null_space", NULL_SPACES), ("in_task", IN_TASK)):
+            choice(name, getattr(self, name), choices)
+        if isinstance(self.out_of_task, (str, Path)):
+            raise ValueError(f"out_of_task={self.out_of_task!r}: give a list of features files")
+        self.in_task_weight = number("in_task_weight", self.in_task_weight, 0, 1)
+        self.ridge = number("ridge", self.ridge, 0, open_low=True)
+        self.protect = check_protect(self.protect)
+        self.osrm_seed = integer("osrm_seed", self.osrm_seed, 0)
+        if self.reference:  # what is at its default becomes the released code's
+            given = (self.statistic, self.null_space, self.protect)
+            self.statistic, self.null_space, self.protect = (  # type: ignore[assignment]
+                theirs if value == ours else value
+                for value, ours, theirs in zip(given, _DEFAULT_CHOICE, ("mean", "random", None), strict=True)
+            )
+        released = (self.statistic, self.null_space, self.in_task, self.protect) == ("mean", "random", "none", None)
+        if self.reference and not released:
+            raise ValueError(
+                "reference=True is the released code: it needs statistic='mean', null_space='random', in_task='none' "
+                "and protect=None"
+            )
+
+    @property
+    def needs_own_features(self) -> bool:
+        """Whether the choice of A looks at the task's own features."""
+        return self.in_task != "none" or self.null_space == "in_task"
+
+    def osrm_settings(self) -> dict[str, Any]:
+        """The fields that LoraConfig does not have."""
+        return {name: getattr(self, name) for name in _OWN_FIELDS if name not in ("provenance", "pushed")}
+
+    def to_dict(self) -> dict[str, Any]:
+        """LoraConfig's fields only: what `adapter_config.json` holds."""
+        fields = {name: value for name, value in super().to_dict().items() if name not in _OWN_FIELDS}
+        return fields | {"base_model_name_or_path": self._base_model()}
+
+    def manifest(self) -> dict[str, Any]:
+        """How the adapter was made, for its folder: of folders of this machine only the base model's is in it."""
+        found = {
+            "kind": "adapter",
+            "task_type": None if self.task_type is None else str(getattr(self.task_type, "value", self.task_type)),
+            "osrm": {
+                "initialized": bool(self.provenance),
+                "settings": self.osrm_settings(),
+                "provenance": self.provenance,
+            },
+            "command": command(),
+            "versions": versions(),
+        }
+        return public(found) | {"base_model": self._base_model()}
+
+    def _base_model(self) -> str | None:
+        name = self.base_model_name_or_path
+        return public_name(name) if self.pushed else located(name)
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write `adapter_config.json` (as PEFT does), the manifest `osrm_peft.json` and the card beside it."""
+        for name in (CONFIG_NAME, MANIFEST, "README.md"):
+            check_file(Path(save_directory) / name)
+        super().save_pretrained(save_directory, **kwargs)
+        write_manifest(save_directory, self.manifest())
+
+
+_OWN_FIELDS = {field.name for field in dataclasses.fields(OSRMLoraConfig)} - {
+    field.name for field in dataclasses.fields(LoraConfig)
+}

@@ -1,0 +1,1 @@
+"""One adapter trained, and the recipe that names how."""

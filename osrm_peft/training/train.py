@@ -1,0 +1,151 @@
+"""One task, one adapter: thin over `transformers.Trainer`."""
+
+import copy
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils import CONFIG_NAME
+from torch import Tensor
+from transformers import (
+    DataCollatorWithPadding,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.trainer_utils import get_last_checkpoint
+
+from osrm_peft.distributed import whole
+from osrm_peft.hub.card import write_manifest
+from osrm_peft.io.json import read_object, write_json
+from osrm_peft.io.manifest import check_replaceable, command, new_folder, read_manifest, versions
+from osrm_peft.io.places import check_folder
+from osrm_peft.models.identity import located
+from osrm_peft.models.loading import load_base, load_tokenizer
+from osrm_peft.osrm.callback import OSRMCallback
+from osrm_peft.osrm.config import OSRMLoraConfig
+from osrm_peft.tasks.task import Task, tokenize
+
+# The OSRM paper's settings (§5.1 and Table 10), except the learning rate, which depends on model, task and init.
+PAPER_LORA: dict[str, Any] = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.0, "task_type": "SEQ_CLS"}
+PAPER_TRAINING: dict[str, Any] = {
+    "optim": "adamw_torch",
+    "learning_rate": 4e-4,
+    "lr_scheduler_type": "linear",
+    "warmup_steps": 0.06,  # below 1: a share of all steps
+    "weight_decay": 0.0,
+    "per_device_train_batch_size": 64,
+    "num_train_epochs": 10,
+}
+
+
+def train_task(
+    task: Task,
+    output_dir: str | Path,
+    *,
+    lora: LoraConfig,
+    model: str = "packaged",
+    training: dict[str, Any] | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
+    max_length: int = 128,
+    seed: int = 42,
+    overwrite: bool = False,
+) -> Path:
+    """Train one adapter on one task and save it with its head as a stock PEFT adapter folder.
+
+    Args:
+        task: the rows; its validation split is scored at the end of each epoch where `training` asks for it.
+        output_dir: the adapter folder. Checkpoints, if `save_strategy` asks for them, lie beside it until the end
+            (`<output_dir>.checkpoints`), and an interrupted run goes on from the last.
+        lora: the adapter's LoraConfig; with an `OSRMLoraConfig`, `OSRMCallback` sets A. It is not changed.
+        model: Hub id, folder, or `"packaged"`.
+        training: `transformers.TrainingArguments`, over the paper's settings (`PAPER_TRAINING`).
+        callbacks: more callbacks for the Trainer.
+        max_length: tokens a row is cut to.
+        seed: seeds the head, the order of rows and the dropout.
+        overwrite: replace an adapter that is there already.
+
+    Returns:
+        The adapter folder, with `osrm_peft.json` (how it was made, and the training log) in it.
+
+    Raises:
+        FileExistsError: `output_dir` holds something that is not ours, or an adapter and `overwrite` is not set.
+        ValueError, TypeError: from the config's checks, before training starts.
+    """
+    output_dir = Path(output_dir)
+    check_replaceable(output_dir, "adapter")
+    if output_dir.is_dir() and any(output_dir.iterdir()) and not overwrite:
+        raise FileExistsError(f"{output_dir} holds a trained adapter: pass overwrite=True to train it anew")
+    checkpoints = output_dir.with_name(output_dir.name + ".checkpoints")
+    check_folder(checkpoints)
+    overrides = PAPER_TRAINING | {"report_to": "none", "save_strategy": "no", "logging_steps": 10} | (training or {})
+    overrides.setdefault("dataloader_pin_memory", torch.cuda.is_available())  # without a GPU torch warns of it
+    # Under several processes the default multiplies the loss by their number (sequence classification).
+    overrides.setdefault("average_tokens_across_devices", False)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available():
+        overrides.setdefault("use_cpu", True)  # else DeepSpeed wants a GPU
+    args = TrainingArguments(output_dir=str(checkpoints), seed=seed, **overrides)
+
+    set_seed(seed)
+    tokenizer = load_tokenizer(model)
+    # ZeRO-3 wants one dtype: PEFT then leaves the adapter in the base's, and DeepSpeed trains its own float32 copy.
+    zero3 = args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3
+    peft_model = get_peft_model(
+        load_base(model, task.num_labels), copy.deepcopy(lora), autocast_adapter_dtype=not zero3
+    )
+    trainer = Trainer(
+        peft_model,
+        args,
+        train_dataset=tokenize(task.train, tokenizer, max_length),
+        eval_dataset=tokenize(task.validation, tokenizer, max_length),
+        data_collator=DataCollatorWithPadding(tokenizer),
+        processing_class=tokenizer,
+        callbacks=[*([OSRMCallback()] if isinstance(lora, OSRMLoraConfig) else []), *callbacks],
+    )
+    trainer.remove_callback(PrinterCallback)  # with disable_tqdm the Trainer prints every log; ours go to the manifest
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None)
+
+    weights = whole_adapter(peft_model)
+    if trainer.is_world_process_zero():
+        with new_folder(output_dir, "adapter") as folder:
+            peft_model.save_pretrained(str(folder), state_dict=weights)
+            config = read_object(folder / CONFIG_NAME)
+            write_json(folder / CONFIG_NAME, config | {"base_model_name_or_path": located(peft_model.name_or_path)})
+            manifest = read_manifest(folder) | {  # an OSRMLoraConfig has told of the choice of A there
+                "kind": "adapter",
+                "base_model": model,
+                "task_type": config["task_type"],
+                "task": task.name,
+                "num_labels": task.num_labels,
+                "metric": task.metric,
+                "train_rows": len(task.train),
+                "max_length": max_length,
+                "seed": seed,
+                "training": overrides,
+                "log": trainer.state.log_history,
+                "command": command(),
+                "versions": versions(),
+            }
+            write_manifest(folder, manifest)
+        shutil.rmtree(checkpoints, ignore_errors=True)
+    trainer.accelerator.wait_for_everyone()
+    return output_dir
+
+
+def whole_adapter(model: PeftModel) -> dict[str, Tensor]:
+    """What `model.save_pretrained(state_dict=…)` needs of a model that an engine may have split.
+
+    Every process must call it. (The Trainer's own save leaves a frozen A out under ZeRO-3.)
+    """
+    tensors = model.state_dict(keep_vars=True)  # the parameters themselves know how they are split
+    return {
+        name: whole(tensor)
+        for name, tensor in tensors.items()
+        if tensor.requires_grad or "lora_" in name or "modules_to_save" in name
+    }

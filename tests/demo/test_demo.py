@@ -1,0 +1,131 @@
+import json
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from osrm_peft.demo import run as demo
+from osrm_peft.evaluation.plots import plot_scales
+from osrm_peft.evaluation.tables import AVERAGE, MultiTaskTable, Score
+
+SMALL = replace(
+    demo.RECIPE,
+    tasks=["tweets", "sms_spam"],
+    training=demo.RECIPE.training | {"max_steps": 2, "use_cpu": True},
+    max_length=16,
+    train_rows=32,
+    validation_rows=10,
+    k=8,
+)
+
+
+def files(folder):
+    return {path: path.stat().st_mtime_ns for path in Path(folder).rglob("*.safetensors")}
+
+
+def test_the_demo_runs_stops_goes_on_and_reports(tmp_path, monkeypatch):
+    out, calls = tmp_path / "out", []
+    original = demo.evaluate_task
+
+    def interrupted(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(demo, "evaluate_task", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        demo.run_demo(out, recipe=SMALL)
+    before = files(out)
+    assert before and len(json.loads((out / "seed42/scores.json").read_text())) == 4  # two rows of two tasks are safe
+    with Console(record=True, width=200) as console:
+        table = demo.run_demo(out, recipe=SMALL, console=console)
+    assert files(out).items() >= before.items()  # nothing that was there was made again
+    rows = 2 * (1 + sum(len(merge.scales) for merge in demo.MERGES.values()))
+    assert len(table.rows) == rows and len(calls) == 2 * rows + 1
+
+    report = (out / "report.md").read_text()
+    assert "<table" in (out / "report.html").read_text()
+    for name in ("plain LoRA", "OSRM", "individual", *demo.MERGES):
+        assert f"| {name} |" in report
+    assert "one seed" in report and "one seed" in console.export_text() and '"train_rows": 32' in report
+    for plot in ("scales.png", "interference.png"):
+        assert (out / plot).read_bytes().startswith(b"\x89PNG")
+    shares = json.loads((out / "interference.json").read_text())["interference"]["seed42"]
+    assert set(shares) == {"plain LoRA", "OSRM"} and len(shares["OSRM"]["mean"]) == 2
+    written = json.loads((out / "scores.json").read_text())
+    assert len(written["scores"]) == 2 * rows and written["versions"]["peft"] and written["settings"]["osrm"]
+    for init in ("plain", "OSRM"):
+        assert (out / f"seed42/adapters/{init}/tweets/adapter_model.safetensors").is_file()
+        assert (out / f"seed42/merged/{init}/lore/heads/tweets.safetensors").is_file()
+        assert (out / f"seed42/merged/{init}/emr/emr.safetensors").is_file()
+        assert (out / f"seed42/statistics/{init}/tweets.fisher.safetensors").is_file()
+
+    demo.run_demo(out, recipe=SMALL)
+    assert len(calls) == 2 * rows + 1  # a finished demo evaluates nothing
+    with pytest.raises(FileExistsError, match="was made with other settings"):
+        demo.run_demo(out, recipe=replace(SMALL, train_rows=31))
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/thesis.txt").touch()
+    with pytest.raises(FileExistsError, match="is not a demo's results"):
+        demo.run_demo(tmp_path / "mine", recipe=SMALL)
+
+
+def scores():
+    values = {(1, "a"): 0.5, (1, "b"): 0.7, (2, "a"): 0.6, (2, "b"): 1.0}
+    return [
+        Score("x", "ties", scale, seed, task, value / (1 + scale))
+        for scale in (0.0, 1.0)
+        for (seed, task), value in values.items()
+    ]
+
+
+def test_the_table_is_mean_and_spread_over_seeds():
+    table = MultiTaskTable.of(scores())
+    assert table.tasks == ["a", "b"] and [row["scale"] for row in table.rows] == [0.0, 1.0]
+    row = table.rows[0]
+    assert row["seeds"] == 2 and row["scores"]["a"] == pytest.approx(55)
+    assert row["spread"]["a"] == pytest.approx(statistics.stdev([50, 60]))
+    assert row["scores"][AVERAGE] == pytest.approx(70)
+    assert row["spread"][AVERAGE] == pytest.approx(statistics.stdev([60, 80]))  # over seeds, not over tasks
+    assert "| x | ties | 1 | 27.5 ± 3.5 | 42.5 ± 10.6 | 35.0 ± 7.1 |" in table.markdown()
+    assert len(MultiTaskTable.of(scores()[:3]).rows) == 1  # a seed with a missing task does not count
+
+
+def test_the_plot_is_written(tmp_path):
+    plot_scales(MultiTaskTable.of(scores()), tmp_path / "x.png")
+    assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG") and len(list(tmp_path.iterdir())) == 1
+
+
+def test_ctrl_c_ends_the_command_with_a_word_on_how_to_go_on(tmp_path):
+    """A real SIGINT to the real command, once it has begun to work."""
+    command = [Path(sys.executable).with_name("osrm-peft"), "demo", "--out", tmp_path / "out"]
+    running = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
+    )
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob("out/seed42/features/*.safetensors")) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    for patience in (60, 60, 60):  # on a busy machine the first was once not enough
+        running.send_signal(signal.SIGINT)
+        try:
+            printed, _ = running.communicate(timeout=patience)
+            break
+        except subprocess.TimeoutExpired:
+            continue
+    else:
+        running.kill()
+        pytest.fail("three interrupts did not end the command")
+    assert running.returncode == 130
+    assert "interrupted; what is finished lies in" in printed and "run the same command to go on" in printed
+    assert not list(tmp_path.rglob("*.partial"))
