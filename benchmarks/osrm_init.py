@@ -35,7 +35,7 @@ from osrm_peft import OSRMLoraConfig, TaskFeatures, collect_features, initialize
 from osrm_peft.features.moments import FeatureMoments
 from osrm_peft.models.layers import target_layers
 from osrm_peft.models.loading import load_base, load_tokenizer
-from osrm_peft.osrm.spectrum import Pool, Spectrum
+from osrm_peft.osrm.spectrum import PooledMoment, Spectrum
 from osrm_peft.osrm.subspace import choose_directions
 from osrm_peft.tasks.task import tokenize
 
@@ -95,7 +95,9 @@ def _choose_one(source: str, way: str) -> dict[str, float]:
     stacked = torch.stack([task.mean() for task in moments]).float()
 
     def ours() -> Tensor:
-        return choose_directions(Spectrum.of(Pool.of(moments)), RANK, generator=torch.Generator().manual_seed(0))
+        return choose_directions(
+            Spectrum.of(PooledMoment.of(moments)), RANK, generator=torch.Generator().manual_seed(0)
+        )
 
     def theirs() -> Tensor:
         if source == "mean":
@@ -104,7 +106,7 @@ def _choose_one(source: str, way: str) -> dict[str, float]:
 
     repeats, before = (5 if way == "ours" else 1), _peak()
     seconds, A = _time(ours if way == "ours" else theirs, repeats)
-    return {"seconds": seconds, "mib": _peak() - before, "energy": Pool.of(moments).share(A)}
+    return {"seconds": seconds, "mib": _peak() - before, "energy": PooledMoment.of(moments).share(A)}
 
 
 # --- features of a real model ----------------------------------------------------------------------------------------
@@ -169,7 +171,7 @@ def _ours(model: nn.Module, names: list[str], tokenizer: Any, statistic: str) ->
         lambda: {name: _features(model, loader, name, statistic, K) for name, loader in loaders.items()}
     )
     fields: dict[str, Any] = {"r": 8, "target_modules": TARGETS, "statistic": statistic, "task_type": "SEQ_CLS"}
-    fields |= {"null_space": "random", "protect": None}  # the paper's choice, as the released code makes it
+    fields |= {"null_space": "random", "protect_energy": None}  # the paper's choice, as the released code makes it
     peft_models = {name: get_peft_model(load_base("packaged", 2), OSRMLoraConfig(**fields)) for name in names}
 
     def initialise() -> None:
@@ -263,7 +265,13 @@ def _memory_one(group: str) -> dict[str, float]:
     batches = [{"x": torch.randn(4, 16, WIDTH, generator=torch.Generator().manual_seed(seed))} for seed in range(4)]
     before = _peak()
     features = collect_features(
-        model, batches, task="t", target_modules=r".*_proj\.\d+", k=16, group_size=int(group) or None, progress=False
+        model,
+        batches,
+        task="t",
+        target_modules=r".*_proj\.\d+",
+        num_samples=16,
+        group_size=int(group) or None,
+        progress=False,
     )
     collecting = _peak() - before
     with tempfile.TemporaryDirectory() as folder:
@@ -287,7 +295,9 @@ def _measured(*arguments: str) -> dict[str, float]:
 
 def _features(model: nn.Module, batches: Any, name: str, statistic: str, k: int) -> TaskFeatures:
     config = LoraConfig(target_modules=TARGETS)
-    return collect_features(model, batches, task=name, target_modules=config, statistic=statistic, k=k, progress=False)
+    return collect_features(
+        model, batches, task=name, target_modules=config, statistic=statistic, num_samples=k, progress=False
+    )
 
 
 def _loader(name: str, tokenizer: Any, rows: int, size: int, padding: str) -> DataLoader:

@@ -31,34 +31,34 @@ from osrm_peft.io.manifest import versions
 from osrm_peft.io.places import new_file
 from osrm_peft.models.layers import lora_layers
 from osrm_peft.models.loading import load_tokenizer
-from osrm_peft.osrm.spectrum import Pool
+from osrm_peft.osrm.spectrum import PooledMoment
 from osrm_peft.osrm.subspace import procrustes_drift
 from osrm_peft.tasks.suites import load_task
 from osrm_peft.tasks.task import Task
 from osrm_peft.training.recipe import Recipe
 from osrm_peft.training.train import train_task
 
-PAPER: dict[str, Any] = {"statistic": "token", "null_space": "random", "protect": None}
+PAPER: dict[str, Any] = {"statistic": "token", "null_space": "random", "protect_energy": None}
 INITS: dict[str, dict[str, Any] | None] = {  # OSRMLoraConfig fields; None: PEFT's own A
     "plain": None,
     "plain_scaled": None,  # A × √3: as long as one with orthonormal rows
-    "random": PAPER | {"protect": 0},  # orthonormal, blind to every task
+    "random": PAPER | {"protect_rank": 0},  # orthonormal, blind to every task
     "released": PAPER | {"statistic": "mean", "reference": True},
     "mean": PAPER | {"statistic": "mean"},
     "sample": PAPER | {"statistic": "sample"},
     "token": PAPER,
-    "token_p90": PAPER | {"protect": 0.9},
-    "token_p90_own": PAPER | {"protect": 0.9, "null_space": "in_task"},  # OSRMLoraConfig's defaults
-    "own": PAPER | {"protect": 0, "null_space": "in_task"},  # the task's own principal directions
-    "difference": PAPER | {"in_task": "difference"},
-    "ratio": PAPER | {"in_task": "ratio"},
+    "token_p90": PAPER | {"protect_energy": 0.9},
+    "token_p90_own": PAPER | {"protect_energy": 0.9, "null_space": "in_task"},  # OSRMLoraConfig's defaults
+    "own": PAPER | {"protect_rank": 0, "null_space": "in_task"},  # the task's own principal directions
+    "difference": PAPER | {"objective": "difference"},
+    "ratio": PAPER | {"objective": "ratio"},
     "token_frozen": PAPER | {"freeze_a": True},
-    "token_p90_own_frozen": PAPER | {"protect": 0.9, "null_space": "in_task", "freeze_a": True},
+    "token_p90_own_frozen": PAPER | {"protect_energy": 0.9, "null_space": "in_task", "freeze_a": True},
 }
 POST_HOC: dict[str, dict[str, Any]] = {  # the plain adapters, projected when they are trained (project_adapter)
     "plain_projected": {},
-    "plain_keep90": {"keep": 0.9},
-    "plain_keep99": {"keep": 0.99},
+    "plain_keep90": {"min_effect_kept": 0.9},
+    "plain_keep99": {"min_effect_kept": 0.99},
 }
 SEEDS, TUNING_SEED, RATES = (42, 43, 44), 41, (2e-3, 4e-3, 8e-3)
 TUNING_TASKS = ("questions", "movie_reviews", "product_reviews")  # six classes, two classes, regression
@@ -105,7 +105,7 @@ class Watch(TrainerCallback):
     def _energy(self, A: dict[str, torch.Tensor]) -> float:
         shares = []
         for name, rows in A.items():
-            pool = Pool.of([features.layers[name] for features in self.others])
+            pool = PooledMoment.of([features.layers[name] for features in self.others])
             shares.append(pool.share(torch.linalg.qr(rows.double().mT).Q.mT))
         return statistics.fmean(shares)
 
@@ -197,7 +197,7 @@ class Study:
     def _scores(self, recipe: Recipe, adapters: dict[str, Path]) -> dict[str, dict[str, float]]:
         tasks = {name: recipe.task(name) for name in self.names}
         grams = {
-            name: recipe.collect_statistics("gram", name, adapters[name], k=GRAM_ROWS, progress=False)
+            name: recipe.collect_statistics("gram", name, adapters[name], num_samples=GRAM_ROWS, progress=False)
             for name in self.names
         }
         scores = {"alone": {name: self._score(lambda n: _alone(adapters[n]), tasks[name]) for name in self.names}}

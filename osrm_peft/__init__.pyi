@@ -2,7 +2,7 @@
 
 from .adapters.load import load_adapter as load_adapter
 from .adapters.lora_adapter import LoraAdapter as LoraAdapter
-from .checkpoints.merge import load_merged as load_merged
+from .checkpoints.merge import load_merged_checkpoint as load_merged_checkpoint
 from .checkpoints.merge import merge_checkpoints as merge_checkpoints
 from .evaluation.evaluate import evaluate_task as evaluate_task
 from .evaluation.interference import Interference as Interference
@@ -13,7 +13,7 @@ from .features.fisher import DiagonalFisher as DiagonalFisher
 from .features.fisher import collect_fisher as collect_fisher
 from .features.task_features import TaskFeatures as TaskFeatures
 from .hub.push import push_to_hub as push_to_hub
-from .merging.emr_adapter import MaskedAdapter as MaskedAdapter
+from .merging.emr_adapter import EMRAdapter as EMRAdapter
 from .merging.merge import merge_adapters as merge_adapters
 from .merging.merged_adapter import MergedAdapter as MergedAdapter
 from .merging.methods.registry import register as register

@@ -23,11 +23,11 @@ class Processes:
 
     Attributes:
         rank: which of them this is.
-        count: how many they are.
+        num_processes: how many they are.
     """
 
     rank: int = 0
-    count: int = 1
+    num_processes: int = 1
 
     @classmethod
     def of(cls, distributed: bool) -> "Processes":
@@ -36,29 +36,29 @@ class Processes:
         return cls(dist.get_rank(), dist.get_world_size()) if together else cls()
 
     @property
-    def main(self) -> bool:
+    def is_main_process(self) -> bool:
         """Whether this is the one that writes."""
         return self.rank == 0
 
     def share(self, items: Sequence[T]) -> list[T]:
         """This process' part of what all of them have."""
-        return list(items[self.rank :: self.count])
+        return list(items[self.rank :: self.num_processes])
 
     def gather(self, mine: T) -> list[T]:
         """What each process has, in the order of ranks."""
-        found: list[Any] = [mine] * self.count
-        if self.count > 1:
+        found: list[Any] = [mine] * self.num_processes
+        if self.num_processes > 1:
             dist.all_gather_object(found, mine)
         return found
 
-    def together(self, function: Callable[[], T]) -> list[T]:
+    def gather_results(self, function: Callable[[], T]) -> list[T]:
         """What each process finds by itself, in the order of ranks; the first error of any of them, for everyone."""
         found: Any = None
         failed: Exception | None = None
         try:
             found = function()
         except Exception as error:
-            if self.count == 1:
+            if self.num_processes == 1:
                 raise
             failed = _sendable(error)
         every = self.gather((found, failed))
@@ -69,18 +69,18 @@ class Processes:
 
     def sum_(self, tensor: Tensor) -> Tensor:
         """The sum over processes, in place."""
-        if self.count > 1:
+        if self.num_processes > 1:
             moved = tensor.to(_collective_device()).contiguous()
             dist.all_reduce(moved)
             tensor.copy_(moved)
         return tensor
 
-    def from_main(self, function: Callable[[], T]) -> T:
+    def broadcast_from_main(self, function: Callable[[], T]) -> T:
         """What the main process finds, or the error that it raises, for everyone."""
-        if self.count == 1:
+        if self.num_processes == 1:
             return function()
         found: list[Any] = [None, None]
-        if self.main:
+        if self.is_main_process:
             try:
                 found[0] = function()
             except Exception as error:
@@ -109,7 +109,7 @@ def local_device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device() if rank is None else int(rank) % torch.cuda.device_count())
 
 
-def spread(load: Callable[[], nn.Module]) -> nn.Module | None:
+def shard_model(load: Callable[[], nn.Module]) -> nn.Module | None:
     """The model, split over the processes by the engine of the launch's config (ZeRO-3 or FSDP); None without one."""
     zero3 = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
     zero3 = zero3 and os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3"
@@ -147,7 +147,7 @@ def execution_device(model: nn.Module) -> torch.device:
 
 
 @contextmanager
-def whole_weight(module: nn.Module) -> Iterator[Tensor]:
+def gathered_weight(module: nn.Module) -> Iterator[Tensor]:
     """A module's weight, brought together where a device_map or an engine has put it elsewhere; to read.
 
     Every process must ask for a weight that an engine has split.
@@ -158,7 +158,7 @@ def whole_weight(module: nn.Module) -> Iterator[Tensor]:
         yield stack.enter_context(_whole(weight))
 
 
-def whole(parameter: Tensor) -> Tensor:
+def gather_parameter(parameter: Tensor) -> Tensor:
     """A copy of a whole parameter on the CPU. Every process must ask for one that an engine has split."""
     with _whole(parameter) as tensor:
         return tensor.detach().to("cpu", copy=True)
@@ -174,7 +174,7 @@ def check_writable(parameter: Tensor) -> None:
         )
 
 
-def write(parameter: Tensor, value: Tensor) -> None:
+def write_parameter(parameter: Tensor, value: Tensor) -> None:
     """Write a whole parameter, wherever its parts are; every process does so, with the same value.
 
     Raises:

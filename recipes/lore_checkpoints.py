@@ -29,7 +29,7 @@ from transformers import (
     set_seed,
 )
 
-from osrm_peft import evaluate_task, load_merged, load_task, merge_checkpoints
+from osrm_peft import evaluate_task, load_merged_checkpoint, load_task, merge_checkpoints
 from osrm_peft.evaluation.spectra import plot_spectra, spectra, spectra_table
 from osrm_peft.evaluation.tables import MultiTaskTable, Score
 from osrm_peft.io.json import write_json
@@ -103,7 +103,7 @@ def reproduce(out: Path) -> None:
             found = merge_checkpoints(
                 experts, place / "tasks", heads=["classifier*"], base=base if under else None, progress=True, **options
             )
-            return {name: evaluate_task(load_merged(found, name), tasks[name], load_tokenizer("packaged"),
+            return {name: evaluate_task(load_merged_checkpoint(found, name), tasks[name], load_tokenizer("packaged"),
                                         max_length=LENGTH, progress=False) for name in TASKS}  # fmt: skip
 
         def merged_run(options: Any = options, under: bool = under, place: Path = place) -> dict[str, float]:

@@ -59,7 +59,7 @@ def main() -> None:
         dispatch(wanted, arguments.cache, _executor(arguments), console)
     else:
         run(wanted, arguments.cache, processes, console)
-    if processes.main:
+    if processes.is_main_process:
         shown = [one for one in planned(suite, []) if not missing(one.needs(), arguments.cache)]
         write_outputs(suite, shown, arguments.cache, out, f"python recipes/reproduce.py {shlex.join(sys.argv[1:])}")
         pages = [str(path) for path in (out / "README.md", out / "report.html") if path.exists()]

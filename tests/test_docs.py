@@ -141,7 +141,7 @@ def test_maths_sees_no_path_config_or_model():
         "merging/lowrank",
         "merging/spaces",
         "merging/methods/sparsify",
-        "merging/methods/thresholding",
+        "merging/methods/svt",
         *map(method_file, METHODS),
     ):
         text = (PACKAGE / f"{name}.py").read_text(encoding="utf-8")

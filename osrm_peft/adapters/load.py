@@ -34,13 +34,17 @@ from osrm_peft.models.layers import all_lora_layers, base_of, check_unmerged, un
 
 
 def load_adapter(
-    source: str | Path | PeftModel, *, head: str | None = None, adapter_name: str | None = None, whole: bool = False
+    source: str | Path | PeftModel,
+    *,
+    task: str | None = None,
+    adapter_name: str | None = None,
+    require_single_task: bool = False,
 ) -> LoraAdapter:
     """Read an adapter that PEFT or we wrote: a folder, a Hub id (`user/name`, `user/name@revision`) or a live model.
 
     Args:
-        head: for a merged folder: the task whose head to take along.
-        whole: refuse a merged folder whose heads would be left behind.
+        task: of a merged folder, the task whose head (and modules) the adapter gets.
+        require_single_task: refuse a merged folder whose heads would be left behind.
         adapter_name: for a live PeftModel: which of its adapters; None: the only one, or the active one.
 
     Raises:
@@ -61,18 +65,18 @@ def load_adapter(
         raise FileNotFoundError(f"{source} is no adapter's folder: {describe_file(Path(source))}")
     folder = local_folder(str(source), [CONFIG, WEIGHTS, f"{HEADS}/*.safetensors", "*.json"])
     check_folder(folder, str(source))
-    path = folder / HEADS / f"{head}.safetensors"
+    path = folder / HEADS / f"{task}.safetensors"
     if (
-        whole
-        and head is None
+        require_single_task
+        and task is None
         and any(_holds_tensors(folder / HEADS / f"{name}.safetensors") for name in _heads_in(folder))
     ):
         raise ValueError(
             f"{source} is a merge of several tasks: say whose head to take along with "
-            f"load_adapter({str(source)!r}, head=…), one of {', '.join(_heads_in(folder))}"
+            f"load_adapter({str(source)!r}, task=…), one of {', '.join(_heads_in(folder))}"
         )
-    if head is not None and (not isinstance(head, str) or head != Path(head).name or not path.is_file()):
-        raise ValueError(f"{source} has no head {head!r}, only {', '.join(_heads_in(folder)) or 'none'}")
+    if task is not None and (not isinstance(task, str) or task != Path(task).name or not path.is_file()):
+        raise ValueError(f"{source} has no head {task!r}, only {', '.join(_heads_in(folder)) or 'none'}")
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -85,7 +89,7 @@ def load_adapter(
     try:
         weights = folder / WEIGHTS
         adapter = _parse(config, tensor_headers(weights), tensor_reader(weights), str(source), _sha256(weights))
-        if head is not None:
+        if task is not None:
             adapter = load_head(adapter, path, adapter.factors)
     except (SafetensorError, json.JSONDecodeError, UnicodeDecodeError, KeyError) as error:
         raise ValueError(f"{source} is damaged: {type(error).__name__}: {error}") from error

@@ -60,7 +60,7 @@ def merge_checkpoints(
         weights: one a model, by name or in order, or by tensor name patterns, as in `merge_adapters`.
         scale: λ; None: the paper's default of the method.
         heads: name patterns of tensors that each model keeps (classification heads): `heads/<name>.safetensors`, see
-            `load_merged`.
+            `load_merged_checkpoint`.
         vocab: `"error"`, or `"intersect"`: of models with more tokens than another the rows of those that all have.
         tokenizer: whose tokenizer, chat template, special tokens (in config.json, too), generation and processor
             settings the result has: a model's name, or `"base"`. None: the models', where all that have them agree; the
@@ -150,7 +150,9 @@ def _execute(plan: CheckpointPlan, out: Path, partial: Path, resume: bool, verif
     return out
 
 
-def load_merged(folder: str | Path, name: str, auto_class: Any = AutoModelForSequenceClassification) -> PreTrainedModel:
+def load_merged_checkpoint(
+    folder: str | Path, name: str, auto_class: Any = AutoModelForSequenceClassification
+) -> PreTrainedModel:
     """A merged model with the head that the model `name` kept, in eval mode.
 
     Args:

@@ -28,7 +28,7 @@ def features(
     suite: Annotated[str | None, typer.Option(help="packaged, glue, or jsonl:FOLDER.")] = None,
     target: Annotated[list[str] | None, typer.Option(help="A target module; repeat it. Default: PEFT's.")] = None,
     statistic: Annotated[str | None, typer.Option(help="mean, sample or token.")] = None,
-    k: Annotated[int | None, typer.Option("-k", help="Samples a task.")] = None,
+    num_samples: Annotated[int | None, typer.Option("--num-samples", "-k", help="Samples a task.")] = None,
     max_length: Annotated[int | None, typer.Option(help="Tokens a row is cut to.")] = None,
     seed: Annotated[int | None, typer.Option(help="Draws the samples.")] = None,
     dtype: Annotated[str, typer.Option(help="Of the file: float32 or bfloat16.")] = "float32",
@@ -49,7 +49,8 @@ def features(
     from osrm_peft.training.recipe import Recipe
 
     choice("dtype", dtype, ("float32", "bfloat16"))
-    given: dict[str, Any] = {"model": model, "suite": suite, "k": k, "max_length": max_length, "seed": seed}
+    given: dict[str, Any] = {"model": model, "suite": suite, "num_samples": num_samples}
+    given |= {"max_length": max_length, "seed": seed}
     given = {name: value for name, value in given.items() if value is not None}
     if out is not None:
         given["features"] = str(out)
@@ -72,12 +73,12 @@ def features(
     for path in paths.values():
         check_file(path)
     for name, path in paths.items():
-        if processes.from_main(partial(there, path)):
+        if processes.broadcast_from_main(partial(there, path)):
             say(f"{path} is there already (--overwrite makes it anew)")
             continue
         base = recipe.base(distributed=True) if base is None else base
         found = recipe.collect(name, base=base, group_size=group_size, distributed=True)
-        processes.from_main(partial(found.save, path, getattr(torch, dtype)))
+        processes.broadcast_from_main(partial(found.save, path, getattr(torch, dtype)))
         say(f"wrote {path}")
 
 
@@ -89,9 +90,9 @@ def _check_same(found: "TaskFeatures", recipe: "Recipe") -> None:
     asked = {"statistic": (recipe.osrm or {}).get("statistic", found.statistic), "seed": recipe.seed}
     asked |= {"base_model": public_name(resolve_model(recipe.model))}
     wrong = [name for name, value in asked.items() if getattr(found, name) != value]
-    if wrong or found.k > recipe.k:
-        name = wrong[0] if wrong else "k"
-        value = asked.get(name, recipe.k)
+    if wrong or found.num_samples > recipe.num_samples:
+        name = wrong[0] if wrong else "num_samples"
+        value = asked.get(name, recipe.num_samples)
         raise ValueError(
             f"{recipe.features_file(found.task)} is there already, with {name}={getattr(found, name)!r} and not "
             f"{value!r}: --overwrite makes it anew, --out writes beside it"
@@ -114,22 +115,24 @@ def project(
     adapter: Annotated[str, typer.Argument(help="The trained adapter: folder or Hub id.")],
     features: Annotated[list[str], typer.Option(help="Features of another task; repeat it.")],
     out: Annotated[Path, typer.Option(help="Folder for the projected adapter.")],
-    own: Annotated[str | None, typer.Option(help="Features of the adapter's own task.")] = None,
-    keep: Annotated[
+    in_task: Annotated[str | None, typer.Option(help="Features of the adapter's own task.")] = None,
+    min_effect_kept: Annotated[
         float | None, typer.Option(help="Share of the own effect to keep. Default: the paper's way.")
     ] = None,
     null_space: Annotated[str, typer.Option(help="random or in_task: who chooses where others are quiet.")] = "random",
-    protect: Annotated[str | None, typer.Option(help="Strongest directions to avoid: number, or share (0.9).")] = None,
+    protect_rank: Annotated[int | None, typer.Option(help="How many of the strongest directions to avoid.")] = None,
+    protect_energy: Annotated[float | None, typer.Option(help="Share of the energy whose directions to avoid.")] = None,
     seed: Annotated[int, typer.Option(help="Of the random choice.")] = 0,
 ) -> None:
     """OSRM after the fact: keep a trained adapter away from the other tasks' features (paper §5.4)."""
     from osrm_peft.io.manifest import check_replaceable
-    from osrm_peft.io.yaml import parse_yaml
     from osrm_peft.osrm.project import project_adapter
 
     check_replaceable(out, "adapter")
-    choice: dict[str, Any] = {"null_space": null_space, "protect": parse_yaml(protect or "null"), "seed": seed}
-    projection = project_adapter(adapter, features, in_task=own, keep=keep, progress=True, **choice)
+    projection = project_adapter(
+        adapter, features, in_task=in_task, min_effect_kept=min_effect_kept, null_space=null_space,
+        protect_rank=protect_rank, protect_energy=protect_energy, seed=seed, progress=True,
+    )  # fmt: skip
     projection.save_pretrained(out)
     mean = projection.mean()
     parts = [f"{name.replace('_', ' ')} {value:.3g}" for name, value in mean.items()]

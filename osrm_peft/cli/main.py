@@ -73,7 +73,7 @@ def evaluate(
     from osrm_peft.io.json import write_json
     from osrm_peft.io.manifest import MANIFEST, read_manifest, versions
     from osrm_peft.io.places import check_file
-    from osrm_peft.merging.emr_adapter import MaskedAdapter
+    from osrm_peft.merging.emr_adapter import EMRAdapter
     from osrm_peft.models.loading import load_tokenizer
     from osrm_peft.tasks.suites import load_task
 
@@ -83,7 +83,7 @@ def evaluate(
     manifest = read_manifest(folder)
     model_card(manifest)  # a damaged one shows here
     merged = manifest.get("kind") in ("merged", "emr") and isinstance(manifest.get("inputs"), dict)
-    masked = MaskedAdapter.from_pretrained(folder) if manifest.get("kind") == "emr" else None
+    masked = EMRAdapter.from_pretrained(folder) if manifest.get("kind") == "emr" else None
     names = task or (list(manifest["inputs"]) if merged else [manifest["task"]] if "task" in manifest else None)
     if names is None:
         raise ValueError(f"{adapter} does not say which task it is for: name it with --task")
@@ -98,7 +98,7 @@ def evaluate(
             base = model or manifest.get("base_model") or ""
             with_task: Any = masked.load(base, name)
         else:
-            loaded = load_adapter(folder, head=name if merged else None)
+            loaded = load_adapter(folder, task=name if merged else None)
             base = model or manifest.get("base_model") or loaded.base_model or ""
             with_task = loaded.attach(base)
         tokenizer, with_task = load_tokenizer(base), with_task.to(local_device())
@@ -110,9 +110,9 @@ def evaluate(
             | {"rows": len(rows_of_task.validation), "dataset": "nyu-mll/glue" if suite == "glue" else None}
         )
     console.print(MultiTaskTable.of(scores).terminal(f"Scores in percent on {suite}"))
-    if save and processes.main:
+    if save and processes.is_main_process:
         record_scores(folder, records)
-    if out is not None and processes.main:
+    if out is not None and processes.is_main_process:
         settings = {
             "adapter": adapter,
             "suite": suite,

@@ -55,7 +55,7 @@ def merge(
     from osrm_peft.cli.tables import plan_tables
     from osrm_peft.distributed import start
     from osrm_peft.io.manifest import check_replaceable, read_manifest
-    from osrm_peft.merging.emr_adapter import MaskedAdapter
+    from osrm_peft.merging.emr_adapter import EMRAdapter
     from osrm_peft.merging.merge import execute
     from osrm_peft.merging.recipe import MergeRecipe
 
@@ -95,10 +95,10 @@ def merge(
         return
     processes = start()
     merged = execute(plan, processes, progress=True)
-    for one, folder in folders.items() if processes.main else ():
+    for one, folder in folders.items() if processes.is_main_process else ():
         scaled = merged if len(folders) == 1 else merged.at_scale(one)
         scaled.save_pretrained(folder)
-        if isinstance(scaled, MaskedAdapter):
+        if isinstance(scaled, EMRAdapter):
             say(f"wrote {folder}: one shared vector, masks and scales of {len(scaled.tasks)} tasks")
         else:
             written = read_manifest(folder)
@@ -162,9 +162,9 @@ def statistics(
     for path in paths.values():
         check_file(path)
     for name, path in paths.items():
-        if processes.from_main(path.exists) and not overwrite:
+        if processes.broadcast_from_main(path.exists) and not overwrite:
             say(f"{path} is there already (--overwrite makes it anew)")
             continue
-        found = recipe.collect_statistics(kind, name, adapters / name, k=rows, distributed=True)
-        processes.from_main(partial(found.save, path))
+        found = recipe.collect_statistics(kind, name, adapters / name, num_samples=rows, distributed=True)
+        processes.broadcast_from_main(partial(found.save, path))
         say(f"wrote {path}")

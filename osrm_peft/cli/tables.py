@@ -13,7 +13,7 @@ from osrm_peft.adapters.keys import shape_of_name
 from osrm_peft.adapters.lora_adapter import LoraAdapter, shape_in
 from osrm_peft.features.task_features import TaskFeatures
 from osrm_peft.merging.plan import MergePlan
-from osrm_peft.osrm.spectrum import Pool
+from osrm_peft.osrm.spectrum import PooledMoment
 
 _KINDS: dict[Any, str] = {None: "linear", (): "embedding"}
 
@@ -75,13 +75,13 @@ def features_tables(features: TaskFeatures, path: Path) -> list[Table]:
     """What a features file is of, and one line for each distinct input in it."""
     result = _table(escape(f"Features of {features.task}"), "", "")
     second = next(iter(features.layers.values())).second is not None
-    of = "the fine-tuned model (for RegMean)" if features.adapted else "the pre-trained model"
+    of = "the fine-tuned model (for RegMean)" if features.of_finetuned_model else "the pre-trained model"
     for name, value in {
         "file": f"{path} ({decimal(path.stat().st_size)})",
         "base model": f"{features.base_model} (weights {features.weight_hash}); inputs of {of}",
         "tokenizer": f"{features.tokenizer} ({features.tokenizer_hash})" if features.tokenizer_hash else "not recorded",
         "statistic": features.statistic + (", padding counted in (reference)" if features.reference else ""),
-        "samples": f"{features.k}, drawn with seed {features.seed}",
+        "samples": f"{features.num_samples}, drawn with seed {features.seed}",
         "reveals": REVEALS["token" if features.statistic == "sample" and second else features.statistic],
     }.items():
         result.add_row(name, escape(value))
@@ -91,7 +91,7 @@ def features_tables(features: TaskFeatures, path: Path) -> list[Table]:
         names.setdefault(leader, []).append(name)
     for leader, sharing in names.items():
         moments = features.layers[leader]
-        energy, mean = float(Pool.of([moments]).trace()), float(moments.mean().square().sum())
+        energy, mean = float(PooledMoment.of([moments]).trace()), float(moments.mean().square().sum())
         share = f"{mean / energy:.1%}" if energy else "–"
         rest = [name.rpartition(".")[2] for name in sharing[1:]]
         inputs.add_row(

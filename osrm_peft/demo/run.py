@@ -40,7 +40,7 @@ RECIPE = Recipe(
     train_rows=384,
     validation_rows=120,
 )
-OSRM = {"statistic": "token", "null_space": "random", "protect": None}  # the paper's choice, on tokens
+OSRM = {"statistic": "token", "null_space": "random", "protect_energy": None}  # the paper's choice, on tokens
 
 
 class Merge(NamedTuple):
@@ -172,7 +172,9 @@ def _run_seed(out: Path, recipe: Recipe, osrm: dict[str, Any], bar: tqdm) -> dic
             for name, path in paths.items():
                 if not path.exists():
                     bar.set_postfix_str(f"{kind} of {init} on {name}")
-                    recipe.collect_statistics(kind, name, adapters[name], k=STATISTICS_ROWS, progress=False).save(path)
+                    recipe.collect_statistics(
+                        kind, name, adapters[name], num_samples=STATISTICS_ROWS, progress=False
+                    ).save(path)
                 bar.update()
         measured[init] = interference(adapters, features, base=load_base(recipe.model, 2))
         if not scores.has(init, "individual", None):

@@ -70,7 +70,9 @@ def predict(
     logits = []
     try:
         with torch.no_grad():
-            for batch in tqdm(loader, desc=progress, disable=progress is None or not processes.main, leave=False):
+            for batch in tqdm(
+                loader, desc=progress, disable=progress is None or not processes.is_main_process, leave=False
+            ):
                 logits.append(model(**batch.to(device)).logits.float().cpu())
     finally:
         model.train(training)

@@ -12,7 +12,7 @@ from torch.utils.data import DistributedSampler, RandomSampler
 from tqdm.auto import tqdm
 
 from osrm_peft.distributed import Processes
-from osrm_peft.features.padding import Positions, find_positions
+from osrm_peft.features.padding import TokenMask, find_token_mask
 
 
 @dataclass(frozen=True)
@@ -24,14 +24,14 @@ class Batch:
         labels: the batch's labels, if it has them.
         positions: where its samples are.
         count: how many they are.
-        counts: False where it only keeps this process in step with the others, who have samples left.
+        is_filler: True for a repeated batch that only keeps this process in step; its inputs are not summed up.
     """
 
     inputs: dict[str, Any]
     labels: Tensor | None
-    positions: Positions
+    positions: TokenMask
     count: int
-    counts: bool = True
+    is_filler: bool = False
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch there, as tensors whose changes are counted (those of inference mode are not)."""
@@ -60,7 +60,7 @@ def samples(
         ValueError: the loader is split over processes already; or at the end, if there was no sample, or processes had
             different ones.
     """
-    if processes.count > 1:
+    if processes.num_processes > 1:
         check_rereadable(loader, "several processes share the samples of one loader, which must be the same everywhere")
         if isinstance(loader, (DataLoaderShard, DataLoaderDispatcher)) or isinstance(
             getattr(loader, "sampler", None), DistributedSampler
@@ -70,19 +70,19 @@ def samples(
                 "DistributedSampler), which may repeat samples: give the loader as it was before, it is shared out here"
             )
     seen, waiting, digest = 0, [], hashlib.sha256()
-    with tqdm(total=k, desc=what, unit="sample", disable=not progress or not processes.main) as bar:
+    with tqdm(total=k, desc=what, unit="sample", disable=not progress or not processes.is_main_process) as bar:
         for given in loader:
             batch = _cut(given, k - seen)
             if batch.count == 0:
                 continue
             seen += batch.count
-            if processes.count > 1:
+            if processes.num_processes > 1:
                 sums = {
                     key: float(value.double().sum()) for key, value in batch.inputs.items() if isinstance(value, Tensor)
                 }
                 digest.update(repr((batch.count, sums)).encode())
             waiting.append(batch)
-            if len(waiting) == processes.count or seen >= k:
+            if len(waiting) == processes.num_processes or seen >= k:
                 yield _mine(waiting, processes)
                 waiting = []
             bar.update(batch.count)
@@ -102,7 +102,7 @@ def samples(
 
 def _mine(batches: list[Batch], processes: Processes) -> Batch:
     """This process' batch of at most one each; the last again, not to be counted, where there are too few."""
-    return batches[processes.rank] if processes.rank < len(batches) else replace(batches[-1], counts=False)
+    return batches[processes.rank] if processes.rank < len(batches) else replace(batches[-1], is_filler=True)
 
 
 def _cut(batch: Mapping[str, Any], most: int) -> Batch:
@@ -116,5 +116,5 @@ def _cut(batch: Mapping[str, Any], most: int) -> Batch:
     of_rows = {key for key, value in tensors.items() if len(value) == rows and not key.startswith("cu_seq_lens")}
     cut = {key: value[:most] if key in of_rows else value for key, value in tensors.items()}
     inputs = {key: value for key, value in {**batch, **cut}.items() if key not in ("label", "labels")}
-    positions, count = find_positions(inputs, min(rows, most), most)
+    positions, count = find_token_mask(inputs, min(rows, most), most)
     return Batch(inputs, cut.get("labels", cut.get("label")), positions, count)

@@ -17,9 +17,9 @@ from osrm_peft.distributed import Processes, execution_device
 from osrm_peft.features.batches import Batch, check_rereadable, samples
 from osrm_peft.features.collector import Collector
 from osrm_peft.features.file import JoinedMoments
-from osrm_peft.features.hooks import undisturbed, watch_inputs
+from osrm_peft.features.hooks import preserve_state, watch_inputs
 from osrm_peft.features.moments import STATISTICS
-from osrm_peft.features.padding import Sides
+from osrm_peft.features.padding import EncoderDecoder
 from osrm_peft.features.task_features import TaskFeatures, tokenizer_hash
 from osrm_peft.hub.privacy import public_name
 from osrm_peft.models.fingerprint import embedding_hash, hash_of, sampled_weights, weight_hash
@@ -41,7 +41,7 @@ def collect_features(
     task: str,
     target_modules: list[str] | str | LoraConfig | None = None,
     statistic: str = "token",
-    k: int = 100,
+    num_samples: int = 100,
     seed: int | None = None,
     tokenizer: Any = None,
     reference: bool = False,
@@ -68,7 +68,7 @@ def collect_features(
         task: the task's name, for the record.
         target_modules: which layers, see `layers.target_layers`.
         statistic: `"mean"`, `"sample"` or `"token"`, see FeatureMoments.
-        k: how many samples at most (the paper uses 100).
+        num_samples: how many samples at most (the paper uses 100).
         seed: the seed that drew the samples, for the record.
         tokenizer: that which made the samples, for the record: features of another tokenizer are refused later.
         reference: count padding in and keep the mean only, as the released OSRM code does (it pads to a fixed length).
@@ -86,8 +86,8 @@ def collect_features(
     if reference and statistic != "mean":
         raise ValueError(f"reference=True keeps one mean a task: use statistic='mean', not {statistic!r}")
     return _collect(
-        model, loader, task, target_modules, k, seed, tokenizer, group_size, progress, Processes.of(distributed),
-        statistic=statistic, reference=reference, adapted=False,
+        model, loader, task, target_modules, num_samples, seed, tokenizer, group_size, progress,
+        Processes.of(distributed), statistic=statistic, reference=reference, of_finetuned_model=False,
     )  # fmt: skip
 
 
@@ -97,7 +97,7 @@ def collect_gram(
     *,
     task: str,
     target_modules: list[str] | str | LoraConfig | None = None,
-    k: int = 1000,
+    num_samples: int = 1000,
     seed: int | None = None,
     tokenizer: Any = None,
     group_size: int | None = None,
@@ -111,14 +111,14 @@ def collect_gram(
     Args:
         model: the fine-tuned model: a PeftModel with its adapter active, or full weights; runs on the device it is on.
         loader, task, target_modules, seed, tokenizer, group_size, progress, distributed: see `collect_features`.
-        k: how many samples at most (the paper uses up to 1,000).
+        num_samples: how many samples at most (the paper uses up to 1,000).
 
     Raises:
         ValueError: k below 1, no target layer, or a loader without a sample.
     """
     return _collect(
-        model, loader, task, target_modules, k, seed, tokenizer, group_size, progress, Processes.of(distributed),
-        statistic="token", reference=False, adapted=True,
+        model, loader, task, target_modules, num_samples, seed, tokenizer, group_size, progress,
+        Processes.of(distributed), statistic="token", reference=False, of_finetuned_model=True,
     )  # fmt: skip
 
 
@@ -128,7 +128,7 @@ def _collect(
     loader: Iterable[Mapping[str, Any]],
     task: str,
     target_modules: list[str] | str | LoraConfig | None,
-    k: int,
+    num_samples: int,
     seed: int | None,
     tokenizer: Any,
     group_size: int | None,
@@ -137,23 +137,25 @@ def _collect(
     *,
     statistic: str,
     reference: bool,
-    adapted: bool,
+    of_finetuned_model: bool,
 ) -> TaskFeatures:
-    k, device = integer("k", k, 1), execution_device(model)
+    num_samples, device = integer("num_samples", num_samples, 1), execution_device(model)
     model = unwrapped(model)
     layers = target_layers(model, target_modules)
-    if not adapted:
+    if not of_finetuned_model:
         carried = all_lora_layers(model)
         check_unmerged(carried)
         if not isinstance(model, PeftModel) and not all(layer.disable_adapters for layer in carried.values()):
             raise ValueError("the model carries an adapter (its own add_adapter): call model.disable_adapters() first")
 
-    def run(names: Iterable[str], k: int, what: str, *, scout: bool = False) -> tuple[Collector, int]:
+    def run(names: Iterable[str], most: int, what: str, *, scout: bool = False) -> tuple[Collector, int]:
         watched = {name: input_width(name, layers[name]) for name in names}
         whole_samples = statistic != "token"  # a scout keeps little, but sees positions as the real run does
-        collector = Collector(watched, "mean" if scout else statistic, Sides(base_of(model)), whole_samples, reference)
-        batches = samples(loader, k, processes, task=task, what=what, progress=progress)
-        seen = _run(model, layers, collector, batches, device, adapted=adapted)
+        collector = Collector(
+            watched, "mean" if scout else statistic, EncoderDecoder(base_of(model)), whole_samples, reference
+        )
+        batches = samples(loader, most, processes, task=task, what=what, progress=progress)
+        seen = _run(model, layers, collector, batches, device, of_finetuned_model=of_finetuned_model)
         return collector, _sum_up(collector, seen, processes)
 
     def features(collector: Collector, seen: int) -> TaskFeatures:
@@ -161,7 +163,8 @@ def _collect(
         sampled = sampled_weights(model, moments)
         rows = next((key for key in sampled if isinstance(key, int)), None)
         return TaskFeatures(
-            task, base_name(model), hash_of(sampled, moments), statistic, seen, seed, reference, adapted,
+            task, base_name(model), hash_of(sampled, moments), statistic, seen, seed, reference,
+            of_finetuned_model,
             vocabulary=rows,
             embedding_hash=None if rows is None else embedding_hash(sampled, rows),
             tokenizer=public_name(getattr(tokenizer, "name_or_path", None)),
@@ -170,7 +173,7 @@ def _collect(
         )  # fmt: skip
 
     if group_size is None:
-        return features(*run(layers, k, f"features of {task}"))
+        return features(*run(layers, num_samples, f"features of {task}"))
     check_rereadable(loader, "group_size reads the loader several times, and needs the same samples each time")
     size, (shared, _) = integer("group_size", group_size, 1), run(layers, 1, f"layers of {task}", scout=True)
     leaders = list(dict.fromkeys(shared.leaders[name] for name in layers))
@@ -179,7 +182,7 @@ def _collect(
     parts: list[TaskFeatures] = []
     for place, group in enumerate(groups, start=1):
         names = [name for name in layers if shared.leaders[name] in group]
-        part = features(*run(names, k, f"features of {task}, {place}/{len(groups)}"))
+        part = features(*run(names, num_samples, f"features of {task}, {place}/{len(groups)}"))
         part.save(f"{folder.name}/{place}.safetensors")
         parts.append(replace(part, layers=TaskFeatures.load(f"{folder.name}/{place}.safetensors").layers))
         del part
@@ -194,7 +197,7 @@ def _run(
     batches: Iterable[Batch],
     device: torch.device,
     *,
-    adapted: bool,
+    of_finetuned_model: bool,
 ) -> int:
     """One pass over the batches into the collector; from how many samples."""
     base, seen, sides = base_of(model), 0, collector.sides
@@ -204,9 +207,9 @@ def _run(
     uncached = {"use_cache": False} if "use_cache" in inspect.signature(base.forward).parameters else {}
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
-        stack.enter_context(undisturbed(base))
+        stack.enter_context(preserve_state(base))
         stack.enter_context(torch.compiler.set_stance("force_eager"))  # compiled code would not see the hooks
-        if isinstance(model, PeftModel) and not adapted:
+        if isinstance(model, PeftModel) and not of_finetuned_model:
             stack.enter_context(model.disable_adapter())
         stack.enter_context(watch_inputs(watched, collector.see))
         if sides.encoder is not None:
@@ -229,7 +232,7 @@ def _run(
             inputs = sides.with_decoder(batch.inputs, batch.labels)
             collector.start(inputs, batch)
             root(**inputs | uncached)
-            seen += batch.count if batch.counts else 0
+            seen += 0 if batch.is_filler else batch.count
     return seen
 
 
@@ -246,7 +249,7 @@ def _sum_up(collector: Collector, seen: int, processes: Processes) -> int:
         )
     own = {name: collector.moments[name] for name in collector.widths if collector.leaders[name] == name}
     everyone = processes.gather((seen, {name: moments.count for name, moments in own.items()}))
-    if processes.count > 1:
+    if processes.num_processes > 1:
         for name, moments in own.items():
             moments.sum_over_([counts[name] for _, counts in everyone], processes.rank, processes.sum_)
     for name, moments in own.items():

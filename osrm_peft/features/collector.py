@@ -7,14 +7,14 @@ from torch import Tensor
 
 from osrm_peft.features.batches import Batch
 from osrm_peft.features.moments import FeatureMoments
-from osrm_peft.features.padding import Positions, Sides, same_tensor, tensors_in
+from osrm_peft.features.padding import EncoderDecoder, TokenMask, same_tensor, tensors_in
 
 
 class Collector:
     """Feeds layer inputs to FeatureMoments, each distinct tensor once."""
 
     def __init__(
-        self, widths: dict[str, int], statistic: str, sides: Sides, whole_samples: bool, reference: bool
+        self, widths: dict[str, int], statistic: str, sides: EncoderDecoder, whole_samples: bool, reference: bool
     ) -> None:
         self.widths, self.statistic, self.sides = widths, statistic, sides
         self.whole_samples, self.reference = whole_samples, reference
@@ -23,9 +23,9 @@ class Collector:
 
     def start(self, inputs: Mapping[str, Any], batch: Batch) -> None:
         """A new forward pass on these inputs; the batch may count for nothing."""
-        rows, self.counts = batch.positions.rows, batch.counts
-        self.unmasked = Positions(rows, padded=batch.positions.padded)
-        self.positions = Positions(rows) if self.reference else self.sides.positions(inputs, batch.positions)
+        rows, self.is_filler = batch.positions.rows, batch.is_filler
+        self.unmasked = TokenMask(rows, padded=batch.positions.padded)
+        self.positions = TokenMask(rows) if self.reference else self.sides.positions(inputs, batch.positions)
         two = self.sides.two and not self.reference  # with `reference`, padding counts
         self.in_decoder = self.sides.decoder_positions(inputs, batch.labels, self.positions) if two else self.positions
         self.text = "input_ids" in inputs or "inputs_embeds" in inputs
@@ -70,7 +70,7 @@ class Collector:
                 f"layer {name!r} has positions before samples, which cannot be told apart where there are {len(x)} of "
                 "either: give batches of another number of samples"
             )
-        if self.counts:
+        if not self.is_filler:
             self.moments[name].add_(*positions.of(name, x, self.whole_samples))
         self.received["encoded" if same_tensor(x, self.encoded) else "last"] = (x, x._version, name)
 

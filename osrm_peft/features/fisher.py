@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from osrm_peft.checks import choice, integer
 from osrm_peft.distributed import ALONE
 from osrm_peft.features.batches import samples
-from osrm_peft.features.hooks import undisturbed
+from osrm_peft.features.hooks import preserve_state
 from osrm_peft.hub.sources import local_file
 from osrm_peft.io.json import parse_json
 from osrm_peft.io.places import new_file
@@ -34,7 +34,7 @@ class DiagonalFisher:
     Attributes:
         task: the task's name.
         base_model: name or path of the pre-trained model.
-        k: how many samples it is the mean of.
+        num_samples: how many samples it is the mean of.
         labels: `"expected"` or `"true"`, see `collect_fisher`.
         seed: the seed that drew the samples, for the record.
         adapter_sha256: of the weight file of the model's adapter, where it is known.
@@ -43,7 +43,7 @@ class DiagonalFisher:
 
     task: str
     base_model: str
-    k: int
+    num_samples: int
     labels: str
     seed: int | None = None
     adapter_sha256: str | None = None
@@ -51,7 +51,8 @@ class DiagonalFisher:
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file."""
-        header = {key: value for key, value in vars(self).items() if key != "layers"} | {"format": _FORMAT}
+        about = {"task": self.task, "base_model": self.base_model, "k": self.num_samples, "labels": self.labels}
+        header = about | {"seed": self.seed, "adapter_sha256": self.adapter_sha256, "format": _FORMAT}
         with new_file(path) as partial:
             save_file(self.layers, partial, {"format": "pt", "osrm_peft_fisher": json.dumps(header)})
 
@@ -71,6 +72,7 @@ class DiagonalFisher:
                 layers = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
             if integer("format", header.pop("format"), 1) > _FORMAT:
                 raise ValueError("of a newer format: upgrade osrm_peft")
+            header["num_samples"] = header.pop("k")
             check_fields("its header", header, cls, ("layers",))
             flat = [name for name, F in layers.items() if F.dim() != 2 or not F.is_floating_point()]
             if flat or "layers" in header:
@@ -93,7 +95,7 @@ def collect_fisher(
     task: str,
     target_modules: list[str] | str | LoraConfig | None = None,
     labels: str = "expected",
-    k: int = 1000,
+    num_samples: int = 1000,
     seed: int | None = None,
     progress: bool = True,
 ) -> DiagonalFisher:
@@ -112,14 +114,14 @@ def collect_fisher(
         task: the task's name, for the record.
         target_modules: which `nn.Linear` layers, see `layers.target_layers`.
         labels: `"expected"`, over the model's own prediction as in the paper, or `"true"`, the batch's labels.
-        k: how many samples at most.
+        num_samples: how many samples at most.
         seed: the seed that drew the samples, for the record.
 
     Raises:
         ValueError: unknown `labels`, none in the batch, no target layer, no sample, or logits of another shape.
     """
     choice("labels", labels, LABELS)
-    k = integer("k", k, 1)
+    num_samples = integer("num_samples", num_samples, 1)
     model = unwrapped(model)
     layers = target_layers(model, target_modules)
     base = base_of(model)
@@ -129,11 +131,11 @@ def collect_fisher(
     if labels == "true":
         _check_known_labels(loader, base, task)
     with ExitStack() as stack:
-        stack.enter_context(undisturbed(base))
+        stack.enter_context(preserve_state(base))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(torch.compiler.set_stance("force_eager"))  # compiled code would not see the hooks
         passes = stack.enter_context(_watch(layers))
-        for given in samples(loader, k, ALONE, task=task, what=f"Fisher of {task}", progress=progress):
+        for given in samples(loader, num_samples, ALONE, task=task, what=f"Fisher of {task}", progress=progress):
             batch = given.to(device)
             if batch.positions.samples is not None:
                 raise ValueError("Fisher squares the gradient of each sample: give rows of one sample, not packed ones")

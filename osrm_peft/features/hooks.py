@@ -25,7 +25,7 @@ def watch_inputs(layers: Mapping[str, nn.Module], on_input) -> Iterator[None]:
 
 
 @contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
+def preserve_state(model: nn.Module) -> Iterator[None]:
     """Eval mode inside; afterwards each submodule has its mode, and each parameter its requires_grad, again.
 
     (PEFT's disable_adapter switches requires_grad of an adapter's parameters back on when it ends.)

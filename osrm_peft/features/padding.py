@@ -22,7 +22,7 @@ _OTHER_MASKS = ("pixel_mask", "pixel_attention_mask", "aspect_ratio_mask", "visu
 
 
 @dataclass(frozen=True)
-class Positions:
+class TokenMask:
     """The positions of one batch's sequences.
 
     Attributes:
@@ -101,7 +101,7 @@ def _in_rows(x: Tensor, mask: Tensor) -> tuple[Tensor, int] | None:
     return (x.flatten(1, -2), 1) if len(x) == b and math.prod(between) == s else None
 
 
-def find_positions(inputs: Mapping[str, Any], rows: int, most: int) -> tuple[Positions, int]:
+def find_token_mask(inputs: Mapping[str, Any], rows: int, most: int) -> tuple[TokenMask, int]:
     """The positions of a batch, and how many samples it holds.
 
     Padding is 0 in `attention_mask`. Rows are packed with several samples where `position_ids` start again at 0 within
@@ -117,13 +117,13 @@ def find_positions(inputs: Mapping[str, Any], rows: int, most: int) -> tuple[Pos
     keep = None if mask is None else mask.bool()
     other = next((key for key in _OTHER_MASKS if isinstance(inputs.get(key), Tensor) and not inputs[key].all()), None)
     if not isinstance(position_ids, Tensor) or position_ids.dim() != 2 or len(position_ids) != rows:
-        return Positions(rows, keep, padded=other), rows
+        return TokenMask(rows, keep, padded=other), rows
     real = _without_trailing_zeros(position_ids) if keep is None else keep
     starts = real & ((position_ids == 0) | (real.cumsum(1) == 1))
     if int(starts.sum()) == int(real.any(1).sum()):
-        return Positions(rows, keep if bool(real.all()) else real, padded=other), rows
+        return TokenMask(rows, keep if bool(real.all()) else real, padded=other), rows
     samples = starts.flatten().cumsum(0).view(starts.shape) - 1
-    return Positions(rows, real & (samples < most), samples, padded=other), min(int(starts.sum()), most)
+    return TokenMask(rows, real & (samples < most), samples, padded=other), min(int(starts.sum()), most)
 
 
 def _without_trailing_zeros(position_ids: Tensor) -> Tensor:
@@ -132,7 +132,7 @@ def _without_trailing_zeros(position_ids: Tensor) -> Tensor:
     return ~(trailing & (trailing.sum(1, keepdim=True) > 1))
 
 
-class Sides:
+class EncoderDecoder:
     """Which layers of a model see which positions: the batch's, the decoder's, or all.
 
     * An encoder–decoder model has two sides; the encoder's output in a pass tells which layers of the decoder read it.
@@ -194,7 +194,7 @@ class Sides:
         mask = {"decoder_attention_mask": real.long()}
         return mask | inputs if "decoder_attention_mask" in self._accepts else inputs
 
-    def positions(self, inputs: Mapping[str, Any], main: Positions) -> Positions:
+    def positions(self, inputs: Mapping[str, Any], main: TokenMask) -> TokenMask:
         """The batch's positions, and where they are in an audio model's frames."""
         sound = "input_values" in inputs or "input_features" in inputs
         if self._audio is None or main.keep is None or not sound:
@@ -209,15 +209,15 @@ class Sides:
             frames[f] = method(f, main.keep.long(), **options).bool()
         return replace(main, frames=frames)
 
-    def decoder_positions(self, inputs: Mapping[str, Any], labels: Tensor | None, main: Positions) -> Positions:
+    def decoder_positions(self, inputs: Mapping[str, Any], labels: Tensor | None, main: TokenMask) -> TokenMask:
         """The decoder's positions; where the model makes its inputs from the encoder's, these are the same."""
         if "decoder_attention_mask" in inputs:
-            return Positions(main.rows, inputs["decoder_attention_mask"].bool())
+            return TokenMask(main.rows, inputs["decoder_attention_mask"].bool())
         real = self._real(labels)
         if real is not None:
-            return Positions(main.rows, real)
+            return TokenMask(main.rows, real)
         made = "decoder_input_ids" not in inputs and "decoder_inputs_embeds" not in inputs
-        return main if made else Positions(main.rows)
+        return main if made else TokenMask(main.rows)
 
     def _real(self, labels: Tensor | None) -> Tensor | None:
         """(b, s) bool: the positions that labels of tokens have, also of several at each (MusicGen); None: others."""

@@ -22,6 +22,7 @@ from osrm_peft.io.yaml import check_fields
 from osrm_peft.models.fingerprint import counts_all_rows, embedding_hash, hash_of, sampled_weights
 from osrm_peft.models.layers import base_name, base_of, input_width
 
+_IN_FILES = {"num_samples": "k", "of_finetuned_model": "adapted"}  # fields that have other names there
 _FORMAT = 4  # 2 has `adapted`; 3 the tokenizer, and second moments as triangles; 4 a hash of the embedding apart
 
 
@@ -38,10 +39,10 @@ class TaskFeatures:
         vocabulary, embedding_hash: how many rows its input embedding has, and `fingerprint.embedding_hash` of these; a
             model with more, new ones behind them is the same. None where it has none, and in files of earlier formats.
         statistic: `"mean"`, `"sample"` or `"token"`, see FeatureMoments.
-        k: how many samples were seen.
+        num_samples: how many samples were seen.
         seed: the seed that drew the samples, for the record.
         reference: padding was counted in, as the released OSRM code does.
-        adapted: the inputs of the fine-tuned model (`collect_gram`), not of the pre-trained one.
+        of_finetuned_model: the inputs of the fine-tuned model (`collect_gram`), not of the pre-trained one.
         adapter_sha256: of the weight file of the adapter that the fine-tuned model had, where it is known.
         tokenizer, tokenizer_hash: name of the tokenizer that made the samples, and `tokenizer_hash` of it, if known.
         layers: the moments, in model order; those of a file are read when they are used.
@@ -51,10 +52,10 @@ class TaskFeatures:
     base_model: str
     weight_hash: str
     statistic: str
-    k: int = 0
+    num_samples: int = 0
     seed: int | None = None
     reference: bool = False
-    adapted: bool = False
+    of_finetuned_model: bool = False
     adapter_sha256: str | None = None
     tokenizer: str | None = None
     tokenizer_hash: str | None = None
@@ -96,7 +97,7 @@ class TaskFeatures:
             moments = self.layers[name]
             counts[name] = moments.count
             shapes |= {f"{name}.{part}": shape for part, shape in part_shapes(moments).items()}
-        header = {key: value for key, value in vars(self).items() if key != "layers"}
+        header = {_IN_FILES.get(key, key): value for key, value in vars(self).items() if key != "layers"}
         header |= {"format": _FORMAT, "counts": counts, "same_input": same_input}
         tensors = (
             (f"{name}.{part}", tensor) for name in leaders for part, tensor in parts_of(self.layers[name]).items()
@@ -134,8 +135,9 @@ class TaskFeatures:
                 raise ValueError("counts and same_input in its header must be mappings")
             for name, leader in same_input.items():
                 kind(f"same_input of {name!r}", leader, str)
-            check_fields("its header", header, cls)
             integer("k", header["k"], 0)
+            header |= {name: header.pop(key) for name, key in _IN_FILES.items() if key in header}
+            check_fields("its header", header, cls)
             if header.get("vocabulary") is not None:
                 integer("vocabulary", header["vocabulary"], 1)
             return cls(**header, layers=MomentsOnDemand(path, header["statistic"], counts, same_input))
@@ -163,7 +165,7 @@ class TaskFeatures:
         """
         layers = list(layers)
         base, whose = base_of(model), f"the features of task {self.task!r} (of {self.base_model})"
-        if self.adapted:
+        if self.of_finetuned_model:
             raise ValueError(
                 f"the features of task {self.task!r} are of its fine-tuned model (collect_gram, for RegMean): "
                 "collect them on the pre-trained model with collect_features"

@@ -32,7 +32,16 @@ _FACTS = {
     "method": "method", "scale": "scale λ", "space": "space", "seed": "seed", "written_rank": "rank as written",
     "vocab": "vocabulary", "train_rows": "training rows",
 }  # fmt: skip
-_SETTINGS = ("statistic", "null_space", "in_task", "protect", "keep", "freeze_a", "osrm_seed")
+_SETTINGS = (
+    "statistic",
+    "null_space",
+    "objective",
+    "protect_rank",
+    "protect_energy",
+    "min_effect_kept",
+    "freeze_a",
+    "osrm_seed",
+)
 
 
 class _Plain(str):
@@ -129,7 +138,7 @@ def _model_card(manifest: Mapping[str, Any]) -> ModelCard:
         repo=repr(repo),
         base_name=repr(base or name),
         load_base=f"from transformers import {auto}\n\nbase = {auto}.from_pretrained({name!r}{labels})\n",
-        head=f", head={inputs[0]!r}" if inputs and task_type == "SEQ_CLS" else "",
+        head=f", task={inputs[0]!r}" if inputs and task_type == "SEQ_CLS" else "",
         first_task=repr(inputs[0]) if inputs else "task",
         features="\n".join(f"TaskFeatures.load({f'{repo}:{file}'!r})" for file in files),
         facts=list(_facts(about)),
@@ -236,7 +245,8 @@ def _facts(about: dict[str, Any]) -> Iterator[tuple[str, object]]:
     osrm, projected = about.get("osrm") or {}, about.get("projected") or {}
     settings, provenance = osrm.get("settings") or projected, osrm.get("provenance") or projected
     shown = {name: settings[name] for name in _SETTINGS if settings.get(name) is not None}
-    shown |= {"protect": "all directions"} if settings.get("protect", 0) is None and "keep" not in shown else {}
+    if not {"protect_rank", "protect_energy", "min_effect_kept"} & set(shown) and "protect_energy" in settings:
+        shown["protect_energy"] = "all directions"
     yield from ((f"OSRM {name}", value) for name, value in shown.items())
     others = [one["task"] for one in provenance.get("out_of_task") or [] if isinstance(one, dict)]
     if others:

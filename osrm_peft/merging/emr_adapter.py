@@ -29,7 +29,7 @@ from osrm_peft.models.layers import as_weight, weight_shape
 MASKS = "emr.safetensors"
 
 
-class MaskedLayer(NamedTuple):
+class EMRLayer(NamedTuple):
     """One layer.
 
     Attributes:
@@ -41,7 +41,7 @@ class MaskedLayer(NamedTuple):
     masks: Tensor
 
     @classmethod
-    def pack(cls, unified: Tensor, masks: Tensor) -> "MaskedLayer":
+    def pack(cls, unified: Tensor, masks: Tensor) -> "EMRLayer":
         """From (o, n) and (T, o, n) bool."""
         return cls(unified, torch.from_numpy(np.packbits(masks.flatten(1).numpy(), axis=1)))
 
@@ -52,24 +52,24 @@ class MaskedLayer(NamedTuple):
 
 
 @dataclass(frozen=True)
-class MaskedAdapter(Pushable):
+class EMRAdapter(Pushable):
     """The result of `merge_adapters(…, method="emr")`: task t's task vector is λ · scales[t] · M_t ⊙ τ_uni.
 
     Attributes:
-        layers: {layer name in the base model: MaskedLayer}.
+        layers: {layer name in the base model: EMRLayer}.
         scales: {task: λ_t}.
         scale: λ for all tasks, 1 in the paper.
         tasks: {task: its adapter with head and config, without factors}.
         manifest: how it was made.
     """
 
-    layers: dict[str, MaskedLayer]
+    layers: dict[str, EMRLayer]
     scales: dict[str, float]
     scale: float
     tasks: dict[str, LoraAdapter]
     manifest: dict[str, Any]
 
-    def at_scale(self, scale: float) -> "MaskedAdapter":
+    def at_scale(self, scale: float) -> "EMRAdapter":
         """The same merge at another λ."""
         scale = number("scale", scale)
         return replace(self, scale=scale, manifest=self.manifest | {"scale": scale})
@@ -84,7 +84,7 @@ class MaskedAdapter(Pushable):
         return {name: self.scale * self.scales[task] * layer.masked(place) for name, layer in self.layers.items()}
 
     @contextmanager
-    def for_task(self, task: str, model: PreTrainedModel) -> Iterator[PreTrainedModel]:
+    def applied_to(self, model: PreTrainedModel, task: str) -> Iterator[PreTrainedModel]:
         """Inside the block the live base `model` is task t's, head included; afterwards it is as it was, exactly.
 
         Raises:
@@ -136,7 +136,7 @@ class MaskedAdapter(Pushable):
             write_manifest(partial, self.manifest)
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path) -> "MaskedAdapter":
+    def from_pretrained(cls, folder: str | Path) -> "EMRAdapter":
         """Read what `save_pretrained` wrote.
 
         Args:
@@ -157,7 +157,7 @@ class MaskedAdapter(Pushable):
             tensors = load_file(folder / MASKS)
             scales = dict(zip(names, tensors.pop("scales").tolist(), strict=True))
             layers = {
-                name: MaskedLayer(tensors[f"{name}.unified"], tensors[f"{name}.masks"])
+                name: EMRLayer(tensors[f"{name}.unified"], tensors[f"{name}.masks"])
                 for name in sorted({key.rpartition(".")[0] for key in tensors})
             }
             for name, layer in layers.items():

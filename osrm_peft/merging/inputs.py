@@ -123,7 +123,7 @@ def _load(task: str, adapter: str | Path | PeftModel | LoraAdapter) -> LoraAdapt
                 f"the task like its adapter, or give load_adapter(model, adapter_name=…)"
             )
         return load_adapter(model, adapter_name=task)
-    return load_adapter(adapter, whole=True)
+    return load_adapter(adapter, require_single_task=True)
 
 
 def _common_shapes(adapters: Mapping[str, LoraAdapter]) -> dict[str, tuple[int, int]]:

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from osrm_peft.adapters.factors import Factors
 from osrm_peft.distributed import ALONE, Processes
-from osrm_peft.merging.emr_adapter import MaskedAdapter, MaskedLayer
+from osrm_peft.merging.emr_adapter import EMRAdapter, EMRLayer
 from osrm_peft.merging.inputs import Adapters
 from osrm_peft.merging.lowrank import Compressed, compress, compress_matrix
 from osrm_peft.merging.merged_adapter import MergedAdapter, MergedLayer
@@ -34,7 +34,7 @@ _TOO_LARGE = (
 
 
 @overload
-def merge_adapters(adapters: Adapters, method: Literal["emr"], **arguments: Any) -> MaskedAdapter: ...
+def merge_adapters(adapters: Adapters, method: Literal["emr"], **arguments: Any) -> EMRAdapter: ...
 @overload
 def merge_adapters(adapters: Adapters, method: str, **arguments: Any) -> MergedAdapter: ...
 def merge_adapters(
@@ -54,7 +54,7 @@ def merge_adapters(
     progress: bool = False,
     distributed: bool = False,
     **options: Any,
-) -> MergedAdapter | MaskedAdapter:
+) -> MergedAdapter | EMRAdapter:
     """Merge LoRA adapters of one base model into one, from their own files.
 
     Args:
@@ -87,7 +87,7 @@ def merge_adapters(
 
     Returns:
         A MergedAdapter: `.load(base, task=…)`, `.save_pretrained(folder)`, `.at_scale(λ)`, `.for_task(task)`; for EMR,
-        whose result differs by task, a MaskedAdapter.
+        whose result differs by task, a EMRAdapter.
 
     Raises:
         TypeError: an option that the method does not have.
@@ -101,10 +101,10 @@ def merge_adapters(
     return execute(plan, Processes.of(distributed), progress=progress)
 
 
-def execute(plan: MergePlan, processes: Processes = ALONE, *, progress: bool = False) -> MergedAdapter | MaskedAdapter:
+def execute(plan: MergePlan, processes: Processes = ALONE, *, progress: bool = False) -> MergedAdapter | EMRAdapter:
     """Merge as planned, one layer in memory at a time besides the result; each process merges its share of layers."""
     share = processes.share(list(plan.inputs.shapes))
-    names = tqdm(share, desc=f"merge {plan.name}", disable=not progress or not processes.main)
+    names = tqdm(share, desc=f"merge {plan.name}", disable=not progress or not processes.is_main_process)
     if plan.method.per_task:
         return _masked(plan, names, processes)
     stacks = _Stacks(plan, share)
@@ -142,7 +142,7 @@ def execute(plan: MergePlan, processes: Processes = ALONE, *, progress: bool = F
 
 def _gathered(plan: MergePlan, merge: Callable[[], dict[str, Any]], processes: Processes) -> dict[str, Any]:
     """What all processes find for their layers, in the order of the layers."""
-    found = {name: value for part in processes.together(merge) for name, value in part.items()}
+    found = {name: value for part in processes.gather_results(merge) for name, value in part.items()}
     return {name: found[name] for name in plan.inputs.shapes}
 
 
@@ -258,10 +258,10 @@ def _guided_weights(plan: MergePlan, share: list[str], processes: Processes) -> 
     return dict.fromkeys(plan.inputs.shapes, shared)
 
 
-def _masked(plan: MergePlan, names: Iterable[str], processes: Processes) -> MaskedAdapter:
+def _masked(plan: MergePlan, names: Iterable[str], processes: Processes) -> EMRAdapter:
     """A method whose result differs by task: shared vector and masks a layer, and the rescalers over all layers."""
 
-    def one(name: str) -> tuple[MaskedLayer, Tensor, Tensor]:
+    def one(name: str) -> tuple[EMRLayer, Tensor, Tensor]:
         stack, weights = enter(plan.space, plan.inputs.factors(name)).stack, plan.weights[name]
         unified, masks = plan.method.fn(stack, weights.to(stack.dtype), **taken(plan.method.fn, plan.options))
         try:
@@ -271,7 +271,7 @@ def _masked(plan: MergePlan, names: Iterable[str], processes: Processes) -> Mask
             raise ValueError(f"layer {name!r}: {error}") from error
         full = weights.abs() * stack.abs().sum((1, 2), dtype=torch.float64)  # (T,) Σ|w_t τ_t|
         kept = (masks * unified.abs()).sum((1, 2), dtype=torch.float64)  # (T,) Σ|M_t ⊙ τ_uni|
-        return MaskedLayer.pack(unified.to(plan.dtype), masks), full, kept
+        return EMRLayer.pack(unified.to(plan.dtype), masks), full, kept
 
     found = _gathered(plan, lambda: {name: one(name) for name in names}, processes)
     layers = {name: layer for name, (layer, _, _) in found.items()}
@@ -286,4 +286,4 @@ def _masked(plan: MergePlan, names: Iterable[str], processes: Processes) -> Mask
         )
         for task, one in plan.inputs.templates().items()
     }
-    return MaskedAdapter(layers, dict(zip(tasks, scales, strict=True)), plan.scale, tasks, plan.manifest())
+    return EMRAdapter(layers, dict(zip(tasks, scales, strict=True)), plan.scale, tasks, plan.manifest())

@@ -45,7 +45,7 @@ def statistics_of(
         one = kind.load(value) if isinstance(value, (str, Path)) else value
         if not isinstance(one, kind):
             raise ValueError(f"{argument} of {task!r} is a {type(one).__name__}, {reason} needs a {kind.__name__}")
-        if argument == "features" and getattr(one, "adapted", False):
+        if argument == "features" and getattr(one, "of_finetuned_model", False):
             raise ValueError(
                 f"features of {task!r} are of its fine-tuned model (collect_gram): {reason} needs those of the "
                 "pre-trained model (collect_features)"

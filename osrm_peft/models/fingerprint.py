@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from osrm_peft.distributed import whole_weight
+from osrm_peft.distributed import gathered_weight
 from osrm_peft.models.layers import base_of, linear_layer
 
 HASHED_ENTRIES = 1024
@@ -39,11 +39,11 @@ def sampled_weights(model: nn.Module, names: Iterable[str], rows: Iterable[int] 
     base = base_of(model)
     found: dict[str | int, bytes] = {}
     for name in names:
-        with whole_weight(linear_layer(name, base.get_submodule(name))) as weight:
+        with gathered_weight(linear_layer(name, base.get_submodule(name))) as weight:
             found[name] = _sample(name, weight)
     embedding = input_embedding(base)
     if embedding is not None:
-        with whole_weight(embedding) as weight:
+        with gathered_weight(embedding) as weight:
             found[""] = _sample("input_embeddings", weight)
             known = {len(weight), *(V for V in rows if len(weight) >= V)}
             found |= {V: _sample("input_embeddings", weight[:V]) for V in known}

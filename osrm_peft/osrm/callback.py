@@ -12,13 +12,13 @@ from torch import Tensor
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import CallbackHandler
 
-from osrm_peft.distributed import whole
+from osrm_peft.distributed import gather_parameter
 from osrm_peft.hub.card import write_manifest
 from osrm_peft.models.layers import lora_layers, unwrapped
 from osrm_peft.osrm.config import OSRMLoraConfig
 from osrm_peft.osrm.initialize import initialize_osrm_weights, load_out_of_task
-from osrm_peft.osrm.others import OutOfTask
-from osrm_peft.osrm.spectrum import Pool
+from osrm_peft.osrm.others import OtherTasks
+from osrm_peft.osrm.spectrum import PooledMoment
 from osrm_peft.osrm.subspace import procrustes_drift
 
 logger = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ class OSRMCallback(TrainerCallback):
         self.first_step = False  # in the first step of a fresh run
         self.initial: dict[str, Tensor] = {}  # {layer: (r, n) copy of Ã, float32 on the CPU}
         self.repo_id: Callable[[], str | None] = lambda: None
-        self.pools: dict[str, Pool] = {}  # {layer: the other tasks' pooled moments}
+        self.pools: dict[str, PooledMoment] = {}  # {layer: the other tasks' pooled moments}
 
     def on_init_end(self, args, state, control, model=None, processing_class=None, **kwargs) -> None:
         """Set A."""
@@ -107,7 +107,7 @@ class OSRMCallback(TrainerCallback):
             return
         self.initial = self._current(model)
         if self.log_energy and state.is_world_process_zero:
-            out, kept = OutOfTask(load_out_of_task(model, self.adapter_name)), {}
+            out, kept = OtherTasks(load_out_of_task(model, self.adapter_name)), {}
             for name in self.initial:
                 if out.input_of(name) not in kept:
                     kept[out.input_of(name)] = out.pool(name).float()
@@ -125,7 +125,10 @@ class OSRMCallback(TrainerCallback):
             return
         self.checked = self.first_step = True
         for name, weight in self._weights(model).items():
-            A, written = whole(weight).float(), self.initial[name].to(weight.dtype).float()  # an engine may round it
+            A, written = (
+                gather_parameter(weight).float(),
+                self.initial[name].to(weight.dtype).float(),
+            )  # an engine may round it
             if not torch.equal(A, written):
                 raise RuntimeError(
                     f"A of layer {name!r} is not the one that OSRM wrote (largest difference "
@@ -194,7 +197,7 @@ class OSRMCallback(TrainerCallback):
         return {name: layer.lora_A[self.adapter_name].weight for name, layer in layers.items()}
 
     def _current(self, model) -> dict[str, Tensor]:
-        return {name: whole(weight).float() for name, weight in self._weights(model).items()}
+        return {name: gather_parameter(weight).float() for name, weight in self._weights(model).items()}
 
 
 def _is_score(name: str, value: Any) -> bool:

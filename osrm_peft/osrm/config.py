@@ -16,9 +16,9 @@ from osrm_peft.hub.privacy import public, public_name
 from osrm_peft.io.manifest import MANIFEST, command, versions
 from osrm_peft.io.places import check_file
 from osrm_peft.models.identity import located
-from osrm_peft.osrm.subspace import IN_TASK, NULL_SPACES, check_protect
+from osrm_peft.osrm.subspace import NULL_SPACES, OBJECTIVES, check_protect
 
-_DEFAULT_CHOICE: tuple[str, str, float] = ("token", "in_task", 0.9)  # the best of benchmarks/osrm_study.py
+_DEFAULT_CHOICE: tuple[str, str, float | None] = ("token", "in_task", 0.9)  # the best of benchmarks/osrm_study.py
 
 
 @dataclass
@@ -31,7 +31,7 @@ class OSRMLoraConfig(LoraConfig):
 
     The defaults are the best of our study (docs/results/which_a.md): A keeps off the directions that hold 90 % of the
     other tasks' energy, and takes of the rest those with most of the task's own. The paper's choice is
-    `null_space="random", protect=None`, and needs no features of the task's own.
+    `null_space="random", protect_energy=None`, and needs no features of the task's own.
 
     Args:
         out_of_task: features files of the *other* tasks, written by `osrm-peft features` or `TaskFeatures.save`.
@@ -39,16 +39,17 @@ class OSRMLoraConfig(LoraConfig):
             another statistic is refused.
         null_space: who chooses where the other tasks leave more than r directions free: `"random"` (seeded) or
             `"in_task"` (the directions with most energy of this task's own features).
-        in_task: `"none"` (the paper), `"difference"` or `"ratio"`: weigh this task's own energy against the others',
-            see `subspace.choose_directions`.
-        in_task_features: this task's own features file, for `null_space="in_task"` and the two weighings of `in_task`.
+        objective: `"least_energy"` (the paper), `"difference"` or `"ratio"`: weigh this task's own energy against the
+            others', see `subspace.choose_directions`.
+        in_task: this task's own features file, for `null_space="in_task"` and the two other objectives.
         in_task_weight: β in [0, 1] of `"difference"`; 0 is the paper.
         ridge: ρ > 0 of `"ratio"`, relative to the mean energy of a direction.
-        protect: how much of the other tasks' energy A must avoid: the p strongest directions (a whole number), or as
-            many as hold that share of the energy (a float in [0, 1]); the rest counts as free. None: all (the paper).
+        protect_energy: A must avoid as many of the strongest directions as hold this share in [0, 1] of the other
+            tasks' energy; the rest counts as free. None: all (the paper).
+        protect_rank: instead, how many of the strongest directions A must avoid.
         freeze_a: train B only (paper §4.4).
         reference: choose as the released code does (needs features collected with `reference=True`); where the others
-            are left at their defaults, they become `statistic="mean", null_space="random", protect=None`.
+            are left at their defaults, they become `statistic="mean", null_space="random", protect_energy=None`.
         osrm_seed: seed of the random choice in a null space.
 
     Raises:
@@ -59,11 +60,12 @@ class OSRMLoraConfig(LoraConfig):
     out_of_task: list[str] | None = None
     statistic: str = _DEFAULT_CHOICE[0]
     null_space: str = _DEFAULT_CHOICE[1]
-    in_task: str = "none"
-    in_task_features: str | None = None
+    objective: str = "least_energy"
+    in_task: str | None = None
     in_task_weight: float = 0.5
     ridge: float = 0.1
-    protect: int | float | None = _DEFAULT_CHOICE[2]
+    protect_energy: float | None = _DEFAULT_CHOICE[2]
+    protect_rank: int | None = None
     freeze_a: bool = False
     reference: bool = False
     osrm_seed: int = 0
@@ -78,31 +80,34 @@ class OSRMLoraConfig(LoraConfig):
                     f"{name}={getattr(self, name)!r}: OSRM makes adapters to be merged, and no merge takes such a one "
                     f"(it is not plain LoRA): leave {name} out, or use peft.LoraConfig"
                 )
-        for name, choices in (("statistic", STATISTICS), ("null_space", NULL_SPACES), ("in_task", IN_TASK)):
+        for name, choices in (("statistic", STATISTICS), ("null_space", NULL_SPACES), ("objective", OBJECTIVES)):
             choice(name, getattr(self, name), choices)
         if isinstance(self.out_of_task, (str, Path)):
             raise ValueError(f"out_of_task={self.out_of_task!r}: give a list of features files")
         self.in_task_weight = number("in_task_weight", self.in_task_weight, 0, 1)
         self.ridge = number("ridge", self.ridge, 0, open_low=True)
-        self.protect = check_protect(self.protect)
+        if self.protect_rank is not None and self.protect_energy == _DEFAULT_CHOICE[2]:
+            self.protect_energy = None  # it was left at its default
+        self.protect_rank, self.protect_energy = check_protect(self.protect_rank, self.protect_energy)
         self.osrm_seed = integer("osrm_seed", self.osrm_seed, 0)
         if self.reference:  # what is at its default becomes the released code's
-            given = (self.statistic, self.null_space, self.protect)
-            self.statistic, self.null_space, self.protect = (  # type: ignore[assignment]
+            given = (self.statistic, self.null_space, self.protect_energy)
+            self.statistic, self.null_space, self.protect_energy = (  # type: ignore[assignment]
                 theirs if value == ours else value
                 for value, ours, theirs in zip(given, _DEFAULT_CHOICE, ("mean", "random", None), strict=True)
             )
-        released = (self.statistic, self.null_space, self.in_task, self.protect) == ("mean", "random", "none", None)
+        chosen = (self.statistic, self.null_space, self.objective, self.protect_energy, self.protect_rank)
+        released = chosen == ("mean", "random", "least_energy", None, None)
         if self.reference and not released:
             raise ValueError(
-                "reference=True is the released code: it needs statistic='mean', null_space='random', in_task='none' "
-                "and protect=None"
+                "reference=True is the released code: it needs statistic='mean', null_space='random', "
+                "objective='least_energy' and protect_energy=None"
             )
 
     @property
     def needs_own_features(self) -> bool:
         """Whether the choice of A looks at the task's own features."""
-        return self.in_task != "none" or self.null_space == "in_task"
+        return self.objective != "least_energy" or self.null_space == "in_task"
 
     def osrm_settings(self) -> dict[str, Any]:
         """The fields that LoraConfig does not have."""

@@ -12,12 +12,12 @@ from peft import PeftModel
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from osrm_peft.distributed import Processes, check_writable, whole, write
+from osrm_peft.distributed import Processes, check_writable, gather_parameter, write_parameter
 from osrm_peft.features.task_features import TaskFeatures
 from osrm_peft.models.fingerprint import hash_of, sampled_weights
 from osrm_peft.models.layers import base_of, linear_layer, lora_layers, unwrapped
 from osrm_peft.osrm.config import OSRMLoraConfig
-from osrm_peft.osrm.others import OutOfTask, check_tasks, describe, load_features
+from osrm_peft.osrm.others import OtherTasks, check_tasks, load_features, provenance_of
 from osrm_peft.osrm.subspace import choose_directions, reference_directions
 
 logger = logging.getLogger(__name__)
@@ -38,7 +38,7 @@ def initialize_osrm_weights(
     Args:
         model: a PeftModel made by `get_peft_model(base, OSRMLoraConfig(…))`.
         out_of_task: features of the other tasks, loaded or as files; None: the config's `out_of_task`.
-        in_task: the task's own features; None: the config's `in_task_features`.
+        in_task: the task's own features; None: the config's `in_task`.
         adapter_name: the adapter to set; no other is touched.
         tokenizer: that with which the adapter will be trained, to be compared with that of the features.
         distributed: all processes of torch.distributed call this, before an optimizer is built. The main one, on which
@@ -70,18 +70,18 @@ def initialize_osrm_weights(
         names = [name for name in every if name in known]  # an unknown one is an error below
         return names, {rows for one in features for rows in one.rows()}
 
-    names, rows = processes.from_main(load)
+    names, rows = processes.broadcast_from_main(load)
     sampled = sampled_weights(model, names, rows)
 
     own = features[-1] if features and config.needs_own_features else None
-    out = OutOfTask(features[: -1 if own else None])
+    out = OtherTasks(features[: -1 if own else None])
 
     def check() -> dict[str, Any]:
         for one in features:
             one.check_fits(model, layers, tokenizer, sampled)
         return {
-            "out_of_task": [describe(one) for one in out.features],
-            "in_task": describe(own) if own else None,
+            "out_of_task": [provenance_of(one) for one in out.features],
+            "in_task": provenance_of(own) if own else None,
             "weight_hash": hash_of(sampled, layers),
         }
 
@@ -89,14 +89,14 @@ def initialize_osrm_weights(
         A, share = _choose(config, out, own, layers[name].r[adapter_name], name)
         return A.float(), share
 
-    provenance = processes.from_main(check)
+    provenance = processes.broadcast_from_main(check)
     # One broadcast a layer: of a large model all layers take longer than a process group waits.
     bar = tqdm(layers, desc="OSRM", unit="layer", disable=not progress)
-    found = {name: processes.from_main(partial(choose, name)) for name in bar}
+    found = {name: processes.broadcast_from_main(partial(choose, name)) for name in bar}
     directions = {name: A for name, (A, _) in found.items()}
     provenance["out_of_task_energy_share"] = {name: share for name, (_, share) in found.items()}
     for name, layer in layers.items():
-        write(layer.lora_A[adapter_name].weight, directions[name])
+        write_parameter(layer.lora_A[adapter_name].weight, directions[name])
         if config.freeze_a:
             layer.lora_A[adapter_name].weight.requires_grad_(False)
     _check_alike(layers, adapter_name, processes)
@@ -121,10 +121,10 @@ def _load(
     )
     if in_task is not None and not config.needs_own_features:
         raise ValueError(
-            f"in_task={config.in_task!r}, null_space={config.null_space!r} do not look at the task's own features: "
+            f"objective={config.objective!r}, null_space={config.null_space!r} do not look at the task's own features: "
             "leave in_task out, or choose another of these in the config"
         )
-    own = config.in_task_features if in_task is None else in_task
+    own = config.in_task if in_task is None else in_task
     own_features = load_features(own) if own is not None and config.needs_own_features else None
     _check_features(config, others, own_features)
     return others, own_features
@@ -136,7 +136,7 @@ def load_out_of_task(model: PeftModel, adapter_name: str = "default") -> list[Ta
 
 
 def _choose(
-    config: OSRMLoraConfig, out: OutOfTask, own: TaskFeatures | None, r: int, name: str
+    config: OSRMLoraConfig, out: OtherTasks, own: TaskFeatures | None, r: int, name: str
 ) -> tuple[Tensor, float]:
     """(r, n) float64, one layer's A as the config says, and the share of the others' energy that it lets through."""
     moments, pool, spectrum = out.at(name)
@@ -149,10 +149,11 @@ def _choose(
         generator=layer_generator(config.osrm_seed, name),
         own=None if own is None else own.layers[name],
         null_space=config.null_space,
-        in_task=config.in_task,
+        objective=config.objective,
         in_task_weight=config.in_task_weight,
         ridge=config.ridge,
-        protect=config.protect,
+        protect_rank=config.protect_rank,
+        protect_energy=config.protect_energy,
     )
     return A, pool.share(A)
 
@@ -172,9 +173,9 @@ def _check_features(config: OSRMLoraConfig, others: list[TaskFeatures], own: Tas
     check_tasks(others, own)
     if config.needs_own_features and own is None:
         raise ValueError(
-            f"null_space={config.null_space!r}, in_task={config.in_task!r} look at the task's own features: give "
-            "OSRMLoraConfig(in_task_features=FILE), or null_space='random', protect=None, in_task='none' for the "
-            "paper's choice"
+            f"null_space={config.null_space!r}, objective={config.objective!r} look at the task's own features: give "
+            "OSRMLoraConfig(in_task=FILE), or null_space='random', protect_energy=None, objective='least_energy' for "
+            "the paper's choice"
         )
     for features in [*others, *([own] if own else [])]:
         if features.statistic != config.statistic:
@@ -196,7 +197,7 @@ def _check_layers(layers: dict[str, Any], adapter_name: str, config: OSRMLoraCon
         linear_layer(name, layer)  # names a layer of another kind
         if layer.lora_B[adapter_name].weight.is_meta:
             raise ValueError(f"lora_B of layer {name!r} has no data (meta device): make the model on a real device")
-        B = whole(layer.lora_B[adapter_name].weight)
+        B = gather_parameter(layer.lora_B[adapter_name].weight)
         if bool(B.any()):
             if config.init_lora_weights not in (True, "gaussian"):
                 raise ValueError(
@@ -218,7 +219,7 @@ def layer_generator(seed: int, layer: str) -> torch.Generator:
 def _check_alike(layers: dict[str, Any], adapter_name: str, processes: Processes) -> None:
     digest = hashlib.sha256()
     for layer in layers.values():
-        digest.update(whole(layer.lora_A[adapter_name].weight).float().numpy().tobytes())
+        digest.update(gather_parameter(layer.lora_A[adapter_name].weight).float().numpy().tobytes())
     found = processes.gather(digest.hexdigest()[:16])
     if len(set(found)) > 1:
         raise RuntimeError(f"the processes ended with different A ({', '.join(found)}): do they have the same adapter?")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from osrm_peft.features.moments import FeatureMoments
 from osrm_peft.features.task_features import TaskFeatures
-from osrm_peft.osrm.spectrum import Pool, Spectrum
+from osrm_peft.osrm.spectrum import PooledMoment, Spectrum
 
 
 def load_features(features: TaskFeatures | str | Path) -> TaskFeatures:
@@ -49,33 +49,33 @@ def check_tasks(others: Sequence[TaskFeatures], own: TaskFeatures | None) -> Non
             )
 
 
-def describe(features: TaskFeatures) -> dict[str, object]:
+def provenance_of(features: TaskFeatures) -> dict[str, object]:
     """What the provenance records of features."""
-    names = ("task", "base_model", "weight_hash", "tokenizer_hash", "statistic", "k", "seed", "reference")
+    names = ("task", "base_model", "weight_hash", "tokenizer_hash", "statistic", "num_samples", "seed", "reference")
     return {name: getattr(features, name) for name in names}
 
 
-class OutOfTask:
+class OtherTasks:
     """The other tasks' moments, layer by layer; layers with the same input, one after another, share what is made."""
 
     def __init__(self, features: Sequence[TaskFeatures]) -> None:
         self.features, self._inputs = features, [one.same_input() for one in features]
-        self._last: tuple[tuple[str, ...], list[FeatureMoments], Pool, Spectrum] | None = None
+        self._last: tuple[tuple[str, ...], list[FeatureMoments], PooledMoment, Spectrum] | None = None
 
     def input_of(self, name: str) -> tuple[str, ...]:
         """What tells the layer's input from others."""
         return tuple(same_input[name] for same_input in self._inputs)
 
-    def pool(self, name: str) -> Pool:
+    def pool(self, name: str) -> PooledMoment:
         """The tasks' moments of one layer, pooled."""
-        return Pool.of([one.layers[name] for one in self.features])
+        return PooledMoment.of([one.layers[name] for one in self.features])
 
-    def at(self, name: str) -> tuple[list[FeatureMoments], Pool, Spectrum]:
+    def at(self, name: str) -> tuple[list[FeatureMoments], PooledMoment, Spectrum]:
         """The tasks' moments of one layer, pooled, and their spectrum."""
         leaders = self.input_of(name)
         if self._last is None or self._last[0] != leaders:
             self._last = None  # before the next is read: memory holds one
             moments = [one.layers[name] for one in self.features]
-            pool = Pool.of(moments)
+            pool = PooledMoment.of(moments)
             self._last = (leaders, moments, pool, Spectrum.of(pool))
         return self._last[1:]

@@ -22,8 +22,8 @@ from osrm_peft.hub.push import Pushable
 from osrm_peft.hub.sources import local_folder
 from osrm_peft.io.manifest import MANIFEST, command, new_folder, read_manifest, versions
 from osrm_peft.osrm.initialize import layer_generator
-from osrm_peft.osrm.others import OutOfTask, check_tasks, describe, load_features
-from osrm_peft.osrm.spectrum import Pool, Spectrum
+from osrm_peft.osrm.others import OtherTasks, check_tasks, load_features, provenance_of
+from osrm_peft.osrm.spectrum import PooledMoment, Spectrum
 from osrm_peft.osrm.subspace import choose_directions
 
 
@@ -95,9 +95,10 @@ def project_adapter(
     out_of_task: Sequence[TaskFeatures | str | Path],
     *,
     in_task: TaskFeatures | str | Path | None = None,
-    keep: float | None = None,
+    min_effect_kept: float | None = None,
     null_space: str = "random",
-    protect: int | float | None = None,
+    protect_rank: int | None = None,
+    protect_energy: float | None = None,
     seed: int = 0,
     base_model: str | None = None,
     progress: bool = False,
@@ -108,7 +109,7 @@ def project_adapter(
 
         B̂ = s B A Ãᵀ,   ΔŴ = B̂ Ã
 
-    which keeps of ΔW what lies in the r directions of Ã, mostly little. With `keep` = ρ instead
+    which keeps of ΔW what lies in the r directions of Ã, mostly little. With `min_effect_kept` = ρ instead
 
         ΔŴ = s B A (I − V_p V_pᵀ),   V_p the p strongest out-of-task directions,
 
@@ -117,40 +118,46 @@ def project_adapter(
     Args:
         adapter: as `load_adapter` takes it; it is not changed.
         out_of_task: features of the *other* tasks, loaded or as files, of the pre-trained model.
-        in_task: the task's own features: for `keep`, `null_space="in_task"`, and to report what is kept of its effect.
-        keep: ρ in (0, 1]; None: the paper's projection. At 1 hardly a direction can be given up: take 0.9 to 0.99.
-        null_space, protect, seed: how Ã is chosen where there is a choice, see `OSRMLoraConfig`; not with `keep`.
-
+        in_task: the task's own features: for `min_effect_kept`, `null_space="in_task"`, and to report what is kept of
+            its effect.
+        min_effect_kept: ρ in (0, 1]; None: the paper's projection. At 1 hardly a direction can be given up: take 0.9 to
+            0.99.
+        null_space, protect_rank, protect_energy, seed: how Ã is chosen where there is a choice, see `OSRMLoraConfig`;
+            not with `min_effect_kept`.
         base_model: the base model of adapter and features, where they name it differently.
 
     Raises:
-        ValueError: no features, or of other layers, widths or base models; `keep` without `in_task`; or an adapter on
-            a layer that has no features (an embedding, a convolution): no layer is passed over.
+        ValueError: no features, or of other layers, widths or base models; `min_effect_kept` without `in_task`; or an
+            adapter on a layer that has no features (an embedding, a convolution): no layer is passed over.
     """
     loaded = adapter if isinstance(adapter, LoraAdapter) else load_adapter(adapter)
     others = [load_features(features) for features in out_of_task]
     own = None if in_task is None else load_features(in_task)
-    if keep is not None:
-        keep = number("keep", keep, 0, 1, open_low=True)
-        if (null_space, protect) != ("random", None):
-            raise ValueError("keep chooses the protected directions itself: leave null_space and protect out")
-    if own is None and (keep is not None or null_space == "in_task"):
-        raise ValueError("keep and null_space='in_task' look at the task's own features: give in_task=FILE")
+    if min_effect_kept is not None:
+        min_effect_kept = number("min_effect_kept", min_effect_kept, 0, 1, open_low=True)
+        if (null_space, protect_rank, protect_energy) != ("random", None, None):
+            raise ValueError(
+                "min_effect_kept chooses the protected directions itself: leave null_space, protect_rank and "
+                "protect_energy out"
+            )
+    if own is None and (min_effect_kept is not None or null_space == "in_task"):
+        raise ValueError("min_effect_kept and null_space='in_task' look at the task's own features: give in_task=FILE")
+    protect = {"protect_rank": protect_rank, "protect_energy": protect_energy}
     check_tasks(others, own)
     _check_layers(loaded, [*others, *([own] if own else [])], base_model)
 
-    out, factors = OutOfTask(others), {}
+    out, factors = OtherTasks(others), {}
     layers: dict[str, LayerProjection] = {}
     for name in tqdm(loaded.shapes, desc="project", unit="layer", disable=not progress):
         found, (_, pool, spectrum) = loaded.factors[name], out.at(name)
         own_moments = None if own is None else own.layers[name]
-        own_pool = None if own_moments is None else Pool.of([own_moments])
+        own_pool = None if own_moments is None else PooledMoment.of([own_moments])
         L, p = _square_root(found), None
-        if keep is not None and own_pool is not None:
-            p = _most_protected(L, spectrum, own_pool, keep)
+        if min_effect_kept is not None and own_pool is not None:
+            p = _most_protected(L, spectrum, own_pool, min_effect_kept)
             factors[name] = _away_from(found, spectrum.vectors[:, :p])
         else:
-            options: dict[str, Any] = {"own": own_moments, "null_space": null_space, "protect": protect}
+            options: dict[str, Any] = {"own": own_moments, "null_space": null_space, **protect}
             generator = layer_generator(seed, name)
             factors[name] = _onto(found, choose_directions(spectrum, found.rank, generator=generator, **options))
         after = _square_root(factors[name])
@@ -163,11 +170,11 @@ def project_adapter(
     settings = {
         "adapter": loaded.source,
         "sha256": loaded.sha256,
-        "out_of_task": [describe(features) for features in others],
-        "in_task": None if own is None else describe(own),
-        "keep": keep,
+        "out_of_task": [provenance_of(features) for features in others],
+        "in_task": None if own is None else provenance_of(own),
+        "min_effect_kept": min_effect_kept,
         "null_space": null_space,
-        "protect": protect,
+        **protect,
         "seed": seed,
     }
     return Projection(replace(loaded, factors=factors, sha256=None), layers, settings)
@@ -181,7 +188,7 @@ def _check_layers(adapter: LoraAdapter, features: Sequence[TaskFeatures], base_m
                 f"the features of task {one.task!r} are of {one.base_model}, the adapter {adapter.source} is of "
                 f"{adapter.base_model}: collect them on that model; if it is the same, say so with base_model=NAME"
             )
-        if one.adapted:
+        if one.of_finetuned_model:
             raise ValueError(
                 f"the features of task {one.task!r} are of its fine-tuned model (collect_gram): "
                 "collect them on the pre-trained model with collect_features"
@@ -223,8 +230,8 @@ def _square_root(factors: Factors) -> Tensor:
     return torch.linalg.qr(factors.s * factors.B.double()).R @ factors.A.double()
 
 
-def _most_protected(L: Tensor, spectrum: Spectrum, own: Pool, keep: float) -> int:
-    """The largest p for which the own effect tr(L P_p S P_p Lᵀ) is at least keep · tr(L S Lᵀ), P_p = I − V_p V_pᵀ.
+def _most_protected(L: Tensor, spectrum: Spectrum, own: PooledMoment, min_effect_kept: float) -> int:
+    """The largest p with an own effect tr(L P_p S P_p Lᵀ) of at least min_effect_kept · tr(L S Lᵀ), P_p = I − V_p V_pᵀ.
 
     In the coordinates of V that is a sum over the pairs (i, j) with i, j ≥ p, so all p together cost O(n m²).
     """
@@ -237,17 +244,17 @@ def _most_protected(L: Tensor, spectrum: Spectrum, own: Pool, keep: float) -> in
     # suffix sums: over i, j ≥ p, for p = 0 … m
     square = pairs.flip(0, 1).cumsum(0).cumsum(1).diagonal()
     effect = own.energy(rest) + torch.cat([square.new_zeros(1), square + single.flip(0).cumsum(0)]).flip(0)
-    good = effect >= keep * effect[0] * (1 - 1e-12) - _rounding(own, L)
+    good = effect >= min_effect_kept * effect[0] * (1 - 1e-12) - _rounding(own, L)
     return int(good.nonzero().max())
 
 
-def _effect_kept(pool: Pool, after: Tensor, before: Tensor) -> float:
+def _effect_kept(pool: PooledMoment, after: Tensor, before: Tensor) -> float:
     """E‖ΔŴ h‖² / E‖ΔW h‖², 1 where there is no effect but rounding."""
     effect = pool.energy(before)
     return float(pool.energy(after) / effect) if effect > _rounding(pool, before) else 1.0
 
 
-def _rounding(pool: Pool, L: Tensor) -> Tensor:
+def _rounding(pool: PooledMoment, L: Tensor) -> Tensor:
     """What the sums of S and float64 can make of E‖L h‖² = 0, which is at most ‖L‖² E‖h‖²."""
     ours = L.shape[1] * torch.finfo(L.dtype).eps * L.square().sum() * pool.trace()
     return ours + L.square().sum(0) @ pool.rounding

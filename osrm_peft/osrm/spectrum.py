@@ -6,14 +6,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from osrm_peft.checks import integer, number
+from osrm_peft.checks import integer, number, shown
 from osrm_peft.features.moments import FeatureMoments, symmetric
 
 _EPS = torch.finfo(torch.float64).eps
 
 
 @dataclass(frozen=True)
-class Pool:
+class PooledMoment:
     """S_¬t = mean over tasks of S_t' (n, n), float64: every task weighs the same, whatever its count.
 
     Attributes:
@@ -29,7 +29,7 @@ class Pool:
     rounding: Tensor
 
     @classmethod
-    def of(cls, moments: Sequence[FeatureMoments]) -> "Pool":
+    def of(cls, moments: Sequence[FeatureMoments]) -> "PooledMoment":
         """Of the tasks' moments.
 
         Raises:
@@ -80,10 +80,10 @@ class Pool:
         """(n, m) S V."""
         return self.second_moment() @ V if self.root is None else self.root.mT @ (self.root @ V)
 
-    def float(self) -> "Pool":
+    def float(self) -> "PooledMoment":
         """The same in float32, to be kept."""
         root, second = (None if tensor is None else tensor.float() for tensor in (self.root, self.second))
-        return Pool(root, second, self.rank_bound, self.rounding)
+        return PooledMoment(root, second, self.rank_bound, self.rounding)
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ class Spectrum:
     vectors: Tensor
 
     @classmethod
-    def of(cls, pool: Pool) -> "Spectrum":
+    def of(cls, pool: PooledMoment) -> "Spectrum":
         """The spectrum of S_¬t; from vectors in O(m²n) without an n×n matrix, m < n their number."""
         if pool.root is not None:
             _, singular, Vh = torch.linalg.svd(pool.root, full_matrices=False)
@@ -120,14 +120,12 @@ class Spectrum:
         """m, how many directions have energy."""
         return len(self.energy)
 
-    def strongest(self, protect: int | float | None) -> "Spectrum":
-        """The `protect` strongest directions (int), or as many as hold that share of the energy (float); None: all."""
-        if protect is None:
-            return self
-        if isinstance(protect, float):
-            reached = self.energy.cumsum(0) >= protect * self.energy.sum() * (1 - self.width * _EPS)
-            protect = 0 if protect == 0 else int((~reached).sum()) + 1
-        return Spectrum(self.energy[:protect], self.vectors[:, :protect])
+    def strongest(self, rank: int | None = None, energy: float | None = None) -> "Spectrum":
+        """The `rank` strongest directions, or as many as hold the share `energy` of the energy; all by default."""
+        if energy is not None:
+            reached = self.energy.cumsum(0) >= energy * self.energy.sum() * (1 - self.width * _EPS)
+            rank = 0 if energy == 0 else int((~reached).sum()) + 1
+        return self if rank is None else Spectrum(self.energy[:rank], self.vectors[:, :rank])
 
     def root(self) -> Tensor:
         """(m, n) R with RᵀR = S."""
@@ -147,12 +145,15 @@ def above_rounding(energy: Tensor, vectors: Tensor, rounding: Tensor) -> Tensor:
     return energy > noise * (-2 * energy / noise).max().clamp_min(1)
 
 
-def check_protect(protect: int | float | None) -> int | float | None:
-    """`protect` as an int of at least 0, a float in [0, 1], or None.
+def check_protect(rank: int | None, energy: float | None) -> tuple[int | None, float | None]:
+    """`protect_rank` as an int of at least 0 or None, `protect_energy` as a float in [0, 1] or None.
 
     Raises:
-        ValueError: it is none of these.
+        ValueError: another value, or both are given.
     """
-    if protect is None:
-        return None
-    return number("protect", protect, 0, 1) if isinstance(protect, float) else integer("protect", protect, 0)
+    if rank is not None and energy is not None:
+        raise ValueError(
+            f"protect_rank={shown(rank)} and protect_energy={shown(energy)} both say how much to protect: give one"
+        )
+    rank = None if rank is None else integer("protect_rank", rank, 0)
+    return rank, None if energy is None else number("protect_energy", energy, 0, 1)

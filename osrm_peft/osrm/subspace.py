@@ -7,10 +7,10 @@ from torch import Tensor
 
 from osrm_peft.checks import choice, integer
 from osrm_peft.features.moments import FeatureMoments
-from osrm_peft.osrm.spectrum import Pool, Spectrum, above_rounding, check_protect
+from osrm_peft.osrm.spectrum import PooledMoment, Spectrum, above_rounding, check_protect
 
 NULL_SPACES = ("random", "in_task")
-IN_TASK = ("none", "difference", "ratio")
+OBJECTIVES = ("least_energy", "difference", "ratio")
 _EPS = torch.finfo(torch.float64).eps
 
 
@@ -21,15 +21,16 @@ def choose_directions(
     generator: torch.Generator,
     own: FeatureMoments | None = None,
     null_space: str = "random",
-    in_task: str = "none",
+    objective: str = "least_energy",
     in_task_weight: float = 0.5,
     ridge: float = 0.1,
-    protect: int | float | None = None,
+    protect_rank: int | None = None,
+    protect_energy: float | None = None,
 ) -> Tensor:
     r"""OSRM's A for one layer (Zhang & Zhou, ACL 2025, Eq. 2–4): argmin over AAᵀ = I of tr(A S_¬t Aᵀ).
 
-    Where S_¬t has a null space wider than r the minimum is not unique: `null_space` chooses, never LAPACK. `protect`
-    widens it: only the strongest directions of S_¬t count. `in_task` trades the minimum for energy of task t:
+    Where S_¬t has a null space wider than r the minimum is not unique: `null_space` chooses, never LAPACK. `protect_…`
+    widens it: only the strongest directions of S_¬t count. `objective` trades the minimum for energy of task t:
 
         "difference":  top eigenvectors of  β S_t / tr S_t − (1 − β) S_¬t / tr S_¬t          (β = `in_task_weight`)
         "ratio":       top generalised eigenvectors of  S_t a = κ (S_¬t + ρ tr(S_¬t)/n I) a   (ρ = `ridge`)
@@ -38,27 +39,31 @@ def choose_directions(
         others: the spectrum of S_¬t, pooled from the other tasks' moments of the same layer.
         r: number of directions.
         generator: CPU generator for the free choice in a null space; the same seed gives the same A on any device.
-        own: task t's own moments; needed for `null_space="in_task"` and `in_task` other than `"none"`.
-        protect: the p strongest directions (int), or as many as hold this share of the energy (float); None: all.
+        own: task t's own moments; needed for `null_space="in_task"` and `objective` other than `"least_energy"`.
+        protect_rank, protect_energy: the p strongest directions, or as many as hold this share of the energy.
     Returns:
         (r, n) float64 with orthonormal rows.
     Raises:
         ValueError: r above n, unequal widths, or `own` missing where it is needed.
     """
-    _check(others, own, r, null_space, in_task)
-    others = others.strongest(check_protect(protect))
-    if in_task == "difference" and in_task_weight == 0:
-        in_task = "none"  # the paper is this setting's limit
-    if in_task == "none" and (null_space == "random" or others.width - others.rank <= r):
+    _check(others, own, r, null_space, objective)
+    others = others.strongest(*check_protect(protect_rank, protect_energy))
+    if objective == "difference" and in_task_weight == 0:
+        objective = "least_energy"  # the paper is this setting's limit
+    if objective == "least_energy" and (null_space == "random" or others.width - others.rank <= r):
         return quietest_directions(others, r, generator)
     assert own is not None
-    if in_task == "difference":
+    if objective == "difference":
         S = others.root().mT @ others.root()
-        R = Spectrum.of(Pool.of([own])).root()  # what is rounding in the own features is 0, and the seed's to choose
+        R = Spectrum.of(
+            PooledMoment.of([own])
+        ).root()  # what is rounding in the own features is 0, and the seed's to choose
         M = in_task_weight * _unit_trace(R.mT @ R) - (1 - in_task_weight) * _unit_trace(S)
         values, vectors = torch.linalg.eigh(M)
         return _top(values, vectors, r, generator)
-    found = _free_directions(others, own, r) if in_task == "none" else _ratio_directions(others, own, r, ridge)
+    found = (
+        _free_directions(others, own, r) if objective == "least_energy" else _ratio_directions(others, own, r, ridge)
+    )
     if len(found) == r:
         return found
     # Task t's own features span fewer than r directions: the rest is the paper's choice, orthogonal to those found.
@@ -102,17 +107,17 @@ def procrustes_drift(A: Tensor, A_init: Tensor) -> float:
     return float(squared.clamp_min(0).sqrt() / A_init.norm())
 
 
-def _check(others: Spectrum, own: FeatureMoments | None, r: int, null_space: str, in_task: str) -> None:
+def _check(others: Spectrum, own: FeatureMoments | None, r: int, null_space: str, objective: str) -> None:
     if own is not None and own.width != others.width:
         raise ValueError(f"the tasks' features have different widths {sorted([own.width, others.width])}: "
                          "they are of different layers or models")  # fmt: skip
     _check_rank(r, others.width)
     choice("null_space", null_space, NULL_SPACES)
-    choice("in_task", in_task, IN_TASK)
-    if own is None and (in_task != "none" or null_space == "in_task"):
+    choice("objective", objective, OBJECTIVES)
+    if own is None and (objective != "least_energy" or null_space == "in_task"):
         raise ValueError(
-            f"in_task={in_task!r}, null_space={null_space!r} look at the task's own features: give them, "
-            "or use in_task='none' and null_space='random'"
+            f"objective={objective!r}, null_space={null_space!r} look at the task's own features: give them, "
+            "or use objective='least_energy' and null_space='random'"
         )
 
 

@@ -13,7 +13,7 @@ from transformers import DataCollatorWithPadding, TrainingArguments
 
 from osrm_peft.adapters.load import load_adapter
 from osrm_peft.checks import LARGEST, SEEDS, choice, integer, kind, number, shown, task_names
-from osrm_peft.distributed import Processes, local_device, spread
+from osrm_peft.distributed import Processes, local_device, shard_model
 from osrm_peft.features.collect import collect_features, collect_gram
 from osrm_peft.features.fisher import DiagonalFisher, collect_fisher
 from osrm_peft.features.task_features import TaskFeatures
@@ -39,7 +39,7 @@ class Recipe:
         osrm: OSRMLoraConfig fields, or None for plain LoRA. Features files need not be named: those in `features` are
             taken.
         features: folder of the features files, `<task>.features.safetensors`.
-        k: samples a task for its features.
+        num_samples: samples a task for its features.
         training: TrainingArguments over the paper's.
         max_length: tokens a row is cut to.
         train_rows, validation_rows: sample sizes; None: all rows.
@@ -52,7 +52,7 @@ class Recipe:
     lora: dict[str, Any] = field(default_factory=dict)
     osrm: dict[str, Any] | None = None
     features: str = "results/features"
-    k: int = 100
+    num_samples: int = 100
     training: dict[str, Any] = field(default_factory=dict)
     max_length: int = 128
     train_rows: int | None = None
@@ -74,7 +74,7 @@ class Recipe:
     def __post_init__(self) -> None:
         for name, kinds in _KINDS.items():
             kind(name, getattr(self, name), kinds, " in the recipe")
-        for name, least, most in (("k", 1, LARGEST), ("max_length", 4, LARGEST), ("seed", 0, SEEDS)):
+        for name, least, most in (("num_samples", 1, LARGEST), ("max_length", 4, LARGEST), ("seed", 0, SEEDS)):
             integer(name, getattr(self, name), least, most)
         for name in ("train_rows", "validation_rows"):
             if getattr(self, name) is not None:
@@ -121,7 +121,7 @@ class Recipe:
             return LoraConfig(**fields)
         files = {
             "out_of_task": [str(self.features_file(other)) for other in self.task_names() if other != task],
-            "in_task_features": str(self.features_file(task)),
+            "in_task": str(self.features_file(task)),
         }
         return OSRMLoraConfig(**(fields | files | self.osrm))
 
@@ -131,8 +131,8 @@ class Recipe:
         On all GPUs of the machine where it runs in one process; in several, split by ZeRO-3 or FSDP where the launch's
         config says so, else whole on the GPU of each.
         """
-        if not torch.cuda.is_available() or Processes.of(distributed).count > 1:
-            found = spread(lambda: load_base(self.model, 2)) if distributed else None
+        if not torch.cuda.is_available() or Processes.of(distributed).num_processes > 1:
+            found = shard_model(lambda: load_base(self.model, 2)) if distributed else None
             return load_base(self.model, 2).to(local_device()) if found is None else found  # type: ignore[arg-type]
         return load_base(self.model, 2, device_map="auto")
 
@@ -156,11 +156,11 @@ class Recipe:
         padding = "max_length" if options.get("reference") else "longest"  # the released code pads to a fixed length
         return collect_features(
             self.base(distributed) if base is None else base,
-            self._loader(name, self.k, padding, Processes.of(distributed).count),
+            self._loader(name, self.num_samples, padding, Processes.of(distributed).num_processes),
             tokenizer=load_tokenizer(self.model),
             task=name,
             target_modules=config,
-            k=self.k,
+            num_samples=self.num_samples,
             seed=self.seed,
             group_size=group_size,
             progress=progress,
@@ -174,7 +174,7 @@ class Recipe:
         name: str,
         adapter: str | Path,
         *,
-        k: int = 1000,
+        num_samples: int = 1000,
         progress: bool = True,
         distributed: bool = False,
     ) -> TaskFeatures | DiagonalFisher:
@@ -186,12 +186,12 @@ class Recipe:
         choice("kind", kind, STATISTIC_KINDS)
         loaded = load_adapter(adapter)
         model: Any = loaded.attach(self.model).to(local_device())
-        arguments: dict[str, Any] = {"task": name, "k": k, "seed": self.seed, "progress": progress}
+        arguments: dict[str, Any] = {"task": name, "num_samples": num_samples, "seed": self.seed, "progress": progress}
         if kind == "gram":
-            loader = self._loader(name, k, processes=Processes.of(distributed).count)
+            loader = self._loader(name, num_samples, processes=Processes.of(distributed).num_processes)
             found: Any = collect_gram(model, loader, distributed=distributed, **arguments)
         else:
-            found = collect_fisher(model, self._loader(name, k), **arguments)
+            found = collect_fisher(model, self._loader(name, num_samples), **arguments)
         return replace(found, adapter_sha256=loaded.sha256)
 
     def _loader(self, name: str, k: int, padding: str = "longest", processes: int = 1) -> DataLoader:

@@ -21,7 +21,7 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint
 
-from osrm_peft.distributed import whole
+from osrm_peft.distributed import gather_parameter
 from osrm_peft.hub.card import write_manifest
 from osrm_peft.io.json import read_object, write_json
 from osrm_peft.io.manifest import check_replaceable, command, new_folder, read_manifest, versions
@@ -145,7 +145,7 @@ def whole_adapter(model: PeftModel) -> dict[str, Tensor]:
     """
     tensors = model.state_dict(keep_vars=True)  # the parameters themselves know how they are split
     return {
-        name: whole(tensor)
+        name: gather_parameter(tensor)
         for name, tensor in tensors.items()
         if tensor.requires_grad or "lora_" in name or "modules_to_save" in name
     }

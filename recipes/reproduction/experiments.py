@@ -80,8 +80,8 @@ def main(suite: Suite, options: Mapping[str, Any]) -> Experiment:
 
 def rank(suite: Suite, options: Mapping[str, Any]) -> Experiment:
     """Rank of H against k."""
-    ks, seed = options.get("k", [2, 10, 50, 100]), suite.seeds[0]
-    values = {k: replace(suite, k=k).ranks(suite.tasks[0], seed) for k in ks}
+    ks, seed = options.get("num_samples", [2, 10, 50, 100]), suite.seeds[0]
+    values = {k: replace(suite, num_samples=k).ranks(suite.tasks[0], seed) for k in ks}
     title = "Rank of H, the others' samples, against k (OSRM, Fig. 2)"
     note = f"Of all tasks but {suite.tasks[0]}, the statistic `sample`: a row of H is the mean of one sample's tokens."
     return Experiment("rank", title, note, x="k", values=values, read=_json)
@@ -117,8 +117,8 @@ def tasks(suite: Suite, options: Mapping[str, Any]) -> Experiment:
 def samples(suite: Suite, options: Mapping[str, Any]) -> Experiment:
     """Score against k, the samples that features are of."""
     cells, merges = [], {name: EVERY[name] for name in options.get("merges", FEW)}
-    for k in options.get("k", [2, 10, 100, 1000]):
-        cells += _row(replace(suite, k=k, tuned=suite), OSRM, f"{OSRM}, k = {k}", suite.seeds[0], merges, k)
+    for k in options.get("num_samples", [2, 10, 100, 1000]):
+        cells += _row(replace(suite, num_samples=k, tuned=suite), OSRM, f"{OSRM}, k = {k}", suite.seeds[0], merges, k)
     note = "At the learning rates that were chosen with the main table's k."
     return Experiment("samples", "Score against the number of samples k (OSRM, Table 6)", note, cells, x="k")
 
@@ -138,7 +138,7 @@ def post(suite: Suite, options: Mapping[str, Any]) -> Experiment:
     """OSRM applied to adapters that are trained already."""
     seed, merges = suite.seeds[0], {name: EVERY[name] for name in options.get("merges", FEW)}
     cells = _row(suite, PLAIN, PLAIN, seed, merges)
-    for label, chosen in {"projected, as in the paper": {}, "projected, keep = 0.9": {"keep": 0.9}}.items():
+    for label, chosen in {"projected, as in the paper": {}, "projected, keep = 0.9": {"min_effect_kept": 0.9}}.items():
         adapters = {task: suite.projected(task, seed, chosen) for task in suite.tasks}
         cells += [Cell(label, "individual", seed, suite.alone(task, one, seed)) for task, one in adapters.items()]
         cells += [Cell(label, name, seed, suite.merged(merge, adapters, seed)) for name, merge in merges.items()]
@@ -150,7 +150,7 @@ def lore(suite: Suite, options: Mapping[str, Any]) -> Experiment:
     import lore_checkpoints as recipe
 
     def make(path: Path, inputs: Mapping[str, Path], processes: Processes) -> None:
-        if processes.count > 1:
+        if processes.num_processes > 1:
             raise ValueError("lore trains in one process: make it without accelerate launch (--experiments lore)")
         recipe.reproduce(path)
 

@@ -96,7 +96,7 @@ def make(node: Node, cache: Path, processes: Processes = ALONE) -> None:
     """Make one node, whose inputs are there."""
     start = time.perf_counter()
     node.make(node.path(cache), {name: one.path(cache) for name, one in node.inputs.items()}, processes)
-    if processes.main:
+    if processes.is_main_process:
         note = {"kind": node.kind, "about": node.about, "inputs": {name: one.key for name, one in node.inputs.items()}}
         cost = {"seconds": time.perf_counter() - start, "cost": node.cost, "unit": node.unit}
         write_json(node.note(cache), note | cost | {"versions": versions()})
@@ -105,11 +105,11 @@ def make(node: Node, cache: Path, processes: Processes = ALONE) -> None:
 def run(wanted: Iterable[Node], cache: Path, processes: Processes = ALONE, console: Console | None = None) -> None:
     """Make what is missing, one after the other; the processes share the work of each."""
     console = console or Console(quiet=True)
-    todo = processes.from_main(lambda: [node.key for node in missing(wanted, cache)])
+    todo = processes.broadcast_from_main(lambda: [node.key for node in missing(wanted, cache)])
     nodes = {node.key: node for node in ordered(wanted)}
     for place, key in enumerate(todo, 1):
         node = nodes[key]
-        if processes.main:
+        if processes.is_main_process:
             console.print(f"[{place}/{len(todo)}] {node.kind} {_short(node.about)}", markup=False, highlight=False)
         make(node, cache, processes)
 

@@ -24,7 +24,7 @@ from osrm_peft.io.json import write_json
 from osrm_peft.io.yaml import check_fields, fields_from_yaml, named
 from osrm_peft.merging.methods.registry import METHODS
 from osrm_peft.models.loading import load_tokenizer
-from osrm_peft.osrm.others import OutOfTask
+from osrm_peft.osrm.others import OtherTasks
 from osrm_peft.tasks.task import Task
 from osrm_peft.training.recipe import Recipe
 from osrm_peft.training.train import PAPER_LORA, train_task
@@ -38,8 +38,8 @@ class Suite:
     """A model, its tasks, and how adapters of it are trained.
 
     Attributes:
-        model, suite, lora, osrm, k, training, max_length, train_rows, validation_rows: as in `Recipe`; `training`
-            without the learning rate.
+        model, suite, lora, osrm, num_samples, training, max_length, train_rows, validation_rows: as in `Recipe`;
+            `training` without the learning rate.
         tasks: in the order in which Fig. 5 adds them.
         rates: the learning rates to choose from, for each task and init.
         held_out: training rows that no adapter is trained on while rates are compared.
@@ -56,14 +56,14 @@ class Suite:
     lora: dict[str, Any]
     training: dict[str, Any]
     osrm: dict[str, Any] = field(
-        default_factory=lambda: {"statistic": "token", "null_space": "random", "protect": None}
+        default_factory=lambda: {"statistic": "token", "null_space": "random", "protect_energy": None}
     )
     rates: list[float] = field(default_factory=lambda: [4e-4])
     max_length: int = 128
     train_rows: int | None = None
     validation_rows: int | None = None
     held_out: int = 128
-    k: int = 100
+    num_samples: int = 100
     seeds: list[int] = field(default_factory=lambda: [42])
     tuning_seed: int = 41
     experiments: dict[str, Any] = field(default_factory=dict)
@@ -93,8 +93,9 @@ class Suite:
     def recipe(self, seed: int) -> Recipe:
         """As a recipe, of plain LoRA."""
         return Recipe(
-            model=self.model, suite=self.suite, tasks=self.tasks, lora=self.lora, training=self.training, k=self.k,
-            max_length=self.max_length, train_rows=self.train_rows, validation_rows=self.validation_rows, seed=seed,
+            model=self.model, suite=self.suite, tasks=self.tasks, lora=self.lora, training=self.training,
+            num_samples=self.num_samples, max_length=self.max_length, train_rows=self.train_rows,
+            validation_rows=self.validation_rows, seed=seed,
         )  # fmt: skip
 
     def _about(self, **more: Any) -> dict[str, Any]:
@@ -103,13 +104,13 @@ class Suite:
     def features(self, task: str, seed: int, statistic: str | None = None) -> Node:
         """A task's features on the pre-trained model."""
         recipe = replace(self.recipe(seed), osrm=self.osrm | ({"statistic": statistic} if statistic else {}))
-        about = self._about(task=task, seed=seed, k=self.k, lora=self.lora, osrm=recipe.osrm)
+        about = self._about(task=task, seed=seed, num_samples=self.num_samples, lora=self.lora, osrm=recipe.osrm)
 
         def make(path: Path, inputs: Mapping[str, Path], processes: Processes) -> None:
-            found = recipe.collect(task, progress=False, distributed=processes.count > 1)
-            processes.from_main(lambda: found.save(path))
+            found = recipe.collect(task, progress=False, distributed=processes.num_processes > 1)
+            processes.broadcast_from_main(lambda: found.save(path))
 
-        return Node("features", about, make, suffix=".features.safetensors", cost=self.k, unit="rows")
+        return Node("features", about, make, suffix=".features.safetensors", cost=self.num_samples, unit="rows")
 
     def _features(self, init: str, task: str, tasks: Sequence[str], seed: int) -> dict[str, Node]:
         """What OSRM looks at for one task among `tasks`."""
@@ -120,7 +121,7 @@ class Suite:
 
     def _config(self, files: Mapping[str, Path], task: str) -> OSRMLoraConfig:
         given = {name: str(path) for name, path in files.items()}
-        own = {"in_task_features": given.pop(task, None)}
+        own = {"in_task": given.pop(task, None)}
         return OSRMLoraConfig(**(PAPER_LORA | self.lora | self.osrm | own | {"out_of_task": list(given.values())}))
 
     def _lora(self, init: str, inputs: Mapping[str, Path], task: str) -> LoraConfig:
@@ -141,8 +142,8 @@ class Suite:
                 self._train(trial, self._lora(init, inputs, task), rows, rate, self.tuning_seed)
                 scores[f"{rate:g}"] = self._score(rows, load_adapter(trial).attach(self.model), processes)
             best = max(self.rates, key=lambda rate: scores[f"{rate:g}"])
-            processes.from_main(lambda: write_json(path, {"rate": best, "scores": scores}))
-            if processes.main:
+            processes.broadcast_from_main(lambda: write_json(path, {"rate": best, "scores": scores}))
+            if processes.is_main_process:
                 shutil.rmtree(trials)
 
         return Node("rate", about, make, features, ".json", len(self.rates) * self._steps(), "steps")
@@ -170,7 +171,7 @@ class Suite:
         def make(path: Path, inputs: Mapping[str, Path], processes: Processes) -> None:
             others = [inputs[name] for name in self.tasks if name != task]
             found = project_adapter(inputs["adapter"], others, in_task=inputs[task], **options)
-            processes.from_main(lambda: found.save_pretrained(path))
+            processes.broadcast_from_main(lambda: found.save_pretrained(path))
 
         about = self._about(task=task, seed=seed, options=dict(options))
         return Node("projected", about, make, inputs | {"adapter": self.adapter(PLAIN, task, seed)})
@@ -180,9 +181,14 @@ class Suite:
 
         def make(path: Path, inputs: Mapping[str, Path], processes: Processes) -> None:
             found = self.recipe(seed).collect_statistics(
-                kind, task, inputs["adapter"], k=STATISTICS_ROWS, progress=False, distributed=processes.count > 1
+                kind,
+                task,
+                inputs["adapter"],
+                num_samples=STATISTICS_ROWS,
+                progress=False,
+                distributed=processes.num_processes > 1,
             )
-            processes.from_main(lambda: found.save(path))
+            processes.broadcast_from_main(lambda: found.save(path))
 
         about = self._about(task=task, statistic=kind, rows=STATISTICS_ROWS, seed=seed)
         return Node("statistic", about, make, {"adapter": adapter}, f".{kind}.safetensors", STATISTICS_ROWS, "rows")
@@ -194,7 +200,7 @@ class Suite:
             rows = self.recipe(seed).task(task)
             score = self._score(rows, load_adapter(inputs["adapter"]).attach(self.model), processes)
             rows_of_scores = [{"scale": None, "task": task, "score": score}]
-            processes.from_main(lambda: write_json(path, {"scores": rows_of_scores}))
+            processes.broadcast_from_main(lambda: write_json(path, {"scores": rows_of_scores}))
 
         about = self._about(task=task, seed=seed, validation_rows=self.validation_rows)
         return Node("alone", about, make, {"adapter": adapter}, ".json", self.validation_rows or 1000, "rows")
@@ -214,7 +220,7 @@ class Suite:
                 part, _, task = name.partition("/")
                 given.setdefault(part, {})[task] = one
             merged = merge_adapters(
-                given.pop("adapter"), merge.method, **given, **merge.arguments, distributed=processes.count > 1
+                given.pop("adapter"), merge.method, **given, **merge.arguments, distributed=processes.num_processes > 1
             )
             found = []
             for scale in merge.scales:
@@ -222,7 +228,7 @@ class Suite:
                     model = merged.at_scale(scale).load(self.model, task)
                     score = self._score(self.recipe(seed).task(task), model, processes)
                     found.append({"scale": scale, "task": task, "score": score})
-            processes.from_main(lambda: write_json(path, {"scores": found}))
+            processes.broadcast_from_main(lambda: write_json(path, {"scores": found}))
 
         about = self._about(merge=list(merge), seed=seed, tasks=list(adapters), validation_rows=self.validation_rows)
         rows = len(merge.scales) * len(adapters) * (self.validation_rows or 1000)
@@ -233,11 +239,11 @@ class Suite:
         inputs = {name: self.features(name, seed, "sample") for name in self.tasks if name != task}
 
         def make(path: Path, inputs: Mapping[str, Path], processes: Processes) -> None:
-            out = OutOfTask([TaskFeatures.load(one) for one in inputs.values()])
+            out = OtherTasks([TaskFeatures.load(one) for one in inputs.values()])
             ranks = {name: out.at(name)[2].rank for name in out.features[0].layers}
-            processes.from_main(lambda: write_json(path, ranks))
+            processes.broadcast_from_main(lambda: write_json(path, ranks))
 
-        return Node("ranks", self._about(task=task, seed=seed, k=self.k), make, inputs, ".json")
+        return Node("ranks", self._about(task=task, seed=seed, num_samples=self.num_samples), make, inputs, ".json")
 
     def _train(self, path: Path, lora: LoraConfig, rows: Task, rate: float, seed: int) -> None:
         training = {"disable_tqdm": True} | self.training | {"learning_rate": rate}
@@ -245,7 +251,7 @@ class Suite:
         train_task(rows, path, lora=lora, model=self.model, training=training, **options)
 
     def _score(self, rows: Task, model: Any, processes: Processes) -> float:
-        tokenizer, shared = load_tokenizer(self.model), processes.count > 1
+        tokenizer, shared = load_tokenizer(self.model), processes.num_processes > 1
         options: dict[str, Any] = {"max_length": self.max_length, "progress": False, "distributed": shared}
         return evaluate_task(model.to(local_device()), rows, tokenizer, **options)
 

@@ -280,7 +280,7 @@ def test_a_damaged_head_is_named(tmp_path):
     (tmp_path / "heads").mkdir()
     (tmp_path / "heads/t.safetensors").write_bytes(b"junk")
     with pytest.raises(ValueError, match=r"is damaged: SafetensorError"):
-        load_adapter(tmp_path, head="t")
+        load_adapter(tmp_path, task="t")
 
 
 def test_a_base_by_name_needs_a_task_type_that_tells_its_class(tmp_path, base_folder):
@@ -321,7 +321,7 @@ def test_tied_embeddings(tmp_path, targets, tying):
         torch.testing.assert_close(again(torch.arange(8)[None]).logits, expected, rtol=1e-4, atol=1e-5)
         emr = merge_adapters({"t": tmp_path / "theirs"}, "emr")
         if tying:  # one weight changed once
-            with emr.for_task("t", tied_base()) as switched:
+            with emr.applied_to(tied_base(), "t") as switched:
                 torch.testing.assert_close(switched(torch.arange(8)[None]).logits, expected, rtol=1e-4, atol=1e-4)
         elif len(set(targets) & {"embed_tokens", "lm_head"}) == 2:
             with pytest.raises(ValueError, match="shares its weight with lm_head, which this task does not"):

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from osrm_peft import load_merged, merge_checkpoints
+from osrm_peft import load_merged_checkpoint, merge_checkpoints
 from osrm_peft.checkpoints import blocks
 from osrm_peft.checkpoints import merge as engine
 from tests.helpers.adapters import make_adapter
@@ -111,7 +111,7 @@ import json, os, resource, signal, sys
 from pathlib import Path
 import osrm_peft.checkpoints.blocks as rows_of
 import osrm_peft.checkpoints.merge as engine
-from osrm_peft import load_merged, merge_checkpoints
+from osrm_peft import load_merged_checkpoint, merge_checkpoints
 
 given = json.loads(sys.argv[1])
 write_shard, blocks = engine.write_shard, rows_of.Blocks.blocks
@@ -658,7 +658,7 @@ def test_a_head_that_tells_of_no_model_is_damaged(trained, tmp_path, about):
     file = out / "heads" / "a.safetensors"
     save_file(load_file(file), file, about)
     with pytest.raises(ValueError, match=r"heads/a\.safetensors is damaged \(.*\): merge again") as caught:
-        load_merged(out, "a")
+        load_merged_checkpoint(out, "a")
     assert "\n" not in str(caught.value)
 
 

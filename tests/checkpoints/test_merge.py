@@ -20,7 +20,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from osrm_peft import load_merged, merge_checkpoints
+from osrm_peft import load_merged_checkpoint, merge_checkpoints
 from osrm_peft.checkpoints import blocks
 from osrm_peft.checkpoints.plan import CHECKPOINT_METHODS
 from osrm_peft.merging.merge import generator_of
@@ -112,7 +112,7 @@ def test_the_result_is_the_method_on_whole_tensors(three, base, tmp_path, method
         ("lore", {"mu_ratio": 0.5, "combine": "average", "max_iterations": 5}),
         ("lore", {"combine": "ties", "density": 0.4, "max_iterations": 4}),
         ("lore", {"rank_ratio": 0.2, "max_iterations": 3}),
-        ("tsv", {"keep": 0.4}),
+        ("tsv", {"rank_share": 0.4}),
         ("iso", {"scale": 0.5}),
     ],
 )
@@ -533,7 +533,7 @@ def test_each_model_keeps_its_head(headed, tmp_path, method):
     batch = make_batch()
     for task, folder in models.items():
         own = tensors_of(folder)
-        model = load_merged(out, task)
+        model = load_merged_checkpoint(out, task)
         assert model.num_labels == len(own["classifier.bias"]) and not model.training
         expected = AutoModelForSequenceClassification.from_pretrained(folder).eval()
         heads = {name: own[name] for name in ("classifier.weight", "classifier.bias")}
@@ -541,7 +541,7 @@ def test_each_model_keeps_its_head(headed, tmp_path, method):
         with torch.no_grad():
             torch.testing.assert_close(model(**batch).logits, expected(**batch).logits, rtol=0, atol=0)
     with pytest.raises(FileNotFoundError, match=r"has no head 'five': it has four, three, two"):
-        load_merged(out, "five")
+        load_merged_checkpoint(out, "five")
     assert json.loads((out / "osrm_peft.json").read_text())["heads"] == ["classifier*"]
 
 
@@ -567,7 +567,7 @@ def test_a_head_that_only_one_has_must_be_named(three, base, tmp_path):
     out = merge_checkpoints(models, tmp_path / "out", "ties", base=base, heads=["extra*"])
     assert set(load_file(out / "heads" / "other.safetensors")) == {"extra.weight"}
     with pytest.raises(ValueError, match=r"other\.safetensors holds 'extra\.weight', which .* give another auto_class"):
-        load_merged(out, "other")
+        load_merged_checkpoint(out, "other")
 
 
 def test_heads_of_bfloat16_models_load(tmp_path):
@@ -576,7 +576,7 @@ def test_heads_of_bfloat16_models_load(tmp_path):
         for seed, name in ((1, "x"), (2, "y"))
     }
     out = merge_checkpoints(models, tmp_path / "out", heads=["classifier*"])
-    model = load_merged(out, "y")
+    model = load_merged_checkpoint(out, "y")
     assert torch.equal(model.classifier.weight.bfloat16(), tensors_of(models["y"])["classifier.weight"])
 
 
@@ -653,7 +653,7 @@ def test_heads_of_models_with_more_tokens_load(wordy, tmp_path):
     models = {name: wordy[name] for name in ("less", "more")}
     out = merge_checkpoints(models, tmp_path / "out", vocab="intersect", heads=["classifier*"])
     for name, folder in models.items():
-        model = load_merged(out, name)
+        model = load_merged_checkpoint(out, name)
         assert model.config.vocab_size == 50
         assert torch.equal(model.classifier.weight, tensors_of(folder)["classifier.weight"])
 

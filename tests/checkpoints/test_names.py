@@ -20,7 +20,7 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from osrm_peft import load_merged, merge_checkpoints
+from osrm_peft import load_merged_checkpoint, merge_checkpoints
 from osrm_peft.evaluation.spectra import spectra
 from tests.helpers.checkpoints import CASES, LLAMA, QUICK, edit, rewrite, same, tensors_of, write
 from tests.helpers.models import TINY, make_batch
@@ -185,7 +185,7 @@ def test_heads_are_found_by_both_names_and_load(folders, tmp_path):
         models = {part: found[part] for part in "ba"}
         out = merge_checkpoints(models, tmp_path / "out", heads=["classifier*", pattern])
         for part in "ab":
-            model = load_merged(out, part)
+            model = load_merged_checkpoint(out, part)
             own = BertForSequenceClassification.from_pretrained(found[part]).state_dict()
             assert torch.equal(model.bert.pooler.dense.weight, own["bert.pooler.dense.weight"])
             assert model(**make_batch()).logits.isfinite().all()
@@ -282,7 +282,7 @@ def test_configurations_with_infinite_numbers_are_read(tmp_path):
     folders = {name: tmp_path / name for name in "ab"}
     out = merge_checkpoints(folders, tmp_path / "out", heads=["lm_head*"])
     first, second = (Mamba2ForCausalLM.from_pretrained(folders[name]).state_dict() for name in "ab")
-    found = load_merged(out, "b", AutoModelForCausalLM)
+    found = load_merged_checkpoint(out, "b", AutoModelForCausalLM)
     assert found.config.time_step_limit[1] == float("inf")
     for name, tensor in found.state_dict().items():
         wanted = second[name] if name.startswith("lm_head") else (first[name] + second[name]) / 2

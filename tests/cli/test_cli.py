@@ -147,7 +147,7 @@ def test_features_from_flags_and_a_trained_adapter_projected_with_them(tmp_path,
     assert printed == f"wrote {tmp_path}/tweets.features.safetensors"
     tweets = tmp_path / "tweets.features.safetensors"
     features = TaskFeatures.load(tweets)
-    assert (features.task, features.statistic, features.k, features.seed) == ("tweets", "mean", 4, 42)
+    assert (features.task, features.statistic, features.num_samples, features.seed) == ("tweets", "mean", 4, 42)
     assert {dtype for _, dtype in tensor_headers(tweets).values()} == {torch.bfloat16}
     assert {name.rpartition(".")[2] for name in features.layers} == {"key", "value"}
     assert "is there already (--overwrite" in call("features", *flags, "--task", "tweets")
@@ -169,7 +169,7 @@ def test_features_from_flags_and_a_trained_adapter_projected_with_them(tmp_path,
     config = LoraConfig(r=4, target_modules=["key", "value"], task_type="SEQ_CLS", init_lora_weights=False)
     get_peft_model(load_base("packaged", 2), config).save_pretrained(tmp_path / "adapter")
     given = ["project", tmp_path / "adapter", "--features", tweets, "--out", tmp_path / "out"]
-    own = ["--own", tmp_path / "sms_spam.features.safetensors", "--keep", 0.9]
+    own = ["--in-task", tmp_path / "sms_spam.features.safetensors", "--min-effect-kept", 0.9]
     means = r"energy kept [\d.]+, out of task kept [\d.e-]+"
     for options, more in (([], ""), (own, r", in task kept ([\d.]+), protected [\d.]+")):
         printed = call(*given, *options)
@@ -179,7 +179,7 @@ def test_features_from_flags_and_a_trained_adapter_projected_with_them(tmp_path,
         found = re.fullmatch(line, printed)
         assert found, printed
         manifest = json.loads((tmp_path / "out/osrm_peft.json").read_text())
-        assert manifest["projected"]["keep"] == (0.9 if options else None)
+        assert manifest["projected"]["min_effect_kept"] == (0.9 if options else None)
     assert float(found[1]) >= 0.9
     assert [one["task"] for one in manifest["projected"]["out_of_task"]] == ["tweets"]
     assert manifest["projected"]["in_task"]["task"] == "sms_spam"

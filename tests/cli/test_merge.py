@@ -126,7 +126,7 @@ def test_a_policy_for_modules_is_a_flag_and_a_field_of_recipes(with_modules, tmp
     assert "modules: tweets" in (out / "README.md").read_text()  # the recipe in the card makes it again
     call("merge", "-c", config, "--out", out, "--modules", "per_task")
     assert not load_adapter(out).modules
-    assert torch.equal(load_adapter(out, head="sms_spam").modules[POOLER], own["sms_spam"])
+    assert torch.equal(load_adapter(out, task="sms_spam").modules[POOLER], own["sms_spam"])
     text = call("merge", "-c", config, "--out", out, "--modules", "error", code=2)
     assert f"tweets, sms_spam trained bert.pooler.dense.bias, {POOLER} and modules='error'" in text
     text = call("merge", *with_modules.values(), "--out", out, "--modules", "mean", code=2)
@@ -167,7 +167,7 @@ def test_interference_and_weights_from_features(adapters, tmp_path, call):
     given = []
     for task, folder in adapters.items():
         features = statistic("gram", task, load_adapter(folder).shapes)
-        replace(features, adapted=False).save(tmp_path / f"{task}.safetensors")
+        replace(features, of_finetuned_model=False).save(tmp_path / f"{task}.safetensors")
         given.append(f"--features={task}={tmp_path / task}.safetensors")
     printed = call("interference", *adapters.values(), *given, "--out", tmp_path / "found")
     assert "E‖τ_j h_t‖² / E‖τ_t h_t‖²" in printed and "on sms_spam" in printed

@@ -174,11 +174,11 @@ NUMBERS = [str(2**70), "1e400", str(-(2**70)), "9" * 5000]
 @pytest.mark.parametrize(
     "command",
     [("features", "--model", "packaged", "--suite", "packaged", "-t", "tweets", one)
-     for one in ("-k", "--max-length", "--seed", "--group-size")]
+     for one in ("--num-samples", "--max-length", "--seed", "--group-size")]
     + [("merge", "ADAPTER", "-m", "dare", one) for one in ("--seed", "--scale", "--rank", "--weight")]
     + [("merge", "ADAPTER", "-m", "ties", "-o", "density="), ("merge", "ADAPTER", "-m", "lore", "-o", "iterations=")]
     + [("merge-checkpoints", "a=no/such", one) for one in ("--shard-size", "--seed", "--scale")]
-    + [("demo", "--seeds"), ("demo", "--osrm", "osrm_seed="), ("demo", "--osrm", "protect=")]
+    + [("demo", "--seeds"), ("demo", "--osrm", "osrm_seed="), ("demo", "--osrm", "protect_energy=")]
     + [("statistics", "-c", "RECIPE", "--kind", "gram", "--rows")]
     + [("evaluate", "ADAPTER", "-t", "tweets", one) for one in ("--rows", "--max-length")],
     ids=" ".join,
@@ -195,7 +195,7 @@ def test_numbers_beyond_all_bounds_are_one_line(tmp_path, monkeypatch, capsys, c
     elif given[-1] == "--weight":
         given += [f"tweets={number}"]
     else:
-        given[-1:] = [f"{given[-1]}={number}"] if given[-1] != "-k" else ["-k", number]
+        given[-1] = f"{given[-1]}={number}"
     monkeypatch.setattr(sys, "argv", ["osrm-peft", *given, "--out", str(tmp_path / "out")])
     with pytest.raises(SystemExit) as stopped:
         cli.main()

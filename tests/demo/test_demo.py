@@ -21,7 +21,7 @@ SMALL = replace(
     max_length=16,
     train_rows=32,
     validation_rows=10,
-    k=8,
+    num_samples=8,
 )
 
 

@@ -21,7 +21,7 @@ from tests.helpers.models import make_base, make_batch
 
 TARGETS = ["query", "value"]
 LORA = {"r": 4, "target_modules": TARGETS, "task_type": "SEQ_CLS"}
-PAPER = {"null_space": "random", "protect": None}
+PAPER = {"null_space": "random", "protect_energy": None}
 QUERY_1 = "bert.encoder.layer.1.attention.self.query"
 
 
@@ -88,12 +88,12 @@ def test_a_loader_of_tuples_is_refused_and_scalars_are_passed_on(base):
     with pytest.raises(TypeError, match=r"the loader must give dicts as the model takes them, got a tuple"):
         collect(base, [(torch.zeros(2, 3),)])
     batch = make_batch() | {"position_ids": torch.arange(7)[None], "use_cache": torch.tensor(0)}
-    assert collect(base, [batch], statistic="sample", k=2).k == 2
+    assert collect(base, [batch], statistic="sample", num_samples=2).num_samples == 2
 
 
 def test_k_cuts_in_the_middle_of_a_batch(base):
-    few = collect(base, statistic="sample", k=6)
-    assert few.k == 6 and few.layers[QUERY_1].count == 6
+    few = collect(base, statistic="sample", num_samples=6)
+    assert few.num_samples == 6 and few.layers[QUERY_1].count == 6
     seen = inputs_without_padding(base, QUERY_1, batches())[:6]
     torch.testing.assert_close(
         few.layers[QUERY_1].mean(),
@@ -158,7 +158,7 @@ def test_file_round_trip(base, statistic, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["t.safetensors"]
     again = TaskFeatures.load(tmp_path / "t.safetensors")
     assert (again.task, again.base_model, again.weight_hash) == ("t", "tiny", features.weight_hash)
-    assert (again.statistic, again.k, again.seed, again.reference) == (statistic, 12, 7, False)
+    assert (again.statistic, again.num_samples, again.seed, again.reference) == (statistic, 12, 7, False)
     assert list(again.layers) == list(features.layers)
     for name, moments in features.layers.items():
         assert again.layers[name].count == moments.count
@@ -281,7 +281,7 @@ def test_features_of_another_model_are_refused(base):
     [
         ({"loader": []}, r"the loader of task 't' gave no sample"),
         ({"statistic": "median"}, r"unknown statistic 'median': choose from mean, sample, token"),
-        ({"k": 0}, r"k=0 must be a whole number of at least 1"),
+        ({"num_samples": 0}, r"num_samples=0 must be a whole number of at least 1"),
         (
             {"target_modules": ["q_proj"]},
             r"target_modules=\{'q_proj'\} match no layer of BertForSequenceClassification",

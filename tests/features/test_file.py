@@ -26,7 +26,7 @@ from osrm_peft.features.task_features import tokenizer_hash
 from osrm_peft.io import tensors as tensor_files
 from osrm_peft.io.tensors import write_tensors
 from osrm_peft.osrm.others import check_tasks
-from osrm_peft.osrm.spectrum import Pool, Spectrum
+from osrm_peft.osrm.spectrum import PooledMoment, Spectrum
 from osrm_peft.osrm.subspace import choose_directions
 from tests.helpers.hub import Hub
 from tests.helpers.models import make_base, make_batch
@@ -109,7 +109,7 @@ def test_a_file_of_format_2_still_reads(tmp_path):
         tensors[f"{name}.second_moment"] = features.layers[name].second_moment().float()
     save_file(tensors, tmp_path / "t.safetensors", {"osrm_peft": json.dumps(header)})
     again = TaskFeatures.load(tmp_path / "t.safetensors")
-    assert (again.tokenizer, again.tokenizer_hash, again.k) == (None, None, 9)
+    assert (again.tokenizer, again.tokenizer_hash, again.num_samples) == (None, None, 9)
     for name, moments in features.layers.items():
         torch.testing.assert_close(again.layers[name].second_moment(), moments.second_moment(), rtol=2e-7, atol=0)
         torch.testing.assert_close(again.layers[name].mean(), moments.mean(), rtol=2e-7, atol=0)
@@ -269,7 +269,7 @@ import json, sys
 from peft import get_peft_model
 from osrm_peft import OSRMLoraConfig, TaskFeatures, initialize_osrm_weights
 from tests.helpers.models import make_base
-paper = {"null_space": "random", "protect": None}
+paper = {"null_space": "random", "protect_energy": None}
 config = OSRMLoraConfig(r=2, target_modules=["query", "value"], task_type="SEQ_CLS", out_of_task=[sys.argv[1]], **paper)
 found = {"layers": len(initialize_osrm_weights(get_peft_model(make_base(), config)))}
 for source in sys.argv[2:]:
@@ -331,7 +331,7 @@ def test_a_unit_in_one_triangle_chooses_the_same_a_from_memory_and_from_the_file
     moments.settle_()
     assert torch.equal(found.second_moment(), moments.second_moment())
     chosen = [
-        choose_directions(Spectrum.of(Pool.of([one])), 3, generator=torch.Generator().manual_seed(0))
+        choose_directions(Spectrum.of(PooledMoment.of([one])), 3, generator=torch.Generator().manual_seed(0))
         for one in (moments, found)
     ]
     assert torch.equal(*chosen)

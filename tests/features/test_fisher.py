@@ -86,7 +86,7 @@ def test_it_is_the_mean_squared_gradient_of_single_examples(tuned, num_labels, l
     loader = batches(num_labels)
     found = collect(model, loader, labels=labels)
     expected = brute_force(model, loader, labels)
-    assert (found.k, found.labels, found.base_model, found.task) == (8, labels, "tiny", "t")
+    assert (found.num_samples, found.labels, found.base_model, found.task) == (8, labels, "tiny", "t")
     close(found.layers, expected)
     close(collect(plain, loader, labels=labels).layers, expected)
     assert all(F.shape == plain.get_submodule(name).weight.shape for name, F in found.layers.items())
@@ -129,9 +129,9 @@ def test_more_padding_does_not_matter(tuned):
 
 def test_k_cuts_in_the_middle_of_a_batch(tuned):
     model, loader = tuned()[0], batches()
-    few = collect(model, loader, k=5, labels="true")
+    few = collect(model, loader, num_samples=5, labels="true")
     one_by_one = rebatched(loader, 1)[:5]
-    assert few.k == 5
+    assert few.num_samples == 5
     close(few.layers, brute_force(model, one_by_one, "true"))
 
 
@@ -213,7 +213,7 @@ def test_a_file_round_trip(base, tmp_path):
     fisher.save(tmp_path / "t.safetensors")
     assert [path.name for path in tmp_path.iterdir()] == ["t.safetensors"]
     again = DiagonalFisher.load(tmp_path / "t.safetensors")
-    assert {**vars(again), "layers": 0} == {**vars(fisher), "layers": 0} and (again.k, again.seed) == (8, 7)
+    assert {**vars(again), "layers": 0} == {**vars(fisher), "layers": 0} and (again.num_samples, again.seed) == (8, 7)
     assert set(again.layers) == set(fisher.layers)
     assert all(torch.equal(again.layers[name], F) for name, F in fisher.layers.items())
 
@@ -287,8 +287,8 @@ def test_a_layer_without_a_say_in_the_logits_has_no_information():
     [
         ({"loader": []}, r"the loader of task 't' gave no sample"),
         ({"labels": "own"}, r"unknown labels 'own': choose from expected, true"),
-        ({"k": 0}, r"k=0 must be a whole number of at least 1"),
-        ({"k": 2.5}, r"k=2.5 must be a whole number"),
+        ({"num_samples": 0}, r"num_samples=0 must be a whole number of at least 1"),
+        ({"num_samples": 2.5}, r"num_samples=2.5 must be a whole number"),
         ({"loader": [make_batch()], "labels": "true"}, r"labels='true' needs labels in the batches"),
         ({"target_modules": ["q_proj"]}, r"match no layer of BertForSequenceClassification"),
         ({"target_modules": ["LayerNorm"]}, r"is a LayerNorm"),
@@ -341,7 +341,7 @@ def test_labels_of_a_regression_are_finite(label):
     loader[1]["labels"][2] = label
     with pytest.raises(ValueError, match=r"must be a finite number"):
         collect(make_base(1), loader, labels="true")
-    assert collect(make_base(1), loader).k == 8  # its own predictions need none
+    assert collect(make_base(1), loader).num_samples == 8  # its own predictions need none
 
 
 def test_one_label_a_sample(base):

@@ -15,7 +15,7 @@ from transformers import (
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from osrm_peft import collect_features
-from osrm_peft.features.padding import Positions, find_positions
+from osrm_peft.features.padding import TokenMask, find_token_mask
 from tests.helpers.models import TINY, make_base, make_batch
 
 TEXTS = [[5, 6, 7, 8, 9], [11, 12, 13], [21, 22, 23, 24]]
@@ -39,9 +39,9 @@ def test_trl_s_packed_rows_with_their_padding_and_lengths_are_told_apart(statist
     collator = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True, pad_to_multiple_of=16)
     batch = collator([{"input_ids": ids} for ids in TEXTS])
     assert batch["input_ids"].shape == (1, 16) and "attention_mask" not in batch  # 12 tokens, 4 of padding
-    packed = collect(llama(), [dict(batch)], statistic, k=k)
+    packed = collect(llama(), [dict(batch)], statistic, num_samples=k)
     alone = collect(llama(), [{"input_ids": torch.tensor([ids])} for ids in TEXTS[:k]], statistic)
-    assert packed.k == alone.k == min(k, 3)
+    assert packed.num_samples == alone.num_samples == min(k, 3)
     for name, moments in alone.layers.items():
         assert packed.layers[name].count == moments.count
         torch.testing.assert_close(packed.layers[name].second_moment(), moments.second_moment(), rtol=1e-4, atol=1e-6)
@@ -49,10 +49,10 @@ def test_trl_s_packed_rows_with_their_padding_and_lengths_are_told_apart(statist
 
 def test_zeros_that_end_a_row_are_padding_unless_there_is_one_or_a_mask():
     ids = torch.tensor([[0, 1, 2, 0, 0, 0], [0, 1, 0, 1, 2, 0]])
-    positions, count = find_positions({"position_ids": ids}, 2, 10)
+    positions, count = find_token_mask({"position_ids": ids}, 2, 10)
     assert positions.keep.tolist() == [[True] * 3 + [False] * 3, [True] * 6] and count == 4
     mask = torch.ones_like(ids)
-    positions, count = find_positions({"position_ids": ids, "attention_mask": mask}, 2, 10)
+    positions, count = find_token_mask({"position_ids": ids, "attention_mask": mask}, 2, 10)
     assert positions.keep.all() and count == 7
 
 
@@ -95,13 +95,13 @@ def test_a_tensor_that_was_changed_in_place_is_another_input(inference, made_the
 
 def test_longer_tensors_than_the_samples_do_not_count_as_samples():
     batches = [{"input_ids": torch.tensor([[0, 1], [2, 3]]), "pixel_values": torch.randn(50, 3)} for _ in range(3)]
-    assert collect(Patches(), batches, targets=["q_proj"]).k == 6
+    assert collect(Patches(), batches, targets=["q_proj"]).num_samples == 6
 
 
 @pytest.mark.parametrize("mask", [{"full": torch.ones(4, 7)}, torch.ones(4, 1, 7, 7)])
 def test_a_mask_that_tells_no_padding_is_refused(mask):
     with pytest.raises(ValueError, match=r"the attention_mask has (type dict|shape \(4, 1, 7, 7\)): give the"):
-        find_positions({"attention_mask": mask}, 4, 4)
+        find_token_mask({"attention_mask": mask}, 4, 4)
 
 
 def test_reference_counts_the_decoder_s_padding_too():
@@ -149,7 +149,7 @@ def test_positions_are_found_in_inputs_of_every_shape(shape, m):
     """Heads before or behind the positions, tokens in one row."""
     generator = torch.Generator().manual_seed(0)
     keep, x = torch.rand(2, 7, generator=generator) < 0.6, torch.randn(shape, generator=generator)
-    vectors, mask, _ = Positions(2, keep).of("layer", x, True)
+    vectors, mask, _ = TokenMask(2, keep).of("layer", x, True)
     placed = x.view(2, 7, 3) if len(shape) == 2 else x.movedim(shape.index(7), 1)
     assert mask.sum() == m * keep.sum() and torch.equal(vectors[mask], placed[keep].flatten(0, -2))
 
@@ -157,19 +157,19 @@ def test_positions_are_found_in_inputs_of_every_shape(shape, m):
 @pytest.mark.parametrize("shape", [(2, 6, 3), (5, 3), (2, 2, 3, 3)])
 def test_inputs_whose_positions_cannot_be_told_apart_are_refused_if_there_is_padding(shape):
     x, keep = torch.randn(shape), torch.ones(2, 7, dtype=torch.bool)
-    every, mask, _ = Positions(2, keep).of("layer", x, False)
+    every, mask, _ = TokenMask(2, keep).of("layer", x, False)
     assert mask is None or bool(mask.all())
     assert every.numel() == x.numel()
     keep[1, -1] = False
     with pytest.raises(ValueError, match=r"but the attention_mask is \(2, 7\): padding cannot be told apart"):
-        Positions(2, keep).of("layer", x, False)
+        TokenMask(2, keep).of("layer", x, False)
 
 
 def test_a_mask_of_other_rows_than_the_samples_tells_nothing():
     keep = torch.ones(3, 7, dtype=torch.bool)
     keep[1, 4:] = False
     with pytest.raises(ValueError, match=r"but the attention_mask is \(3, 7\): padding cannot be told apart"):
-        Positions(2, keep).of("layer", torch.randn(3, 7, 5), False)
+        TokenMask(2, keep).of("layer", torch.randn(3, 7, 5), False)
 
 
 MASKS = ["pixel_mask", "pixel_attention_mask", "aspect_ratio_mask", "visual_attention_mask", "entity_attention_mask",
@@ -181,9 +181,9 @@ def test_padding_of_pixels_or_sound_that_no_layer_s_mask_tells_of_is_refused_whe
     x, text = torch.randn(2, 9, 3), {"attention_mask": torch.ones(2, 7)}
     for given, seen, refused in (({}, x, True), (text, x[:, :5], True), (text, x[:, :7], False), ({}, x[:, 0], False)):
         padding = torch.ones(2, 4, 4)
-        assert find_positions(given | {mask: padding}, 2, 9)[0].of("tower", seen, True)[0] is not None
+        assert find_token_mask(given | {mask: padding}, 2, 9)[0].of("tower", seen, True)[0] is not None
         padding[1, 3] = 0
-        positions, _ = find_positions(given | {mask: padding}, 2, 9)
+        positions, _ = find_token_mask(given | {mask: padding}, 2, 9)
         if refused:
             with pytest.raises(ValueError, match=rf"{mask} tells of padding, which cannot be told apart in layer 'tow"):
                 positions.of("tower", seen, True)
@@ -228,4 +228,4 @@ def test_groups_need_the_same_samples_each_time():
     options = {"targets": ["query"], "group_size": 1}
     with pytest.raises(ValueError, match="give a DataLoader without shuffle"):
         collect(make_base(), torch.utils.data.DataLoader(rows, batch_size=2, shuffle=True), **options)
-    assert collect(make_base(), torch.utils.data.DataLoader(rows, batch_size=2), **options).k == 4
+    assert collect(make_base(), torch.utils.data.DataLoader(rows, batch_size=2), **options).num_samples == 4

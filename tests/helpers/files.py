@@ -28,5 +28,5 @@ SMALL = {
     "max_length": 16,
     "train_rows": 16,
     "validation_rows": 8,
-    "k": 6,
+    "num_samples": 6,
 }

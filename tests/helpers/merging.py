@@ -6,7 +6,7 @@ import torch
 
 from osrm_peft import (
     DiagonalFisher,
-    MaskedAdapter,
+    EMRAdapter,
     TaskFeatures,
     load_adapter,
     merge_adapters,
@@ -26,7 +26,7 @@ def statistic(needs, task, shapes):
     for name, (_, _, n) in sorted(shapes.items()):
         h = torch.randn(4 * n, n, generator=generator)
         moments[name] = FeatureMoments("token", n, 4 * n, h.sum(0), h.mT @ h)
-    return TaskFeatures(task, "tiny", "", "token", adapted=True, layers=moments)
+    return TaskFeatures(task, "tiny", "", "token", of_finetuned_model=True, layers=moments)
 
 
 def merge(adapters, method, **arguments):
@@ -40,14 +40,14 @@ def merge(adapters, method, **arguments):
 
 
 def deltas(merged):
-    if isinstance(merged, MaskedAdapter):
+    if isinstance(merged, EMRAdapter):
         return {(task, name): delta for task in merged.tasks for name, delta in merged.deltas(task).items()}
     return merged.deltas()
 
 
 def gram_of(task, seed, layers=LAYERS, count=50):
     found = {name: moments(inputs(n, count, seed).float()) for name, (_, n, _) in layers.items()}
-    return TaskFeatures(task, "tiny", "", "token", adapted=True, layers=found)
+    return TaskFeatures(task, "tiny", "", "token", of_finetuned_model=True, layers=found)
 
 
 def features_of(tasks, statistic="token", layers=LAYERS, count=12):

@@ -2,7 +2,7 @@
 
 import torch
 
-from osrm_peft.merging.methods.thresholding import above
+from osrm_peft.merging.methods.svt import above
 
 
 def paper(vectors, density):

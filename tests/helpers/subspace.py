@@ -32,5 +32,10 @@ def as_second_moment(moments):
     return FeatureMoments("token", n, count=count, total=torch.zeros(n), second=count * S)
 
 
+def protected(amount):
+    """The option of `choose_directions` for so many directions (an int) or that share of the energy (a float)."""
+    return {} if amount is None else {"protect_energy" if isinstance(amount, float) else "protect_rank": amount}
+
+
 FORMS = {"vectors": lambda moments: moments, "second moments": as_second_moment}
 form = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)

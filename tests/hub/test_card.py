@@ -54,7 +54,7 @@ OSRM = {
     "num_labels": 2,
     "osrm": {
         "initialized": True,
-        "settings": {"statistic": "token", "null_space": "in_task", "protect": 0.9},
+        "settings": {"statistic": "token", "null_space": "in_task", "protect_energy": 0.9},
         "provenance": {"out_of_task": [{"task": "sst2"}, {"task": "mrpc"}]},
     },
     "versions": {"osrm_peft": "0.1.0"},
@@ -72,7 +72,8 @@ MODEL = {
     "weights": {"math": {"*": 1.0}, "code": {"*": 1.0}},
 }
 EVERY = {"merged": MERGED, "osrm": OSRM, "features": FEATURES, "model": MODEL, "emr": MERGED | {"kind": "emr"},
-         "plain": {"kind": "adapter"}, "projected": OSRM | {"projected": {"keep": 0.9, "out_of_task": []}}}  # fmt: skip
+         "plain": {"kind": "adapter"},
+         "projected": OSRM | {"projected": {"min_effect_kept": 0.9, "out_of_task": []}}}  # fmt: skip
 
 
 def metadata(manifest):
@@ -148,9 +149,9 @@ def test_a_card_tells_scores_inputs_and_energy():
     assert "* energy kept: at least 0.98 in every layer" in text
     assert "TIES-Merging (Yadav et al., NeurIPS 2023), arXiv:2306.01708" in text
     text = str(model_card(OSRM))
-    assert "* kept away from: sst2, mrpc" in text and "* OSRM protect: 0.9" in text
-    paper = OSRM["osrm"] | {"settings": {"statistic": "token", "protect": None}}
-    assert "* OSRM protect: all directions" in str(model_card(OSRM | {"osrm": paper}))
+    assert "* kept away from: sst2, mrpc" in text and "* OSRM protect\\_energy: 0.9" in text
+    paper = OSRM["osrm"] | {"settings": {"statistic": "token", "protect_energy": None}}
+    assert "* OSRM protect\\_energy: all directions" in str(model_card(OSRM | {"osrm": paper}))
 
 
 def test_what_a_card_says_of_serving_weights_and_heads():
@@ -161,7 +162,7 @@ def test_what_a_card_says_of_serving_weights_and_heads():
     text = str(model_card(MERGED | {"scale_of_layers": "chosen by features", "features": {"cola": "c", "sst2": "s"}}))
     recipe = yaml.safe_load(re.search(r"^```yaml\n(.+?)^```", text, re.DOTALL | re.MULTILINE)[1])
     assert recipe["scale"] == "features" and recipe["features"] == {"cola": "c", "sst2": "s"}
-    assert "head='cola'" in text and "head=" not in str(model_card(MERGED | {"task_type": "CAUSAL_LM"}))
+    assert "task='cola'" in text and "task=" not in str(model_card(MERGED | {"task_type": "CAUSAL_LM"}))
     assert "from_pretrained('FacebookAI/roberta-large', num_labels=2)" in str(model_card(OSRM))
     unset = OSRM | {"osrm": OSRM["osrm"] | {"initialized": False}}
     assert metadata(unset)["tags"] == ["osrm_peft", "lora"] and "A plain LoRA adapter" in str(model_card(unset))

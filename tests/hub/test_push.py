@@ -27,7 +27,7 @@ import json, sys, time
 from pathlib import Path
 import torch
 import osrm_peft
-from osrm_peft import MaskedAdapter, TaskFeatures, load_adapter, merge_adapters, push_to_hub
+from osrm_peft import EMRAdapter, TaskFeatures, load_adapter, merge_adapters, push_to_hub
 root = Path(sys.argv[1])
 slept = []
 time.sleep = slept.append  # the client waits between its tries
@@ -80,7 +80,7 @@ for task in ("t1", "t2"):
 merged = merge_adapters({"t1": "someone/t1", "t2": "someone/t2@main"}, "lore", max_iterations=30)
 found["inputs"] = [one["source"] for one in merged.manifest["inputs"].values()]
 found["address"] = merged.push_to_hub("someone/merged")
-pulled = {task: load_adapter("someone/merged", head=task) for task in ("t1", "t2")}
+pulled = {task: load_adapter("someone/merged", task=task) for task in ("t1", "t2")}
 found["equal"] = [same(pulled[task], merged.for_task(task)) for task in pulled]
 first = load_adapter("someone/merged").source
 found["source"] = first
@@ -96,15 +96,15 @@ for branch in (None, "third"):  # of one task: the other's head goes, there
     alone.push_to_hub("someone/merged", revision=branch)
 emr = merge_adapters({"t1": "someone/t1", "t2": "someone/t2"}, "emr")
 emr.push_to_hub("someone/emr")
-back = MaskedAdapter.from_pretrained("someone/emr")
+back = EMRAdapter.from_pretrained("someone/emr")
 found["emr"] = all(torch.equal(a, b) for a, b in zip(emr.deltas("t2").values(), back.deltas("t2").values()))
 for task in ("t1", "t2"):
     push_to_hub(root / f"{task}.features.safetensors", "someone/features")
 loaded = TaskFeatures.load("someone/features:t2.features.safetensors")
-found["features"] = [loaded.task, loaded.k]
+found["features"] = [loaded.task, loaded.num_samples]
 loaded.push_to_hub("someone/again")
 push_to_hub(root / "t1.features.safetensors", "someone/features", revision="draft")
-loaded.k = 77
+loaded.num_samples = 77
 loaded.push_to_hub("someone/features")  # anew: it replaces what was told of the old one
 push_to_hub(root / "t1.features.safetensors", "someone/features", revision="draft")  # where the old one is
 from osrm_peft.evaluation.spectra import spectra
@@ -415,7 +415,7 @@ def test_what_has_lost_its_weights_is_refused(lost, root, tmp_path):
 
 
 def test_heads_of_an_emr_folder_cannot_lie_outside(root, tmp_path):
-    from osrm_peft import MaskedAdapter
+    from osrm_peft import EMRAdapter
 
     adapters = {"t1": root / "t1", "t2": root / "t2"}
     merge_adapters(adapters, "emr").save_pretrained(tmp_path / "emr")
@@ -424,7 +424,7 @@ def test_heads_of_an_emr_folder_cannot_lie_outside(root, tmp_path):
     notes = {"tasks": ["../../t1", "t2"], "layouts": {}}
     save_file(tensors, path, {"format": "pt", "osrm_peft": json.dumps(notes)})
     with pytest.raises(ValueError, match=r"the task name '../../t1' cannot be a file name"):
-        MaskedAdapter.from_pretrained(tmp_path / "emr")
+        EMRAdapter.from_pretrained(tmp_path / "emr")
 
 
 # Loads elsewhere
@@ -559,7 +559,7 @@ from osrm_peft import OSRMCallback, OSRMLoraConfig
 root = Path(sys.argv[1])
 base = AutoModelForSequenceClassification.from_pretrained(root / "base")
 files = [str(root / f"{task}.features.safetensors") for task in ("t1", "t2")]
-paper = {"null_space": "random", "protect": None, "statistic": "token"}
+paper = {"null_space": "random", "protect_energy": None, "statistic": "token"}
 config = OSRMLoraConfig(r=4, target_modules=["query", "value"], task_type="SEQ_CLS", out_of_task=files, **paper)
 rows = Dataset.from_dict({"input_ids": [[1, 2, 3, 4]] * 8, "attention_mask": [[1] * 4] * 8, "labels": [0, 1] * 4})
 args = TrainingArguments("trained", max_steps=4, save_steps=2, eval_strategy="steps", eval_steps=2, push_to_hub=True,

@@ -22,7 +22,7 @@ from osrm_peft.hub.push import push_to_hub
 from osrm_peft.io.json import parse_json
 from osrm_peft.io.manifest import MANIFEST, read_manifest
 from osrm_peft.io.yaml import check_fields, parse_yaml
-from osrm_peft.merging.emr_adapter import MaskedAdapter
+from osrm_peft.merging.emr_adapter import EMRAdapter
 from osrm_peft.merging.recipe import MergeRecipe
 from osrm_peft.training.recipe import Recipe
 from tests.helpers.adapters import make_adapter
@@ -80,10 +80,12 @@ OSRM = [
     "out_of_task",
     "statistic",
     "null_space",
+    "objective",
     "in_task",
     "in_task_weight",
     "ridge",
-    "protect",
+    "protect_rank",
+    "protect_energy",
     "osrm_seed",
     "r",
     "no",
@@ -318,7 +320,7 @@ def test_an_emr_merge_s_notes(tmp_path, adapters):
     for text in [*texts, "[" * DEEP, "null", "3"]:
         save_file(tensors, path, {"osrm_peft": text})
         try:
-            MaskedAdapter.from_pretrained(tmp_path / "emr")
+            EMRAdapter.from_pretrained(tmp_path / "emr")
         except ValueError as error:
             assert f"{tmp_path}/emr is damaged: " in str(error)
 

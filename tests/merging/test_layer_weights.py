@@ -238,7 +238,7 @@ def test_statistics_of_another_adapter_or_without_a_gram_are_refused(tmp_path, c
         merge_adapters(adapters, "regmean", statistics={"t1": own["t2"], "t2": own["t1"]})
     with pytest.raises(ValueError, match=r"statistics of 't2' hold one mean vector, no Gram matrix"):
         merge_adapters(adapters, "regmean", statistics=own | {"t2": replace(own["t2"], statistic="mean")})
-    features = {task: replace(one, adapted=False, weight_hash=task) for task, one in made.items()}
+    features = {task: replace(one, of_finetuned_model=False, weight_hash=task) for task, one in made.items()}
     with pytest.raises(ValueError, match="features are of different base models"):
         merge_adapters(adapters, "concat", weights="features", features=features)
     merge_adapters(adapters, "regmean", statistics={"t1": made["t2"], "t2": made["t1"]})

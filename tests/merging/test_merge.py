@@ -86,14 +86,14 @@ def test_the_saved_folder_holds_the_shared_adapter_the_heads_and_how_it_was_made
     assert manifest["inputs"]["t1"]["sha256"] == load_adapter(adapters["t1"]).sha256
     assert all(0 < share < 1 for share in manifest["energy_kept"].values()) and len(manifest["energy_kept"]) == 4
     for task, num_labels in (("t1", 2), ("t2", 3)):
-        again = load_adapter(tmp_path / "out", head=task).attach(make_base(num_labels))
+        again = load_adapter(tmp_path / "out", task=task).attach(make_base(num_labels))
         torch.testing.assert_close(
             again(**make_batch()).logits, merged.load(make_base(num_labels), task)(**make_batch()).logits
         )
     with pytest.raises(ValueError, match="has no head 't3', only t1, t2"):
-        load_adapter(tmp_path / "out", head="t3")
+        load_adapter(tmp_path / "out", task="t3")
     with pytest.raises(ValueError, match="has no head"):
-        load_adapter(tmp_path / "out", head="../heads/t1")
+        load_adapter(tmp_path / "out", task="../heads/t1")
 
 
 def test_saving_over_ours_replaces_it_whole_and_over_others_is_refused(adapters, tmp_path, monkeypatch):
@@ -236,9 +236,9 @@ def test_a_merge_of_a_live_model_does_not_follow_its_training(tmp_path):
 
 def test_a_merged_folder_is_merged_on_only_with_a_named_head(adapters, tmp_path):
     merge_adapters(adapters, "average").save_pretrained(tmp_path / "out")
-    with pytest.raises(ValueError, match=r"is a merge of several tasks: .*head=…\), one of t1, t2"):
+    with pytest.raises(ValueError, match=r"is a merge of several tasks: .*task=…\), one of t1, t2"):
         merge_adapters({"both": tmp_path / "out", "t1": adapters["t1"]}, "average")
-    one = load_adapter(tmp_path / "out", head="t2")
+    one = load_adapter(tmp_path / "out", task="t2")
     again = merge_adapters({"both": one, "t1": adapters["t1"]}, "average")
     assert again.for_task("both").heads["classifier.weight"].shape == (3, 16)
 

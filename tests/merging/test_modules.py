@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models
 
-from osrm_peft import MaskedAdapter, load_adapter, merge_adapters
+from osrm_peft import EMRAdapter, load_adapter, merge_adapters
 from osrm_peft.models.vocabulary import first_difference, tokens_in
 from tests.zoo.adapters import WEIGHTS, adapted, edit, resized, stock, write
 from tests.zoo.models import noisy, outputs
@@ -72,7 +72,7 @@ def test_per_task_keeps_each_task_s_own(folders, tmp_path):
     merged.save_pretrained(tmp_path / "out")
     assert not any(name in tensors(tmp_path / "out") for name in (LM_HEAD, EMBED))
     for task, folder in folders.items():
-        loaded = load_adapter(tmp_path / "out", head=task)
+        loaded = load_adapter(tmp_path / "out", task=task)
         assert set(loaded.modules) == {LM_HEAD, EMBED} and not loaded.heads
         close(loaded.modules[LM_HEAD], tensors(folder)[LM_HEAD], 0)
         loaded.save_pretrained(tmp_path / task)
@@ -93,11 +93,11 @@ def test_one_task_s_modules_are_taken_where_a_task_is_named(folders, tmp_path):
 @torch.no_grad()
 def test_emr_keeps_them_per_task_and_saves_them(folders, tmp_path):
     merge_adapters(folders, "emr").save_pretrained(tmp_path / "out")
-    merged = MaskedAdapter.from_pretrained(tmp_path / "out")
+    merged = EMRAdapter.from_pretrained(tmp_path / "out")
     for task, folder in folders.items():
         close(merged.load(noisy("llama", 0), task).get_parameter(LM_HEAD), tensors(folder)[LM_HEAD], 0)
     model = noisy("llama", 0)
-    with merged.for_task("t1", model):
+    with merged.applied_to(model, "t1"):
         assert not torch.equal(model.get_parameter(LM_HEAD), noisy("llama", 0).get_parameter(LM_HEAD))
     close(model.get_parameter(LM_HEAD), noisy("llama", 0).get_parameter(LM_HEAD), 0)
     averaged = merge_adapters(folders, "emr", modules="average")
@@ -249,7 +249,7 @@ def test_copies_that_differ_are_refused_by_rows_unless_a_policy_is_named(kind, t
     for task, kept in zip(folders, own, strict=True):
         rows = merged.load(resized(noisy("llama", 0), 3, 99), task).get_base_model().get_input_embeddings()
         close(getattr(rows, "base_layer", rows).weight, kept, 0)
-        close(load_adapter(tmp_path / "apart", head=task).copies[EMBED], kept, 0)
+        close(load_adapter(tmp_path / "apart", task=task).copies[EMBED], kept, 0)
 
 
 def test_copies_are_compared_in_the_coarser_dtype(tmp_path):
@@ -297,7 +297,7 @@ def test_a_head_of_a_task_is_no_module(tmp_path):
     merged = merge_adapters({f"t{seed}": tmp_path / f"t{seed}" for seed in (1, 2)}, "average")
     merged.save_pretrained(tmp_path / "out")
     for seed in (1, 2):
-        close(load_adapter(tmp_path / "out", head=f"t{seed}").heads["classifier.weight"],
+        close(load_adapter(tmp_path / "out", task=f"t{seed}").heads["classifier.weight"],
               tensors(tmp_path / f"t{seed}")["classifier.weight"], 0)  # fmt: skip
     mean = sum(tensors(tmp_path / f"t{seed}")["bert.pooler.dense.weight"] for seed in (1, 2)) / 2
     close(merged.modules["bert.pooler.dense.weight"], mean)
@@ -352,7 +352,7 @@ def test_a_layer_trained_whole_has_no_lora(policy, clash, tmp_path):
         expected = whole if policy == "a" or (policy, task) == ("per_task", "a") else by_lora
         alike(weights(merged.load(noisy("llama", 0), task)), expected)
         if policy != "b":  # nobody has anything for itself
-            load_adapter(tmp_path / "out", head=task).save_pretrained(tmp_path / "one")
+            load_adapter(tmp_path / "out", task=task).save_pretrained(tmp_path / "one")
             alike(weights(stock("llama", tmp_path / "one")), expected)
     fate = "each task's own" if policy == "per_task" else f"that of {policy}"  # b has a copy of the base's
     assert merged.manifest["modules"] == {LM_HEAD: fate}
@@ -363,7 +363,7 @@ def test_emr_of_a_layer_trained_whole_by_one(clash, tmp_path):
     folders, own, _ = clash
     for merged in (merge_adapters(folders, "emr"), merge_adapters(folders, "emr", modules="a")):
         merged.save_pretrained(tmp_path / "emr")
-        again = MaskedAdapter.from_pretrained(tmp_path / "emr")
+        again = EMRAdapter.from_pretrained(tmp_path / "emr")
         for task in ("a", "b"):
             expected = merged.load(noisy("llama", 0), task).state_dict()
             if task == "a":
@@ -425,7 +425,7 @@ def test_copies_of_adapted_embeddings_are_restored_under_their_lora(policy, tmp_
     masked.save_pretrained(tmp_path / "emr")
     for task in live:
         expected = masked.load(resized(noisy("llama", 0), 3, 99), task).state_dict()
-        MaskedAdapter.from_pretrained(tmp_path / "emr").adapter(task).save_pretrained(tmp_path / "one")
+        EMRAdapter.from_pretrained(tmp_path / "emr").adapter(task).save_pretrained(tmp_path / "one")
         found = weights(stock("llama", tmp_path / "one", 3))
         for name, value in expected.items():
             close(found[name], value, 1e-5)
@@ -475,7 +475,7 @@ def test_a_merge_of_a_merge_keeps_modules_and_heads(name, tmp_path):
     live = [adapted(name, seed, **config) for seed in (1, 2, 3)]
     folders = [write(model, tmp_path / str(place)) for place, model in enumerate(live)]
     merge_adapters({"x": folders[0], "y": folders[1]}, "average").save_pretrained(tmp_path / "first")
-    first = load_adapter(tmp_path / "first", head="x")
+    first = load_adapter(tmp_path / "first", task="x")
     merged = merge_adapters({"first": first, "z": folders[2]}, "average")
     merged.save_pretrained(tmp_path / "second")
     one, two, three = map(weights, live)
@@ -483,5 +483,5 @@ def test_a_merge_of_a_merge_keeps_modules_and_heads(name, tmp_path):
     for task, head in (("first", one), ("z", three)):
         expected = mean | {key: value for key, value in head.items() if "classifier" in key}
         alike(weights(merged.load(noisy(name, 0), task)), expected)
-        load_adapter(tmp_path / "second", head=task).save_pretrained(tmp_path / task)
+        load_adapter(tmp_path / "second", task=task).save_pretrained(tmp_path / task)
         alike(weights(stock(name, tmp_path / task)), expected)

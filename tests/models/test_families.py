@@ -174,7 +174,7 @@ def test_packed_rows_are_their_samples(name, statistic, k):
     packed = transformers.DataCollatorWithFlattening()(rows)
     assert packed["input_ids"].shape == (1, 14) and "attention_mask" not in packed
     kept = {key: value[:k] for key, value in batch.items()}
-    check_alone(collect(model, dict(packed), QKV, statistic=statistic, k=k), model, kept)
+    check_alone(collect(model, dict(packed), QKV, statistic=statistic, num_samples=k), model, kept)
 
 
 class Keywords(nn.Module):
@@ -272,7 +272,7 @@ def test_groups_of_layers_give_what_one_pass_gives(name, group_size, tmp_path, m
     model, batches, targets = make(name), [batch_of(name, seed) for seed in (1, 2)], FAMILIES[name].targets
     whole, parts = (collect(model, batches, targets, group_size=size) for size in (None, group_size))
     assert list(parts.layers) == list(whole.layers) and parts.same_input() == whole.same_input()
-    assert parts.weight_hash == whole.weight_hash and parts.k == whole.k == 12
+    assert parts.weight_hash == whole.weight_hash and parts.num_samples == whole.num_samples == 12
     check_same(parts, whole.layers, rtol=1e-6)
     assert len(list(tmp_path.iterdir())) == 1
     del parts

@@ -86,7 +86,7 @@ def write_recipe(folder, model, features, training=None, osrm=None):
         "lora": {"target_modules": ["query", "value"]},
         "osrm": osrm or {},
         "features": str(features),
-        "k": 5,  # in 2 processes a batch of 3 and one of 2
+        "num_samples": 5,  # in 2 processes a batch of 3 and one of 2
         "training": training,
         "max_length": 32,
         "train_rows": 64,

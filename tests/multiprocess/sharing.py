@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch.utils.data import DataLoader, DistributedSampler
 from transformers import AutoTokenizer
 
-from osrm_peft import MaskedAdapter, collect_features, collect_gram, load_task
+from osrm_peft import EMRAdapter, collect_features, collect_gram, load_task
 from osrm_peft.distributed import Processes, start
 from osrm_peft.evaluation.evaluate import predict
 from osrm_peft.merging import METHODS
@@ -21,12 +21,12 @@ from tests.helpers.merging import deltas, merge
 from tests.helpers.models import make_base, make_batch
 
 COLLECTS = {  # the tiny model's layers are 16 wide, the batches 4 rows
-    "uneven": {"k": 9},
-    "no sample for one": {"k": 3},
-    "cut": {"k": 6},
-    "groups": {"k": 9, "group_size": 1},
-    "vectors become sums": {"k": 40},
-    "on one process only": {"k": 20},  # it has 12, the other 8: together more than 16
+    "uneven": {"num_samples": 9},
+    "no sample for one": {"num_samples": 3},
+    "cut": {"num_samples": 6},
+    "groups": {"num_samples": 9, "group_size": 1},
+    "vectors become sums": {"num_samples": 40},
+    "on one process only": {"num_samples": 20},  # it has 12, the other 8: together more than 16
 }
 MERGES = {method: {} for method in METHODS} | {
     "knots ties": {"method": "ties", "space": "knots"},
@@ -58,11 +58,17 @@ def features(distributed):
         for statistic in ("mean", "sample", "token")
     }
     found["gram"] = collect_gram(
-        make_base(), loader(), task="a", target_modules=["value"], k=9, progress=False, distributed=distributed
+        make_base(),
+        loader(),
+        task="a",
+        target_modules=["value"],
+        num_samples=9,
+        progress=False,
+        distributed=distributed,
     )
     tensors = {}
     for case, one in found.items():
-        tensors[f"{case} k"] = torch.tensor(one.k)
+        tensors[f"{case} k"] = torch.tensor(one.num_samples)
         for name, moments in one.layers.items():
             tensors[f"{case} {name} N"] = torch.tensor(moments.count)
             tensors[f"{case} {name} mean"] = moments.mean()
@@ -83,7 +89,7 @@ def merges(folder, distributed):
             merged = merge(adapters, **arguments)
             for name, delta in deltas(merged).items():
                 tensors[f"{kind} {case} {name}"] = delta
-            if isinstance(merged, MaskedAdapter):
+            if isinstance(merged, EMRAdapter):
                 tensors[f"{kind} {case} scales"] = torch.tensor(list(merged.scales.values()), dtype=torch.float64)
     return tensors
 
@@ -117,10 +123,10 @@ def errors(rank):
         "prepared": lambda: collect_of(Accelerator(cpu=True).prepare(DataLoader(rows, batch_size=2))),
         "fewer": lambda: collect_of(loader()[: 1 + rank]),
         "others": lambda: collect_of(loader(seed=rank)),
-        "one layer": lambda: processes.together(lambda: [1.0, 0.0][rank] / [1.0, 0.0][rank]),
+        "one layer": lambda: processes.gather_results(lambda: [1.0, 0.0][rank] / [1.0, 0.0][rank]),
         "empty": lambda: collect_of([]),
-        "main": lambda: processes.from_main(only_main),
-        "unsendable": lambda: processes.from_main(unsendable),
+        "main": lambda: processes.broadcast_from_main(only_main),
+        "unsendable": lambda: processes.broadcast_from_main(unsendable),
     }
     found = {}
     for name, attempt in attempts.items():
@@ -142,7 +148,7 @@ def main():
     processes = start()
     found = features(True) | merges(adapters, True) | logits(processes)
     save_file({name: tensor.contiguous() for name, tensor in found.items()}, out / f"{processes.rank}.safetensors")
-    about = errors(processes.rank) | {"count": processes.count}
+    about = errors(processes.rank) | {"count": processes.num_processes}
     (out / f"{processes.rank}.json").write_text(json.dumps(about))
 
 

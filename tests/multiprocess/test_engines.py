@@ -46,7 +46,11 @@ def test_features(engine, run_of):
             TaskFeatures.load(run_of(one).folder / f"features/{task}.features.safetensors")
             for one in (engine, "single")
         )
-        assert (found.k, found.weight_hash, found.same_input()) == (5, expected.weight_hash, expected.same_input())
+        assert (found.num_samples, found.weight_hash, found.same_input()) == (
+            5,
+            expected.weight_hash,
+            expected.same_input(),
+        )
         for name, moments in expected.layers.items():
             assert found.layers[name].count == moments.count
             S, T = found.layers[name].second_moment(), moments.second_moment()

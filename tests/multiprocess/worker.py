@@ -22,7 +22,7 @@ from transformers import TrainerCallback, TrainingArguments
 import osrm_peft.training.train
 from osrm_peft import initialize_osrm_weights
 from osrm_peft.cli.main import main as command
-from osrm_peft.distributed import start, whole
+from osrm_peft.distributed import gather_parameter, start
 from osrm_peft.models.layers import lora_layers
 from osrm_peft.models.loading import load_base
 from osrm_peft.training.recipe import Recipe
@@ -60,7 +60,7 @@ class Watch(TrainerCallback):
         first = next(iter(weights.values()))
         local = first.to_local() if hasattr(first, "to_local") else first
         about = {"step": state.global_step, "world_size": args.world_size, "engine": " ".join(engine)}
-        about |= {"local": list(local.shape), "A": {name: whole(A).tolist() for name, A in weights.items()}}
+        about |= {"local": list(local.shape), "A": {name: gather_parameter(A).tolist() for name, A in weights.items()}}
         (self.folder / f"{self.phase}.{args.process_index}.json").write_text(json.dumps(about))
 
     def on_step_end(self, args, state, control, **kwargs):
@@ -72,7 +72,7 @@ class Late(TrainerCallback):
     """The engine finds another A when it is built, and OSRM's is written after that."""
 
     def on_init_end(self, args, state, control, model=None, **kwargs):
-        self.written = {name: whole(A) for name, A in a_of(model).items()}
+        self.written = {name: gather_parameter(A) for name, A in a_of(model).items()}
         with torch.no_grad():
             for A in a_of(model).values():
                 A.copy_(A.flip(0))
@@ -91,7 +91,7 @@ class Late(TrainerCallback):
 def collect_split(recipe, folder):
     """The features on a model that FSDP2 has split (the command chooses FSDP2 on GPUs only)."""
     processes, base = start(), load_base(recipe.model, 2)
-    mesh = init_device_mesh("cpu", (processes.count,))
+    mesh = init_device_mesh("cpu", (processes.num_processes,))
     for block in base.bert.encoder.layer:
         fully_shard(block, mesh=mesh)
     base = fully_shard(base, mesh=mesh)
@@ -99,7 +99,7 @@ def collect_split(recipe, folder):
     for name in recipe.task_names():
         found = recipe.collect(name, base=base, progress=False, distributed=True)
         path = folder / f"features/{name}.features.safetensors"
-        processes.from_main(partial(found.save, path))
+        processes.broadcast_from_main(partial(found.save, path))
 
 
 def main():

@@ -12,7 +12,7 @@ from peft.tuners.lora import config as lora
 from osrm_peft import OSRMLoraConfig, initialize_osrm_weights, merge_adapters
 from osrm_peft.adapters import config as adapter_config
 from osrm_peft.models.layers import lora_layers
-from osrm_peft.osrm.spectrum import Pool
+from osrm_peft.osrm.spectrum import PooledMoment
 from tests.helpers.models import make_base, make_batch
 from tests.helpers.osrm import LORA, PAPER, features_of
 
@@ -47,7 +47,7 @@ def test_a_becomes_the_least_energy_frame_and_the_logits_stay(others):
     for name, layer in layers.items():
         A = layer.lora_A["default"].weight.detach().double()
         torch.testing.assert_close(A @ A.T, torch.eye(4, dtype=A.dtype), rtol=0, atol=1e-6)
-        S = Pool.of([features.layers[name] for features in others]).second_moment()
+        S = PooledMoment.of([features.layers[name] for features in others]).second_moment()
         energy, least = float(torch.trace(A @ S @ A.T)), float(torch.linalg.eigvalsh(S)[:4].sum())
         assert energy <= least + 1e-6 * float(S.trace())
         assert shares[name] == pytest.approx(least / float(S.trace()), rel=1e-3, abs=1e-9)
@@ -118,10 +118,10 @@ def test_ranks_of_rank_pattern_and_other_dtypes(others):
 
 
 def test_protect_in_the_config_reaches_a(others):
-    plain, model = osrm_model(), osrm_model(protect=2)
+    plain, model = osrm_model(), osrm_model(protect_rank=2)
     least, shares = initialize_osrm_weights(plain, others), initialize_osrm_weights(model, others)
     for name, layer in lora_layers(model, "default").items():
-        S = Pool.of([features.layers[name] for features in others]).second_moment()
+        S = PooledMoment.of([features.layers[name] for features in others]).second_moment()
         strongest = torch.linalg.eigh(S)[1][:, -2:]
         assert (layer.lora_A["default"].weight.double() @ strongest).norm() < 1e-6
         assert shares[name] > 2 * least[name]  # told of all directions, of which only two are avoided
@@ -150,13 +150,13 @@ def test_the_same_seed_gives_the_same_a_whatever_the_order_of_tasks():
 
 def test_own_features_are_used_and_checked(others):
     own = features_of("own", 3)
-    plain, ratio = osrm_model(), osrm_model(in_task="ratio", in_task_features="unused")
+    plain, ratio = osrm_model(), osrm_model(objective="ratio", in_task="unused")
     low = initialize_osrm_weights(plain, others)
     high = initialize_osrm_weights(ratio, others, in_task=own)
     assert all(high[name] > low[name] for name in low)
     assert ratio.peft_config["default"].provenance["in_task"]["task"] == "own"
     with pytest.raises(ValueError, match="task 'a' is both in_task and out_of_task"):
-        initialize_osrm_weights(osrm_model(in_task="ratio", in_task_features="x"), others, in_task=others[0])
+        initialize_osrm_weights(osrm_model(objective="ratio", in_task="x"), others, in_task=others[0])
 
 
 def test_a_saved_adapter_is_stock_peft_with_our_notes_beside_it(others, tmp_path, base_folder):
@@ -239,15 +239,18 @@ def test_only_untrained_lora_models_with_our_config(others):
     [
         ({"statistic": "median"}, r"unknown statistic 'median': choose from mean, sample, token"),
         ({"null_space": "x"}, r"unknown null_space 'x': choose from random, in_task"),
-        ({"in_task": "x"}, r"unknown in_task 'x': choose from none, difference, ratio"),
+        ({"objective": "x"}, r"unknown objective 'x': choose from least_energy, difference, ratio"),
         ({"in_task_weight": 1.5}, r"in_task_weight=1.5 must lie in \[0, 1\]"),
         ({"ridge": 0}, r"ridge=0 must be a finite number above 0"),
         ({"reference": True, "statistic": "sample"}, r"reference=True is the released code: it needs statistic='mean'"),
-        ({"reference": True, "statistic": "mean", "protect": 3}, r"it needs statistic='mean'.*and protect=None"),
-        ({"protect": True}, r"protect=True must be a whole number of at least 0"),
-        ({"protect": -1}, r"protect=-1 must be a whole number of at least 0"),
-        ({"protect": 1.5}, r"protect=1.5 must lie in \[0, 1\]"),
-        ({"protect": "x"}, r"protect='x' must be a whole number of at least 0"),
+        (
+            {"reference": True, "statistic": "mean", "protect_rank": 3},
+            r"it needs statistic='mean'.*and protect_energy=None",
+        ),
+        ({"protect_rank": True}, r"protect_rank=True must be a whole number of at least 0"),
+        ({"protect_rank": -1}, r"protect_rank=-1 must be a whole number of at least 0"),
+        ({"protect_energy": 1.5}, r"protect_energy=1.5 must lie in \[0, 1\]"),
+        ({"protect_rank": "x"}, r"protect_rank='x' must be a whole number of at least 0"),
         ({"out_of_task": "file"}, r"out_of_task='file': give a list"),
     ],
 )
@@ -264,19 +267,24 @@ def test_the_config_survives_peft_s_copies(others):
 
 def test_the_defaults_look_at_the_task_s_own_features_and_say_so(others):
     config = OSRMLoraConfig(**LORA)
-    assert (config.statistic, config.null_space, config.in_task, config.protect) == ("token", "in_task", "none", 0.9)
+    assert (config.statistic, config.null_space, config.objective, config.protect_energy) == (
+        "token",
+        "in_task",
+        "least_energy",
+        0.9,
+    )
     model = get_peft_model(make_base(), config)
-    with pytest.raises(ValueError, match=r"give OSRMLoraConfig\(in_task_features=FILE\), or null_space='random'"):
+    with pytest.raises(ValueError, match=r"give OSRMLoraConfig\(in_task=FILE\), or null_space='random'"):
         initialize_osrm_weights(model, others)
     own = features_of("own", 3)
     initialize_osrm_weights(model, others, in_task=own)
     for name, layer in lora_layers(model, "default").items():
         A = layer.lora_A["default"].weight.detach().double()
-        energy, V = torch.linalg.eigh(Pool.of([features.layers[name] for features in others]).second_moment())
+        energy, V = torch.linalg.eigh(PooledMoment.of([features.layers[name] for features in others]).second_moment())
         p = int((energy.flip(0).cumsum(0) < 0.9 * energy.sum()).sum()) + 1
         walls, free = V[:, -p:], V[:, :-p]
         assert (A @ walls).abs().max() < 1e-6
         best = torch.linalg.eigvalsh(free.T @ own.layers[name].second_moment() @ free)[-4:].sum()
         assert torch.trace(A @ own.layers[name].second_moment() @ A.T) == pytest.approx(float(best), rel=1e-5)
     released = OSRMLoraConfig(**LORA, reference=True)
-    assert (released.statistic, released.null_space, released.protect) == ("mean", "random", None)
+    assert (released.statistic, released.null_space, released.protect_energy) == ("mean", "random", None)

@@ -19,7 +19,7 @@ from osrm_peft.features.task_features import TaskFeatures
 from osrm_peft.models.layers import lora_layers
 from osrm_peft.osrm.initialize import layer_generator
 from osrm_peft.osrm.project import project_adapter
-from osrm_peft.osrm.spectrum import Pool, Spectrum
+from osrm_peft.osrm.spectrum import PooledMoment, Spectrum
 from osrm_peft.osrm.subspace import choose_directions
 from tests.helpers.adapters import make_adapter, tensors_of
 from tests.helpers.models import make_base, make_batch
@@ -82,7 +82,7 @@ def test_the_paper_s_projection_is_the_dense_formula(o, r, n, k, T, statistic, s
     adapter = adapter_of(o, r, n, s)
     A, B = adapter.factors["layer"].A, adapter.factors["layer"].B
     after, layer = project(adapter, others, own, seed=seed)
-    pool = Pool.of(others)
+    pool = PooledMoment.of(others)
     frame = choose_directions(Spectrum.of(pool), r, generator=layer_generator(seed, "layer"))
     torch.testing.assert_close(after, (s * B @ A @ frame.T) @ frame, rtol=0, atol=1e-12)
     assert layer.protected is None
@@ -91,7 +91,7 @@ def test_the_paper_s_projection_is_the_dense_formula(o, r, n, k, T, statistic, s
 
 def projected_brute_force(delta, others, S_own, keep):
     """ΔŴ with the largest p, of all of them, that keeps the share; None if rounding may decide."""
-    V = Spectrum.of(Pool.of(others)).vectors
+    V = Spectrum.of(PooledMoment.of(others)).vectors
     candidates = [delta - delta @ V[:, :p] @ V[:, :p].T for p in range(V.shape[1] + 1)]
     shares = [effect(candidate, S_own) / effect(delta, S_own) for candidate in candidates]
     if any(abs(share - keep) < 1e-9 for share in shares[1:]):
@@ -111,10 +111,10 @@ def test_keep_protects_as_many_of_the_strongest_directions_as_it_can(o, r, n, k,
     before, S_own = adapter.factors["layer"].delta(), own.second_moment()
     expected, p = projected_brute_force(before, others, S_own, keep)
     assume(p is not None)
-    after, layer = project(adapter, list(map(FORMS[form], others)), FORMS[own_form](own), keep=keep)
+    after, layer = project(adapter, list(map(FORMS[form], others)), FORMS[own_form](own), min_effect_kept=keep)
     assert layer.protected == p
     torch.testing.assert_close(after, expected, rtol=0, atol=1e-9)
-    assert_reports(layer, before, after, Pool.of(others).second_moment(), S_own)
+    assert_reports(layer, before, after, PooledMoment.of(others).second_moment(), S_own)
     assert layer.in_task_kept >= keep - 1e-9
 
 
@@ -124,7 +124,7 @@ def test_keep_everything_gives_up_what_the_own_features_never_meet():
     Q = torch.linalg.qr(torch.randn(n, n, dtype=torch.float64))[0]
     others = [exactly(torch.tensor([[3.0], [2.0], [1.0]]) * Q[:3])]
     for own, p in ((Q[2:3], 2), (Q[1:3], 1), (Q[3:5], 3), (Q[:1], 0)):
-        after, layer = project(adapter_of(4, 2, n), others, exactly(own), keep=1.0)
+        after, layer = project(adapter_of(4, 2, n), others, exactly(own), min_effect_kept=1.0)
         assert layer.protected == p and layer.in_task_kept == pytest.approx(1, abs=1e-12)
         assert (after @ Q[:p].T).norm() < 1e-12
 
@@ -135,12 +135,12 @@ def test_an_adapter_without_effect_on_its_own_features_has_nothing_to_lose(form,
     """E‖ΔW h_t‖² = 0 up to rounding of either sign, so every direction may be protected."""
     for seed in range(8):
         adapter, others = adapter_of(4, 2, 8, seed=seed), tasks(2, 2, 8, "sample", seed=seed)
-        A, V = adapter.factors["layer"].A, Spectrum.of(Pool.of(others)).vectors
+        A, V = adapter.factors["layer"].A, Spectrum.of(PooledMoment.of(others)).vectors
         own = exactly(torch.linalg.svd(torch.cat([A, V.T]))[2][6:])  # beside A's 2 rows and the others' 4 directions
-        _, layer = project(adapter, others, FORMS[form](own), keep=keep)
+        _, layer = project(adapter, others, FORMS[form](own), min_effect_kept=keep)
         assert (layer.protected, layer.in_task_kept) == (4, 1.0)
         zero = replace(adapter, factors={"layer": Factors(A, torch.zeros(4, 2, dtype=A.dtype))})
-        _, layer = project(zero, others, FORMS[form](own), keep=keep)
+        _, layer = project(zero, others, FORMS[form](own), min_effect_kept=keep)
         assert (layer.energy_kept, layer.out_of_task_kept, layer.protected) == (1.0, 1.0, 4)
 
 
@@ -160,13 +160,13 @@ def test_the_scale_is_kept():
 def test_protect_and_null_space_choose_the_frame(null_space):
     others, own, adapter = tasks(2, 6, 12, "sample"), tasks(1, 9, 12, "sample", seed=5)[0], adapter_of(5, 3, 12)
     before = adapter.factors["layer"].delta()
-    after, _ = project(adapter, others, own, null_space=null_space, protect=2, seed=4)
-    strong = top(Pool.of(others).second_moment(), 2)
+    after, _ = project(adapter, others, own, null_space=null_space, protect_rank=2, seed=4)
+    strong = top(PooledMoment.of(others).second_moment(), 2)
     P = torch.eye(12, dtype=torch.float64) - strong.T @ strong
     frame = top(P @ own.second_moment() @ P, 3)
     if null_space == "random":
         stream = layer_generator(4, "layer")
-        frame = choose_directions(Spectrum.of(Pool.of(others)), 3, protect=2, generator=stream)
+        frame = choose_directions(Spectrum.of(PooledMoment.of(others)), 3, protect_rank=2, generator=stream)
     torch.testing.assert_close(after, before @ frame.T @ frame, rtol=0, atol=1e-9)
     assert (after @ strong.T).norm() < 1e-9
 
@@ -190,7 +190,7 @@ def test_a_projected_adapter_is_a_stock_adapter(tmp_path, config, keep):
     source = load_adapter(tmp_path / "theirs")
     files = {path.name: path.read_bytes() for path in (tmp_path / "theirs").iterdir()}
     others, own = [collected("a", 1), collected("b", 2)], collected("own", 3)
-    projection = project_adapter(source, others, in_task=own, keep=keep, seed=1)
+    projection = project_adapter(source, others, in_task=own, min_effect_kept=keep, seed=1)
     projection.save_pretrained(tmp_path / "ours")
     projection.save_pretrained(tmp_path / "ours")  # ours, so it may be replaced
     assert files == {path.name: path.read_bytes() for path in (tmp_path / "theirs").iterdir()}
@@ -232,13 +232,19 @@ def test_the_manifest_says_how_it_was_made(tmp_path):
     for seed, name in enumerate("ab"):
         collected(name, seed).save(tmp_path / f"{name}.safetensors")
     given = [str(tmp_path / f"{name}.safetensors") for name in "ab"]
-    projection = project_adapter(tmp_path / "theirs", given, in_task=collected("own", 3), keep=0.5)
+    projection = project_adapter(tmp_path / "theirs", given, in_task=collected("own", 3), min_effect_kept=0.5)
     projection.save_pretrained(tmp_path / "ours")
     manifest = json.loads((tmp_path / "ours/osrm_peft.json").read_text())
     assert {key: manifest[key] for key in origin if key != "more"} == {k: v for k, v in origin.items() if k != "more"}
     assert "more" not in manifest and manifest["base_model"] == "tiny" and manifest["versions"]["peft"]
     settings_of = {"adapter": str(tmp_path / "theirs"), "sha256": load_adapter(tmp_path / "theirs").sha256}
-    settings_of |= {"keep": 0.5, "null_space": "random", "protect": None, "seed": 0}
+    settings_of |= {
+        "min_effect_kept": 0.5,
+        "null_space": "random",
+        "protect_rank": None,
+        "protect_energy": None,
+        "seed": 0,
+    }
     used = [manifest["projected"].pop("in_task"), *manifest["projected"].pop("out_of_task")]
     assert [(one["task"], one["statistic"], len(one["weight_hash"])) for one in used] == [
         (task, "token", 16) for task in ("own", "a", "b")
@@ -276,14 +282,24 @@ def test_a_live_model_and_its_weights_stay_as_they_are(tmp_path):
     ("others", "own", "options", "message"),
     [
         ([], None, {}, "no out-of-task features"),
-        ("ab", None, {"keep": 0.5}, "look at the task's own features: give in_task=FILE"),
+        ("ab", None, {"min_effect_kept": 0.5}, "look at the task's own features: give in_task=FILE"),
         ("ab", None, {"null_space": "in_task"}, "look at the task's own features: give in_task=FILE"),
-        ("ab", "own", {"keep": 0}, "keep=0 must lie in (0, 1]"),
-        ("ab", "own", {"keep": 1.5}, "keep=1.5 must lie in (0, 1]"),
-        ("ab", "own", {"keep": True}, "keep=True must lie in (0, 1]"),
-        ("ab", "own", {"keep": 0.5, "null_space": "in_task"}, "leave null_space and protect out"),
-        ("ab", "own", {"keep": 0.5, "protect": 0}, "leave null_space and protect out"),
-        ("ab", None, {"protect": -1}, "protect=-1 must be a whole number of at least 0"),
+        ("ab", "own", {"min_effect_kept": 0}, "min_effect_kept=0 must lie in (0, 1]"),
+        ("ab", "own", {"min_effect_kept": 1.5}, "min_effect_kept=1.5 must lie in (0, 1]"),
+        ("ab", "own", {"min_effect_kept": True}, "min_effect_kept=True must lie in (0, 1]"),
+        (
+            "ab",
+            "own",
+            {"min_effect_kept": 0.5, "null_space": "in_task"},
+            "leave null_space, protect_rank and protect_energy out",
+        ),
+        (
+            "ab",
+            "own",
+            {"min_effect_kept": 0.5, "protect_rank": 0},
+            "leave null_space, protect_rank and protect_energy out",
+        ),
+        ("ab", None, {"protect_rank": -1}, "protect_rank=-1 must be a whole number of at least 0"),
         ("ab", None, {"null_space": "x"}, "unknown null_space 'x': choose from random, in_task"),
         ("aa", None, {}, "out_of_task names a more than once"),
         ("ab", "a", {}, "task 'a' is both in_task and out_of_task"),
@@ -304,7 +320,7 @@ def test_features_and_options_that_do_not_fit(tmp_path, others, own, options, me
         if isinstance(what, dict):
             adapted, base = what.get("adapted", False), what.get("base")
             rest = {key: value for key, value in what.items() if key not in ("adapted", "base")}
-            return replace(collected("b", 2, base=base and make_base(**base), **rest), adapted=adapted)
+            return replace(collected("b", 2, base=base and make_base(**base), **rest), of_finetuned_model=adapted)
         return collected(what, 1) if what and len(what) < 4 else what
 
     given_own = made(own) if not isinstance(own, dict) else replace(made(own), task="b")

@@ -1,4 +1,4 @@
-"""Pool and Spectrum against brute force: dense float64 sums written out here."""
+"""PooledMoment and Spectrum against brute force: dense float64 sums written out here."""
 
 import re
 
@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from osrm_peft.features.moments import STATISTICS, FeatureMoments
-from osrm_peft.osrm.spectrum import Pool, Spectrum, check_protect
+from osrm_peft.osrm.spectrum import PooledMoment, Spectrum, check_protect
 
 UNIT = torch.finfo(torch.float32).eps / 2  # the relative error of one float32 rounding
 
@@ -44,7 +44,7 @@ def drawn(counts, s, n, seed):
 )  # fmt: skip
 def test_a_pool_is_the_mean_of_the_tasks_second_moments(counts, s, n, statistic, seed):
     tasks = drawn(counts, s, n, seed)
-    pool = Pool.of([moments_of(x, statistic) for x in tasks])
+    pool = PooledMoment.of([moments_of(x, statistic) for x in tasks])
     S = sum(dense(x, statistic) for x in tasks) / len(tasks)
     largest = max(float(x.abs().max()) for x in tasks)
     rounding = (max(counts) * s + 4) * UNIT * largest**2  # of float32 sums of that many products
@@ -78,7 +78,7 @@ def assert_a_pool_computes_with(pool, S, n, seed, tolerance):
 def test_a_spectrum_is_the_eigendecomposition_with_the_true_rank(counts, n, statistic, seed):
     """Token sums are float32, so 12 tokens in 24 dimensions leave tiny eigenvalues that are no directions."""
     tasks = drawn(counts, 1, n, seed)
-    pool = Pool.of([moments_of(x, statistic) for x in tasks])
+    pool = PooledMoment.of([moments_of(x, statistic) for x in tasks])
     spectrum, S = Spectrum.of(pool), pool.second_moment()
     vectors = len(counts) if statistic == "mean" else sum(counts)
     assert (spectrum.rank, spectrum.width) == (min(n, vectors), n)
@@ -97,21 +97,21 @@ def test_a_spectrum_is_the_eigendecomposition_with_the_true_rank(counts, n, stat
 @pytest.mark.parametrize("statistic", STATISTICS)
 def test_a_layer_that_receives_zeros_has_rank_zero(statistic):
     for count in (2, 9):
-        pool = Pool.of([moments_of(torch.zeros(count, 1, 5), statistic)])
-        assert Spectrum.of(pool).rank == Spectrum.of(pool).strongest(1.0).rank == 0
+        pool = PooledMoment.of([moments_of(torch.zeros(count, 1, 5), statistic)])
+        assert Spectrum.of(pool).rank == Spectrum.of(pool).strongest(energy=1.0).rank == 0
         assert pool.share(torch.eye(5)) == 0
 
 
 @pytest.mark.parametrize(
-    ("protect", "rank"),
+    ("protected", "rank"),
     [(None, 4), (0, 0), (1, 1), (3, 3), (4, 4), (9, 4), (0.0, 0), (1e-9, 1), (0.4, 1), (0.41, 2), (0.5, 2), (0.7, 2),
      (0.9, 3), (0.95, 4), (1.0, 4)],
 )  # fmt: skip
-def test_strongest(protect, rank):
-    """A whole number counts directions, a float is the least number of them with that share of the energy."""
+def test_strongest(protected, rank):
+    """A rank counts directions, an energy is the least number of them with that share of the energy."""
     energy = torch.tensor([4.0, 3.0, 2.0, 1.0], dtype=torch.float64)
     V = torch.linalg.qr(torch.randn(6, 4, dtype=torch.float64))[0]
-    strongest = Spectrum(energy, V).strongest(protect)
+    strongest = Spectrum(energy, V).strongest(**{"energy" if isinstance(protected, float) else "rank": protected})
     assert torch.equal(strongest.energy, energy[:rank]) and torch.equal(strongest.vectors, V[:, :rank])
 
 
@@ -119,43 +119,45 @@ def test_strongest(protect, rank):
 def test_the_very_share_of_p_directions_is_p_directions_whatever_the_rounding_of_sums(energy, p):
     energy, p = torch.tensor(sorted(energy, reverse=True), dtype=torch.float64), min(p, len(energy))
     spectrum = Spectrum(energy, torch.eye(len(energy), dtype=torch.float64))
-    assert spectrum.strongest(float(energy[:p].flip(0).sum() / energy.flip(0).sum())).rank == p
-    assert spectrum.strongest(1.0).rank == len(energy)
+    assert spectrum.strongest(energy=float(energy[:p].flip(0).sum() / energy.flip(0).sum())).rank == p
+    assert spectrum.strongest(energy=1.0).rank == len(energy)
 
 
 @pytest.mark.parametrize("scale", [0.1, 1 / 3, 7e-5])
 def test_a_share_that_directions_hold_to_rounding_needs_no_other(scale):
     for n in range(1, 40):
         spectrum = Spectrum(torch.full((n,), scale, dtype=torch.float64), torch.eye(n, dtype=torch.float64))
-        assert [spectrum.strongest(k / n).rank for k in range(n + 1)] == list(range(n + 1))
+        assert [spectrum.strongest(energy=k / n).rank for k in range(n + 1)] == list(range(n + 1))
 
 
-@pytest.mark.parametrize("protect", [None, 0, 7, 0.0, 0.25, 1.0])
-def test_protect_keeps_its_kind(protect):
-    assert check_protect(protect) == protect and type(check_protect(protect)) is type(protect)
+@pytest.mark.parametrize("given", [(None, None), (0, None), (7, None), (None, 0.0), (None, 0.25), (None, 1.0)])
+def test_what_is_protected_is_kept_as_it_is(given):
+    assert check_protect(*given) == given
 
 
 @pytest.mark.parametrize(
-    ("protect", "message"),
+    ("given", "message"),
     [
-        (True, "protect=True must be a whole number of at least 0"),
-        (-1, "protect=-1 must be a whole number of at least 0"),
-        ("x", "protect='x' must be a whole number of at least 0"),
-        (1.5, "protect=1.5 must lie in [0, 1]"),
-        (-0.1, "protect=-0.1 must lie in [0, 1]"),
-        (float("nan"), "protect=nan must lie in [0, 1]"),
+        ((True, None), "protect_rank=True must be a whole number of at least 0"),
+        ((-1, None), "protect_rank=-1 must be a whole number of at least 0"),
+        (("x", None), "protect_rank='x' must be a whole number of at least 0"),
+        ((0.9, None), "protect_rank=0.9 must be a whole number of at least 0"),
+        ((None, 1.5), "protect_energy=1.5 must lie in [0, 1]"),
+        ((None, -0.1), "protect_energy=-0.1 must lie in [0, 1]"),
+        ((None, float("nan")), "protect_energy=nan must lie in [0, 1]"),
+        ((1, 1.0), "protect_rank=1 and protect_energy=1.0 both say how much to protect: give one"),
     ],
 )
-def test_protect_is_a_number_of_directions_or_a_share(protect, message):
+def test_what_cannot_be_protected(given, message):
     with pytest.raises(ValueError, match=re.escape(message)):
-        check_protect(protect)
+        check_protect(*given)
 
 
 def test_tasks_that_cannot_be_pooled():
     with pytest.raises(ValueError, match="no out-of-task moments"):
-        Pool.of([])
+        PooledMoment.of([])
     with pytest.raises(ValueError, match=r"different widths \[2, 3\]"):
-        Pool.of([moments_of(torch.ones(1, 1, n), "token") for n in (3, 2)])
+        PooledMoment.of([moments_of(torch.ones(1, 1, n), "token") for n in (3, 2)])
 
 
 def of_rank(rank, n, count, kind, seed=0):
@@ -182,7 +184,7 @@ def test_the_rounding_of_float32_sums_is_no_direction(rank, n, count, kind, stat
         moments = FeatureMoments(statistic, n)
         for part in x.split(batch):
             moments.add_(part if statistic == "token" else part[:, None])
-        found.append(Spectrum.of(Pool.of([moments])))
+        found.append(Spectrum.of(PooledMoment.of([moments])))
         assert found[-1].rank == rank
     for other in found[1:]:
         V, W = found[0].vectors, other.vectors
@@ -196,7 +198,7 @@ def test_weak_directions_are_kept_down_to_the_rounding_of_the_sums():
     S = basis @ (x.mT @ x) @ basis.mT
     for dtype, rank in ((torch.float64, 3), (torch.float32, 2)):
         moments = FeatureMoments("token", 16, 64, torch.zeros(16), S.to(dtype))
-        assert Spectrum.of(Pool.of([moments])).rank == rank
+        assert Spectrum.of(PooledMoment.of([moments])).rank == rank
 
 
 def test_sums_that_were_rounded_more_than_their_dtype_says_tell_so_by_negative_energies():
@@ -204,4 +206,4 @@ def test_sums_that_were_rounded_more_than_their_dtype_says_tell_so_by_negative_e
     x = of_rank(6, 40, 1000, "drawn")
     moments = moments_of(x, "token")
     moments.second = moments.second.bfloat16().float()
-    assert Spectrum.of(Pool.of([moments])).rank == 6
+    assert Spectrum.of(PooledMoment.of([moments])).rank == 6

@@ -10,18 +10,18 @@ from peft import get_peft_model
 from osrm_peft import OSRMLoraConfig, collect_features, initialize_osrm_weights
 from osrm_peft.features.moments import FeatureMoments
 from osrm_peft.models.layers import lora_layers
-from osrm_peft.osrm.spectrum import Pool, Spectrum
+from osrm_peft.osrm.spectrum import PooledMoment, Spectrum
 from osrm_peft.osrm.subspace import choose_directions, procrustes_drift, quietest_directions, reference_directions
 from tests.helpers.models import make_base, make_batch
-from tests.helpers.subspace import FORMS, form, generator, moments_of, tasks, top
+from tests.helpers.subspace import FORMS, form, generator, moments_of, protected, tasks, top
 
 
 def pooled(others):
-    return Pool.of(others).second_moment()
+    return PooledMoment.of(others).second_moment()
 
 
 def spectrum_of(others):
-    return Spectrum.of(Pool.of(others))
+    return Spectrum.of(PooledMoment.of(others))
 
 
 def assert_same_span(A, B, atol=1e-9):
@@ -98,14 +98,16 @@ def test_null_space_in_task_takes_the_own_energy_that_is_free():
     torch.testing.assert_close(energy(A, own.second_moment()), float(best), rtol=1e-9, atol=0)
 
 
-@pytest.mark.parametrize("in_task", ["none", "ratio"])
-def test_own_features_of_low_rank_are_completed_by_quiet_directions(in_task):
+@pytest.mark.parametrize("objective", ["least_energy", "ratio"])
+def test_own_features_of_low_rank_are_completed_by_quiet_directions(objective):
     others, own = tasks(3, 1, 12, "mean"), tasks(1, 1, 12, "mean", seed=5)[0]
-    A = choose_directions(spectrum_of(others), 4, own=own, null_space="in_task", in_task=in_task, generator=generator())
+    A = choose_directions(
+        spectrum_of(others), 4, own=own, null_space="in_task", objective=objective, generator=generator()
+    )
     assert_orthonormal(A)
     S, h = pooled(others), own.mean()
     free = torch.linalg.svd(S)[2][3:]
-    if in_task == "none":
+    if objective == "least_energy":
         assert energy(A, S) < 1e-14 * float(S.trace())
         torch.testing.assert_close(energy(A, torch.outer(h, h)), float((free @ h).square().sum()), rtol=1e-9, atol=0)
     else:
@@ -121,14 +123,14 @@ def test_difference_is_the_top_of_the_weighed_difference_and_the_paper_at_zero()
     S, S_own = pooled(others), own.second_moment()
     for beta in (0.3, 1.0):
         A = choose_directions(
-            spectrum_of(others), 3, own=own, in_task="difference", in_task_weight=beta, generator=generator()
+            spectrum_of(others), 3, own=own, objective="difference", in_task_weight=beta, generator=generator()
         )
         M = beta * S_own / S_own.trace() - (1 - beta) * S / S.trace()
         assert_orthonormal(A)
         torch.testing.assert_close(energy(A, M), float(torch.linalg.eigvalsh(M)[-3:].sum()), rtol=1e-9, atol=0)
     paper = choose_directions(spectrum_of(others), 3, generator=generator())
     zero = choose_directions(
-        spectrum_of(others), 3, own=own, in_task="difference", in_task_weight=0, generator=generator()
+        spectrum_of(others), 3, own=own, objective="difference", in_task_weight=0, generator=generator()
     )
     assert torch.equal(paper, zero)
 
@@ -136,7 +138,7 @@ def test_difference_is_the_top_of_the_weighed_difference_and_the_paper_at_zero()
 def test_ratio_spans_the_top_generalised_eigenvectors():
     others, own = tasks(2, 50, 10), tasks(1, 50, 10, seed=5)[0]
     S, S_own = pooled(others), own.second_moment()
-    A = choose_directions(spectrum_of(others), 3, own=own, in_task="ratio", ridge=0.1, generator=generator())
+    A = choose_directions(spectrum_of(others), 3, own=own, objective="ratio", ridge=0.1, generator=generator())
     assert_orthonormal(A)
     M = S + 0.1 * S.trace() / 10 * torch.eye(10, dtype=S.dtype)
     values, vectors = torch.linalg.eig(torch.linalg.solve(M, S_own))  # brute force: not symmetric, not whitened
@@ -146,7 +148,9 @@ def test_ratio_spans_the_top_generalised_eigenvectors():
 
 @pytest.mark.parametrize("statistic", ["token", "sample"])
 @pytest.mark.parametrize(
-    "options", [{}, {"null_space": "in_task"}, {"in_task": "ratio"}, {"in_task": "difference"}, {"protect": 3}], ids=str
+    "options",
+    [{}, {"null_space": "in_task"}, {"objective": "ratio"}, {"objective": "difference"}, {"protect_rank": 3}],
+    ids=str,
 )
 def test_features_of_low_rank_choose_the_same_a_whatever_the_batches(options, statistic):
     """Of the others and of the own ones, 6 of 40 directions each: what rounding adds is neither avoided nor sought."""
@@ -158,7 +162,7 @@ def test_features_of_low_rank_choose_the_same_a_whatever_the_batches(options, st
             tasks_.append(FeatureMoments(statistic, 40))
             for part in x.split(batch):
                 tasks_[-1].add_(part if statistic == "token" else part[:, None])
-        own = {"own": tasks_[1]} if "protect" not in options else {}
+        own = {"own": tasks_[1]} if "protect_rank" not in options else {}
         chosen.append(choose_directions(spectrum_of(tasks_[:1]), 8, generator=generator(1), **own, **options))
         assert_orthonormal(chosen[-1])
     for A in chosen[1:]:
@@ -184,7 +188,7 @@ def test_protect_keeps_a_off_the_strongest_directions(k, n, r, p, share):
     # a share that lies between what p − 1 and what p directions hold
     shares = spectrum.energy.cumsum(0) / spectrum.energy.sum()
     protect = float(shares[: len(strong)][-2:].mean()) if share and len(strong) > 1 else p
-    A = choose_directions(spectrum, r, protect=protect, generator=generator())
+    A = choose_directions(spectrum, r, **protected(protect), generator=generator())
     assert_orthonormal(A)
     truncated = strong.T @ strong @ S @ strong.T @ strong
     least = float(torch.linalg.eigvalsh(truncated)[:r].sum())
@@ -195,13 +199,13 @@ def test_protect_keeps_a_off_the_strongest_directions(k, n, r, p, share):
 
 def test_protect_zero_is_a_random_frame_that_no_task_influences():
     first, second = (
-        choose_directions(spectrum_of(tasks(2, 9, 7, seed=seed)), 3, protect=0, generator=generator(1))
+        choose_directions(spectrum_of(tasks(2, 9, 7, seed=seed)), 3, protect_rank=0, generator=generator(1))
         for seed in (1, 2)
     )
     assert_orthonormal(first)
     assert torch.equal(first, second)
     assert not torch.allclose(
-        first, choose_directions(spectrum_of(tasks(2, 9, 7)), 3, protect=0, generator=generator(2)), atol=0.1
+        first, choose_directions(spectrum_of(tasks(2, 9, 7)), 3, protect_rank=0, generator=generator(2)), atol=0.1
     )
 
 
@@ -210,7 +214,7 @@ def test_protect_zero_is_a_random_frame_that_no_task_influences():
 def test_null_space_in_task_is_the_own_energy_beside_the_protected_directions(form, protect):
     others, own = tasks(2, 4, 12, "sample"), tasks(1, 11, 12, "sample", seed=5)[0]
     spectrum, S_own = spectrum_of(others), own.second_moment()
-    A = choose_directions(spectrum, 3, own=form(own), null_space="in_task", protect=protect, generator=generator())
+    A = choose_directions(spectrum, 3, own=form(own), null_space="in_task", **protected(protect), generator=generator())
     shares = spectrum.energy.cumsum(0) / spectrum.energy.sum()
     p = {0.5: 1 + int((shares < 0.5).sum()), None: 8}.get(protect, protect)  # 2 tasks of 4 vectors span 8 directions
     strong = top(pooled(others), p)
@@ -226,8 +230,8 @@ def test_null_space_in_task_is_the_own_energy_beside_the_protected_directions(fo
 def test_ratio_is_scipy_s_generalised_eigenvectors_whatever_is_known(form, others_form, k, ridge, protect):
     others, own = tasks(1, k, 12, "sample"), tasks(1, 6, 12, "sample", seed=5)[0]
     A = choose_directions(
-        spectrum_of([others_form(task) for task in others]), 3, own=form(own), in_task="ratio", ridge=ridge,
-        protect=protect, generator=generator(),
+        spectrum_of([others_form(task) for task in others]), 3, own=form(own), objective="ratio", ridge=ridge,
+        **protected(protect), generator=generator(),
     )  # fmt: skip
     S = pooled(others)
     if protect is not None:
@@ -240,7 +244,13 @@ def test_ratio_is_scipy_s_generalised_eigenvectors_whatever_is_known(form, other
 def test_difference_weighs_the_protected_directions_only():
     others, own = tasks(2, 50, 10), tasks(1, 50, 10, seed=5)[0]
     A = choose_directions(
-        spectrum_of(others), 3, own=own, in_task="difference", in_task_weight=0.3, protect=2, generator=generator()
+        spectrum_of(others),
+        3,
+        own=own,
+        objective="difference",
+        in_task_weight=0.3,
+        protect_rank=2,
+        generator=generator(),
     )
     S, S_own = pooled(others), own.second_moment()
     S = S @ top(S, 2).T @ top(S, 2)
@@ -304,8 +314,8 @@ def test_reference_is_the_last_right_singular_vectors_of_the_task_means():
 
 def test_energy_share_is_one_for_everything_and_zero_for_a_null_space():
     others = tasks(2, 1, 6, "mean")
-    assert Pool.of(others).share(torch.eye(6)) == pytest.approx(1)
-    assert Pool.of(others).share(quietest_directions(spectrum_of(others), 2, generator())) < 1e-14
+    assert PooledMoment.of(others).share(torch.eye(6)) == pytest.approx(1)
+    assert PooledMoment.of(others).share(quietest_directions(spectrum_of(others), 2, generator())) < 1e-14
 
 
 def test_drift_ignores_rotations_and_measures_the_rest():
@@ -327,14 +337,14 @@ def test_drift_ignores_rotations_and_measures_the_rest():
         ({"r": 8.0}, r"rank r=8.0 must be a whole number of at least 1"),  # field trap B5(b): V[:, -8.0:] crashes
         ({"others": []}, "no out-of-task moments"),
         ({"null_space": "lapack"}, r"unknown null_space 'lapack': choose from random, in_task"),
-        ({"in_task": "all"}, r"unknown in_task 'all': choose from none, difference, ratio"),
+        ({"objective": "all"}, r"unknown objective 'all': choose from least_energy, difference, ratio"),
         (
-            {"in_task": "ratio"},
-            r"in_task='ratio', null_space='random' look at the task's own features: give them",
+            {"objective": "ratio"},
+            r"objective='ratio', null_space='random' look at the task's own features: give them",
         ),
         ({"own": "narrow"}, r"different widths \[9, 10\]"),
-        ({"protect": True}, r"protect=True must be a whole number of at least 0"),
-        ({"protect": 1.5}, r"protect=1.5 must lie in \[0, 1\]"),
+        ({"protect_rank": True}, r"protect_rank=True must be a whole number of at least 0"),
+        ({"protect_energy": 1.5}, r"protect_energy=1.5 must lie in \[0, 1\]"),
     ],
 )
 def test_bad_input(change, message):

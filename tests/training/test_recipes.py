@@ -125,7 +125,7 @@ def test_bad_recipes(tmp_path):
         ({"tasks": "tweets"}, r"tasks='tweets' in the recipe must be list \| None, not str"),
         ({"lora": ["a"]}, r"lora=\['a'\] in the recipe must be dict"),
         ({"model": None}, r"model=None in the recipe must be str"),
-        ({"k": "10"}, r"k='10' must be a whole number of at least 1"),
+        ({"num_samples": "10"}, r"num_samples='10' must be a whole number of at least 1"),
         ({"seed": "x"}, r"seed='x' must be a whole number"),
         ({"max_length": 0}, r"max_length=0 must be a whole number of at least 4"),
         ({"tasks": ["tweets", "tweets"]}, r"names a task twice"),

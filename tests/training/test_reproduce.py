@@ -140,7 +140,7 @@ def test_adapters_are_shared_wherever_they_are_the_same():
     key = suite.adapter(OSRM, "tweets", 42).key
     assert key == suite_of(rates=[1e-3, 2e-3], validation_rows=5, seeds=[1, 2]).adapter(OSRM, "tweets", 42).key
     for other in (
-        suite_of(rates=[1e-3]), suite_of(rates=[1e-3, 2e-3], k=7), suite_of(rates=[1e-3, 2e-3], train_rows=9),
+        suite_of(rates=[1e-3]), suite_of(rates=[1e-3, 2e-3], num_samples=7), suite_of(rates=[1e-3, 2e-3], train_rows=9),
         suite_of(rates=[1e-3, 2e-3], osrm={"statistic": "mean"}),
     ):  # fmt: skip
         assert other.adapter(OSRM, "tweets", 42).key != key
@@ -196,11 +196,12 @@ def tiny(tmp_path_factory):
         "model": str(root / "model"), "suite": f"jsonl:{root / 'suite'}", "tasks": ["one", "two"],
         "lora": {"target_modules": ["query", "value"], "r": 2},
         "training": {"max_steps": 2, "per_device_train_batch_size": 4, "logging_steps": 1},
-        "rates": [1e-3, 1e-2], "max_length": 8, "train_rows": 16, "validation_rows": 8, "held_out": 8, "k": 4,
+        "rates": [1e-3, 1e-2], "max_length": 8, "train_rows": 16, "validation_rows": 8, "held_out": 8, "num_samples": 4,
         "seeds": [1, 2], "tuning_seed": 0,
         "experiments": {
-            "main": {}, "rank": {"k": [2, 4]}, "drift": {}, "scales": {"scales": [0.5, 1.0]},
-            "tasks": {"merges": ["ties"]}, "samples": {"k": [2, 4], "merges": ["ties"]}, "post": {"merges": ["ties"]},
+            "main": {}, "rank": {"num_samples": [2, 4]}, "drift": {}, "scales": {"scales": [0.5, 1.0]},
+            "tasks": {"merges": ["ties"]}, "samples": {"num_samples": [2, 4], "merges": ["ties"]},
+            "post": {"merges": ["ties"]},
             "blocks": {"modules": ["query", "key", "value"], "merges": ["ties"]},
         },
         "paper": {"main": {"table": "Table 1", "page": 6, "rows": {"individual": {"one": 81.25, "two": 70.0}}}},
@@ -306,7 +307,7 @@ def test_nothing_is_made_twice(out, tiny):
 def test_submitted_jobs_make_the_same(out, tiny):
     """submitit's local executor runs jobs as its SLURM executor does, in processes here."""
     content = yaml.safe_load((tiny / "tiny.yaml").read_text())
-    (tiny / "jobs.yaml").write_text(yaml.safe_dump(content | {"experiments": {"rank": {"k": [2]}}}))
+    (tiny / "jobs.yaml").write_text(yaml.safe_dump(content | {"experiments": {"rank": {"num_samples": [2]}}}))
     words = ["--cache", tiny / "jobs", "--out", tiny / "submitted"]
     words += ["--submit", "local", "--submit-option", "timeout_min=5"]
     assert "1 jobs: features" in command(tiny, *words, config="jobs.yaml")

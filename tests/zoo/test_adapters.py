@@ -251,7 +251,7 @@ def test_a_merge_with_itself_is_itself_and_loads_in_stock_peft(kind, method, tmp
     if not kind.heads:
         close(alone, expected, low)
     elif method == "average":
-        load_adapter(tmp_path / "shared", head="x").save_pretrained(tmp_path / "with_head")
+        load_adapter(tmp_path / "shared", task="x").save_pretrained(tmp_path / "with_head")
         close(outputs(stock(kind.model, tmp_path / "with_head", kind.resize)), expected, low)
         close(outputs(merged.load(resized(noisy(kind.model, 0), kind.resize, 99), "y")), expected, low)
 

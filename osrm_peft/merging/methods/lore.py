@@ -11,7 +11,7 @@ from torch import Tensor
 from osrm_peft.checks import choice, integer, number
 from osrm_peft.merging.methods.registry import Merged, register
 from osrm_peft.merging.methods.sparsify import check_density
-from osrm_peft.merging.methods.thresholding import SMALL, TOLERANCE, Directions, above, strongest, top_value
+from osrm_peft.merging.methods.svt import SMALL, TOLERANCE, Directions, above, strongest, top_value
 from osrm_peft.merging.methods.ties import ties
 
 COMBINE = ("sum", "average", "ties")

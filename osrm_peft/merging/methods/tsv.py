@@ -10,15 +10,15 @@ from osrm_peft.merging.lowrank import numerical_rank
 from osrm_peft.merging.methods.registry import register
 
 
-def check(keep: float) -> None:
+def check(rank_share: float) -> None:
     """Raise ValueError for options out of range."""
-    number("keep", keep, 0, 1, open_low=True)
+    number("rank_share", rank_share, 0, 1, open_low=True)
 
 
 @register(
     "tsv", paper="TSV-Merge (Gargiulo et al., CVPR 2025), arXiv:2412.00081", commutes=True, spectral=True, check=check
 )
-def tsv(tau: Tensor, weights: Tensor, *, keep: float = 1.0) -> Tensor:
+def tsv(tau: Tensor, weights: Tensor, *, rank_share: float = 1.0) -> Tensor:
     """U⊥ Σ V⊥ᵀ with U = [U_1 … U_T], V = [V_1 … V_T] of the SVDs of w_t τ_t and Σ their singular values.
 
     X⊥ = P Qᵀ of the SVD X = P D Qᵀ is the nearest matrix with orthonormal columns (Procrustes; paper, Eq. 7–8); where
@@ -27,8 +27,8 @@ def tsv(tau: Tensor, weights: Tensor, *, keep: float = 1.0) -> Tensor:
     Args:
         tau: (T, o, n) task vectors of one layer. Solved in float64.
         weights: (T,) one a task (the paper has none).
-        keep: share of each task's singular vectors kept, in (0, 1]. The paper keeps min(o, n)/T of them, which is more
-            than an adapter has; for full-rank task vectors give 1/T.
+        rank_share: share of each task's singular vectors kept, in (0, 1]. The paper keeps min(o, n)/T of them, which is
+            more than an adapter has; for full-rank task vectors give 1/T.
 
     Returns:
         (o, n) in the dtype of `tau`.
@@ -36,7 +36,7 @@ def tsv(tau: Tensor, weights: Tensor, *, keep: float = 1.0) -> Tensor:
     lefts, values, rights = [], [], []
     for theta in weights.double()[:, None, None] * tau.double():
         U, S, Vh = torch.linalg.svd(theta, full_matrices=False)
-        k = math.ceil(keep * numerical_rank(S))
+        k = math.ceil(rank_share * numerical_rank(S))
         lefts.append(U[:, :k])
         values.append(S[:k])
         rights.append(Vh[:k].mT)

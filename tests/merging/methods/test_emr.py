@@ -10,9 +10,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from osrm_peft import MaskedAdapter, MergedAdapter, load_adapter, merge_adapters
+from osrm_peft import EMRAdapter, MergedAdapter, load_adapter, merge_adapters
 from osrm_peft.adapters.factors import Factors
-from osrm_peft.merging.emr_adapter import MASKS, MaskedLayer
+from osrm_peft.merging.emr_adapter import MASKS, EMRLayer
 from osrm_peft.merging.methods.emr import emr
 from osrm_peft.models.layers import as_weight
 from tests.helpers.adapters import VARIANTS, kind_of, make_adapter
@@ -119,7 +119,7 @@ def test_a_mask_is_one_bit_an_entry_and_task():
 @given(st.integers(1, 3), st.integers(1, 5), st.integers(1, 5), st.integers(0, 99))
 def test_packed_bits_are_the_masks_row_by_row(T, o, n, seed):
     masks = torch.rand(T, o, n, generator=torch.Generator().manual_seed(seed)) < 0.5
-    layer = MaskedLayer.pack(torch.ones(o, n), masks)
+    layer = EMRLayer.pack(torch.ones(o, n), masks)
     for t in range(T):
         assert torch.equal(layer.masked(t), masks[t].float())
         bits = [int(byte) >> (7 - bit) & 1 for byte in layer.masks[t] for bit in range(8)]
@@ -174,7 +174,7 @@ def test_inside_the_block_the_model_is_the_task_s_and_afterwards_it_is_as_it_was
         plain = model(**batch).logits
         for task, folder in adapters.items():
             expected = by_hand(merged, task, folder, kind)(**batch).logits
-            with merged.for_task(task, model) as inside:
+            with merged.applied_to(model, task) as inside:
                 assert inside is model
                 torch.testing.assert_close(model(**batch).logits, expected, rtol=1e-6, atol=1e-6)
             assert same_bits(model, before)
@@ -185,9 +185,9 @@ def test_inside_the_block_the_model_is_the_task_s_and_afterwards_it_is_as_it_was
 def test_blocks_follow_each_other_and_nest(folders):
     adapters, model = folders(), make_base(3)
     merged, before = merge_adapters(adapters, "emr"), state(model)
-    with merged.for_task("t1", model):
+    with merged.applied_to(model, "t1"):
         first = state(model)
-        with merged.at_scale(2).for_task("t2", model):
+        with merged.at_scale(2).applied_to(model, "t2"):
             assert not same_bits(model, first)
         assert same_bits(model, first)
     assert same_bits(model, before)
@@ -196,7 +196,7 @@ def test_blocks_follow_each_other_and_nest(folders):
 def test_a_block_that_raises_leaves_the_model_as_it_was(folders):
     model = make_base(3)
     before, merged = state(model), merge_adapters(folders(), "emr")
-    with pytest.raises(RuntimeError, match="in the block"), merged.for_task("t1", model):
+    with pytest.raises(RuntimeError, match="in the block"), merged.applied_to(model, "t1"):
         assert not same_bits(model, before)
         raise RuntimeError("in the block")
     assert same_bits(model, before)
@@ -206,7 +206,7 @@ def test_what_the_block_itself_trains_is_undone_in_its_layers_only(folders):
     """It restores what it wrote: the adapted weights and the head."""
     model, merged = make_base(3), merge_adapters(folders(), "emr")
     before = state(model)
-    with merged.for_task("t1", model), torch.no_grad():
+    with merged.applied_to(model, "t1"), torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(1.0)
     changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
@@ -218,7 +218,7 @@ def test_a_bfloat16_model_takes_one_rounding_and_returns_to_its_bits(folders):
     adapters = folders()
     merged, model = merge_adapters(adapters, "emr"), make_base(3).bfloat16()
     before = state(model)
-    with merged.for_task("t1", model):
+    with merged.applied_to(model, "t1"):
         for name, delta in merged.deltas("t1").items():
             weight = model.get_submodule(name).weight
             assert torch.equal(weight, (before[f"{name}.weight"].float() + delta).bfloat16())
@@ -243,7 +243,7 @@ def tied_adapter(seed):
 def test_layers_that_share_a_weight_change_it_once():
     model, merged = tied_model(), merge_adapters({"s": tied_adapter(1), "t": tied_adapter(2)}, "emr")
     before = state(model)
-    with merged.for_task("s", model):
+    with merged.applied_to(model, "s"):
         assert model.lm_head.weight is model.transformer.wte.weight
         expected = before["lm_head.weight"] + merged.deltas("s")["lm_head"]
         torch.testing.assert_close(model.lm_head.weight.detach(), expected)
@@ -255,7 +255,7 @@ def test_layers_that_share_a_weight_and_differ_are_refused_with_nothing_changed(
     before, adapters = state(model), {"s": tied_adapter(1), "t": tied_adapter(2)}
     adapters["s"].factors["lm_head"].B.mul_(1.5)
     merged = merge_adapters(adapters, "emr")
-    for use in (lambda: merged.for_task("s", model).__enter__(), lambda: merged.load(model, "s")):
+    for use in (lambda: merged.applied_to(model, "s").__enter__(), lambda: merged.load(model, "s")):
         with pytest.raises(ValueError, match=r"shares its weight with .*, .* one weight cannot hold"):
             use()
         assert same_bits(model, before)
@@ -272,7 +272,7 @@ def test_a_layer_that_shares_its_weight_with_one_without_adapter_is_refused_or_r
         target = apart.get_submodule(layer)
         target.weight.add_(as_weight(target, merged.deltas("s")[layer]))
         try:
-            with merged.for_task("s", model):
+            with merged.applied_to(model, "s"):
                 torch.testing.assert_close(model(ids).logits, apart(ids).logits, rtol=1e-4, atol=1e-4)
         except ValueError as error:
             assert "shares its weight" in str(error)
@@ -321,7 +321,7 @@ def unknown_task(adapters):
 def test_another_model_or_task_is_refused_with_nothing_changed(folders, case):
     merged, model, task, message = case(folders())
     before = state(model)
-    for use in (lambda: merged.for_task(task, model).__enter__(), lambda: merged.load(model, task)):
+    for use in (lambda: merged.applied_to(model, task).__enter__(), lambda: merged.load(model, task)):
         with pytest.raises(ValueError, match=message):
             use()
         assert same_bits(model, before)
@@ -351,14 +351,14 @@ def test_the_folder_gives_the_same_deltas_and_models(folders, variant, tmp_path)
     adapters, kind = folders(variant), kind_of(variant)
     merged = merge_adapters(adapters, "emr", scale=0.5)
     merged.save_pretrained(tmp_path / "out")
-    again = MaskedAdapter.from_pretrained(tmp_path / "out")
+    again = EMRAdapter.from_pretrained(tmp_path / "out")
     assert again.scales == merged.scales and again.scale == 0.5 and list(again.tasks) == list(merged.tasks)
     assert again.manifest == json.loads((tmp_path / "out/osrm_peft.json").read_text())
     for task in adapters:
         assert again.deltas(task).keys() == merged.deltas(task).keys()
         assert all(torch.equal(delta, merged.deltas(task)[name]) for name, delta in again.deltas(task).items())
         model, other, batch = make_base(3, kind=kind), make_base(3, kind=kind), make_batch(kind=kind)
-        with torch.no_grad(), again.for_task(task, model), merged.for_task(task, other):
+        with torch.no_grad(), again.applied_to(model, task), merged.applied_to(other, task):
             assert torch.equal(model(**batch).logits, other(**batch).logits)
         shapes = again.adapter(task, rank=2).attach(make_base(3, kind=kind))
         assert shapes(**batch).logits.shape == (4, 3)
@@ -380,7 +380,7 @@ def test_the_folder_holds_bits_heads_and_the_manifest(folders, tmp_path):
 def test_adapters_without_heads_have_folders_too(tmp_path):
     merged = merge_adapters(drawn(), "emr")
     merged.save_pretrained(tmp_path / "out")
-    again = MaskedAdapter.from_pretrained(tmp_path / "out")
+    again = EMRAdapter.from_pretrained(tmp_path / "out")
     assert torch.equal(again.deltas("t")["small"], merged.deltas("t")["small"]) and not again.tasks["t"].heads
 
 
@@ -389,7 +389,7 @@ def test_a_folder_of_ours_is_replaced_and_one_of_others_is_not(folders, tmp_path
     merged = merge_adapters(adapters, "emr")
     merged.save_pretrained(tmp_path / "out")
     merge_adapters({"t1": adapters["t1"]}, "emr").save_pretrained(tmp_path / "out")
-    assert list(MaskedAdapter.from_pretrained(tmp_path / "out").tasks) == ["t1"]
+    assert list(EMRAdapter.from_pretrained(tmp_path / "out").tasks) == ["t1"]
     merge_adapters(adapters, "ties").save_pretrained(tmp_path / "ties")
     for taken in (tmp_path / "ties", adapters["t1"]):
         with pytest.raises(FileExistsError, match=r"is not a folder that osrm_peft wrote as 'emr'"):
@@ -433,7 +433,7 @@ def test_a_damaged_folder_is_refused_with_its_name(folders, damage, tmp_path):
     merge_adapters(folders(), "emr").save_pretrained(tmp_path / "out")
     DAMAGES[damage](tmp_path / "out")
     with pytest.raises(ValueError, match=r"out(/osrm_peft.json)? is damaged: "):
-        MaskedAdapter.from_pretrained(tmp_path / "out")
+        EMRAdapter.from_pretrained(tmp_path / "out")
 
 
 @pytest.mark.parametrize("damage", UNSEEN)
@@ -441,17 +441,17 @@ def test_a_folder_whose_tensors_do_not_fit_each_other_is_refused(folders, damage
     merge_adapters(folders(), "emr").save_pretrained(tmp_path / "out")
     edit(tmp_path / "out", UNSEEN[damage])
     with pytest.raises(ValueError, match=r"out is damaged: "):
-        MaskedAdapter.from_pretrained(tmp_path / "out")
+        EMRAdapter.from_pretrained(tmp_path / "out")
 
 
 def test_a_folder_that_is_no_emr_merge_says_so(folders, tmp_path):
     adapters = folders()
     merge_adapters(adapters, "ties").save_pretrained(tmp_path / "ties")
     with pytest.raises(FileNotFoundError, match=r"nothing' is neither a folder of an EMR merge nor a Hub repository"):
-        MaskedAdapter.from_pretrained(tmp_path / "nothing")
+        EMRAdapter.from_pretrained(tmp_path / "nothing")
     for folder in (adapters["t1"], tmp_path / "ties"):
         with pytest.raises(FileNotFoundError, match=r"holds no emr.safetensors: it is not an EMR merge"):
-            MaskedAdapter.from_pretrained(folder)
+            EMRAdapter.from_pretrained(folder)
     merge_adapters(adapters, "emr").save_pretrained(tmp_path / "emr")
     shutil.move(tmp_path / "emr", tmp_path / "moved")
-    assert MaskedAdapter.from_pretrained(tmp_path / "moved").tasks
+    assert EMRAdapter.from_pretrained(tmp_path / "moved").tasks

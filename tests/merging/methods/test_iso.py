@@ -101,8 +101,8 @@ def test_zeros_and_1x1_layers():
 
 
 def test_it_has_no_options():
-    with pytest.raises(TypeError, match=r"iso has no option keep; its options are none"):
-        merge_adapters({"t": "no/such/folder"}, "iso", keep=0.5)
+    with pytest.raises(TypeError, match=r"iso has no option rank_share; its options are none"):
+        merge_adapters({"t": "no/such/folder"}, "iso", rank_share=0.5)
 
 
 @pytest.mark.parametrize("wide", [False, True])

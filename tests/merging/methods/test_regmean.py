@@ -207,7 +207,12 @@ def inputs_of_single_samples(model, name):
 def test_the_gram_is_the_second_moment_of_the_adapted_model_s_inputs(tmp_path):
     model = make_adapter(tmp_path)
     found, off = collect(collect_gram, model), collect(collect_features, model)
-    assert found.adapted and not off.adapted and found.statistic == "token" and found.k == 12
+    assert (
+        found.of_finetuned_model
+        and not off.of_finetuned_model
+        and found.statistic == "token"
+        and found.num_samples == 12
+    )
     for name, gram in found.layers.items():
         h = inputs_of_single_samples(model, name)
         assert gram.count == len(h) == sum(int(batch["attention_mask"].sum()) for batch in batches())
@@ -244,7 +249,7 @@ def test_the_model_is_left_as_it_was(tmp_path):
 def test_osrm_refuses_the_features_of_an_adapted_model(tmp_path):
     collect(collect_gram, make_base(), target_modules=["query", "value"]).save(tmp_path / "gram.safetensors")
     gram = TaskFeatures.load(tmp_path / "gram.safetensors")
-    assert gram.adapted
+    assert gram.of_finetuned_model
     message = r"the features of task 't' are of its fine-tuned model \(collect_gram, for RegMean\): collect them on"
     with pytest.raises(ValueError, match=message):
         gram.check_fits(make_base(), [QUERY_1])
@@ -268,8 +273,8 @@ def test_collected_grams_merge(tmp_path):
 
 
 def test_bad_loaders_are_refused():
-    with pytest.raises(ValueError, match=r"k=0 must be a whole number of at least 1"):
-        collect(collect_gram, make_base(), k=0)
+    with pytest.raises(ValueError, match=r"num_samples=0 must be a whole number of at least 1"):
+        collect(collect_gram, make_base(), num_samples=0)
     with pytest.raises(ValueError, match=r"the loader of task 't' gave no sample"):
         collect_gram(make_base(), [], task="t", progress=False)
 

@@ -93,13 +93,13 @@ def test_tasks_of_the_same_directions_and_other_values_share_them_by_their_mean(
     close(tsv(torch.cat([tau, 3 * tau]), torch.ones(2)), 2 * tau[0], 1e-9)
 
 
-@pytest.mark.parametrize(("keep", "kept"), [(0.5, 2), (0.51, 3), (0.25, 1), (0.01, 1), (1.0, 4)])
-def test_keep_is_a_share_of_each_task_s_rank_rounded_up(keep, kept):
+@pytest.mark.parametrize(("rank_share", "kept"), [(0.5, 2), (0.51, 3), (0.25, 1), (0.01, 1), (1.0, 4)])
+def test_keep_is_a_share_of_each_task_s_rank_rounded_up(rank_share, kept):
     tau = low_rank(3, 15, 14, 4)
     expected, _, _ = reference(list(tau.numpy()), [kept] * 3)
-    close(tsv(tau, torch.ones(3), keep=keep), expected, 1e-9)
-    assert int(torch.linalg.matrix_rank(tsv(tau, torch.ones(3), keep=keep))) == 3 * kept
-    lone = torch.linalg.svdvals(tsv(tau[:1], torch.ones(1), keep=keep))
+    close(tsv(tau, torch.ones(3), rank_share=rank_share), expected, 1e-9)
+    assert int(torch.linalg.matrix_rank(tsv(tau, torch.ones(3), rank_share=rank_share))) == 3 * kept
+    lone = torch.linalg.svdvals(tsv(tau[:1], torch.ones(1), rank_share=rank_share))
     torch.testing.assert_close(lone[:kept], torch.linalg.svdvals(tau[0])[:kept])
 
 
@@ -108,7 +108,7 @@ def test_adapters_of_other_ranks_keep_their_own_share():
     tau = dense(adapters)
     expected, _, _ = reference(list(tau.numpy()), [math.ceil(0.5 * r) for r in (1, 3, 4)])
     for space in ("core", "weight", "knots"):
-        close(merge_adapters(adapters, "tsv", keep=0.5, space=space).deltas()["x"], expected, 1e-5)
+        close(merge_adapters(adapters, "tsv", rank_share=0.5, space=space).deltas()["x"], expected, 1e-5)
 
 
 def test_a_weight_scales_its_task_and_0_takes_it_out():
@@ -131,6 +131,6 @@ def test_zeros_and_1x1_layers():
 
 def test_the_dtype_is_kept_and_options_are_checked_before_anything_is_read():
     assert tsv(low_rank(2, 4, 4, 1).float(), torch.ones(2)).dtype == torch.float32
-    for keep in (0, -1, 1.1, "x"):
-        with pytest.raises(ValueError, match=r"keep=.* must lie in \(0, 1\]"):
-            merge_adapters({"t": "no/such/folder"}, "tsv", keep=keep)
+    for rank_share in (0, -1, 1.1, "x"):
+        with pytest.raises(ValueError, match=r"rank_share=.* must lie in \(0, 1\]"):
+            merge_adapters({"t": "no/such/folder"}, "tsv", rank_share=rank_share)

@@ -12,9 +12,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from osrm_peft.merging.methods import thresholding
+from osrm_peft.merging.methods import svt
 from osrm_peft.merging.methods.lore import lore
-from osrm_peft.merging.methods.thresholding import SMALL, Directions, above, strongest, top_value
+from osrm_peft.merging.methods.svt import SMALL, Directions, above, strongest, top_value
 from tests.helpers.papers import algorithm_1
 
 SHAPES = [(300, 300), (300, 700), (700, 300)]
@@ -125,8 +125,8 @@ def test_a_few_directions_are_found_where_the_next_are_almost_as_strong(spectrum
 @pytest.mark.parametrize("shape", SHAPES)
 def test_where_an_eighth_lies_above_the_gram_matrix_is_taken(shape, monkeypatch):
     taken = []
-    by_gram = thresholding._by_gram
-    monkeypatch.setattr(thresholding, "_by_gram", lambda X: taken.append(X.shape) or by_gram(X))
+    by_gram = svt._by_gram
+    monkeypatch.setattr(svt, "_by_gram", lambda X: taken.append(X.shape) or by_gram(X))
     X, plain = draw(*shape, "steep")
     above(X, between(plain.S, 8))
     assert not taken
