@@ -17,6 +17,7 @@ from .merging.emr_adapter import EMRAdapter as EMRAdapter
 from .merging.merge import merge_adapters as merge_adapters
 from .merging.merged_adapter import MergedAdapter as MergedAdapter
 from .merging.methods.registry import register as register
+from .merging.rules import LeastSquares as LeastSquares
 from .models.loading import load_base as load_base
 from .models.loading import load_tokenizer as load_tokenizer
 from .osrm.callback import OSRMCallback as OSRMCallback

@@ -14,9 +14,8 @@ from torch import Tensor
 from osrm_peft.checkpoints.config_checks import shown
 from osrm_peft.checkpoints.plan import CheckpointPlan
 from osrm_peft.checkpoints.shapes import is_matrix
-from osrm_peft.merging.merge import generator_of
+from osrm_peft.merging.engine import Engine, rescalers
 from osrm_peft.merging.methods.average import average
-from osrm_peft.merging.methods.registry import Merged, taken
 
 BLOCK = 2**18  # entries of a tensor that an element-wise method sees at once: they fit a processor's cache
 
@@ -30,10 +29,10 @@ class Blocks:
 
     def __init__(self, plan: CheckpointPlan) -> None:
         self.plan, self.floats = plan, [name for name in plan.shapes if plan.dtypes[name].is_floating_point]
-        self.summary: list[Any] | None = None
-        self._arguments = taken(plan.method.fn, plan.options)
+        self.summary: list[Any] | None = None  # as the state of a merge keeps it
+        self.engine = Engine(plan.method, plan.options, list(plan.models), plan.seed)
         self._workers, self._threads = os.cpu_count() or 1, torch.get_num_threads()
-        self._local, self._shows = threading.local(), plan.name in ("average", "task_arithmetic")  # NaN shows in a sum
+        self._local, self._shows = threading.local(), plan.method.linear is not None  # NaN shows in a sum
         alone = plan.method.spectral or plan.method.prepare is not None
         self._pool = None if alone else ThreadPoolExecutor(self._workers)
         if self._pool is not None:
@@ -46,10 +45,11 @@ class Blocks:
             self.summary = self._rescalers() if known is None else known
         elif method.summarise is not None:
             if known is None:
-                found = method.summarise(_Stacks(self), **taken(method.summarise, self.plan.options))
+                self.engine.summarise(_Stacks(self))
+                found = self.engine.summary
                 known = [None if found is None else found.tolist()]
             self.summary = known
-            self._arguments["summary"] = None if known[0] is None else torch.tensor(known[0])
+            self.engine.summary = None if known[0] is None else torch.tensor(known[0])
 
     def close(self) -> None:
         """End the workers."""
@@ -84,8 +84,8 @@ class Blocks:
             shape = "×".join(map(str, self.plan.shapes[name]))
             reason = shown(" ".join(str(error).split()))[:200] or "no memory"
             raise ValueError(
-                f"{name!r} ({shape}) cannot be merged by {self.plan.name} ({reason}): take an element-wise method "
-                "(average, ties, …), which needs little memory and no decomposition, or name it in heads="
+                f"{name!r} ({shape}) cannot be merged by {self.plan.method.name} ({reason}): take an element-wise "
+                "method (average, ties, …), which needs little memory and no decomposition, or name it in heads="
             ) from error
         found = [one.to(dtype) for one in merged]
         found = [one.clone() if one.data_ptr() == stack.data_ptr() else one for one in found]  # it is used again
@@ -102,12 +102,11 @@ class Blocks:
             # θ* = θ₀ + λ τ with τ the mean task vector; LoRE's θ₀ is the mean itself, its δ_t sum to 0
             return [_sum(under, average(stack, weights).mul_(1.0 if plan.method.baseless else plan.scale))]
         if plan.method.per_task:
-            unified, masks = plan.method.fn(stack, weights, **self._arguments)
+            unified, masks = self.engine(stack, weights)
             scales = [plan.scale * one for one in self.summary or []]
             return [_sum(under, scale * mask * unified) for scale, mask in zip(scales, masks, strict=True)]
         device = torch.device("cuda" if plan.method.spectral and torch.cuda.is_available() else "cpu")
-        out = plan.method.fn(stack.to(device), weights.to(device), **self._arguments)
-        merged = out if isinstance(out, Merged) else Merged(out)
+        merged = self.engine.merged(stack.to(device), weights.to(device))
         direction = merged.direction if merged.finish is None else merged.finish(merged.direction)
         direction = direction.mul_(plan.scale).cpu()
         return [_sum(under, direction if merged.offset is None else direction.add_(merged.offset.cpu()))]
@@ -115,7 +114,7 @@ class Blocks:
     def _rows(self, name: str) -> Iterator[tuple[int, int]]:
         rows, width = self._shape(name)
         whole = self.plan.method.spectral and is_matrix(self.plan.shapes[name])
-        whole = whole or self._arguments.get("trim") == "layer"  # its threshold is of a tensor
+        whole = whole or self.plan.method.whole_tensor(self.plan.options)
         size = rows if whole else max(1, BLOCK // max(width, 1))
         return ((start, min(start + size, rows)) for start in range(0, rows, size))
 
@@ -137,8 +136,8 @@ class Blocks:
         if plan.method.prepare is not None:
             key = (name, start)
             if start == 0 or key != self._drawing:
-                self._generators = [generator_of(plan.seed, task, name) for task in plan.models]
-            stack = plan.method.prepare(stack, self._generators, **taken(plan.method.prepare, plan.options))
+                self._generators = self.engine.generators(name)
+            stack = self.engine.prepare(stack, self._generators)
             self._drawing = (name, stop)
         return stack, under
 
@@ -182,10 +181,10 @@ class Blocks:
             weights = self.plan.weights[name]
             for start, stop in self._rows(name):
                 stack, _ = self._stack(name, start, stop)
-                unified, masks = self.plan.method.fn(stack, weights.to(stack.dtype), **self._arguments)
-                full += weights.abs() * stack.abs().sum((1, 2), dtype=torch.float64)
-                kept += (masks * unified.abs()).sum((1, 2), dtype=torch.float64)
-        return torch.where(kept > 0, full / kept.clamp_min(1e-300), 0).tolist()
+                _, _, of_tasks, of_masks = self.engine.masked(stack, weights)
+                full += of_tasks
+                kept += of_masks
+        return rescalers(full, kept)
 
 
 class _Stacks:

@@ -120,7 +120,9 @@ def _execute(plan: CheckpointPlan, out: Path, partial: Path, resume: bool, verif
             state["summary"] = merge.summary
             write_json(partial / STATE, state)
         total = plan.size_of([name for _, names in plan.shards for name in names])
-        with tqdm(total=total, desc=f"merge {plan.name}", unit="B", unit_scale=True, disable=not progress) as bar:
+        with tqdm(
+            total=total, desc=f"merge {plan.method.name}", unit="B", unit_scale=True, disable=not progress
+        ) as bar:
             for file, names in plan.shards:
                 if file not in state["crc32"]:
                     paths = [partial / folder / file for folder in folders]

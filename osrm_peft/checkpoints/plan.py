@@ -47,7 +47,7 @@ class CheckpointPlan:
     Attributes:
         models: {name: its files}.
         base: the base model's, or None.
-        name, method, options, scale, seed: of the method.
+        method, options, scale, seed: of the merge.
         weights: {tensor: (T,)}.
         shapes: {tensor: its shape in the result}, in the order in which they are written.
         dtypes: {tensor: its dtype in the result}.
@@ -59,7 +59,6 @@ class CheckpointPlan:
 
     models: dict[str, ModelFiles]
     base: ModelFiles | None
-    name: str
     method: Method
     options: dict[str, Any]
     scale: float
@@ -92,7 +91,7 @@ class CheckpointPlan:
         every = self.models | ({} if self.base is None else {BASE: self.base})
         return {
             "kind": "checkpoint",
-            "method": self.name,
+            "method": self.method.name,
             "paper": self.method.paper,
             "options": self.options,
             "scale": self.scale,
@@ -134,7 +133,7 @@ def plan_checkpoints(
 ) -> CheckpointPlan:
     """Check everything and open all files; see `merge_checkpoints` for arguments and errors."""
     chosen = get_method(choice("checkpoint method", method, CHECKPOINT_METHODS))
-    options, scale = chosen.bind(method, options), number("scale", chosen.scale if scale is None else scale)
+    options, scale = chosen.bind(options), number("scale", chosen.scale if scale is None else scale)
     choice("vocab", vocab, VOCAB)
     if dtype is not None:
         choice("dtype", dtype, OUTPUT_DTYPES)
@@ -144,9 +143,12 @@ def plan_checkpoints(
         raise ValueError(f"a model cannot be called {taken[0]!r}, which is a name in the result: give it another")
     named = weights_by_task(weights, names)
     if base is None and not chosen.baseless:
-        raise ValueError(f"{method} merges differences from a base model: give base=, or use average or lore")
-    if base is None and method == "lore" and any(set(one.values()) != {1.0} for one in named.values()):
-        raise ValueError("weights multiply task vectors, which lore has only with base=: leave weights out, or give it")
+        baseless = " or ".join(name for name in CHECKPOINT_METHODS if METHODS[name].baseless)
+        raise ValueError(f"{method} merges differences from a base model: give base=, or use {baseless}")
+    if base is None and chosen.weights_need_base and any(set(one.values()) != {1.0} for one in named.values()):
+        raise ValueError(
+            f"weights multiply task vectors, which {method} has only with base=: leave weights out, or give it"
+        )
     opened = {name: ModelFiles(source) for name, source in models.items()}
     base_files = None if base is None else ModelFiles(base)
     every = opened | ({} if base_files is None else {BASE: base_files})
@@ -160,7 +162,7 @@ def plan_checkpoints(
     if text.rows is not None:
         config = with_rows(config, vocabulary_size(every[text.rows].config))
     plan = CheckpointPlan(
-        opened, base_files, method, chosen, options, scale, seed, weights_by_layer(named, shapes), shapes,
+        opened, base_files, chosen, options, scale, seed, weights_by_layer(named, shapes), shapes,
         result_dtypes(every, shapes, dtype, aligned), own, [], config, text,
         {"weights": {name: dict(one) for name, one in named.items()}, "heads": list(heads), "vocab": vocab,
          "dtype": dtype, "shard_size": shard_size, "read": {n: one.identity() for n, one in every.items()},
@@ -213,7 +215,7 @@ def _tell(plan: CheckpointPlan, aligned: Names) -> None:
     if several:
         share = plan.size_of(several) / max(plan.size_of(list(plan.shapes)), 1)
         about = f"{_listed(several)} ({share:.0%} of the model)"
-        logger.warning("%s has no singular values of %s: averaged instead", plan.name, about)
+        logger.warning("%s has no singular values of %s: averaged instead", plan.method.name, about)
 
 
 def _listed(names: Sequence[str]) -> str:

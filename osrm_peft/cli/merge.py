@@ -1,14 +1,17 @@
 """The commands around merging: merge, interference, statistics."""
 
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from osrm_peft.cli.app import ConfigOption, TaskOption, app, chosen, console, pairs, say, sources, values
 from osrm_peft.io.yaml import parse_yaml
+
+if TYPE_CHECKING:
+    from osrm_peft.merging.plan import MergePlan
+    from osrm_peft.merging.request import MergeRequest
 
 AdaptersArgument = Annotated[
     list[str] | None, typer.Argument(help="Adapters, as TASK=FOLDER or TASK=user/name (or just FOLDER).")
@@ -52,21 +55,16 @@ def merge(
     ] = False,
 ) -> None:
     """Merge LoRA adapters into one, with each task's head beside it. The base model is not read."""
-    from osrm_peft.cli.tables import plan_tables
-    from osrm_peft.distributed import start
-    from osrm_peft.io.manifest import check_replaceable, read_manifest
-    from osrm_peft.merging.emr_adapter import EMRAdapter
-    from osrm_peft.merging.merge import execute
-    from osrm_peft.merging.recipe import MergeRecipe
+    from osrm_peft.merging.plan import plan_merge
+    from osrm_peft.merging.request import MergeRequest
 
     if weight and weights:
         raise ValueError("give --weight TASK=NUMBER or --weights features, not both")
-    recipe = MergeRecipe() if config is None else MergeRecipe.from_yaml(config)
     scales = [parse_yaml(text) for text in scale or []]
-    flags: dict[str, Any] = {
+    given: dict[str, Any] = {
         "adapters": sources(adapters),
         "method": method,
-        "options": recipe.options | values(option) if option else None,
+        "options": values(option),
         "weights": values(weight) or weights,
         "scale": scales[0] if len(scales) == 1 else scales or None,
         "space": space,
@@ -77,35 +75,59 @@ def merge(
         "features": pairs(features) or None,
         "seed": seed,
     }
-    recipe = replace(recipe, **{name: value for name, value in flags.items() if value not in (None, {})})
-    scales_to_write = recipe.scales()
-    sweep = len(scales_to_write) > 1
-    foreign = [entry.name for entry in out.glob("*") if not entry.name.startswith("scale_")] if sweep else []
+    given = {name: value for name, value in given.items() if value not in (None, {})}
+    request = MergeRequest.from_fields(**given) if config is None else MergeRequest.from_yaml(config, **given)
+    folders = _folders(request, out)
+    plan = plan_merge(request.at_first_scale())
+    if dry_run:
+        _show(plan, folders)
+    else:
+        _write(plan, folders)
+
+
+def _folders(request: "MergeRequest", out: Path) -> list[tuple[Any, Path]]:
+    """(scale, its folder): OUT, or in a sweep OUT/scale_<λ>; checked."""
+    from osrm_peft.io.manifest import check_replaceable
+    from osrm_peft.merging.methods.registry import get_method
+
+    scales, kind = request.scales(), get_method(request.method).kind
+    foreign = [entry.name for entry in out.glob("*") if not entry.name.startswith("scale_")] if len(scales) > 1 else []
     if foreign:
         raise FileExistsError(f"{out} holds {foreign[0]}, so no sweep is written into it: name a new folder")
-    folders = {one: out / f"scale_{one!r}" if sweep else out for one in scales_to_write}
-    for folder in folders.values():
-        check_replaceable(folder, "emr" if recipe.method == "emr" else "merged")
-    plan = recipe.plan()
-    if dry_run:
-        for table in plan_tables(plan):
-            console.print(table)
-        for one, folder in folders.items():
-            say(f"would write {folder}" + (f" at λ = {one!r}" if sweep else ""))
-        return
+    folders = [(scale, out / f"scale_{scale!r}" if len(scales) > 1 else out) for scale in scales]
+    for _, folder in folders:
+        check_replaceable(folder, kind)
+    return folders
+
+
+def _show(plan: "MergePlan", folders: list[tuple[Any, Path]]) -> None:
+    from osrm_peft.cli.tables import plan_tables
+
+    for table in plan_tables(plan):
+        console.print(table)
+    for scale, folder in folders:
+        say(f"would write {folder}" + (f" at λ = {scale!r}" if len(folders) > 1 else ""))
+
+
+def _write(plan: "MergePlan", folders: list[tuple[Any, Path]]) -> None:
+    from osrm_peft.distributed import start
+    from osrm_peft.io.manifest import read_manifest
+    from osrm_peft.merging.emr_adapter import EMRAdapter
+    from osrm_peft.merging.merge import execute
+
     processes = start()
     merged = execute(plan, processes, progress=True)
-    for one, folder in folders.items() if processes.is_main_process else ():
-        scaled = merged if len(folders) == 1 else merged.at_scale(one)
+    for scale, folder in folders if processes.is_main_process else ():
+        scaled = merged if len(folders) == 1 else merged.at_scale(scale)
         scaled.save_pretrained(folder)
         if isinstance(scaled, EMRAdapter):
             say(f"wrote {folder}: one shared vector, masks and scales of {len(scaled.tasks)} tasks")
-        else:
-            written = read_manifest(folder)
-            kept = min(written["energy_kept"].values())
-            say(f"wrote {folder}: rank {written['written_rank']}, energy kept per layer at least {kept:.4f}")
-            for one_rank, energy in written.get("serving", {}).items():
-                say(f"  at rank {one_rank} the worst layer keeps {energy:.4f} of its energy")
+            continue
+        written = read_manifest(folder)
+        kept = min(written["energy_kept"].values())
+        say(f"wrote {folder}: rank {written['written_rank']}, energy kept per layer at least {kept:.4f}")
+        for one_rank, energy in written.get("serving", {}).items():
+            say(f"  at rank {one_rank} the worst layer keeps {energy:.4f} of its energy")
 
 
 @app.command()

@@ -41,13 +41,13 @@ def plan_tables(plan: MergePlan) -> list[Table]:
     result = _table("The merge", "", "")
     largest = max(map(plan.output_rank, shapes))
     rank = "dense vector and 1-bit masks" if plan.method.per_task else f"at most {largest}"
-    scale = "chosen by features, a layer" if plan.guided_scale else f"{plan.scale:g}"
-    weights = plan.guided_weights and f"chosen by {plan.guided_weights}"
+    scale = "chosen by features, a layer" if plan.chooses_scale else f"{plan.scale:g}"
+    weights = plan.weights_rule and f"chosen by {plan.weights_rule.word}"
     options = ", ".join(f"{name}={value}" for name, value in plan.options.items()) or "none"
     heads = [name for name, adapter in plan.inputs.adapters.items() if adapter.heads]
     manifest_weights = plan.manifest()["weights"]
     for name, value in {
-        "method": f"{plan.name} ({plan.method.paper})",
+        "method": f"{plan.method.name} ({plan.method.paper})",
         "options": options,
         "space": plan.space,
         "weights": weights or ", ".join(f"{task} {_weight(value)}" for task, value in manifest_weights.items()),

@@ -20,8 +20,9 @@ from osrm_peft.evaluation.tables import MultiTaskTable
 from osrm_peft.io.json import read_object, write_json
 from osrm_peft.io.manifest import versions
 from osrm_peft.io.places import check_file, check_folder, new_file
-from osrm_peft.merging import merge_adapters
+from osrm_peft.merging.merge import merge as run_merge
 from osrm_peft.merging.methods.registry import METHODS
+from osrm_peft.merging.request import MergeRequest
 from osrm_peft.models.loading import load_base, load_tokenizer
 from osrm_peft.training.recipe import STATISTIC_KINDS, Recipe
 
@@ -49,7 +50,7 @@ class Merge(NamedTuple):
     Attributes:
         method: of `merge_adapters`.
         scales: λ; the first row of the table is the method's default.
-        arguments: the others; features and statistics are filled in.
+        arguments: the others, as a merge recipe has them; features and statistics are filled in.
     """
 
     method: str
@@ -63,6 +64,12 @@ class Merge(NamedTuple):
     def guided(self) -> bool:
         """Whether features choose its weights or its scale."""
         return "features" in self.arguments.values()
+
+    def request(self, adapters: Mapping[str, Path], **files: Mapping[str, Path]) -> MergeRequest:
+        """Of these adapters, with their `features` and `statistics`, where it needs them."""
+        options = {name: value for name, value in self.arguments.items() if name in METHODS[self.method].options}
+        fields = {name: value for name, value in self.arguments.items() if name not in options}
+        return MergeRequest.from_fields(adapters=adapters, method=self.method, options=options, **fields, **files)
 
 
 MERGES: dict[str, Merge] = {
@@ -187,13 +194,9 @@ def _run_seed(out: Path, recipe: Recipe, osrm: dict[str, Any], bar: tqdm) -> dic
             bar.update(len(merge.scales) - len(missing))
             if not missing:
                 continue
-            arguments, saved = dict(merge.arguments), folder / "merged" / short / label.replace(" ", "_")
-            needs = METHODS[merge.method].needs
-            if needs is not None:
-                arguments["statistics"] = files[needs]
-            if merge.guided():
-                arguments["features"] = features
-            merged = merge_adapters(adapters, merge.method, **arguments)
+            saved, needs = folder / "merged" / short / label.replace(" ", "_"), METHODS[merge.method].needs
+            given = {} if needs is None else {"statistics": files[needs]}
+            merged = run_merge(merge.request(adapters, **given, **({"features": features} if merge.guided() else {})))
             if not saved.exists():
                 merged.save_pretrained(saved)
             for scale in missing:

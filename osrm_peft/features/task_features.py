@@ -136,6 +136,8 @@ class TaskFeatures:
             for name, leader in same_input.items():
                 kind(f"same_input of {name!r}", leader, str)
             integer("k", header["k"], 0)
+            if set(_IN_FILES) & set(header):
+                raise ValueError(f"its header has {sorted(set(_IN_FILES) & set(header))[0]!r}")
             header |= {name: header.pop(key) for name, key in _IN_FILES.items() if key in header}
             check_fields("its header", header, cls)
             if header.get("vocabulary") is not None:

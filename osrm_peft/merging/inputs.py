@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from peft import PeftModel
@@ -20,7 +20,7 @@ from osrm_peft.models.layers import unwrapped
 
 Adapters = Mapping[str, str | Path | PeftModel | LoraAdapter]
 
-HEAD_POLICIES = ("per_task", "error")
+HeadPolicy = Literal["per_task", "error"]
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def gather(adapters: Adapters, *, base_model: str | None, heads: str) -> Inputs:
     Raises:
         TypeError, ValueError: see `merge_adapters`.
     """
-    choice("heads policy", heads, HEAD_POLICIES)
+    choice("heads policy", heads, get_args(HeadPolicy))
     check_names(adapters)
     loaded = {name: _load(name, adapter) for name, adapter in adapters.items()}
     bases = {

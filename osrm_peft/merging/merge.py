@@ -1,10 +1,9 @@
 """merge_adapters: every check first, then layer by layer; the base model is never loaded."""
 
-import hashlib
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
-from typing import Any, Literal, overload
+from typing import Any, Literal
 
 import torch
 from scipy.sparse.linalg import ArpackError
@@ -14,14 +13,15 @@ from tqdm.auto import tqdm
 from osrm_peft.adapters.factors import Factors
 from osrm_peft.distributed import ALONE, Processes
 from osrm_peft.merging.emr_adapter import EMRAdapter, EMRLayer
-from osrm_peft.merging.inputs import Adapters
+from osrm_peft.merging.engine import Engine, rescalers
+from osrm_peft.merging.inputs import Adapters, HeadPolicy
 from osrm_peft.merging.lowrank import Compressed, compress, compress_matrix
 from osrm_peft.merging.merged_adapter import MergedAdapter, MergedLayer
-from osrm_peft.merging.methods.registry import Merged, taken
 from osrm_peft.merging.modules import merge_modules
 from osrm_peft.merging.plan import MergePlan, plan_merge
-from osrm_peft.merging.rules import best_scale, normal_equations, solve
-from osrm_peft.merging.spaces import Layer, enter
+from osrm_peft.merging.request import MergeRequest
+from osrm_peft.merging.rules import LeastSquares, best_scale, normal_equations, solve
+from osrm_peft.merging.spaces import Layer, Space, enter
 from osrm_peft.merging.statistics import Statistics
 from osrm_peft.merging.weights import Weights
 
@@ -33,23 +33,18 @@ _TOO_LARGE = (
 )
 
 
-@overload
-def merge_adapters(adapters: Adapters, method: Literal["emr"], **arguments: Any) -> EMRAdapter: ...
-@overload
-def merge_adapters(adapters: Adapters, method: str, **arguments: Any) -> MergedAdapter: ...
 def merge_adapters(
     adapters: Adapters,
     method: str,
     *,
-    weights: Weights | str = None,
-    scale: float | str | None = None,
-    space: str = "auto",
-    rank: int | str | None = None,
-    heads: str = "per_task",
+    weights: Weights | LeastSquares = None,
+    scale: float | LeastSquares | None = None,
+    space: Space = "auto",
+    rank: int | Literal["serving"] | None = None,
+    heads: HeadPolicy = "per_task",
     modules: str | None = None,
     base_model: str | None = None,
     statistics: Statistics | None = None,
-    features: Statistics | None = None,
     seed: int = 0,
     progress: bool = False,
     distributed: bool = False,
@@ -63,67 +58,67 @@ def merge_adapters(
         method: a name of `METHODS`, such as `"task_arithmetic"`, `"ties"` or `"lore"`.
         weights: one a task, by name or in the order of `adapters`; 1 each by default, negative ones too. By name, a
             weight may itself map layer name patterns to numbers, the first that matches counts:
-            `{"cola": 1, "sst2": {"*.layer.0.*": 0.5, "*": 1}}`. `"features"`: the weights of each layer (with
-            `"features_global"` of all layers) that minimise Σ_t E‖Σ_j w_j τ_j h_t − τ_t h_t‖² on the tasks' features,
-            for task_arithmetic and concat.
-        scale: λ, what multiplies the merged direction; None: the paper's default of the method, or 1 with weights from
-            features. `"features"`: of each layer the one that minimises Σ_t E‖(τ_merged − τ_t) h_t‖².
+            `{"cola": 1, "sst2": {"*.layer.0.*": 0.5, "*": 1}}`. Or the rule `LeastSquares(features)`.
+        scale: λ, which multiplies the merged direction; None: the paper's default of the method, or 1 with weights
+            from a rule. Or the rule `LeastSquares(features)`.
         space: `"weight"`, `"core"`, `"knots"`, or `"auto"`: the core where that is exact, else as in the paper.
         rank: largest rank of the result, at least 1; None keeps it exact. `"serving"`: the least of vLLM's 8, 16, 32,
             64, 128, 256, 320 and 512 that holds the exact result, with zero directions up to it (512 may cut it). The
             manifest tells the energy kept, for `"serving"` also what each smaller rank would keep.
-        heads: what becomes of trained heads: `"per_task"` keeps each, `"error"` refuses them.
+        heads: `"per_task"` keeps each trained head, `"error"` refuses them.
         modules: what becomes of modules of the pre-trained model that adapters trained whole (`lm_head`, embeddings,
             norms): `"average"` by weights, Σ w_t M_t / Σ w_t (λ does not touch them), `"per_task"`, a task's name (that
             one's), or `"error"`. None: the average (EMR: per task), and copies of frozen base weights must be equal;
             where a policy is named, copies that differ follow it, too.
         base_model: the base model of all adapters, where their configs name it differently (a local copy, say).
         statistics: {task: file or object} for Fisher (`collect_fisher`) and RegMean (`collect_gram`).
-        features: {task: file or TaskFeatures} (`collect_features`) where weights or scale are `"features"`.
         seed: of the methods that draw (DARE).
         progress: show a bar over the layers.
         distributed: all processes of torch.distributed call this and share the layers; each gets the whole result.
         **options: the method's own, such as TIES' `density` or LoRE's `mu_ratio`.
 
     Returns:
-        A MergedAdapter: `.load(base, task=…)`, `.save_pretrained(folder)`, `.at_scale(λ)`, `.for_task(task)`; for EMR,
-        whose result differs by task, a EMRAdapter.
+        A MergedAdapter; for EMR, whose result differs by task, an EMRAdapter.
 
     Raises:
         TypeError: an option that the method does not have.
         ValueError: an unknown method or space, a number out of range, other weights or statistics than adapters,
             different base models or vocabularies, or an adapter that is not plain LoRA. Nothing was computed then.
     """
-    plan = plan_merge(
-        adapters, method, weights=weights, scale=scale, space=space, rank=rank, heads=heads, modules=modules,
-        base_model=base_model, statistics=statistics, features=features, seed=seed, **options,
-    )  # fmt: skip
-    return execute(plan, Processes.of(distributed), progress=progress)
+    request = MergeRequest(
+        adapters, method, options, weights, scale, space, rank, heads, modules, base_model, statistics, seed
+    )
+    return merge(request, Processes.of(distributed), progress=progress)
+
+
+def merge(request: MergeRequest, processes: Processes = ALONE, *, progress: bool = False) -> MergedAdapter | EMRAdapter:
+    """Do what the request says; see `merge_adapters` for errors."""
+    return execute(plan_merge(request), processes, progress=progress)
 
 
 def execute(plan: MergePlan, processes: Processes = ALONE, *, progress: bool = False) -> MergedAdapter | EMRAdapter:
     """Merge as planned, one layer in memory at a time besides the result; each process merges its share of layers."""
     share = processes.share(list(plan.inputs.shapes))
-    names = tqdm(share, desc=f"merge {plan.name}", disable=not progress or not processes.is_main_process)
+    names = tqdm(share, desc=f"merge {plan.method.name}", disable=not progress or not processes.is_main_process)
+    engine = plan.engine()
     if plan.method.per_task:
-        return _masked(plan, names, processes)
-    stacks = _Stacks(plan, share)
-    summary = {}
+        return _masked(plan, engine, names, processes)
+    stacks = _Stacks(plan, engine, share)
     if plan.method.summarise is not None:
         # in the core a layer is small: all of them are kept for the passes over the model, in float32
-        passes = [stack.float() for stack in stacks] if plan.space == "core" else stacks
-        options = taken(plan.method.summarise, plan.options)
-        summary["summary"] = plan.method.summarise(passes, add_up=processes.sum_, **options)
+        engine.summarise([stack.float() for stack in stacks] if plan.space == "core" else stacks, processes.sum_)
     weights = _guided_weights(plan, share, processes)
     merged = _gathered(
-        plan, lambda: {name: _merge_layer(plan, stacks, name, weights[name], summary) for name in names}, processes
+        plan, lambda: {name: _merge_layer(plan, engine, stacks, name, weights[name]) for name in names}, processes
     )
     layers, reports = ({name: found[place] for name, found in merged.items()} for place in (0, 1))
     stopped = [name for name, report in reports.items() if report.get("converged") is False]
     if stopped:
-        logger.warning("%s had not converged on %d of %d layers when it stopped", plan.name, len(stopped), len(layers))
+        logger.warning(
+            "%s had not converged on %d of %d layers when it stopped", plan.method.name, len(stopped), len(layers)
+        )
     manifest = plan.manifest() | {"report": {name: report for name, report in reports.items() if report}}
-    if plan.guided_weights:
+    if plan.weights_rule is not None:
         tasks = list(plan.inputs.adapters)
         manifest["chosen_weights"] = {
             name: dict(zip(tasks, weight.tolist(), strict=True)) for name, weight in weights.items()
@@ -149,18 +144,12 @@ def _gathered(plan: MergePlan, merge: Callable[[], dict[str, Any]], processes: P
 class _Stacks:
     """This process' layers of all adapters in the plan's space, made one at a time; can be iterated again and again."""
 
-    def __init__(self, plan: MergePlan, share: list[str]) -> None:
-        self.plan, self.share = plan, share
+    def __init__(self, plan: MergePlan, engine: Engine, share: list[str]) -> None:
+        self.plan, self.engine, self.share = plan, engine, share
 
     def layer(self, name: str) -> Layer:
-        plan = self.plan
-        layer = enter(plan.space, plan.inputs.factors(name))
-        if plan.method.prepare is None:
-            return layer
-        generators = [generator_of(plan.seed, task, name) for task in plan.inputs.adapters]
-        return layer._replace(
-            stack=plan.method.prepare(layer.stack, generators, **taken(plan.method.prepare, plan.options))
-        )
+        layer = enter(self.plan.space, self.plan.inputs.factors(name))
+        return layer._replace(stack=self.engine.prepare(layer.stack, self.engine.generators(name)))
 
     def __iter__(self) -> Iterator[Tensor]:
         if not self.share:  # more processes than layers
@@ -168,30 +157,21 @@ class _Stacks:
         return (self.layer(name).stack for name in self.share)
 
 
-def generator_of(seed: int, task: str, layer: str) -> torch.Generator:
-    """Of the names, so that neither the order of the adapters nor that of the layers changes a draw."""
-    digest = hashlib.sha256(f"{seed}\0{task}\0{layer}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-
-
 def _merge_layer(
-    plan: MergePlan, stacks: _Stacks, name: str, weights: Tensor, summary: dict[str, Any]
+    plan: MergePlan, engine: Engine, stacks: _Stacks, name: str, weights: Tensor
 ) -> tuple[MergedLayer, dict[str, Any]]:
-    arguments = summary | taken(plan.method.fn, plan.options)
-    if plan.statistics is not None and plan.method.needs is not None:
-        arguments[plan.method.needs] = plan.statistics(name)
+    statistics = None if plan.statistics is None else plan.statistics(name)
     report: dict[str, Any] = {}
     offset: Factors | None = None
     try:
         if plan.space == "factors":
-            exact = plan.method.fn(plan.inputs.factors(name), weights, **arguments)
+            exact = engine(plan.inputs.factors(name), weights, statistics)
             exact = Factors(exact.A, exact.s * exact.B)
             direction = Compressed(exact, 1.0) if plan.rank is None else compress(exact.B, exact.A, plan.rank)
         else:
             layer = stacks.layer(name)
             _check_finite(layer.stack)
-            out = plan.method.fn(layer.stack, weights.to(layer.stack.dtype), **arguments)
-            merged = out if isinstance(out, Merged) else Merged(out)
+            merged = engine.merged(layer.stack, weights.to(layer.stack.dtype), statistics)
             _check_finite(merged.direction)
             report = dict(merged.report)
             cut = plan.rank if merged.offset is None else None  # with an offset, the rank is of their sum
@@ -213,7 +193,7 @@ def _merge_layer(
             f"layer {name!r}: its singular values were not found ({error}): are all weights of a usual size? "
             "method='concat' needs none"
         ) from error
-    if plan.guided_scale and plan.features is not None:
+    if plan.chooses_scale and plan.features is not None:
         fixed = None if offset is None else (offset.B, offset.A)
         found = direction.factors
         scale = best_scale((found.s * found.B, found.A), fixed, plan.inputs.products(name), plan.features(name))
@@ -245,38 +225,36 @@ def _float32(factors: Factors) -> Factors:
 
 def _guided_weights(plan: MergePlan, share: list[str], processes: Processes) -> dict[str, Tensor]:
     """{layer: (T,) weights}: as given, or solved from the features."""
-    if plan.guided_weights is None or plan.features is None:
+    if plan.weights_rule is None or plan.features is None:
         return plan.weights
     products, features = plan.inputs.products, plan.features
     equations = _gathered(
         plan, lambda: {name: normal_equations(products(name), features(name)) for name in share}, processes
     )
-    if plan.guided_weights == "features":
+    if not plan.weights_rule.shared:
         return {name: solve(*equation) for name, equation in equations.items()}
     normals, rights = zip(*equations.values(), strict=True)
     shared = solve(sum(normals[1:], normals[0]), sum(rights[1:], rights[0]))
     return dict.fromkeys(plan.inputs.shapes, shared)
 
 
-def _masked(plan: MergePlan, names: Iterable[str], processes: Processes) -> EMRAdapter:
+def _masked(plan: MergePlan, engine: Engine, names: Iterable[str], processes: Processes) -> EMRAdapter:
     """A method whose result differs by task: shared vector and masks a layer, and the rescalers over all layers."""
 
     def one(name: str) -> tuple[EMRLayer, Tensor, Tensor]:
         stack, weights = enter(plan.space, plan.inputs.factors(name)).stack, plan.weights[name]
-        unified, masks = plan.method.fn(stack, weights.to(stack.dtype), **taken(plan.method.fn, plan.options))
+        unified, masks, full, kept = engine.masked(stack, weights)
         try:
             _check_finite(stack)
             _check_finite(plan.scale * unified)
         except ValueError as error:
             raise ValueError(f"layer {name!r}: {error}") from error
-        full = weights.abs() * stack.abs().sum((1, 2), dtype=torch.float64)  # (T,) Σ|w_t τ_t|
-        kept = (masks * unified.abs()).sum((1, 2), dtype=torch.float64)  # (T,) Σ|M_t ⊙ τ_uni|
         return EMRLayer.pack(unified.to(plan.dtype), masks), full, kept
 
     found = _gathered(plan, lambda: {name: one(name) for name in names}, processes)
     layers = {name: layer for name, (layer, _, _) in found.items()}
     full, kept = (torch.stack([sums[place] for sums in found.values()]).sum(0) for place in (1, 2))
-    scales = torch.where(kept > 0, full / kept.clamp_min(1e-300), 0).tolist()
+    scales = rescalers(full, kept)
     trained = merge_modules(plan.inputs.adapters, plan.task_weights, plan.modules, plan.fates)
     tasks = {
         task: replace(

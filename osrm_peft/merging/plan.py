@@ -14,16 +14,17 @@ from osrm_peft.features.fisher import DiagonalFisher
 from osrm_peft.features.task_features import TaskFeatures
 from osrm_peft.hub.sources import local_folder, pinned
 from osrm_peft.io.manifest import MANIFEST, command, versions
-from osrm_peft.merging.inputs import Adapters, Inputs, check_names, gather
+from osrm_peft.merging.engine import Engine
+from osrm_peft.merging.inputs import Inputs, check_names, gather
 from osrm_peft.merging.lowrank import SERVING
+from osrm_peft.merging.methods import METHODS
 from osrm_peft.merging.methods.registry import Method, get_method
 from osrm_peft.merging.modules import check_modules
+from osrm_peft.merging.request import MergeRequest
+from osrm_peft.merging.rules import WORDS, LeastSquares
 from osrm_peft.merging.spaces import SPACES
-from osrm_peft.merging.statistics import Statistics, statistics_of
-from osrm_peft.merging.weights import Weights, weights_by_layer, weights_by_task
-
-GUIDED = ("features", "features_global")
-_SUMS = ("task_arithmetic", "concat")  # methods whose result is Σ w τ: whose weights features can choose
+from osrm_peft.merging.statistics import statistics_of
+from osrm_peft.merging.weights import weights_by_layer, weights_by_task
 
 
 @dataclass(frozen=True)
@@ -31,46 +32,54 @@ class MergePlan:
     """What `merge_adapters` will do.
 
     Attributes:
-        name: the method's.
-        method: its description.
+        request: what was asked for.
+        method: the method.
         options: its options, defaults filled in.
         space: where it runs.
         scale: λ; 1 where features choose it.
         rank: largest rank of the result; None keeps it exact.
         padded: the least rank to write.
-        heads: what becomes of trained heads.
         modules: what becomes of trained modules of the pre-trained model; None averages them.
         fates: {parameter: the same in words}, of each trained module and copied base weight.
         task_weights: {task: {name pattern: number}}, for those.
         seed: of methods that draw.
         inputs: the adapters.
         weights: {layer: (T,)} as given; 1 each where features choose them.
-        guided_weights: None, `"features"` (for each layer) or `"features_global"`.
-        guided_scale: features choose the scale of each layer.
         statistics: layer → that layer's statistic of each task, for methods that need one.
         features: layer → that layer's FeatureMoments of each task, where features choose something.
         sources: {"statistics" or "features": {task: file}}, for the manifest.
     """
 
-    name: str
+    request: MergeRequest
     method: Method
     options: dict[str, Any]
     space: str
     scale: float
     rank: int | None
     padded: int
-    heads: str
     modules: str | None
     fates: dict[str, str]
     task_weights: dict[str, Mapping[str, float]]
     seed: int
     inputs: Inputs
     weights: dict[str, Tensor]
-    guided_weights: str | None
-    guided_scale: bool
     statistics: Callable[[str], list[Any]] | None
     features: Callable[[str], list[Any]] | None
     sources: dict[str, dict[str, str]]
+
+    @property
+    def weights_rule(self) -> LeastSquares | None:
+        """The rule that chooses the weights."""
+        return self.request.weights if isinstance(self.request.weights, LeastSquares) else None
+
+    @property
+    def chooses_scale(self) -> bool:
+        """Whether features choose the scale of each layer."""
+        return isinstance(self.request.scale, LeastSquares)
+
+    def engine(self) -> Engine:
+        """The method, ready to run."""
+        return Engine(self.method, self.options, list(self.inputs.adapters), self.seed)
 
     def manifest(self) -> dict[str, Any]:
         """How the merge is made, for its folder."""
@@ -83,15 +92,15 @@ class MergePlan:
             for t, task in enumerate(tasks)
         }
         return {
-            "kind": "emr" if self.method.per_task else "merged",
-            "method": self.name,
+            "kind": self.method.kind,
+            "method": self.method.name,
             "paper": self.method.paper,
             "options": self.options,
             "scale": self.scale,
-            "weights": self.guided_weights or weights,
+            "weights": weights if self.weights_rule is None else self.weights_rule.word,
             "space": self.space,
             "rank": "serving" if self.padded > 1 else self.rank,
-            "heads": self.heads,
+            "heads": self.request.heads,
             "modules_policy": self.modules,
             "base_model": self.inputs.base,
             "task_type": next(iter(self.inputs.adapters.values())).config.get("task_type"),
@@ -104,7 +113,7 @@ class MergePlan:
             **self.sources,
             **({"modules": self.fates} if self.fates else {}),
             **({"seed": self.seed} if self.method.prepare else {}),
-            **({"scale_of_layers": "chosen by features, see report"} if self.guided_scale else {}),
+            **({"scale_of_layers": "chosen by features, see report"} if self.chooses_scale else {}),
         }
 
     @property
@@ -116,7 +125,7 @@ class MergePlan:
     def output_rank(self, layer: str) -> int:
         """The largest rank that the layer's result can have."""
         full, summed = min(self.inputs.shapes[layer]), self.inputs.rank_sum(layer)
-        if self.space == "weight" or self.options.get("combine") == "ties":
+        if self.space == "weight" or self.method.full_rank(self.options):
             exact = full
         else:
             exact = summed if self.space == "factors" else min(full, summed)
@@ -131,87 +140,58 @@ class MergePlan:
         return sum(size * rank * (o + n) for o, n in self.inputs.shapes.values())
 
 
-def plan_merge(
-    adapters: Adapters,
-    method: str,
-    *,
-    weights: Weights | str = None,
-    scale: float | str | None = None,
-    space: str = "auto",
-    rank: int | str | None = None,
-    heads: str = "per_task",
-    modules: str | None = None,
-    base_model: str | None = None,
-    statistics: Statistics | None = None,
-    features: Statistics | None = None,
-    seed: int = 0,
-    **options: Any,
-) -> MergePlan:
-    """Check everything about a merge and read what it needs; see `merge_adapters` for arguments and errors."""
-    chosen = get_method(method)
-    options = chosen.bind(method, options)
-    space = chosen.space(method, choice("space", space, ("auto", *SPACES)))
-    serving = rank == "serving"
-    rank = None if rank is None or serving else integer("rank", rank, 1)
-    seed = integer("seed", seed, 0)
-    guided, guided_scale, scale = _guidance(method, chosen, weights, scale)
-    if chosen.per_task and (rank is not None or serving or guided_scale):
-        raise ValueError(f"{method} gives a shared vector and masks, not one LoRA: it has no rank, no scale to choose")
-    if chosen.needs is None and statistics is not None:
-        raise ValueError(f"{method} takes no statistics: leave them out (for weights or scale='features': features=…)")
-    uses_features = guided is not None or guided_scale
-    if not uses_features and features is not None:
-        raise ValueError("features are for weights='features' and scale='features': give one of them, or no features")
-    # a string that is no choice is refused there, like any other value that is not a list or mapping
-    named = weights_by_task(None if guided else weights, check_names(adapters))  # type: ignore[arg-type]
+def plan_merge(request: MergeRequest) -> MergePlan:
+    """Check everything about a merge and read what it needs; see `merge_adapters` for errors."""
+    method = get_method(request.method)
+    options = method.bind(request.options)
+    space = method.space(choice("space", request.space, ("auto", *SPACES)))
+    serving = request.rank == "serving"
+    rank = None if request.rank is None or serving else integer("rank", request.rank, 1)
+    seed = integer("seed", request.seed, 0)
+    scale = _scale(method, request)
+    if method.per_task and (rank is not None or serving or isinstance(request.scale, LeastSquares)):
+        raise ValueError(f"{method.name} gives a shared vector and masks, not one LoRA: no rank, no scale to choose")
+    if method.needs is None and request.statistics is not None:
+        raise ValueError(f"{method.name} takes no statistics: leave them out (for a rule: LeastSquares(features))")
+    names = check_names(request.adapters)
+    weights = weights_by_task(None if isinstance(request.weights, LeastSquares) else request.weights, names)
 
-    inputs = gather(adapters, base_model=base_model, heads=heads)
-    if modules is None and chosen.per_task:
-        modules = "per_task"
-    fates = check_modules(inputs.adapters, modules, named)
-    by_layer = weights_by_layer(named, inputs.shapes)
+    inputs = gather(request.adapters, base_model=request.base_model, heads=request.heads)
+    modules = "per_task" if request.modules is None and method.per_task else request.modules
+    fates = check_modules(inputs.adapters, modules, weights)
+    by_layer = weights_by_layer(weights, inputs.shapes)
     for layer, weight in by_layer.items():
         try:
-            chosen.check_weights(weight)
+            method.check_weights(weight)
         except ValueError as error:
             raise ValueError(f"layer {layer!r}: {error}") from error
-    needs = moments = None
-    if chosen.needs is not None:
-        kind = {"gram": TaskFeatures, "fisher": DiagonalFisher}[chosen.needs]
-        needs = statistics_of("statistics", kind, statistics, inputs, f"method {method!r}")
-    if uses_features:
-        moments = statistics_of("features", TaskFeatures, features, inputs, "'features'")
-    sources = {
-        name: {task: _named(one) for task, one in given.items()}
-        for name, given in (("statistics", statistics), ("features", features))
-        if given is not None
-    }
+    statistics, features, sources = _read(method, request, inputs)
     plan = MergePlan(
-        name=method,
-        method=chosen,
-        options=options,
-        space=space,
-        scale=scale,
-        rank=rank,
-        padded=1,
-        heads=heads,
-        modules=modules,
-        fates=fates,
-        task_weights=named,
-        seed=seed,
-        inputs=inputs,
-        weights=by_layer,
-        guided_weights=guided,
-        guided_scale=guided_scale,
-        statistics=needs,
-        features=moments,
-        sources=sources,
-    )
+        request, method, options, space, scale, rank, 1, modules, fates, weights, seed, inputs, by_layer, statistics,
+        features, sources,
+    )  # fmt: skip
     if not serving:
         return plan
     exact = max(map(plan.output_rank, inputs.shapes))
     legal = next((one for one in SERVING if one >= exact), SERVING[-1])
     return replace(plan, padded=legal, rank=legal if legal < exact else None)
+
+
+def _read(method: Method, request: MergeRequest, inputs: Inputs) -> tuple[Any, Any, dict[str, dict[str, str]]]:
+    """The statistics that the method needs and the features that a rule needs, by layer; and where they are from."""
+    statistics = features = None
+    given: dict[str, Mapping[str, Any]] = {}
+    if method.needs is not None:
+        kind = {"gram": TaskFeatures, "fisher": DiagonalFisher}[method.needs]
+        reason = f"method {method.name!r}"
+        statistics = statistics_of("statistics", kind, request.statistics, inputs, reason)
+        given["statistics"] = request.statistics or {}
+    for rule in (request.weights, request.scale):
+        if isinstance(rule, LeastSquares):
+            features = statistics_of("features", TaskFeatures, rule.features, inputs, "least squares")
+            given["features"] = rule.features
+    sources = {name: {task: _named(one) for task, one in files.items()} for name, files in given.items()}
+    return statistics, features, sources
 
 
 def _named(source: Any) -> str:
@@ -223,19 +203,25 @@ def _named(source: Any) -> str:
     return pinned(str(source), local_folder(str(source).partition(":")[0], [MANIFEST]))
 
 
-def _guidance(
-    name: str, method: Method, weights: Weights | str, scale: float | str | None
-) -> tuple[str | None, bool, float]:
-    """What features choose (weights: None or the word; scale: whether), and λ."""
-    guided = weights if isinstance(weights, str) and weights in GUIDED else None
-    guided_scale = isinstance(scale, str) and scale == "features"
-    if guided and name not in _SUMS:
+def _scale(method: Method, request: MergeRequest) -> float:
+    """λ, checked; 1 where a rule chooses it, or has chosen the weights and no number is given."""
+    for name in ("weights", "scale"):
+        if isinstance(getattr(request, name), str) and getattr(request, name) in WORDS:
+            word = getattr(request, name)
+            raise ValueError(f"{name}={word!r} is a word of recipes: in Python give {name}=LeastSquares(features)")
+    rules = [isinstance(one, LeastSquares) for one in (request.weights, request.scale)]
+    if rules[0] and method.linear != "sum":
+        sums = ", ".join(name for name, one in METHODS.items() if one.linear == "sum")
         raise ValueError(
-            f"weights={guided!r} chooses the weights of a sum ({', '.join(_SUMS)}), not of {name}: "
-            "use scale='features', which chooses how much of its result to take"
+            f"features choose the weights of a sum ({sums}), not of {method.name}: give the rule to scale=, which "
+            "chooses how much of its result to take"
         )
-    if guided and guided_scale:
-        raise ValueError(f"weights={guided!r} leaves no scale to choose: give scale a number, or leave it out")
-    if guided_scale or (guided and scale is None):
-        return guided, guided_scale, 1.0
-    return guided, guided_scale, number("scale", method.scale if scale is None else scale)
+    if all(rules):
+        raise ValueError(
+            "features that choose the weights leave no scale to choose: give scale a number, or leave it out"
+        )
+    if isinstance(request.scale, LeastSquares) and request.scale.shared:
+        raise ValueError("a scale is chosen for each layer: give scale=LeastSquares(features), without shared=True")
+    if rules[1] or (rules[0] and request.scale is None):
+        return 1.0
+    return number("scale", method.scale if request.scale is None else request.scale)

@@ -1,14 +1,44 @@
-"""Merging guided by features alone: weights and scales that keep each task's outputs, by least squares, no labels."""
+"""Rules in the place of numbers: weights and scales that keep each task's outputs, by least squares, no labels."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from osrm_peft.features.moments import FeatureMoments
+from osrm_peft.features.task_features import TaskFeatures
 from osrm_peft.merging.lowrank import sure_energies
 
 Product = tuple[Tensor, Tensor]  # B (o, r), A (r, n)
+
+
+@dataclass(frozen=True)
+class LeastSquares:
+    """What `merge_adapters` takes in the place of numbers: features choose weights or scales, layer by layer.
+
+    * `weights=LeastSquares(features)`: the w that minimise Σ_t E‖Σ_j w_j τ_j h_t − τ_t h_t‖², where the result is a
+      sum (`task_arithmetic`, `concat`).
+    * `scale=LeastSquares(features)`: the λ that minimises Σ_t E‖(τ_merged − τ_t) h_t‖², of any method but EMR.
+
+    h_t are the inputs of the layer on task t's samples, in the pre-trained model.
+
+    Attributes:
+        features: {task: file or TaskFeatures} of every task that is merged (`collect_features`).
+        shared: weights only: the same for all layers, by the sum over layers.
+    """
+
+    features: Mapping[str, str | Path | TaskFeatures]
+    shared: bool = False
+
+    @property
+    def word(self) -> str:
+        """How a YAML file or a manifest names the rule."""
+        return "features_global" if self.shared else "features"
+
+
+WORDS = ("features", "features_global")
 
 
 def normal_equations(products: Sequence[Product], moments: Sequence[FeatureMoments]) -> tuple[Tensor, Tensor]:

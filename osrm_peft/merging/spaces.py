@@ -1,7 +1,7 @@
 """Spaces: where a layer's task vectors are merged, and how the result returns to the layer."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -9,7 +9,8 @@ from torch import Tensor
 from osrm_peft.adapters.factors import Factors
 from osrm_peft.merging.lowrank import Compressed, balanced, column_basis, compress_matrix
 
-SPACES = ("weight", "core", "knots")
+Space = Literal["auto", "weight", "core", "knots"]
+SPACES = get_args(Space)[1:]
 
 
 class Layer(NamedTuple):

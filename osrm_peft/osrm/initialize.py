@@ -7,7 +7,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import PeftModel
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -19,6 +18,7 @@ from osrm_peft.models.layers import base_of, linear_layer, lora_layers, unwrappe
 from osrm_peft.osrm.config import OSRMLoraConfig
 from osrm_peft.osrm.others import OtherTasks, check_tasks, load_features, provenance_of
 from osrm_peft.osrm.subspace import choose_directions, reference_directions
+from osrm_peft.seeding import layer_generator
 
 logger = logging.getLogger(__name__)
 
@@ -208,12 +208,6 @@ def _check_layers(layers: dict[str, Any], adapter_name: str, config: OSRMLoraCon
                 f"lora_B of layer {name!r} is not 0 (largest entry {B.abs().max():.2e}), so a new A would "
                 "change the model's outputs: OSRM sets A before training. To train a saved adapter on, leave OSRM out"
             )
-
-
-def layer_generator(seed: int, layer: str) -> torch.Generator:
-    """One stream a layer, whatever the order or number of the layers."""
-    digest = hashlib.sha256(f"{seed}/{layer}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 
 def _check_alike(layers: dict[str, Any], adapter_name: str, processes: Processes) -> None:

@@ -21,10 +21,10 @@ from osrm_peft.hub.privacy import public_name
 from osrm_peft.hub.push import Pushable
 from osrm_peft.hub.sources import local_folder
 from osrm_peft.io.manifest import MANIFEST, command, new_folder, read_manifest, versions
-from osrm_peft.osrm.initialize import layer_generator
 from osrm_peft.osrm.others import OtherTasks, check_tasks, load_features, provenance_of
 from osrm_peft.osrm.spectrum import PooledMoment, Spectrum
 from osrm_peft.osrm.subspace import choose_directions
+from osrm_peft.seeding import layer_generator
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,6 @@ from osrm_peft import (
     evaluate_task,
     load_adapter,
     load_task,
-    merge_adapters,
     project_adapter,
 )
 from osrm_peft.demo.run import STATISTICS_ROWS, Merge
@@ -22,6 +21,7 @@ from osrm_peft.distributed import Processes, local_device
 from osrm_peft.features.task_features import TaskFeatures
 from osrm_peft.io.json import write_json
 from osrm_peft.io.yaml import check_fields, fields_from_yaml, named
+from osrm_peft.merging.merge import merge as run_merge
 from osrm_peft.merging.methods.registry import METHODS
 from osrm_peft.models.loading import load_tokenizer
 from osrm_peft.osrm.others import OtherTasks
@@ -219,9 +219,7 @@ class Suite:
             for name, one in inputs.items():
                 part, _, task = name.partition("/")
                 given.setdefault(part, {})[task] = one
-            merged = merge_adapters(
-                given.pop("adapter"), merge.method, **given, **merge.arguments, distributed=processes.num_processes > 1
-            )
+            merged = run_merge(merge.request(given.pop("adapter"), **given), processes)
             found = []
             for scale in merge.scales:
                 for task in adapters:

@@ -23,8 +23,8 @@ from transformers import (
 from osrm_peft import load_merged_checkpoint, merge_checkpoints
 from osrm_peft.checkpoints import blocks
 from osrm_peft.checkpoints.plan import CHECKPOINT_METHODS
-from osrm_peft.merging.merge import generator_of
 from osrm_peft.merging.methods.registry import METHODS, Merged, taken
+from osrm_peft.seeding import task_generator
 from tests.helpers.checkpoints import CASES, QUICK, hashes, noisy, rewrite, same, tensors_of, write
 from tests.helpers.models import TINY, make_batch
 
@@ -39,7 +39,7 @@ def as_matrix(tensor):
 def by_hand(models, base, method, *, weights=None, scale=None, seed=0, **options):
     """{name: tensor} of the registered method applied to the stack of each whole tensor."""
     described = METHODS[method]
-    options = described.bind(method, options)
+    options = described.bind(options)
     scale = described.scale if scale is None else scale
     states = {task: tensors_of(folder) for task, folder in models.items()}
     under = tensors_of(base) if base else {name: torch.zeros_like(x) for name, x in next(iter(states.values())).items()}
@@ -48,7 +48,7 @@ def by_hand(models, base, method, *, weights=None, scale=None, seed=0, **options
     for name in under:
         stack = torch.stack([as_matrix(state[name]) - as_matrix(under[name]) for state in states.values()])
         if described.prepare:
-            generators = [generator_of(seed, task, name) for task in models]
+            generators = [task_generator(seed, task, name) for task in models]
             stack = described.prepare(stack, generators, **taken(described.prepare, options))
         stacks[name] = stack
     given = taken(described.fn, options)

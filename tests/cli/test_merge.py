@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from osrm_peft import load_adapter, merge_adapters
-from osrm_peft.merging.recipe import MergeRecipe
+from osrm_peft import LeastSquares, load_adapter, merge_adapters
+from osrm_peft.merging.plan import plan_merge
+from osrm_peft.merging.request import MergeRequest
 from tests.helpers.adapters import make_adapter
 from tests.helpers.merging import statistic
 
@@ -42,10 +43,10 @@ def test_flags_merge_as_the_function_does(adapters, tmp_path, call):
 
 
 def test_the_example_recipe_is_a_recipe_and_its_header_names_it(adapters):
-    recipe = MergeRecipe.from_yaml(EXAMPLE)
+    recipe = MergeRequest.from_yaml(EXAMPLE)
     assert recipe.scales() == [0.6, 1.0] and recipe.options == {"density": 0.3}
     assert f"--config recipes/configs/{EXAMPLE.name}" in EXAMPLE.read_text().splitlines()[1]
-    plan = MergeRecipe(**(vars(recipe) | {"adapters": adapters})).plan()
+    plan = plan_merge(replace(recipe, adapters=adapters).at_first_scale())
     assert {tuple(weight.tolist()) for weight in plan.weights.values()} == {(1.0, 0.5), (1.0, 1.0)}
 
 
@@ -178,7 +179,7 @@ def test_interference_and_weights_from_features(adapters, tmp_path, call):
     out = tmp_path / "out"
     call("merge", *adapters.values(), "--out", out, "-m", "task_arithmetic", "--weights", "features", *given)
     files = {task: tmp_path / f"{task}.safetensors" for task in adapters}
-    assert close(out, merge_adapters(adapters, "task_arithmetic", weights="features", features=files).deltas())
+    assert close(out, merge_adapters(adapters, "task_arithmetic", weights=LeastSquares(files)).deltas())
     call("merge", *adapters.values(), "--out", out, "-m", "ties", "--scale", "features", *given)
     assert "scale" in next(iter(json.loads((out / "osrm_peft.json").read_text())["report"].values()))
     assert "missing sms_spam" in call(

@@ -15,7 +15,8 @@ from osrm_peft.hub.card import escaped, model_card, record_scores
 from osrm_peft.hub.privacy import is_local, public, public_name
 from osrm_peft.hub.sources import pinned
 from osrm_peft.io.manifest import read_manifest
-from osrm_peft.merging.recipe import MergeRecipe
+from osrm_peft.merging.plan import plan_merge
+from osrm_peft.merging.request import MergeRequest
 from tests.helpers.adapters import make_adapter
 from tests.helpers.models import make_base
 
@@ -196,7 +197,7 @@ def test_the_recipe_in_a_card_makes_the_merge_again(tmp_path):
     recipe = yaml.safe_load(written)
     assert recipe["adapters"] == {"t1": "t1", "t2": "t2"}  # where they lie is not told
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe | {"adapters": adapters}))
-    plan = MergeRecipe.from_yaml(tmp_path / "recipe.yaml").plan()
+    plan = plan_merge(MergeRequest.from_yaml(tmp_path / "recipe.yaml"))
     again = plan.manifest()
     same = ("base_model", "method", "options", "scale", "weights", "space", "rank")
     assert {key: again[key] for key in same} == {key: merged.manifest[key] for key in same}

@@ -11,7 +11,14 @@ import torch
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 
-from osrm_peft import LoraAdapter, TaskFeatures, load_adapter, merge_adapters, merge_checkpoints, push_to_hub
+from osrm_peft import (
+    LoraAdapter,
+    TaskFeatures,
+    load_adapter,
+    merge_adapters,
+    merge_checkpoints,
+    push_to_hub,
+)
 from osrm_peft.adapters.factors import Factors
 from osrm_peft.features.collect import collect_features
 from osrm_peft.features.fisher import collect_fisher
@@ -27,7 +34,7 @@ import json, sys, time
 from pathlib import Path
 import torch
 import osrm_peft
-from osrm_peft import EMRAdapter, TaskFeatures, load_adapter, merge_adapters, push_to_hub
+from osrm_peft import EMRAdapter, LeastSquares, TaskFeatures, load_adapter, merge_adapters, push_to_hub
 root = Path(sys.argv[1])
 slept = []
 time.sleep = slept.append  # the client waits between its tries
@@ -109,8 +116,8 @@ loaded.push_to_hub("someone/features")  # anew: it replaces what was told of the
 push_to_hub(root / "t1.features.safetensors", "someone/features", revision="draft")  # where the old one is
 from osrm_peft.evaluation.spectra import spectra
 found["spectra"] = len(spectra({"t1": "someone/t1", "t2": "someone/t2@main"})["t2"])
-merge_adapters({"t1": "someone/t1"}, "task_arithmetic", scale="features",
-               features={"t1": "someone/features:t1.features.safetensors"}).save_pretrained("guided")
+rule = LeastSquares({"t1": "someone/features:t1.features.safetensors"})
+merge_adapters({"t1": "someone/t1"}, "task_arithmetic", scale=rule).save_pretrained("guided")
 merged = merge_adapters({"t1": "someone/t1"}, "fisher",
                         statistics={"t1": "someone/fisher:t1.fisher.safetensors"})
 found["fisher"] = merged.manifest["statistics"]["t1"]

@@ -23,7 +23,8 @@ from osrm_peft.io.json import parse_json
 from osrm_peft.io.manifest import MANIFEST, read_manifest
 from osrm_peft.io.yaml import check_fields, parse_yaml
 from osrm_peft.merging.emr_adapter import EMRAdapter
-from osrm_peft.merging.recipe import MergeRecipe
+from osrm_peft.merging.plan import plan_merge
+from osrm_peft.merging.request import MergeRequest
 from osrm_peft.training.recipe import Recipe
 from tests.helpers.adapters import make_adapter
 from tests.helpers.files import GOOD, task_folder
@@ -123,13 +124,13 @@ def adapters(tmp_path_factory):
     return {name: str(root / name) for name in "ab"}
 
 
-@pytest.mark.parametrize("field", MergeRecipe.__dataclass_fields__)
+@pytest.mark.parametrize("field", [*MergeRequest.__dataclass_fields__, "features"])
 def test_a_merge_recipe_s_fields(tmp_path, adapters, field):
     refused = 0
     for value in WRONG:
         path = dump(tmp_path / "m.yaml", {"adapters": adapters} | {field: value})
         try:
-            MergeRecipe.from_yaml(path).plan()
+            plan_merge(MergeRequest.from_yaml(path).at_first_scale())
         except (ValueError, TypeError, OSError) as error:
             refused += 1
             one_line(error)
@@ -139,7 +140,7 @@ def test_a_merge_recipe_s_fields(tmp_path, adapters, field):
 @pytest.mark.parametrize(
     "text", ["[" * DEEP, "{a: " * DEEP, "a: &a [*a", "\x00", "{a: 1, a: 2}", "? [1]\n: 2", "a: 2001-99-99"]
 )
-@pytest.mark.parametrize("cls", [Recipe, MergeRecipe])
+@pytest.mark.parametrize("cls", [Recipe, MergeRequest])
 def test_yaml_that_is_none_is_one_line(tmp_path, text, cls):
     path = tmp_path / "r.yaml"
     path.write_text(text)
@@ -289,7 +290,9 @@ def _metadata(path):
         return file.metadata()
 
 
-@pytest.mark.parametrize("field", [*Features.__dataclass_fields__, "counts", "same_input", "format", "other"])
+@pytest.mark.parametrize(
+    "field", [*Features.__dataclass_fields__, "k", "adapted", "counts", "same_input", "format", "other"]
+)
 def test_a_features_file_s_fields(tmp_path, field):
     path, refused = tmp_path / "t.features.safetensors", 0
     header = features(path)

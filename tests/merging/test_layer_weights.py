@@ -6,8 +6,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import BertConfig, BertModel
 
-from osrm_peft import interference, load_adapter, merge_adapters
+from osrm_peft import LeastSquares, interference, load_adapter, merge_adapters
 from osrm_peft.merging.plan import plan_merge
+from osrm_peft.merging.request import MergeRequest
 from tests.helpers.adapters import make_adapter
 from tests.helpers.lora import LAYERS, close, dense, lora
 from tests.helpers.merging import merge, statistic
@@ -212,14 +213,14 @@ def test_statistics_of_the_bare_model_are_renamed_with_its_adapter(tmp_path):
 def test_average_refuses_weights_that_sum_to_0_on_any_layer_before_any_work():
     adapters = {"s": lora(1), "t": lora(2)}
     with pytest.raises(ValueError, match=r"the weights \[1.0, -1.0\] sum to 0, so they have no average"):
-        plan_merge(adapters, "average", weights={"s": 1, "t": {"b": -1, "*": 1}})
+        plan_merge(MergeRequest(adapters, "average", weights={"s": 1, "t": {"b": -1, "*": 1}}))
 
 
 def test_features_of_a_fine_tuned_model_are_no_features():
     adapters = {"s": lora(1)}
     gram = {"s": statistic("gram", "s", adapters["s"].shapes)}
     for call in (
-        lambda: merge_adapters(adapters, "ties", scale="features", features=gram),
+        lambda: merge_adapters(adapters, "ties", scale=LeastSquares(gram)),
         lambda: interference(adapters, gram),
     ):
         with pytest.raises(ValueError, match=r"features of 's' are of its fine-tuned model \(collect_gram\)"):
@@ -240,7 +241,7 @@ def test_statistics_of_another_adapter_or_without_a_gram_are_refused(tmp_path, c
         merge_adapters(adapters, "regmean", statistics=own | {"t2": replace(own["t2"], statistic="mean")})
     features = {task: replace(one, of_finetuned_model=False, weight_hash=task) for task, one in made.items()}
     with pytest.raises(ValueError, match="features are of different base models"):
-        merge_adapters(adapters, "concat", weights="features", features=features)
+        merge_adapters(adapters, "concat", weights=LeastSquares(features))
     merge_adapters(adapters, "regmean", statistics={"t1": made["t2"], "t2": made["t1"]})
     assert "statistics of 't1' were collected as those of 't2'" in caplog.text
 

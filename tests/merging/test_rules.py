@@ -8,9 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from osrm_peft import DiagonalFisher, TaskFeatures, merge_adapters
+from osrm_peft import DiagonalFisher, LeastSquares, TaskFeatures, merge_adapters
 from osrm_peft.features.moments import FeatureMoments
 from osrm_peft.merging.lowrank import cross_energies
+from osrm_peft.merging.request import MergeRequest
 from osrm_peft.merging.rules import solve
 from tests.helpers.lora import LAYERS, close, dense, lora
 from tests.helpers.merging import features_of, gram_of, samples
@@ -71,7 +72,7 @@ def test_cross_energies_are_means_over_samples(o, n, ranks, statistic, count, se
 def test_each_layer_s_weights_solve_its_least_squares_over_all_samples(method, count, statistic):
     adapters = three()
     files, vectors = features_of(adapters, statistic, count=count)
-    merged = merge_adapters(adapters, method, weights="features", features=files)
+    merged = merge_adapters(adapters, method, weights=LeastSquares(files))
     for name in LAYERS:
         expected = solution(adapters, vectors, [name])
         chosen = merged.manifest["chosen_weights"][name]
@@ -86,7 +87,7 @@ def test_one_set_of_weights_for_all_layers_solves_them_together():
     adapters = three()
     adapters["u"].factors = {"b": adapters["u"].factors["b"]}  # and one adapter lacks a layer
     files, vectors = features_of(adapters)
-    merged = merge_adapters(adapters, "task_arithmetic", weights="features_global", features=files, scale=0.5)
+    merged = merge_adapters(adapters, "task_arithmetic", weights=LeastSquares(files, shared=True), scale=0.5)
     expected = solution(adapters, vectors, LAYERS)
     for name in LAYERS:
         np.testing.assert_allclose(list(merged.manifest["chosen_weights"][name].values()), expected, rtol=1e-9)
@@ -98,7 +99,7 @@ def test_an_adapter_without_the_layer_has_the_weight_0_there():
     adapters = three()
     adapters["u"].factors = {"b": adapters["u"].factors["b"]}
     files, vectors = features_of(adapters)
-    chosen = merge_adapters(adapters, "concat", weights="features", features=files).manifest["chosen_weights"]
+    chosen = merge_adapters(adapters, "concat", weights=LeastSquares(files)).manifest["chosen_weights"]
     assert chosen["a"]["u"] == 0 and chosen["b"]["u"] != 0
     np.testing.assert_allclose(list(chosen["a"].values()), solution(adapters, vectors, ["a"]), rtol=1e-9, atol=1e-12)
 
@@ -107,20 +108,20 @@ def test_identical_adapters_share_one_weight():
     one = lora(1)
     adapters = {"s": one, "t": one, "u": lora(2)}
     files, vectors = features_of(adapters)
-    chosen = merge_adapters(adapters, "task_arithmetic", weights="features", features=files).manifest["chosen_weights"]
+    chosen = merge_adapters(adapters, "task_arithmetic", weights=LeastSquares(files)).manifest["chosen_weights"]
     for name in LAYERS:
         assert chosen[name]["s"] == pytest.approx(chosen[name]["t"], rel=1e-9)
         np.testing.assert_allclose(list(chosen[name].values()), solution(adapters, vectors, [name]), rtol=1e-6)
     pair = {"s": one, "t": one}
     files, _ = features_of(pair)
-    chosen = merge_adapters(pair, "concat", weights="features", features=files).manifest["chosen_weights"]
+    chosen = merge_adapters(pair, "concat", weights=LeastSquares(files)).manifest["chosen_weights"]
     assert [w for layer in chosen.values() for w in layer.values()] == pytest.approx([0.5] * 4)
 
 
 def test_a_lone_adapter_has_the_weight_1_and_one_of_zeros_0():
     files, _ = features_of("s")
     for adapter, expected in ((lora(1), 1), (lora(1, s=0.0), 0)):
-        merged = merge_adapters({"s": adapter}, "task_arithmetic", weights="features", features=files)
+        merged = merge_adapters({"s": adapter}, "task_arithmetic", weights=LeastSquares(files))
         assert [layer["s"] for layer in merged.manifest["chosen_weights"].values()] == pytest.approx([expected] * 2)
 
 
@@ -133,7 +134,7 @@ def test_adapters_that_do_not_act_on_each_other_s_features_keep_their_weight():
     files, _ = features_of("st", layers={"x": (3, 6, 2)})
     for task, half in (("s", halves), ("t", ~halves)):
         files[task].layers["x"].second.mul_(half).mul_(half[:, None])
-    chosen = merge_adapters(adapters, "concat", weights="features", features=files).manifest["chosen_weights"]
+    chosen = merge_adapters(adapters, "concat", weights=LeastSquares(files)).manifest["chosen_weights"]
     assert list(chosen["x"].values()) == pytest.approx([1, 1])
 
 
@@ -175,7 +176,7 @@ def test_each_layer_s_scale_solves_its_least_squares_over_all_samples(method, st
         options = {"statistics": {task: DiagonalFisher(task, "tiny", 1, "true", layers=shapes) for task in adapters}}
     unscaled = merge_adapters(adapters, method, scale=1, **options)
     fixed = unscaled.at_scale(0).deltas()
-    merged = merge_adapters(adapters, method, scale="features", features=files, **options)
+    merged = merge_adapters(adapters, method, scale=LeastSquares(files), **options)
     for name in LAYERS:
         direction = unscaled.deltas()[name] - fixed[name]
         expected = best(direction, fixed[name], adapters, vectors, name)
@@ -188,14 +189,14 @@ def test_each_layer_s_scale_solves_its_least_squares_over_all_samples(method, st
 
 def test_of_a_lone_adapter_the_scale_undoes_the_weight():
     files, _ = features_of("s")
-    merged = merge_adapters({"s": lora(1)}, "task_arithmetic", weights=[-4], scale="features", features=files)
+    merged = merge_adapters({"s": lora(1)}, "task_arithmetic", weights=[-4], scale=LeastSquares(files))
     assert merged.manifest["report"]["a"]["scale"] == pytest.approx(-0.25)
     close(merged.deltas()["a"], dense({"s": lora(1)}, "a")[0], 1e-6)
 
 
 def test_a_direction_that_does_nothing_on_any_features_gets_the_scale_0():
     files, _ = features_of("st")
-    merged = merge_adapters({"s": lora(1), "t": lora(1, s=-0.7)}, "concat", scale="features", features=files)
+    merged = merge_adapters({"s": lora(1), "t": lora(1, s=-0.7)}, "concat", scale=LeastSquares(files))
     assert merged.manifest["report"]["a"]["scale"] == 0 and not merged.deltas()["a"].any()
 
 
@@ -203,7 +204,7 @@ def test_a_lower_rank_gets_the_scale_that_suits_it():
     adapters = three()
     files, vectors = features_of(adapters)
     cut = merge_adapters(adapters, "average", rank=2)
-    merged = merge_adapters(adapters, "average", rank=2, scale="features", features=files)
+    merged = merge_adapters(adapters, "average", rank=2, scale=LeastSquares(files))
     for name in LAYERS:
         expected = best(cut.deltas()[name], 0 * cut.deltas()[name], adapters, vectors, name)
         assert merged.manifest["report"][name]["scale"] == pytest.approx(expected, rel=1e-6)
@@ -221,8 +222,7 @@ def test_lore_of_two_adapters_is_their_mean_whatever_the_features_and_the_order(
     files, _ = features_of("st")
     for tasks in ("st", "ts"):
         given_ = {task: adapters[task] for task in tasks}
-        options = {"scale": "features", "features": files, "combine": combine, "space": space}
-        merged = merge_adapters(given_, "lore", **options)
+        merged = merge_adapters(given_, "lore", scale=LeastSquares(files), combine=combine, space=space)
         for name in LAYERS:
             assert merged.manifest["report"][name]["scale"] == 0
             close(merged.deltas()[name], dense(adapters, name).mean(0), 1e-6)
@@ -232,7 +232,7 @@ def test_lore_of_two_adapters_is_their_mean_whatever_the_features_and_the_order(
 def test_lore_of_copies_is_the_adapter(count):
     adapters = {task: lora(1) for task in "stu"[:count]}
     files, _ = features_of(adapters)
-    merged = merge_adapters(adapters, "lore", scale="features", features=files)
+    merged = merge_adapters(adapters, "lore", scale=LeastSquares(files))
     close(merged.deltas()["a"], dense({"s": lora(1)}, "a")[0], 1e-6)
 
 
@@ -255,12 +255,12 @@ def test_what_an_adapter_does_to_the_rounding_of_features_counts_as_nothing(seed
     adapters = {task: lora(i, {"x": (5, 24, 2)}) for i, task in enumerate("st")}
     quiet = {task: replace(one, factors={"x": replace(one.factors["x"], A=one.factors["x"].A @ free)})
              for task, one in adapters.items()}  # fmt: skip
-    merged = merge_adapters(quiet, "average", scale="features", features=files)
+    merged = merge_adapters(quiet, "average", scale=LeastSquares(files))
     assert merged.manifest["report"]["x"]["scale"] == 0
     both, tau = {"s": adapters["s"], "t": quiet["t"]}, dense(adapters)[0]
     energies = torch.stack([(tau @ files[task].layers["x"].second_moment() * tau).sum() for task in "st"])
-    for weights in ("features", "features_global"):
-        chosen = merge_adapters(both, "concat", weights=weights, features=files).manifest["chosen_weights"]["x"]
+    for rule in (LeastSquares(files), LeastSquares(files, shared=True)):
+        chosen = merge_adapters(both, "concat", weights=rule).manifest["chosen_weights"]["x"]
         assert chosen["t"] == 0 and chosen["s"] == pytest.approx(float(energies[0] / energies.sum()), rel=1e-4)
 
 
@@ -268,7 +268,7 @@ def test_factors_that_cancel_do_nothing():
     files, _ = features_of("stu")
     one = lora(1)
     adapters = {"s": one, "t": one, "u": one}
-    merged = merge_adapters(adapters, "concat", weights=[0.3, -0.1, -0.2], scale="features", features=files)
+    merged = merge_adapters(adapters, "concat", weights=[0.3, -0.1, -0.2], scale=LeastSquares(files))
     assert [layer["scale"] for layer in merged.manifest["report"].values()] == [0, 0]
 
 
@@ -290,12 +290,12 @@ def test_each_task_has_its_own_features_in_whatever_order_they_are_given(order):
     adapters = {task: lora(seed, s=0.5) for seed, task in enumerate("zbm", start=1)}
     files, vectors = features_of(adapters)
     given_ = {task: files[task] for task in order}
-    merged = merge_adapters(adapters, "task_arithmetic", weights="features", features=given_)
+    merged = merge_adapters(adapters, "task_arithmetic", weights=LeastSquares(given_))
     for name in LAYERS:
         chosen = merged.manifest["chosen_weights"][name]
         assert list(chosen) == list("zbm")
         np.testing.assert_allclose(list(chosen.values()), solution(adapters, vectors, [name]), rtol=1e-8, atol=1e-10)
-    scaled = merge_adapters(adapters, "average", scale="features", features=given_)
+    scaled = merge_adapters(adapters, "average", scale=LeastSquares(given_))
     for name in LAYERS:
         mean = dense(adapters, name).mean(0)
         expected = best(mean, 0 * mean, adapters, vectors, name)
@@ -310,33 +310,34 @@ FILES, _ = features_of("stu")
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"weights": "features"}, r"'features' needs features=\{task: file\} of every task, missing s, t, u"),
-        ({"weights": "features", "features": {"s": FILES["s"]}}, r"missing t, u: make them with .*collect_features"),
-        ({"scale": "features", "features": {"s": FILES["s"], "u": FILES["u"]}}, r"missing t"),
+        ({"weights": LeastSquares({})}, r"least squares needs features=\{task: file\} of every task, missing s, t, u"),
+        ({"weights": LeastSquares({"s": FILES["s"]})}, r"missing t, u: make them with .*collect_features"),
+        ({"scale": LeastSquares({"s": FILES["s"], "u": FILES["u"]})}, r"missing t"),
         (
-            {"method": "ties", "weights": "features", "features": FILES},
-            r"weights='features' chooses the weights of a sum \(task_arithmetic, concat\), not of ties",
+            {"method": "ties", "weights": LeastSquares(FILES)},
+            r"features choose the weights of a sum \(concat, task_arithmetic\), not of ties",
         ),
-        ({"method": "average", "weights": "features_global", "features": FILES}, r"not of average"),
+        ({"method": "average", "weights": LeastSquares(FILES, shared=True)}, r"not of average"),
         (
-            {"weights": "features", "scale": "features", "features": FILES},
-            r"weights='features' leaves no scale to choose",
+            {"weights": LeastSquares(FILES), "scale": LeastSquares(FILES)},
+            r"features that choose the weights leave no scale to choose",
         ),
-        ({"features": FILES}, r"features are for weights='features' and scale='features': give one of them"),
-        ({"weights": "feature", "features": FILES}, r"features are for weights='features'"),
+        ({"scale": LeastSquares(FILES, shared=True)}, r"a scale is chosen for each layer: .* without shared=True"),
         ({"weights": "feature"}, r"weights='feature' must be a list"),
         ({"scale": "feature"}, r"scale='feature' must be a finite number"),
-        ({"weights": "features", "statistics": FILES}, r"task_arithmetic takes no statistics: .*features=…"),
+        ({"weights": "features_global"}, r"is a word of recipes: in Python give weights=LeastSquares\(features\)"),
+        ({"scale": "features"}, r"is a word of recipes: in Python give scale=LeastSquares\(features\)"),
+        ({"statistics": FILES}, r"task_arithmetic takes no statistics: .*LeastSquares"),
         (
-            {"scale": "features", "features": FILES | {"t": DiagonalFisher("t", "tiny", 1, "true")}},
-            r"features of 't' is a DiagonalFisher, 'features' needs a TaskFeatures",
+            {"scale": LeastSquares(FILES | {"t": DiagonalFisher("t", "tiny", 1, "true")})},
+            r"features of 't' is a DiagonalFisher, least squares needs a TaskFeatures",
         ),
         (
-            {"scale": "features", "features": FILES | features_of("t", layers={"a": LAYERS["a"]})[0]},
+            {"scale": LeastSquares(FILES | features_of("t", layers={"a": LAYERS["a"]})[0])},
             r"features of 't' lacks 1 of the 2 merged layers: b",
         ),
         (
-            {"scale": "features", "features": FILES | features_of("t", layers=LAYERS | {"b": (4, 6, 1)})[0]},
+            {"scale": LeastSquares(FILES | features_of("t", layers=LAYERS | {"b": (4, 6, 1)})[0])},
             r"features of 't' is 4×6 at 'b', the layer is 4×7",
         ),
     ],
@@ -346,13 +347,34 @@ def test_bad_input(arguments, message):
         merge_adapters(three(), **({"method": "task_arithmetic"} | arguments))
 
 
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"features": {"s": "x"}}, r"features are for weights='features' and scale='features': give one of them"),
+        ({"weights": "feature", "features": {"s": "x"}}, r"features are for weights='features'"),
+        ({"features": "x"}, r"features='x' in the merge recipe must map tasks to files"),
+    ],
+)
+def test_words_of_a_recipe_that_do_not_fit(fields, message):
+    with pytest.raises(ValueError, match=message):
+        MergeRequest.from_fields(**fields)
+
+
+def test_the_words_of_a_recipe_are_the_rules():
+    files = {"s": "file"}
+    for word, shared in (("features", False), ("features_global", True)):
+        request = MergeRequest.from_fields(weights=word, features=files)
+        assert request.weights == LeastSquares(files, shared) and request.weights.word == word
+    assert MergeRequest.from_fields(scale="features", features=files).scale == LeastSquares(files)
+
+
 def test_features_files_are_read(tmp_path):
     adapters = three()
     files, _ = features_of(adapters)
     for task, features in files.items():
         features.save(tmp_path / task)
     paths = {task: str(tmp_path / task) for task in reversed(list(adapters))}
-    read = merge_adapters(adapters, "concat", weights="features", features=paths).manifest["chosen_weights"]
-    given_ = merge_adapters(adapters, "concat", weights="features", features=files).manifest["chosen_weights"]
+    read = merge_adapters(adapters, "concat", weights=LeastSquares(paths)).manifest["chosen_weights"]
+    given_ = merge_adapters(adapters, "concat", weights=LeastSquares(files)).manifest["chosen_weights"]
     for name in LAYERS:
         assert read[name] == pytest.approx(given_[name], rel=1e-4)  # the file has float32 means

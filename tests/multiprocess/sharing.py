@@ -2,6 +2,7 @@
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -10,7 +11,7 @@ from safetensors.torch import save_file
 from torch.utils.data import DataLoader, DistributedSampler
 from transformers import AutoTokenizer
 
-from osrm_peft import EMRAdapter, collect_features, collect_gram, load_task
+from osrm_peft import EMRAdapter, LeastSquares, collect_features, collect_gram, load_task
 from osrm_peft.distributed import Processes, start
 from osrm_peft.evaluation.evaluate import predict
 from osrm_peft.merging import METHODS
@@ -33,9 +34,9 @@ MERGES = {method: {} for method in METHODS} | {
     "core ties": {"method": "ties", "space": "core"},
     "ties by layer": {"method": "ties", "trim": "layer"},
     "lore of rank 3": {"method": "lore", "rank": 3},
-    "weights by layer": {"method": "task_arithmetic", "weights": "features"},
-    "weights for all": {"method": "task_arithmetic", "weights": "features_global"},
-    "scales by layer": {"method": "ties", "scale": "features"},
+    "weights by layer": {"method": "task_arithmetic", "weights": LeastSquares},
+    "weights for all": {"method": "task_arithmetic", "weights": partial(LeastSquares, shared=True)},
+    "scales by layer": {"method": "ties", "scale": LeastSquares},
 }
 TASKS = ("a", "b")
 
@@ -84,8 +85,7 @@ def merges(folder, distributed):
         adapters = {task: f"{folder}/{kind}_{task}" for task in TASKS}
         for case, options in MERGES.items():
             arguments = {"method": case, "distributed": distributed} | options
-            if "features" in str(options):
-                arguments["features"] = seen
+            arguments |= {name: rule(seen) for name, rule in arguments.items() if callable(rule)}
             merged = merge(adapters, **arguments)
             for name, delta in deltas(merged).items():
                 tensors[f"{kind} {case} {name}"] = delta

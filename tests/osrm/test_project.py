@@ -17,10 +17,10 @@ from osrm_peft.adapters.lora_adapter import LoraAdapter
 from osrm_peft.features.moments import FeatureMoments
 from osrm_peft.features.task_features import TaskFeatures
 from osrm_peft.models.layers import lora_layers
-from osrm_peft.osrm.initialize import layer_generator
 from osrm_peft.osrm.project import project_adapter
 from osrm_peft.osrm.spectrum import PooledMoment, Spectrum
 from osrm_peft.osrm.subspace import choose_directions
+from osrm_peft.seeding import layer_generator
 from tests.helpers.adapters import make_adapter, tensors_of
 from tests.helpers.models import make_base, make_batch
 from tests.helpers.subspace import FORMS, tasks, top

@@ -15,6 +15,7 @@ def check_weights(weights: Tensor) -> None:
 @register(
     "average",
     paper="Model soups (Wortsman et al., ICML 2022), arXiv:2203.05482",
+    linear="mean",
     commutes=True,
     baseless=True,
     check_weights=check_weights,

@@ -9,7 +9,12 @@ from osrm_peft.adapters.factors import Factors
 from osrm_peft.merging.methods.registry import register
 
 
-@register("concat", paper="LoRA Soups (Prabhakar et al., COLING 2025), arXiv:2410.13025", spaces=("factors",))
+@register(
+    "concat",
+    paper="LoRA Soups (Prabhakar et al., COLING 2025), arXiv:2410.13025",
+    linear="sum",
+    spaces=("factors",),
+)
 def concat(factors: Sequence[Factors | None], weights: Tensor) -> Factors:
     """Σ_t w_t τ_t = [w_1 s_1 B_1 … w_T s_T B_T] · [A_1; …; A_T]: no arithmetic but the scales, rank Σ r.
 

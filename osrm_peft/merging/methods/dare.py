@@ -39,4 +39,11 @@ def drop_and_rescale(tau: Tensor, generators: Sequence[torch.Generator], *, drop
 
 
 register("dare", paper=_PAPER, scale=0.3, check=check, prepare=drop_and_rescale)(task_arithmetic)
-register("dare_ties", paper=_PAPER, check=check, summarise=ties.summarise, prepare=drop_and_rescale)(ties.ties)
+register(
+    "dare_ties",
+    paper=_PAPER,
+    check=check,
+    summarise=ties.summarise,
+    prepare=drop_and_rescale,
+    whole_tensor=ties.trims_layers,
+)(ties.ties)

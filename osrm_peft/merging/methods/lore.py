@@ -48,7 +48,9 @@ def check(
     paper="LoRE-Merging (Liu et al., EMNLP Findings 2025), arXiv:2502.10749",
     commutes=True,
     baseless=True,
+    weights_need_base=True,
     spectral=True,
+    full_rank=lambda options: options["combine"] == "ties",
     check=check,
 )
 def lore(

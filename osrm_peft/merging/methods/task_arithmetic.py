@@ -10,6 +10,7 @@ from osrm_peft.merging.methods.registry import register
     "task_arithmetic",
     paper="Editing models with task arithmetic (Ilharco et al., ICLR 2023), arXiv:2212.04089",
     scale=0.3,
+    linear="sum",
     commutes=True,
 )
 def task_arithmetic(tau: Tensor, weights: Tensor) -> Tensor:

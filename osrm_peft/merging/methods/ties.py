@@ -1,5 +1,8 @@
 """TIES: trim, elect a sign, merge what agrees with it."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -16,6 +19,11 @@ def check(density: float, trim: str) -> None:
     choice("trim", trim, TRIMS)
 
 
+def trims_layers(options: Mapping[str, Any]) -> bool:
+    """Whether the threshold is of one tensor."""
+    return options["trim"] == "layer"
+
+
 def summarise(stacks: Stacks, add_up: AddUp = alone, *, density: float, trim: str) -> Tensor | None:
     """(T,) trimming thresholds over the whole model; None where each layer has its own."""
     return magnitude_thresholds(stacks, density, add_up) if trim == "model" else None
@@ -26,6 +34,7 @@ def summarise(stacks: Stacks, add_up: AddUp = alone, *, density: float, trim: st
     paper="TIES-Merging (Yadav et al., NeurIPS 2023), arXiv:2306.01708",
     check=check,
     summarise=summarise,
+    whole_tensor=trims_layers,
 )
 def ties(
     tau: Tensor, weights: Tensor, summary: Tensor | None = None, *, density: float = 0.2, trim: str = "model"

@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from osrm_peft import EMRAdapter, MergedAdapter, load_adapter, merge_adapters
+from osrm_peft import EMRAdapter, LeastSquares, MergedAdapter, load_adapter, merge_adapters
 from osrm_peft.adapters.factors import Factors
 from osrm_peft.merging.emr_adapter import MASKS, EMRLayer
 from osrm_peft.merging.methods.emr import emr
@@ -334,8 +334,8 @@ def test_another_model_or_task_is_refused_with_nothing_changed(folders, case):
 def test_one_lora_cannot_be_asked_of_it(folders):
     adapters = folders()
     for arguments, message in (
-        ({"rank": 4}, r"emr gives a shared vector and masks, not one LoRA: it has no rank"),
-        ({"scale": "features"}, r"emr gives a shared vector and masks"),
+        ({"rank": 4}, r"emr gives a shared vector and masks, not one LoRA: no rank"),
+        ({"scale": LeastSquares({})}, r"emr gives a shared vector and masks"),
         ({"space": "core"}, r"emr runs in space 'weight' only, not 'core'"),
     ):
         with pytest.raises(ValueError, match=message):
