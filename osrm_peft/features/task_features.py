@@ -1,16 +1,15 @@
-"""TaskFeatures: what one task shows the others, its safetensors file, and whether it fits a model."""
+"""TaskFeatures: what one task shows the others, and its safetensors file."""
 
 import hashlib
 import json
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import nn
 
 from osrm_peft.checks import integer, kind, task_name
 from osrm_peft.features.file import SUFFIX, FileMoments, MomentsOnDemand, features_file, part_shapes, parts_of
@@ -19,8 +18,6 @@ from osrm_peft.hub.push import push_to_hub
 from osrm_peft.io.places import new_file
 from osrm_peft.io.tensors import features_header, write_tensors
 from osrm_peft.io.yaml import check_fields
-from osrm_peft.models.fingerprint import counts_all_rows, embedding_hash, hash_of, sampled_weights
-from osrm_peft.models.layers import base_name, base_of, input_width
 
 _IN_FILES = {"num_samples": "k", "of_finetuned_model": "adapted"}  # fields that have other names there
 _FORMAT = 4  # 2 has `adapted`; 3 the tokenizer, and second moments as triangles; 4 a hash of the embedding apart
@@ -149,78 +146,9 @@ class TaskFeatures:
                 "write it with `osrm-peft features`"
             ) from error
 
-    def check_fits(
-        self,
-        model: nn.Module,
-        layers: Iterable[str],
-        tokenizer: Any = None,
-        sampled: Mapping[str | int, bytes] | None = None,
-    ) -> None:
-        """Check that these features are of `model` (and `tokenizer`) and hold all of `layers`, at the right widths.
-
-        Args:
-            sampled: the model's `fingerprint.sampled_weights`, with those of this file's layers and `vocabulary`; None:
-                they are read here.
-
-        Raises:
-            ValueError: names the task, all layers that are missing or differ in width, or both models or tokenizers.
-        """
-        layers = list(layers)
-        base, whose = base_of(model), f"the features of task {self.task!r} (of {self.base_model})"
-        if self.of_finetuned_model:
-            raise ValueError(
-                f"the features of task {self.task!r} are of its fine-tuned model (collect_gram, for RegMean): "
-                "collect them on the pre-trained model with collect_features"
-            )
-        missing = sorted(set(layers) - set(self.layers))
-        if missing:
-            raise ValueError(
-                f"{whose} lack {len(missing)} of the {len(layers)} adapted layers: "
-                f"{', '.join(missing[:4])}{' …' if len(missing) > 4 else ''}; "
-                "collect them again with the adapter's target_modules"
-            )
-        widths, actual_widths = self.widths(), {name: input_width(name, base.get_submodule(name)) for name in layers}
-        wrong = [name for name in layers if widths[name] != actual_widths[name]]
-        if wrong:
-            raise ValueError(
-                f"{whose} have width {widths[wrong[0]]} "
-                f"at {wrong[0]!r}, the model has {actual_widths[wrong[0]]}: they are of another base model"
-            )
-        foreign = sorted(set(self.layers) - set(dict(base.named_modules())))
-        if foreign:
-            raise ValueError(
-                f"the features of task {self.task!r} are of {self.base_model}, another architecture: "
-                f"{base_name(base)} has no layer {foreign[0]!r}"
-            )
-        self._check_weights(base, sampled_weights(base, self.layers, self.rows()) if sampled is None else sampled)
-        given = None if tokenizer is None else tokenizer_hash(tokenizer)
-        if None not in (given, self.tokenizer_hash) and given != self.tokenizer_hash:
-            raise ValueError(
-                f"the features of task {self.task!r} were collected with the tokenizer {self.tokenizer} "
-                f"({self.tokenizer_hash}), but this one is {tokenizer.name_or_path} ({given}): "
-                "collect them with the tokenizer that the adapter is trained with"
-            )
-
     def rows(self) -> list[int]:
         """Of how many rows of the input embedding the hash is known."""
         return [] if self.vocabulary is None else [self.vocabulary]
-
-    def _check_weights(self, base: nn.Module, sampled: Mapping[str | int, bytes]) -> None:
-        actual, collected = hash_of(sampled, self.layers, like=self.weight_hash), self.weight_hash
-        if actual == collected and self.vocabulary is not None:
-            # A vocabulary cut since then says nothing: the layers decide.
-            found, expected = embedding_hash(sampled, self.vocabulary), self.embedding_hash
-            actual, collected = (actual, collected) if found is None else (f"{found}", f"{expected}")
-        if actual != collected:
-            resized = (
-                ". (The file is of an earlier version, which took a base whose embedding was resized for another one: "
-                "if that is all, collect again)"
-            )
-            raise ValueError(
-                f"the features of task {self.task!r} were collected on {self.base_model} (weights {collected}), "
-                f"but this model is {base_name(base)} (weights {actual}): collect them on the same pre-trained model"
-                + (resized if counts_all_rows(self.weight_hash) else "")
-            )
 
 
 def tokenizer_hash(tokenizer: Any) -> str | None:

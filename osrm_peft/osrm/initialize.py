@@ -12,11 +12,12 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from osrm_peft.distributed import Processes, check_writable, gather_parameter, write_parameter
+from osrm_peft.features.fit import check_model, check_other_tasks
 from osrm_peft.features.task_features import TaskFeatures
 from osrm_peft.models.fingerprint import hash_of, sampled_weights
 from osrm_peft.models.layers import base_of, linear_layer, lora_layers, unwrapped
 from osrm_peft.osrm.config import OSRMLoraConfig
-from osrm_peft.osrm.others import OtherTasks, check_tasks, load_features, provenance_of
+from osrm_peft.osrm.others import OtherTasks, load_features, provenance_of
 from osrm_peft.osrm.subspace import choose_directions, reference_directions
 from osrm_peft.seeding import layer_generator
 
@@ -78,7 +79,7 @@ def initialize_osrm_weights(
 
     def check() -> dict[str, Any]:
         for one in features:
-            one.check_fits(model, layers, tokenizer, sampled)
+            check_model(one, model, layers, tokenizer, sampled)
         return {
             "out_of_task": [provenance_of(one) for one in out.features],
             "in_task": provenance_of(own) if own else None,
@@ -170,7 +171,7 @@ def _config_of(model: PeftModel, adapter_name: str) -> OSRMLoraConfig:
 
 
 def _check_features(config: OSRMLoraConfig, others: list[TaskFeatures], own: TaskFeatures | None) -> None:
-    check_tasks(others, own)
+    check_other_tasks(others, own)
     if config.needs_own_features and own is None:
         raise ValueError(
             f"null_space={config.null_space!r}, objective={config.objective!r} look at the task's own features: give "

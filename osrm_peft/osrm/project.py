@@ -15,13 +15,14 @@ from osrm_peft.adapters.factors import Factors
 from osrm_peft.adapters.load import load_adapter
 from osrm_peft.adapters.lora_adapter import LoraAdapter
 from osrm_peft.checks import number
+from osrm_peft.features.fit import check_layers, check_one_base, check_other_tasks, check_pretrained
 from osrm_peft.features.task_features import TaskFeatures
 from osrm_peft.hub.card import write_manifest
 from osrm_peft.hub.privacy import public_name
 from osrm_peft.hub.push import Pushable
 from osrm_peft.hub.sources import local_folder
 from osrm_peft.io.manifest import MANIFEST, command, new_folder, read_manifest, versions
-from osrm_peft.osrm.others import OtherTasks, check_tasks, load_features, provenance_of
+from osrm_peft.osrm.others import OtherTasks, load_features, provenance_of
 from osrm_peft.osrm.spectrum import PooledMoment, Spectrum
 from osrm_peft.osrm.subspace import choose_directions
 from osrm_peft.seeding import layer_generator
@@ -143,8 +144,8 @@ def project_adapter(
     if own is None and (min_effect_kept is not None or null_space == "in_task"):
         raise ValueError("min_effect_kept and null_space='in_task' look at the task's own features: give in_task=FILE")
     protect = {"protect_rank": protect_rank, "protect_energy": protect_energy}
-    check_tasks(others, own)
-    _check_layers(loaded, [*others, *([own] if own else [])], base_model)
+    check_other_tasks(others, own)
+    _check_fit(loaded, [*others, *([own] if own else [])], base_model)
 
     out, factors = OtherTasks(others), {}
     layers: dict[str, LayerProjection] = {}
@@ -180,37 +181,18 @@ def project_adapter(
     return Projection(replace(loaded, factors=factors, sha256=None), layers, settings)
 
 
-def _check_layers(adapter: LoraAdapter, features: Sequence[TaskFeatures], base_model: str | None) -> None:
+def _check_fit(adapter: LoraAdapter, features: Sequence[TaskFeatures], base_model: str | None) -> None:
     """Have all features all layers of the adapter, at their widths, and are they of its base model?"""
+    widths = {name: (n,) for name, (_, _, n) in adapter.shapes.items()}
     for one in features:
         if base_model is None and public_name(adapter.base_model) not in (None, one.base_model):
             raise ValueError(
                 f"the features of task {one.task!r} are of {one.base_model}, the adapter {adapter.source} is of "
                 f"{adapter.base_model}: collect them on that model; if it is the same, say so with base_model=NAME"
             )
-        if one.of_finetuned_model:
-            raise ValueError(
-                f"the features of task {one.task!r} are of its fine-tuned model (collect_gram): "
-                "collect them on the pre-trained model with collect_features"
-            )
-        widths = one.widths()
-        lacking = [name for name in adapter.shapes if name not in widths]
-        if lacking:
-            raise ValueError(
-                f"the features of task {one.task!r} lack {len(lacking)} of the {len(adapter.shapes)} layers of "
-                f"{adapter.source}: {', '.join(lacking[:4])}; collect them on all of them (target_modules=…)"
-            )
-        wrong = [name for name, (_, _, n) in adapter.shapes.items() if widths[name] != n]
-        if wrong:
-            raise ValueError(
-                f"the features of task {one.task!r} have width {widths[wrong[0]]} at {wrong[0]!r}, the adapter "
-                f"{adapter.shapes[wrong[0]][2]}: they are of another base model"
-            )
-        if set(one.layers) == set(features[0].layers) and one.weight_hash != features[0].weight_hash:
-            raise ValueError(
-                f"the features of {features[0].task!r} are of {features[0].base_model} ({features[0].weight_hash}), "
-                f"those of {one.task!r} of {one.base_model} ({one.weight_hash}): collect them on the same model"
-            )
+        check_pretrained(one)
+        check_layers(one, widths, f"layers of {adapter.source}", "the adapter")
+    check_one_base(features)
 
 
 def _onto(factors: Factors, frame: Tensor) -> Factors:

@@ -179,7 +179,10 @@ FILES, _ = features_of("stu")
             r"the base model has \(7, 4\) at 'b', the adapters \(4, 7\): it is another model",
         ),
         ({"adapters": {}}, r"no adapters to merge"),
-        ({"features": FILES | {"t": TaskFeatures("t", "tiny", "", "token")}}, r"features of 't' lacks 2 of the 2"),
+        (
+            {"features": FILES | {"t": TaskFeatures("t", "tiny", "", "token")}},
+            r"features of task 't' \(of tiny\) lack 2 of the 2",
+        ),
     ],
 )
 def test_bad_input(change, message):

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, DataCollatorWithPadding
 
 from osrm_peft import OSRMLoraConfig, TaskFeatures, collect_features, initialize_osrm_weights, load_task
+from osrm_peft.features.fit import check_model
 from osrm_peft.models.fingerprint import weight_hash
 from osrm_peft.models.layers import target_layers
 from osrm_peft.models.loading import load_base
@@ -215,11 +216,11 @@ def test_a_vocabulary_resized_after_collecting_is_no_other_model(collected_on, u
     features = TaskFeatures.load(tmp_path / "t.safetensors")
     assert features.vocabulary == collected_on
     torch.manual_seed(2)  # new rows are drawn anew
-    features.check_fits(resized(used_on), features.layers)
+    check_model(features, resized(used_on), features.layers)
     model = get_peft_model(resized(used_on), OSRMLoraConfig(**LORA, **PAPER))
     initialize_osrm_weights(model, [tmp_path / "t.safetensors"])
     with pytest.raises(ValueError, match="collect them on the same pre-trained model"):
-        features.check_fits(resized(used_on, seed=1), features.layers)
+        check_model(features, resized(used_on, seed=1), features.layers)
 
 
 @pytest.mark.parametrize("rows", [50, 68])
@@ -228,7 +229,7 @@ def test_a_base_that_differs_in_its_embedding_alone_is_another_model(base, rows)
     other.get_input_embeddings().weight.data[:50] *= 1.1
     assert weight_hash(base, features.layers) == weight_hash(other, features.layers)
     with pytest.raises(ValueError, match=r"collected on tiny \(weights \w+\), but this model is tiny \(weights \w+\)"):
-        features.check_fits(other, features.layers)
+        check_model(features, other, features.layers)
 
 
 def of_format_3(path):
@@ -252,28 +253,28 @@ def test_a_file_of_the_version_before_fits_its_model_and_says_why_it_fits_no_res
     collect(base).save(path)
     of_format_3(path)
     features = TaskFeatures.load(path)
-    features.check_fits(base, features.layers)
+    check_model(features, base, features.layers)
     model = get_peft_model(make_base(), OSRMLoraConfig(**LORA, **PAPER))
     initialize_osrm_weights(model, [path, replace(collect(base), task="u")])  # beside one of today
     with pytest.raises(
         ValueError, match=r"The file is of an earlier version, which .* was resized .*: if that is all, collect again"
     ):
-        features.check_fits(resized(68), features.layers)
+        check_model(features, resized(68), features.layers)
     with pytest.raises(ValueError, match="collect them on the same pre-trained model"):
-        features.check_fits(make_base(seed=1), features.layers)
+        check_model(features, make_base(seed=1), features.layers)
 
 
 def test_features_of_another_model_are_refused(base):
     features = collect(base)
-    features.check_fits(base, [QUERY_1])
+    check_model(features, base, [QUERY_1])
     with pytest.raises(ValueError, match=r"collected on tiny \(weights \w+\), but this model is tiny \(weights \w+\)"):
-        features.check_fits(make_base(seed=1), [QUERY_1])
+        check_model(features, make_base(seed=1), [QUERY_1])
     with pytest.raises(ValueError, match=r"have width 16 at '.*query', the model has 8"):
-        features.check_fits(make_base(hidden_size=8), [QUERY_1])
+        check_model(features, make_base(hidden_size=8), [QUERY_1])
     with pytest.raises(ValueError, match=r"lack 1 of the 1 adapted layers: .*layer.0.*key; collect them again"):
-        features.check_fits(base, ["bert.encoder.layer.0.attention.self.key"])
+        check_model(features, base, ["bert.encoder.layer.0.attention.self.key"])
     with pytest.raises(ValueError, match="another architecture"):
-        features.check_fits(make_base(num_hidden_layers=1), ["bert.encoder.layer.0.attention.self.query"])
+        check_model(features, make_base(num_hidden_layers=1), ["bert.encoder.layer.0.attention.self.query"])
 
 
 @pytest.mark.parametrize(
@@ -419,5 +420,5 @@ def test_a_model_spread_over_devices_and_disk_gives_the_same_features(tmp_path):
     assert found.weight_hash == expected.weight_hash
     for name, moments in expected.layers.items():
         assert torch.equal(found.layers[name].second_moment(), moments.second_moment())
-    found.check_fits(spread, found.layers)
+    check_model(found, spread, found.layers)
     assert spread.bert.encoder.layer[1].attention.self.query.weight.is_meta

@@ -21,11 +21,11 @@ from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
 from osrm_peft import OSRMLoraConfig, TaskFeatures, collect_features, initialize_osrm_weights
+from osrm_peft.features.fit import check_model, check_other_tasks
 from osrm_peft.features.moments import STATISTICS, FeatureMoments
 from osrm_peft.features.task_features import tokenizer_hash
 from osrm_peft.io import tensors as tensor_files
 from osrm_peft.io.tensors import write_tensors
-from osrm_peft.osrm.others import check_tasks
 from osrm_peft.osrm.spectrum import PooledMoment, Spectrum
 from osrm_peft.osrm.subspace import choose_directions
 from tests.helpers.hub import Hub
@@ -250,16 +250,16 @@ def test_features_of_another_tokenizer_are_refused_naming_both():
     before = copy.deepcopy(model.state_dict())
     refused = rf"task 't1' were collected with the tokenizer theirs \({tokenizer_hash(theirs)}\), but this one is mine "
     for call in (
-        lambda: other.check_fits(model, list(other.layers), mine),
+        lambda: check_model(other, model, list(other.layers), mine),
         lambda: initialize_osrm_weights(model, [other], tokenizer=mine),
     ):
         with pytest.raises(ValueError, match=refused + rf"\({tokenizer_hash(mine)}\)"):
             call()
     for first, second, alone in ((own, other, None), (unknown, own, other), (other, third, own)):
         with pytest.raises(ValueError, match=r"collected with the tokenizer (mine|theirs) .*with (mine|theirs) "):
-            check_tasks([first, second], alone)
+            check_other_tasks([first, second], alone)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-    check_tasks([other, third, unknown], None)
+    check_other_tasks([other, third, unknown], None)
     initialize_osrm_weights(model, [other, third, unknown], tokenizer=theirs)
     initialize_osrm_weights(model, [unknown], tokenizer=mine)  # what is not known is not compared
 

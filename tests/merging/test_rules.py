@@ -334,11 +334,11 @@ FILES, _ = features_of("stu")
         ),
         (
             {"scale": LeastSquares(FILES | features_of("t", layers={"a": LAYERS["a"]})[0])},
-            r"features of 't' lacks 1 of the 2 merged layers: b",
+            r"features of task 't' \(of tiny\) lack 1 of the 2 merged layers: b",
         ),
         (
             {"scale": LeastSquares(FILES | features_of("t", layers=LAYERS | {"b": (4, 6, 1)})[0])},
-            r"features of 't' is 4×6 at 'b', the layer is 4×7",
+            r"features of task 't' have width 6 at 'b', the adapter has 7",
         ),
     ],
 )

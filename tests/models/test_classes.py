@@ -12,6 +12,7 @@ from peft import LoraConfig, get_peft_model
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from osrm_peft import collect_features, interference
+from osrm_peft.features.fit import check_model
 from osrm_peft.models.fingerprint import input_embedding, weight_hash
 from osrm_peft.models.layers import target_layers
 from tests.helpers.models import GPT2, IDS, T5, TEXT, TWO
@@ -282,10 +283,10 @@ def test_a_user_s_batch_gives_the_moments_of_the_real_positions(name):
 def test_hash_and_interference_of_the_same_models(name):
     model, batch = make(name), batch_of(name)
     features = collect(name, model, batch)
-    features.check_fits(make(name), features.layers)
+    check_model(features, make(name), features.layers)
     assert weight_hash(model, features.layers) == weight_hash(make(name).bfloat16(), features.layers)
     with pytest.raises(ValueError, match="collect them on the same pre-trained model"):
-        features.check_fits(make(name, seed=1), features.layers)
+        check_model(features, make(name, seed=1), features.layers)
     layers = [layer for layer in features.layers if layer != "lm_head"]  # PEFT takes its name for an embedding's
     adapted = get_peft_model(make(name), LoraConfig(r=2, target_modules=layers, init_lora_weights=False))
     found = interference({"t": adapted}, {"t": features}, base=model)

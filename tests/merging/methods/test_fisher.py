@@ -128,15 +128,15 @@ def test_a_merge_takes_each_task_s_own_file(tmp_path):
         ),
         (
             {"s": information("s", 1), "t": information("t", 2, {"a": (6, 5, 1)})},
-            r"statistics of 't' lacks 1 of the 2 merged layers: b",
+            r"statistics of task 't' \(of tiny\) lack 1 of the 2 merged layers: b",
         ),
         (
             {"s": information("s", 1), "t": DiagonalFisher("t", "tiny", 1, "true", layers=dict.fromkeys("ab", ONES))},
-            r"statistics of 't' is 5 at 'a', the layer is",
+            r"statistics of task 't' have shape 5 at 'a', the adapter has 6×5",
         ),
         (
             {"s": information("s", 1), "t": information("t", 2, LAYERS | {"b": (7, 4, 1)})},
-            r"statistics of 't' is 7×4 at 'b', the layer is 4×7: it is of another base model",
+            r"statistics of task 't' have shape 7×4 at 'b', the adapter has 4×7: they are of another base model",
         ),
     ],
 )

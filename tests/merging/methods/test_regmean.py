@@ -16,6 +16,7 @@ from osrm_peft import (
     initialize_osrm_weights,
     merge_adapters,
 )
+from osrm_peft.features.fit import check_model
 from osrm_peft.features.moments import FeatureMoments
 from osrm_peft.merging.methods.regmean import regmean
 from tests.helpers.adapters import make_adapter
@@ -172,8 +173,8 @@ def test_a_merge_takes_each_task_s_own_file_and_names_the_layer_of_an_error(tmp_
         ({"ridge": -1}, r"ridge=-1 must be a finite number of at least 0"),
         ({"space": "core"}, r"regmean runs in space 'factors' only"),
         ({"statistics": None}, r"needs statistics=\{task: file\} of every task, missing t: .*collect_gram"),
-        ({"statistics": {"t": gram_of("t", 1, {"a": LAYERS["a"]})}}, r"lacks 1 of the 2 merged layers: b"),
-        ({"statistics": {"t": gram_of("t", 1, LAYERS | {"b": (4, 6, 1)})}}, r"is 4×6 at 'b', the layer is 4×7"),
+        ({"statistics": {"t": gram_of("t", 1, {"a": LAYERS["a"]})}}, r"lack 1 of the 2 merged layers: b"),
+        ({"statistics": {"t": gram_of("t", 1, LAYERS | {"b": (4, 6, 1)})}}, r"have width 6 at 'b', the adapter has 7"),
     ],
 )
 def test_bad_input(arguments, message):
@@ -250,9 +251,9 @@ def test_osrm_refuses_the_features_of_an_adapted_model(tmp_path):
     collect(collect_gram, make_base(), target_modules=["query", "value"]).save(tmp_path / "gram.safetensors")
     gram = TaskFeatures.load(tmp_path / "gram.safetensors")
     assert gram.of_finetuned_model
-    message = r"the features of task 't' are of its fine-tuned model \(collect_gram, for RegMean\): collect them on"
+    message = r"the statistics of task 't' are of its fine-tuned model \(collect_gram, for RegMean\): collect them on"
     with pytest.raises(ValueError, match=message):
-        gram.check_fits(make_base(), [QUERY_1])
+        check_model(gram, make_base(), [QUERY_1])
     config = OSRMLoraConfig(r=4, target_modules=["query", "value"], task_type="SEQ_CLS", null_space="random")
     with pytest.raises(ValueError, match=message):
         initialize_osrm_weights(get_peft_model(make_base(), config), [tmp_path / "gram.safetensors"])
