@@ -10,7 +10,7 @@ export HF_HUB_DISABLE_TELEMETRY ?= 1
 
 DOCS := .venv/.docs
 
-.PHONY: setup demo test test-fast test-distributed test-kernels reproduce-small reproduce-smollm2 lint docs help clean
+.PHONY: setup demo test test-fast test-distributed test-kernels reproduce-small reproduce-smollm2 lint docs pictures help clean
 
 setup: $(INSTALLED)  ## make .venv with the tested versions
 
@@ -73,10 +73,13 @@ $(DOCS): $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
 	touch $@
 
+pictures: $(INSTALLED)  ## draw the pictures of docs/pictures: half a minute, and a browser
+	$(BIN)/python docs/pictures.py
+
 lint: $(INSTALLED)  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 clean:  ## remove .venv and results
-	rm -rf .venv results
+	rm -rf .venv results examples/results

@@ -21,6 +21,7 @@ MARKED = {
         "tasks/test_glue.py",
         "test_docs.py::test_every_python_block",
         "test_docs.py::test_a_users_file",
+        "test_examples.py",
         "training/",
     ),
     "slow": (
@@ -36,6 +37,7 @@ MARKED = {
         "models/test_families.py",
         "models/test_loading.py",
         "osrm/test_callback.py",
+        "test_pictures.py",
         "zoo/",
     ),
     "browser": ("evaluation/test_page.py::test_a_browser",),
