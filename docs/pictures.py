@@ -34,7 +34,7 @@ from osrm_peft import (
     tokenize,
 )
 from osrm_peft.io.places import new_file
-from osrm_peft.osrm.others import OutOfTask
+from osrm_peft.osrm.others import OtherTasks
 
 ROOT = Path(__file__).parent.parent
 TASK, BLOCK = "tweets", 4
@@ -42,7 +42,7 @@ LORA: dict[str, Any] = {"r": 8, "lora_alpha": 16, "target_modules": ["query"], "
 KINDS: dict[str, dict[str, Any] | None] = {
     "plain LoRA's random A": None,
     "OSRM's A, our default": {},
-    "OSRM's A, the paper's choice": {"null_space": "random", "protect": None},
+    "OSRM's A, the paper's choice": {"null_space": "random", "protect_energy": None},
 }
 
 
@@ -69,7 +69,13 @@ def packaged_features(names: list[str], k: int) -> dict[str, TaskFeatures]:
         rows = tokenize(load_task("packaged", name).sample(train=k).train, tokenizer, 128).remove_columns("labels")
         loader = DataLoader(rows, batch_size=16, collate_fn=DataCollatorWithPadding(tokenizer))
         found[name] = collect_features(
-            base, loader, task=name, target_modules=LORA["target_modules"], k=k, tokenizer=tokenizer, progress=False
+            base,
+            loader,
+            task=name,
+            target_modules=LORA["target_modules"],
+            num_samples=k,
+            tokenizer=tokenizer,
+            progress=False,
         )
     return found
 
@@ -81,7 +87,7 @@ def choice_of_a(features: dict[str, TaskFeatures], task: str, block: int) -> Cho
     the space of A's rows alone: the shares are of an orthonormal basis.
     """
     others = [one for name, one in features.items() if name != task]
-    out, passed = OutOfTask(others), {}
+    out, passed = OtherTasks(others), {}
     for kind, fields in KINDS.items():
         torch.manual_seed(0)
         config = LoraConfig(**LORA) if fields is None else OSRMLoraConfig(**LORA, **fields)
@@ -153,7 +159,7 @@ def main() -> None:
     out = parser.parse_args().out
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    choice = choice_of_a(packaged_features(list_tasks("packaged"), k=100), TASK, BLOCK)
+    choice = choice_of_a(packaged_features(list_tasks("packaged"), num_samples=100), TASK, BLOCK)
     plot_choice(choice, f"what query and value of block {BLOCK} read", out / "choosing_a.png")
     for kind, shares in choice.passed.items():
         print(f"{kind}: {', '.join(f'{100 * share:.3f}' for share in shares.values())} % of the others' energy")

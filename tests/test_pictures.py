@@ -11,7 +11,7 @@ PLAIN, DEFAULT, PAPER = PICTURES["KINDS"]
 
 
 def test_in_each_layer_osrms_a_lets_less_through_than_a_random_one(tmp_path):
-    features = PICTURES["packaged_features"](["questions", "sms_spam", "tweets"], k=16)
+    features = PICTURES["packaged_features"](["questions", "sms_spam", "tweets"], num_samples=16)
     choice = PICTURES["choice_of_a"](features, "tweets", block=2)
     assert choice.energy == sorted(choice.energy, reverse=True) and len(choice.energy) == 384
     assert sum(choice.energy) == pytest.approx(1, rel=1e-9)

@@ -39,10 +39,7 @@ def merge(
     rank: Annotated[str | None, typer.Option(help="Largest rank of the result, or serving. Default: exact.")] = None,
     modules: Annotated[
         str | None,
-        typer.Option(
-            help="Of modules trained whole (lm_head, embeddings, norms): average, per_task, error, or the task whose "
-            "they are. Default: the average."
-        ),
+        typer.Option(help="Modules trained whole (lm_head, …): average (default), per_task, error, or a task."),
     ] = None,
     base_model: Annotated[
         str | None, typer.Option(help="The base model, where the adapters name it differently.")

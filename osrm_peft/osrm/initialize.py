@@ -2,7 +2,7 @@
 
 import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -61,50 +61,59 @@ def initialize_osrm_weights(
     _check_layers(layers, adapter_name, config)
     for layer in layers.values():
         check_writable(layer.lora_A[adapter_name].weight)
-    known = dict(base_of(model).named_modules())
-    features: list[TaskFeatures] = []  # of the other tasks, then the own ones; on the main process
-
-    def load() -> tuple[list[str], set[int]]:
-        others, own = _load(model, adapter_name, config, out_of_task, in_task)
-        features.extend([*others, *([own] if own else [])])
-        every = dict.fromkeys([*layers, *(name for one in features for name in one.layers)])
-        names = [name for name in every if name in known]  # an unknown one is an error below
-        return names, {rows for one in features for rows in one.rows()}
-
-    names, rows = processes.broadcast_from_main(load)
-    sampled = sampled_weights(model, names, rows)
-
-    own = features[-1] if features and config.needs_own_features else None
-    out = OtherTasks(features[: -1 if own else None])
-
-    def check() -> dict[str, Any]:
-        for one in features:
-            check_model(one, model, layers, tokenizer, sampled)
-        return {
-            "out_of_task": [provenance_of(one) for one in out.features],
-            "in_task": provenance_of(own) if own else None,
-            "weight_hash": hash_of(sampled, layers),
-        }
-
-    def choose(name: str) -> tuple[Tensor, float]:
-        A, share = _choose(config, out, own, layers[name].r[adapter_name], name)
-        return A.float(), share
-
-    provenance = processes.broadcast_from_main(check)
+    features = _Features(config, model, adapter_name)
+    sampled = sampled_weights(model, *processes.broadcast_from_main(partial(features.load, out_of_task, in_task)))
+    provenance = processes.broadcast_from_main(partial(features.check, tokenizer, sampled))
     # One broadcast a layer: of a large model all layers take longer than a process group waits.
     bar = tqdm(layers, desc="OSRM", unit="layer", disable=not progress)
-    found = {name: processes.broadcast_from_main(partial(choose, name)) for name in bar}
-    directions = {name: A for name, (A, _) in found.items()}
-    provenance["out_of_task_energy_share"] = {name: share for name, (_, share) in found.items()}
+    chosen = {name: processes.broadcast_from_main(partial(features.choose, name)) for name in bar}
     for name, layer in layers.items():
-        write_parameter(layer.lora_A[adapter_name].weight, directions[name])
+        write_parameter(layer.lora_A[adapter_name].weight, chosen[name][0])
         if config.freeze_a:
             layer.lora_A[adapter_name].weight.requires_grad_(False)
     _check_alike(layers, adapter_name, processes)
+    provenance["out_of_task_energy_share"] = {name: share for name, (_, share) in chosen.items()}
     config.provenance = provenance
     tasks = ", ".join(one["task"] for one in provenance["out_of_task"])
     logger.info("OSRM set A of %d layers from the features of %s", len(layers), tasks)
     return provenance["out_of_task_energy_share"]
+
+
+class _Features:
+    """The features of one choice of A. The main process alone loads them, checks them and chooses."""
+
+    def __init__(self, config: OSRMLoraConfig, model: PeftModel, adapter_name: str) -> None:
+        self.config, self.model, self.adapter_name = config, model, adapter_name
+        self.layers = lora_layers(model, adapter_name)
+        self.own: TaskFeatures | None = None
+        self.others = OtherTasks([])
+
+    def load(self, out_of_task: Any, in_task: Any) -> tuple[list[str], set[int]]:
+        """Read them; the layers and numbers of embedding rows whose weights are to be sampled."""
+        others, self.own = _load(self.model, self.adapter_name, self.config, out_of_task, in_task)
+        self.others = OtherTasks(others)
+        known = dict(base_of(self.model).named_modules())
+        names = dict.fromkeys([*self.layers, *(name for one in self._all() for name in one.layers)])
+        # an unknown name is an error of `check`
+        return [name for name in names if name in known], {rows for one in self._all() for rows in one.rows()}
+
+    def check(self, tokenizer: Any, sampled: Mapping[str | int, bytes]) -> dict[str, Any]:
+        """Do they fit the model and the tokenizer? Returns the provenance."""
+        for features in self._all():
+            check_model(features, self.model, self.layers, tokenizer, sampled)
+        return {
+            "out_of_task": [provenance_of(features) for features in self.others.features],
+            "in_task": provenance_of(self.own) if self.own else None,
+            "weight_hash": hash_of(sampled, self.layers),
+        }
+
+    def choose(self, name: str) -> tuple[Tensor, float]:
+        """(r, n) float32 A of a layer, and the share of the others' energy that it lets through."""
+        A, share = _choose(self.config, self.others, self.own, self.layers[name].r[self.adapter_name], name)
+        return A.float(), share
+
+    def _all(self) -> list[TaskFeatures]:
+        return [*self.others.features, *([self.own] if self.own else [])]
 
 
 def _load(

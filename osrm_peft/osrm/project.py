@@ -106,15 +106,11 @@ def project_adapter(
 ) -> Projection:
     r"""Project a trained adapter so that it acts less on the other tasks' features; nothing is trained.
 
-    The paper's way (Zhang & Zhou, ACL 2025, §5.4): with OSRM's Ã (r, n) of each layer,
+        the paper (Zhang & Zhou, ACL 2025, §5.4):  B̂ = s B A Ãᵀ, ΔŴ = B̂ Ã, with OSRM's Ã (r, n) of each layer
+        with `min_effect_kept` = ρ:  ΔŴ = s B A (I − V_p V_pᵀ), with V_p the p strongest out-of-task directions
 
-        B̂ = s B A Ãᵀ,   ΔŴ = B̂ Ã
-
-    which keeps of ΔW what lies in the r directions of Ã, mostly little. With `min_effect_kept` = ρ instead
-
-        ΔŴ = s B A (I − V_p V_pᵀ),   V_p the p strongest out-of-task directions,
-
-    with the largest p of each layer that keeps E‖ΔŴ h_t‖² ≥ ρ E‖ΔW h_t‖² on the task's own features h_t.
+    The first keeps what of ΔW lies in the r directions of Ã, mostly little. The second takes for each layer the largest
+    p that keeps E‖ΔŴ h_t‖² ≥ ρ E‖ΔW h_t‖² on the task's own features h_t.
 
     Args:
         adapter: as `load_adapter` takes it; it is not changed.
@@ -134,51 +130,77 @@ def project_adapter(
     loaded = adapter if isinstance(adapter, LoraAdapter) else load_adapter(adapter)
     others = [load_features(features) for features in out_of_task]
     own = None if in_task is None else load_features(in_task)
-    if min_effect_kept is not None:
-        min_effect_kept = number("min_effect_kept", min_effect_kept, 0, 1, open_low=True)
-        if (null_space, protect_rank, protect_energy) != ("random", None, None):
-            raise ValueError(
-                "min_effect_kept chooses the protected directions itself: leave null_space, protect_rank and "
-                "protect_energy out"
-            )
-    if own is None and (min_effect_kept is not None or null_space == "in_task"):
-        raise ValueError("min_effect_kept and null_space='in_task' look at the task's own features: give in_task=FILE")
-    protect = {"protect_rank": protect_rank, "protect_energy": protect_energy}
+    _check_choice(own, min_effect_kept, null_space, protect_rank, protect_energy)
     check_other_tasks(others, own)
     _check_fit(loaded, [*others, *([own] if own else [])], base_model)
 
-    out, factors = OtherTasks(others), {}
-    layers: dict[str, LayerProjection] = {}
+    frame = {"null_space": null_space, "protect_rank": protect_rank, "protect_energy": protect_energy, "seed": seed}
+    projector = _Projector(OtherTasks(others), own, min_effect_kept, frame)
+    factors, layers = {}, {}
     for name in tqdm(loaded.shapes, desc="project", unit="layer", disable=not progress):
-        found, (_, pool, spectrum) = loaded.factors[name], out.at(name)
-        own_moments = None if own is None else own.layers[name]
-        own_pool = None if own_moments is None else PooledMoment.of([own_moments])
-        L, p = _square_root(found), None
-        if min_effect_kept is not None and own_pool is not None:
-            p = _most_protected(L, spectrum, own_pool, min_effect_kept)
-            factors[name] = _away_from(found, spectrum.vectors[:, :p])
-        else:
-            options: dict[str, Any] = {"own": own_moments, "null_space": null_space, **protect}
-            generator = layer_generator(seed, name)
-            factors[name] = _onto(found, choose_directions(spectrum, found.rank, generator=generator, **options))
-        after = _square_root(factors[name])
-        layers[name] = LayerProjection(
-            float(after.square().sum() / L.square().sum()) if L.any() else 1.0,
-            _effect_kept(pool, after, L),
-            None if own_pool is None else _effect_kept(own_pool, after, L),
-            p,
-        )
+        factors[name], layers[name] = projector.project(name, loaded.factors[name])
     settings = {
         "adapter": loaded.source,
         "sha256": loaded.sha256,
         "out_of_task": [provenance_of(features) for features in others],
         "in_task": None if own is None else provenance_of(own),
         "min_effect_kept": min_effect_kept,
-        "null_space": null_space,
-        **protect,
-        "seed": seed,
+        **frame,
     }
     return Projection(replace(loaded, factors=factors, sha256=None), layers, settings)
+
+
+def _check_choice(
+    own: TaskFeatures | None, min_effect_kept: float | None, null_space: str, rank: int | None, energy: float | None
+) -> None:
+    if min_effect_kept is not None:
+        number("min_effect_kept", min_effect_kept, 0, 1, open_low=True)
+        if (null_space, rank, energy) != ("random", None, None):
+            raise ValueError(
+                "min_effect_kept chooses the protected directions itself: leave null_space, protect_rank and "
+                "protect_energy out"
+            )
+    if own is None and (min_effect_kept is not None or null_space == "in_task"):
+        raise ValueError("min_effect_kept and null_space='in_task' look at the task's own features: give in_task=FILE")
+
+
+@dataclass(frozen=True)
+class _Projector:
+    """One way to project, for all layers.
+
+    Attributes:
+        others: the other tasks' features.
+        own: the task's own, where they are known.
+        min_effect_kept: ρ; None: the paper's projection.
+        frame: how the paper's Ã is chosen: null_space, protect_rank, protect_energy and seed.
+    """
+
+    others: OtherTasks
+    own: TaskFeatures | None
+    min_effect_kept: float | None
+    frame: dict[str, Any]
+
+    def project(self, name: str, before: Factors) -> tuple[Factors, LayerProjection]:
+        """One layer's factors, projected, and what is kept."""
+        _, pool, spectrum = self.others.at(name)
+        own = None if self.own is None else self.own.layers[name]
+        own_pool = None if own is None else PooledMoment.of([own])
+        L, p = _square_root(before), None
+        if self.min_effect_kept is not None and own_pool is not None:
+            p = _most_protected(L, spectrum, own_pool, self.min_effect_kept)
+            projected = _away_from(before, spectrum.vectors[:, :p])
+        else:
+            choice = {key: value for key, value in self.frame.items() if key != "seed"}
+            generator = layer_generator(self.frame["seed"], name)
+            A = choose_directions(spectrum, before.rank, generator=generator, own=own, **choice)
+            projected = _onto(before, A)
+        after = _square_root(projected)
+        return projected, LayerProjection(
+            float(after.square().sum() / L.square().sum()) if L.any() else 1.0,
+            _effect_kept(pool, after, L),
+            None if own_pool is None else _effect_kept(own_pool, after, L),
+            p,
+        )
 
 
 def _check_fit(adapter: LoraAdapter, features: Sequence[TaskFeatures], base_model: str | None) -> None:

@@ -304,12 +304,7 @@ def test_a_live_model_and_its_weights_stay_as_they_are(tmp_path):
         ("aa", None, {}, "out_of_task names a more than once"),
         ("ab", "a", {}, "task 'a' is both in_task and out_of_task"),
         (["a", {"statistic": "mean"}], None, {}, "those of 'b' 'mean': collect them alike"),
-        (
-            ["a", {"of_finetuned_model": True}],
-            None,
-            {},
-            "the statistics of task 'b' are of its fine-tuned model (collect_gram)",
-        ),
+        (["a", {"adapted": True}], None, {}, "the statistics of task 'b' are of its fine-tuned model (collect_gram"),
         (["a", {"targets": ["query"]}], None, {}, "the features of task 'b' (of tiny) lack 2 of the 4 layers of"),
         (["a", {"base": {"hidden_size": 8}}], None, {}, "task 'b' have width 8 at 'bert.encoder.layer.0.attention"),
         (["a", {"base": {"seed": 1}}], None, {}, "the features of task 'a' are of tiny ("),
