@@ -61,19 +61,20 @@ class Choice:
     passed: dict[str, dict[str, float]]
 
 
-def packaged_features(names: list[str], k: int) -> dict[str, TaskFeatures]:
-    """Features of the packaged tasks on the packaged model, of k texts each."""
+def packaged_features(names: list[str], num_samples: int) -> dict[str, TaskFeatures]:
+    """Features of the packaged tasks on the packaged model, of so many texts each."""
     tokenizer, base = load_tokenizer("packaged"), load_base("packaged", num_labels=2)
     found = {}
     for name in names:
-        rows = tokenize(load_task("packaged", name).sample(train=k).train, tokenizer, 128).remove_columns("labels")
+        texts = load_task("packaged", name).sample(train=num_samples).train
+        rows = tokenize(texts, tokenizer, 128).remove_columns("labels")
         loader = DataLoader(rows, batch_size=16, collate_fn=DataCollatorWithPadding(tokenizer))
         found[name] = collect_features(
             base,
             loader,
             task=name,
             target_modules=LORA["target_modules"],
-            num_samples=k,
+            num_samples=num_samples,
             tokenizer=tokenizer,
             progress=False,
         )

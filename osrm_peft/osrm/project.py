@@ -130,7 +130,7 @@ def project_adapter(
     loaded = adapter if isinstance(adapter, LoraAdapter) else load_adapter(adapter)
     others = [load_features(features) for features in out_of_task]
     own = None if in_task is None else load_features(in_task)
-    _check_choice(own, min_effect_kept, null_space, protect_rank, protect_energy)
+    min_effect_kept = _checked(own, min_effect_kept, null_space, protect_rank, protect_energy)
     check_other_tasks(others, own)
     _check_fit(loaded, [*others, *([own] if own else [])], base_model)
 
@@ -150,11 +150,12 @@ def project_adapter(
     return Projection(replace(loaded, factors=factors, sha256=None), layers, settings)
 
 
-def _check_choice(
+def _checked(
     own: TaskFeatures | None, min_effect_kept: float | None, null_space: str, rank: int | None, energy: float | None
-) -> None:
+) -> float | None:
+    """`min_effect_kept`, once the options agree with each other and with the features that are given."""
     if min_effect_kept is not None:
-        number("min_effect_kept", min_effect_kept, 0, 1, open_low=True)
+        min_effect_kept = number("min_effect_kept", min_effect_kept, 0, 1, open_low=True)
         if (null_space, rank, energy) != ("random", None, None):
             raise ValueError(
                 "min_effect_kept chooses the protected directions itself: leave null_space, protect_rank and "
@@ -162,6 +163,7 @@ def _check_choice(
             )
     if own is None and (min_effect_kept is not None or null_space == "in_task"):
         raise ValueError("min_effect_kept and null_space='in_task' look at the task's own features: give in_task=FILE")
+    return min_effect_kept
 
 
 @dataclass(frozen=True)
