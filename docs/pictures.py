@@ -101,7 +101,7 @@ def choice_of_a(features: dict[str, TaskFeatures], task: str, block: int) -> Cho
         }
     _, pool, spectrum = out.at(list(others[0].layers)[block - 1])
     energy = torch.linalg.eigvalsh(pool.second_moment()).flip(0).clamp_min(0) / pool.trace()
-    return Choice(energy.tolist(), spectrum.strongest(0.9).rank, passed)
+    return Choice(energy.tolist(), spectrum.strongest(energy=0.9).rank, passed)
 
 
 def plot_choice(choice: Choice, title: str, path: Path) -> None:

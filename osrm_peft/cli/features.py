@@ -3,7 +3,7 @@
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -119,7 +119,9 @@ def project(
     min_effect_kept: Annotated[
         float | None, typer.Option(help="Share of the own effect to keep. Default: the paper's way.")
     ] = None,
-    null_space: Annotated[str, typer.Option(help="random or in_task: who chooses where others are quiet.")] = "random",
+    null_space: Annotated[
+        Literal["random", "in_task"], typer.Option(help="Who chooses where others are quiet.")
+    ] = "random",
     protect_rank: Annotated[int | None, typer.Option(help="How many of the strongest directions to avoid.")] = None,
     protect_energy: Annotated[float | None, typer.Option(help="Share of the energy whose directions to avoid.")] = None,
     seed: Annotated[int, typer.Option(help="Of the random choice.")] = 0,

@@ -2,7 +2,7 @@
 
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -35,7 +35,9 @@ def merge(
         list[str] | None,
         typer.Option(help="λ, or features. Default: the method's paper's. Repeat it for a sweep: OUT/scale_<λ>."),
     ] = None,
-    space: Annotated[str | None, typer.Option(help="auto, weight, core or knots.")] = None,
+    space: Annotated[
+        Literal["auto", "weight", "core", "knots"] | None, typer.Option(help="Where the method runs. Default: auto.")
+    ] = None,
     rank: Annotated[str | None, typer.Option(help="Largest rank of the result, or serving. Default: exact.")] = None,
     modules: Annotated[
         str | None,
@@ -160,7 +162,7 @@ def interference(
 @app.command()
 def statistics(
     config: ConfigOption,
-    kind: Annotated[str, typer.Option(help="gram (for regmean) or fisher.")],
+    kind: Annotated[Literal["gram", "fisher"], typer.Option(help="gram is for regmean.")],
     adapters: Annotated[Path, typer.Option(help="Folder of the adapters: ADAPTERS/<task>.")] = Path("results/adapters"),
     out: Annotated[Path, typer.Option(help="Folder of the files: OUT/<task>.<kind>.safetensors.")] = Path(
         "results/statistics"

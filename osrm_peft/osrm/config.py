@@ -3,7 +3,7 @@
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from peft import LoraConfig
 from peft.utils import CONFIG_NAME
@@ -16,9 +16,9 @@ from osrm_peft.hub.privacy import public, public_name
 from osrm_peft.io.manifest import MANIFEST, command, versions
 from osrm_peft.io.places import check_file
 from osrm_peft.models.identity import located
-from osrm_peft.osrm.subspace import NULL_SPACES, OBJECTIVES, check_protect
+from osrm_peft.osrm.subspace import NullSpace, Objective, check_protect
 
-_DEFAULT_CHOICE: tuple[str, str, float | None] = ("token", "in_task", 0.9)  # the best of benchmarks/osrm_study.py
+_DEFAULT_CHOICE: tuple[str, NullSpace, float | None] = ("token", "in_task", 0.9)  # the best of benchmarks/osrm_study.py
 
 
 @dataclass
@@ -59,8 +59,8 @@ class OSRMLoraConfig(LoraConfig):
 
     out_of_task: list[str] | None = None
     statistic: str = _DEFAULT_CHOICE[0]
-    null_space: str = _DEFAULT_CHOICE[1]
-    objective: str = "least_energy"
+    null_space: NullSpace = _DEFAULT_CHOICE[1]
+    objective: Objective = "least_energy"
     in_task: str | None = None
     in_task_weight: float = 0.5
     ridge: float = 0.1
@@ -80,8 +80,9 @@ class OSRMLoraConfig(LoraConfig):
                     f"{name}={getattr(self, name)!r}: OSRM makes adapters to be merged, and no merge takes such a one "
                     f"(it is not plain LoRA): leave {name} out, or use peft.LoraConfig"
                 )
-        for name, choices in (("statistic", STATISTICS), ("null_space", NULL_SPACES), ("objective", OBJECTIVES)):
-            choice(name, getattr(self, name), choices)
+        choice("statistic", self.statistic, STATISTICS)
+        choice("null_space", self.null_space, get_args(NullSpace))
+        choice("objective", self.objective, get_args(Objective))
         if isinstance(self.out_of_task, (str, Path)):
             raise ValueError(f"out_of_task={self.out_of_task!r}: give a list of features files")
         self.in_task_weight = number("in_task_weight", self.in_task_weight, 0, 1)

@@ -24,7 +24,7 @@ from osrm_peft.hub.sources import local_folder
 from osrm_peft.io.manifest import MANIFEST, command, new_folder, read_manifest, versions
 from osrm_peft.osrm.others import OtherTasks, load_features, provenance_of
 from osrm_peft.osrm.spectrum import PooledMoment, Spectrum
-from osrm_peft.osrm.subspace import choose_directions
+from osrm_peft.osrm.subspace import NullSpace, choose_directions
 from osrm_peft.seeding import layer_generator
 
 
@@ -97,7 +97,7 @@ def project_adapter(
     *,
     in_task: TaskFeatures | str | Path | None = None,
     min_effect_kept: float | None = None,
-    null_space: str = "random",
+    null_space: NullSpace = "random",
     protect_rank: int | None = None,
     protect_energy: float | None = None,
     seed: int = 0,

@@ -120,7 +120,7 @@ class Spectrum:
         """m, how many directions have energy."""
         return len(self.energy)
 
-    def strongest(self, rank: int | None = None, energy: float | None = None) -> "Spectrum":
+    def strongest(self, *, rank: int | None = None, energy: float | None = None) -> "Spectrum":
         """The `rank` strongest directions, or as many as hold the share `energy` of the energy; all by default."""
         if energy is not None:
             reached = self.energy.cumsum(0) >= energy * self.energy.sum() * (1 - self.width * _EPS)

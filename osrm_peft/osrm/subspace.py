@@ -1,6 +1,7 @@
 """Choosing A: the directions in which the other tasks have the least energy. Pure: tensors in, tensors out."""
 
 from collections.abc import Sequence
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -9,8 +10,8 @@ from osrm_peft.checks import choice, integer
 from osrm_peft.features.moments import FeatureMoments
 from osrm_peft.osrm.spectrum import PooledMoment, Spectrum, above_rounding, check_protect
 
-NULL_SPACES = ("random", "in_task")
-OBJECTIVES = ("least_energy", "difference", "ratio")
+NullSpace = Literal["random", "in_task"]
+Objective = Literal["least_energy", "difference", "ratio"]
 _EPS = torch.finfo(torch.float64).eps
 
 
@@ -20,8 +21,8 @@ def choose_directions(
     *,
     generator: torch.Generator,
     own: FeatureMoments | None = None,
-    null_space: str = "random",
-    objective: str = "least_energy",
+    null_space: NullSpace = "random",
+    objective: Objective = "least_energy",
     in_task_weight: float = 0.5,
     ridge: float = 0.1,
     protect_rank: int | None = None,
@@ -47,7 +48,8 @@ def choose_directions(
         ValueError: r above n, unequal widths, or `own` missing where it is needed.
     """
     _check(others, own, r, null_space, objective)
-    others = others.strongest(*check_protect(protect_rank, protect_energy))
+    protect_rank, protect_energy = check_protect(protect_rank, protect_energy)
+    others = others.strongest(rank=protect_rank, energy=protect_energy)
     if objective == "difference" and in_task_weight == 0:
         objective = "least_energy"  # the paper is this setting's limit
     if objective == "least_energy" and (null_space == "random" or others.width - others.rank <= r):
@@ -112,8 +114,8 @@ def _check(others: Spectrum, own: FeatureMoments | None, r: int, null_space: str
         raise ValueError(f"the tasks' features have different widths {sorted([own.width, others.width])}: "
                          "they are of different layers or models")  # fmt: skip
     _check_rank(r, others.width)
-    choice("null_space", null_space, NULL_SPACES)
-    choice("objective", objective, OBJECTIVES)
+    choice("null_space", null_space, get_args(NullSpace))
+    choice("objective", objective, get_args(Objective))
     if own is None and (objective != "least_energy" or null_space == "in_task"):
         raise ValueError(
             f"objective={objective!r}, null_space={null_space!r} look at the task's own features: give them, "
