@@ -67,7 +67,7 @@ def inspect(
     layer: Annotated[str, typer.Option(help="Which matrices: a pattern of their names.")] = "*",
     out: Annotated[Path, typer.Option(help="Folder for spectrum.json and .png.")] = Path("results/spectrum"),
 ) -> None:
-    """What adapters hold: layers, ranks, scales, norms, heads, base; or how task vectors' singular values fall."""
+    """Show what adapters hold: layers, ranks, scales, norms, heads, base; or how task vectors' singular values fall."""
     named = sources(models)
     if not spectrum:
         from osrm_peft.adapters.load import load_adapter

@@ -101,7 +101,7 @@ def _check_same(found: "TaskFeatures", recipe: "Recipe") -> None:
 
 @features_app.command()
 def show(file: Annotated[str, typer.Argument(help="A features file, or a Hub repository with one.")]) -> None:
-    """What a features file is of, what it holds, and so what it reveals."""
+    """Show what a features file is of, what it holds, and what it reveals."""
     from osrm_peft.cli.tables import features_tables
     from osrm_peft.features.file import features_file
     from osrm_peft.features.task_features import TaskFeatures

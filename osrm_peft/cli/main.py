@@ -203,7 +203,7 @@ def main() -> None:
 
 
 def told(error: BaseException) -> str:
-    """What went wrong, on one line, and what to do; where no check foresaw it, in which command and line of ours."""
+    """The error on one line, with the way out; an error that no check foresaw also names the command and our line."""
     text = one_line(error) or type(error).__name__
     if isinstance(error, MemoryError) or re.search("out of memory|can't allocate memory|not enough memory", text):
         return f"{_command()}: out of memory ({text[:200]}): free some, or ask for less (fewer rows, a lower rank)"

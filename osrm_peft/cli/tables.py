@@ -72,7 +72,7 @@ REVEALS = {
 
 
 def features_tables(features: TaskFeatures, path: Path) -> list[Table]:
-    """What a features file is of, and one line for each distinct input in it."""
+    """Facts about a features file, and one line for each distinct input in it."""
     result = _table(escape(f"Features of {features.task}"), "", "")
     second = next(iter(features.layers.values())).second is not None
     of = "the fine-tuned model (for RegMean)" if features.of_finetuned_model else "the pre-trained model"
@@ -120,7 +120,7 @@ def _module_tables(adapters: Mapping[str, LoraAdapter]) -> list[Table]:
 
 
 def _of_each_fate(fates: Mapping[str, str]) -> Iterator[str]:
-    """What becomes of modules: the parameters, named alike where they differ in depth only."""
+    """Each fate of trained modules, with its parameters; names that differ in depth only are joined."""
     for fate in dict.fromkeys(fates.values()):
         groups = dict.fromkeys(shape_of_name(name) for name, one in fates.items() if one == fate)
         yield f"{', '.join(groups)}: {fate}"

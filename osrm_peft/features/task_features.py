@@ -147,7 +147,7 @@ class TaskFeatures:
             ) from error
 
     def rows(self) -> list[int]:
-        """Of how many rows of the input embedding the hash is known."""
+        """Numbers of rows of the input embedding whose hash is known."""
         return [] if self.vocabulary is None else [self.vocabulary]
 
 

@@ -1,4 +1,4 @@
-"""What EMR gives: one shared task vector, and a bit mask and a scale a task; switched on in a live model, or saved."""
+"""EMRAdapter: one shared task vector, a bit mask and a scale a task; switched on in a live model, or saved."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -42,7 +42,7 @@ class EMRLayer(NamedTuple):
 
     @classmethod
     def pack(cls, unified: Tensor, masks: Tensor) -> "EMRLayer":
-        """From (o, n) and (T, o, n) bool."""
+        """Pack an (o, n) vector and its (T, o, n) bool masks."""
         return cls(unified, torch.from_numpy(np.packbits(masks.flatten(1).numpy(), axis=1)))
 
     def masked(self, task: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""What goes into a merge, read and checked before any work: adapters and weights."""
+"""The adapters of a merge, read, aligned and checked before any work."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace

@@ -136,7 +136,7 @@ def execute(plan: MergePlan, processes: Processes = ALONE, *, progress: bool = F
 
 
 def _gathered(plan: MergePlan, merge: Callable[[], dict[str, Any]], processes: Processes) -> dict[str, Any]:
-    """What all processes find for their layers, in the order of the layers."""
+    """{layer: result} of all processes, in the order of the layers."""
     found = {name: value for part in processes.gather_results(merge) for name, value in part.items()}
     return {name: found[name] for name in plan.inputs.shapes}
 

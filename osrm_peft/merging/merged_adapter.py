@@ -1,4 +1,4 @@
-"""What a merge gives: a shared LoRA and the tasks' heads; rescaled, saved, or loaded onto a base model."""
+"""MergedAdapter: a shared LoRA and the tasks' heads; rescaled, saved, or loaded onto a base model."""
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path

@@ -140,7 +140,7 @@ def _average(
 
 
 def _finest(name: str, holders: Mapping[str, Mapping[str, Tensor]]) -> Tensor:
-    """Of copies that are equal but for their dtype the one with most digits."""
+    """The copy with most digits, of copies that differ in dtype only."""
     return min((holder[name] for holder in holders.values()), key=_rounding)
 
 

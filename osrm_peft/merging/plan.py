@@ -118,7 +118,7 @@ class MergePlan:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the result: the adapters' own; float16 holds the factors of a small task vector, not EMR's entries."""
+        """dtype of the result: the adapters' own, but float32 for EMR in float16, whose entries may be too small for it."""
         own = reduce(torch.promote_types, (adapter.dtype for adapter in self.inputs.adapters.values()))
         return torch.float32 if self.method.per_task and own == torch.float16 else own
 
@@ -195,7 +195,7 @@ def _read(method: Method, request: MergeRequest, inputs: Inputs) -> tuple[Any, A
 
 
 def _named(source: Any) -> str:
-    """What the manifest tells of statistics: of a file on the Hub with the commit."""
+    """A statistic's source as the manifest names it: a file on the Hub with its commit."""
     if not isinstance(source, (str, Path)):
         return "in memory"
     if Path(source).exists():

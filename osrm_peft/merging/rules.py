@@ -16,7 +16,7 @@ Product = tuple[Tensor, Tensor]  # B (o, r), A (r, n)
 
 @dataclass(frozen=True)
 class LeastSquares:
-    """What `merge_adapters` takes in the place of numbers: features choose weights or scales, layer by layer.
+    """A rule in the place of numbers: features choose the weights or the scale of each layer.
 
     * `weights=LeastSquares(features)`: the w that minimise Σ_t E‖Σ_j w_j τ_j h_t − τ_t h_t‖², where the result is a
       sum (`task_arithmetic`, `concat`).

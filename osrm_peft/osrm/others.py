@@ -14,7 +14,7 @@ def load_features(features: TaskFeatures | str | Path) -> TaskFeatures:
 
 
 def provenance_of(features: TaskFeatures) -> dict[str, object]:
-    """What the provenance records of features."""
+    """The facts about features that a provenance records."""
     names = ("task", "base_model", "weight_hash", "tokenizer_hash", "statistic", "num_samples", "seed", "reference")
     return {name: getattr(features, name) for name in names}
 
@@ -27,7 +27,7 @@ class OtherTasks:
         self._last: tuple[tuple[str, ...], list[FeatureMoments], PooledMoment, Spectrum] | None = None
 
     def input_of(self, name: str) -> tuple[str, ...]:
-        """What tells the layer's input from others."""
+        """Key of the layer's input: layers with equal keys receive the same tensors."""
         return tuple(same_input[name] for same_input in self._inputs)
 
     def pool(self, name: str) -> PooledMoment:

@@ -30,7 +30,7 @@ from osrm_peft.seeding import layer_generator
 
 @dataclass(frozen=True)
 class LayerProjection:
-    """What one layer's projection from ΔW to ΔŴ kept; 1 where there was nothing to lose. Effects can also rise.
+    """Shares that one layer's projection from ΔW to ΔŴ kept; 1 where there was nothing to lose. Effects can also rise.
 
     Attributes:
         energy_kept: ‖ΔŴ‖² / ‖ΔW‖², at most 1.
@@ -261,6 +261,6 @@ def _effect_kept(pool: PooledMoment, after: Tensor, before: Tensor) -> float:
 
 
 def _rounding(pool: PooledMoment, L: Tensor) -> Tensor:
-    """What the sums of S and float64 can make of E‖L h‖² = 0, which is at most ‖L‖² E‖h‖²."""
+    """Bound on E‖L h‖² where it is 0 but for the rounding of S and of float64."""
     ours = L.shape[1] * torch.finfo(L.dtype).eps * L.square().sum() * pool.trace()
     return ours + L.square().sum(0) @ pool.rounding

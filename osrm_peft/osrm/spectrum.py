@@ -30,7 +30,7 @@ class PooledMoment:
 
     @classmethod
     def of(cls, moments: Sequence[FeatureMoments]) -> "PooledMoment":
-        """Of the tasks' moments.
+        """Pool the tasks' moments.
 
         Raises:
             ValueError: no moments, or unequal widths.

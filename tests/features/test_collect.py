@@ -48,7 +48,7 @@ def inputs_without_padding(base, name, rows):
 
 
 @pytest.mark.parametrize("statistic", ["mean", "sample", "token"])
-def test_features_are_those_of_single_samples_without_padding(base, statistic):  # field trap B5(c)
+def test_features_are_those_of_single_samples_without_padding(base, statistic):
     seen = inputs_without_padding(base, QUERY_1, batches())
     h = torch.cat(seen) if statistic == "token" else torch.stack([x.mean(0) for x in seen])
     moments = collect(base, statistic=statistic).layers[QUERY_1]

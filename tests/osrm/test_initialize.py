@@ -55,7 +55,7 @@ def test_a_becomes_the_least_energy_frame_and_the_logits_stay(others):
 
 @pytest.mark.parametrize("name", ["second", "sst-2_größe", "lora_B"])
 def test_only_the_named_adapter_is_touched(others, name):
-    """Field trap B5(f): any adapter name, and everything on the CPU."""
+    """Any adapter name, and everything on the CPU."""
     model = osrm_model()
     model.add_adapter(name, OSRMLoraConfig(**LORA, **PAPER))
     before = weights_of(model)

@@ -145,7 +145,7 @@ def test_an_adapter_without_effect_on_its_own_features_has_nothing_to_lose(form,
 
 
 def test_the_scale_is_kept():
-    """Field trap B5(e): with r = 8, alpha = 16 a frame that spans A's rows gives ΔW itself, not 2ΔW or ΔW/2."""
+    """With r = 8, alpha = 16 a frame that spans A's rows gives ΔW itself, not 2ΔW or ΔW/2."""
     adapter = adapter_of(12, 8, 16, s=16 / 8)
     before = adapter.factors["layer"].delta()
     spanned = torch.linalg.qr(adapter.factors["layer"].A.T)[0]
@@ -261,7 +261,7 @@ def test_the_manifest_says_how_it_was_made(tmp_path):
 
 
 def test_a_live_model_and_its_weights_stay_as_they_are(tmp_path):
-    """Field trap B5(f): any adapter name, and everything on the CPU."""
+    """Any adapter name, and everything on the CPU."""
     model = make_adapter(tmp_path)
     model.add_adapter("größte-2", copy.deepcopy(model.peft_config["default"]))
     model.set_adapter("größte-2")

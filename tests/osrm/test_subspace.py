@@ -279,7 +279,7 @@ def released_algorithm(model, batches_of_tasks, layer, r):
 
 @pytest.mark.parametrize(("number", "r"), [(1, 4), (3, 4), (3, 13)])
 def test_reference_is_the_released_algorithm_end_to_end(number, r):
-    """From padded batches to the weights of A; field trap B5(d): its mean is the same of one batch and of many."""
+    """From padded batches to the weights of A: its mean is the same of one batch and of many."""
     base = make_base()
     pads = [(0, 2, 3, 1), (4, 0, 5), (6,)]
     batches_of_tasks = [
@@ -334,7 +334,7 @@ def test_drift_ignores_rotations_and_measures_the_rest():
     [
         ({"r": 11}, r"rank r=11 must lie in 1 … 10, the layer's input width"),
         ({"r": 0}, r"rank r=0 must be a whole number of at least 1"),
-        ({"r": 8.0}, r"rank r=8.0 must be a whole number of at least 1"),  # field trap B5(b): V[:, -8.0:] crashes
+        ({"r": 8.0}, r"rank r=8.0 must be a whole number of at least 1"),  # V[:, -8.0:] would crash
         ({"others": []}, "no out-of-task moments"),
         ({"null_space": "lapack"}, r"unknown null_space 'lapack': choose from random, in_task"),
         ({"objective": "all"}, r"unknown objective 'all': choose from least_energy, difference, ratio"),

@@ -25,7 +25,7 @@ _OF_PEFT = {
 
 
 class Merged(NamedTuple):
-    """What a method may return instead of a bare direction: the layer's task vector is offset + scale · direction.
+    """A method's result where a bare direction is not enough: the layer's task vector is offset + scale · direction.
 
     Attributes:
         direction: (o, n); or, with `finish`, still one matrix a task (T, o, n).
@@ -98,7 +98,7 @@ class Method:
 
     @property
     def kind(self) -> str:
-        """What its result is in a manifest."""
+        """The kind of its result in a manifest."""
         return "emr" if self.per_task else "merged"
 
     def bind(self, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -168,7 +168,7 @@ def options_of(fn: Callable | None) -> dict[str, Any]:
 
 
 def taken(fn: Callable, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of `options` that `fn` has."""
+    """The options that `fn` has."""
     known = options_of(fn)
     return {name: value for name, value in options.items() if name in known}
 

@@ -20,7 +20,7 @@ def check(density: float, trim: str) -> None:
 
 
 def trims_layers(options: Mapping[str, Any]) -> bool:
-    """Whether the threshold is of one tensor."""
+    """Whether each tensor has its own threshold."""
     return options["trim"] == "layer"
 
 
