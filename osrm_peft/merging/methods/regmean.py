@@ -77,7 +77,7 @@ def regmean(
 
 
 def _least_eigenvalue(size: Tensor, L: Tensor) -> float:
-    """Least eigenvalue of LLᵀ scaled to a diagonal of ones (`size`: the roots of its diagonal), by inverse iteration."""
+    """Least eigenvalue, by inverse iteration, of LLᵀ scaled to a diagonal of ones (`size`: roots of its diagonal)."""
     x = torch.linspace(1, 2, len(L), dtype=L.dtype)[:, None]
     for _ in range(5):
         x = size[:, None] * torch.cholesky_solve(size[:, None] * x / x.norm(), L)
