@@ -118,7 +118,7 @@ class MergePlan:
 
     @property
     def dtype(self) -> torch.dtype:
-        """dtype of the result: the adapters' own, but float32 for EMR of float16, which is too small for its entries."""
+        """dtype of the result: the adapters' own, but float32 for EMR of float16, too small for its entries."""
         own = reduce(torch.promote_types, (adapter.dtype for adapter in self.inputs.adapters.values()))
         return torch.float32 if self.method.per_task and own == torch.float16 else own
 
