@@ -137,7 +137,7 @@ class Blocks:
             key = (name, start)
             if start == 0 or key != self._drawing:
                 self._generators = self.engine.generators(name)
-            stack = self.engine.prepare(stack, self._generators)
+            stack = self.engine.prepare(stack, name, self._generators)
             self._drawing = (name, stop)
         return stack, under
 

@@ -30,10 +30,11 @@ class Engine:
         """One stream of draws a task, named by seed, task and layer."""
         return [task_generator(self.seed, task, layer) for task in self.tasks]
 
-    def prepare(self, stack: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
-        """(T, o, n) task vectors as the method takes them, for a method with `prepare`."""
+    def prepare(self, stack: Tensor, layer: str, generators: Sequence[torch.Generator] | None = None) -> Tensor:
+        """(T, o, n) task vectors as the method takes them; drawn from the layer's streams, or on from `generators`."""
         if self.method.prepare is None:
             return stack
+        generators = self.generators(layer) if generators is None else generators
         return self.method.prepare(stack, generators, **taken(self.method.prepare, self.options))
 
     def summarise(self, stacks: Iterable[Tensor], add_up: AddUp = alone) -> None:

@@ -149,7 +149,7 @@ class _Stacks:
 
     def layer(self, name: str) -> Layer:
         layer = enter(self.plan.space, self.plan.inputs.factors(name))
-        return layer._replace(stack=self.engine.prepare(layer.stack, self.engine.generators(name)))
+        return layer._replace(stack=self.engine.prepare(layer.stack, name))
 
     def __iter__(self) -> Iterator[Tensor]:
         if not self.share:  # more processes than layers
