@@ -133,7 +133,7 @@ def test_emr_of_a_layer_trained_whole_by_one(clash, tmp_path):
 
 @torch.no_grad()
 @pytest.mark.parametrize("module", ["embed_tokens", "lm_head"])
-def test_emr_in_a_live_model_refuses_a_trained_half_of_tied_weights_and_the_way_out_works(module, tmp_path):
+def test_emr_refuses_a_trained_half_of_live_tied_weights_with_a_way_out(module, tmp_path):
     config = {"target_modules": ["q_proj"], "modules_to_save": [module]}
     folders = {f"t{seed}": write(adapted("llama_tied", seed, **config), tmp_path / f"t{seed}") for seed in (1, 2)}
     merged = merge_adapters(folders, "emr")

@@ -160,7 +160,7 @@ def test_vocabularies_that_differ_are_refused_by_token(other, token, folders):
     assert merge_adapters(folders, "average", modules="per_task").layers
 
 
-def test_a_token_more_is_no_difference_and_layers_without_rows_of_a_vocabulary_do_not_ask(folders, tmp_path):
+def test_a_token_more_is_no_difference_and_other_layers_do_not_ask(folders, tmp_path):
     tokenizer(folders["t1"], WORDS)
     tokenizer(folders["t2"], WORDS[:39])
     assert merge_adapters(folders, "average").modules

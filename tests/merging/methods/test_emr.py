@@ -61,7 +61,7 @@ def drawn(large=10.0):
 
 
 @pytest.mark.parametrize("weights", [[1.0, 1.0], [2.0, -0.5]])
-def test_a_task_s_scale_is_one_ratio_of_sums_over_all_entries_of_all_layers(weights):
+def test_a_task_s_scale_is_a_ratio_of_sums_over_all_layers(weights):
     adapters = drawn()
     merged = merge_adapters(adapters, "emr", weights=weights)
     above, below = [0.0, 0.0], [0.0, 0.0]

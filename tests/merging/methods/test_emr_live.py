@@ -42,7 +42,7 @@ def by_hand(merged, task, folder, kind="bert"):
 
 
 @pytest.mark.parametrize("variant", ["plain", "embedding", "conv1d", "conv2d", "bfloat16", "one_layer"])
-def test_inside_the_block_the_model_is_the_task_s_and_afterwards_it_is_as_it_was(folders, variant):
+def test_the_model_is_the_task_s_in_the_block_and_afterwards_as_it_was(folders, variant):
     adapters, kind = folders(variant), kind_of(variant)
     merged = merge_adapters(adapters, "emr", scale=0.5)
     model, batch = make_base(3, kind=kind), make_batch(kind=kind)
@@ -127,7 +127,7 @@ def test_layers_that_share_a_weight_change_it_once():
     assert same_bits(model, before)
 
 
-def test_layers_that_share_a_weight_and_differ_are_refused_with_nothing_changed():
+def test_layers_that_share_a_weight_and_differ_are_refused_and_unchanged():
     model = tied_model()
     before, adapters = state(model), {"s": tied_adapter(1), "t": tied_adapter(2)}
     adapters["s"].factors["lm_head"].B.mul_(1.5)
@@ -139,7 +139,7 @@ def test_layers_that_share_a_weight_and_differ_are_refused_with_nothing_changed(
 
 
 @pytest.mark.parametrize("layer", ["transformer.wte", "lm_head"])
-def test_a_layer_that_shares_its_weight_with_one_without_adapter_is_refused_or_right(layer):
+def test_a_weight_shared_with_a_layer_without_adapter_is_refused_or_right(layer):
     model, apart, ids = tied_model(), tied_model(), torch.arange(8)[None]
     one = tied_adapter(1)
     one.factors = {layer: one.factors[layer]}
