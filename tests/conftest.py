@@ -12,10 +12,13 @@ from tests.helpers.models import make_base
 MARKED = {
     "process": (
         "multiprocess/",
-        "checkpoints/test_faults.py",
+        "checkpoints/faults/",
         "cli/test_terminal.py",
         "demo/",
         "hub/test_push.py",
+        "hub/test_push_of_training.py",
+        "hub/test_push_refusals.py",
+        "hub/test_serving.py",
         "hub/test_sources.py",
         "io/test_places.py",
         "tasks/test_glue.py",
@@ -25,9 +28,12 @@ MARKED = {
         "training/",
     ),
     "slow": (
+        "checkpoints/test_heads_and_vocabularies.py",
         "checkpoints/test_merge.py",
         "checkpoints/test_names.py",
+        "checkpoints/test_result.py",
         "checkpoints/test_text.py",
+        "checkpoints/test_unlike_models.py",
         "cli/",
         "hub/test_card.py",
         "io/test_hostile_files.py",

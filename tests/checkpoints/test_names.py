@@ -222,7 +222,7 @@ def test_tensors_that_only_the_base_has_are_left_out(folders, tmp_path, caplog):
         {"model_type": "llama", "architectures": ["AutoModel", "logging", "LlamaForCausalLM"]},
     ],
 )
-def test_models_that_transformers_does_not_know_are_merged_by_the_names_in_their_files(tmp_path, config):
+def test_models_unknown_to_transformers_are_merged_by_names_in_their_files(tmp_path, config):
     (tmp_path / "m").mkdir()
     (tmp_path / "m" / "modeling.py").write_text("raise SystemExit('code ran')")
     for part, value in (("a", 1.0), ("b", 3.0)):

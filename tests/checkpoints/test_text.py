@@ -94,7 +94,7 @@ def test_without_a_base_model_the_models_are_compared(folders, tmp_path, method)
         merge(folders, tmp_path, method=method, base=folders["base"] if method == "ties" else None)
 
 
-def test_a_token_that_one_model_lacks_is_named_and_intersect_is_the_way_out(folders, tmp_path):
+def test_a_token_that_a_model_lacks_is_named_and_intersect_leaves_it_out(folders, tmp_path):
     for name, folder in folders.items():
         tokenizer(folder, added=["<x>"] if name == "b" else [])
     message = r"token '<x>' is no token in 'a' and 40 in 'b'.*vocab='intersect' keeps the tokens that all have"

@@ -248,7 +248,7 @@ def of_format_3(path):
     save_file(tensors, path, {"osrm_peft": json.dumps(header)})
 
 
-def test_a_file_of_the_version_before_fits_its_model_and_says_why_it_fits_no_resized_one(base, tmp_path):
+def test_an_earlier_version_s_file_fits_its_model_but_not_a_resized_one(base, tmp_path):
     path = tmp_path / "t.safetensors"
     collect(base).save(path)
     of_format_3(path)

@@ -84,9 +84,7 @@ def test_round_trip(tmp_path, statistic, count, dtype):
     [("mean", 9, 0), ("sample", 9, 9 * WIDTH), ("sample", 30, 300), ("token", 9, 300)],  # 300 = 24 · 25 / 2
 )
 @pytest.mark.parametrize(("dtype", "bits"), [(torch.float32, 32), (torch.bfloat16, 16)])
-def test_a_file_holds_a_mean_and_vectors_or_a_triangle_for_each_distinct_input(
-    tmp_path, statistic, count, numbers, dtype, bits
-):
+def test_a_file_holds_a_mean_and_vectors_or_a_triangle_an_input(tmp_path, statistic, count, numbers, dtype, bits):
     path = tmp_path / "t.safetensors"
     features_of(statistic, count).save(path, dtype)
     tensors = load_file(path)
@@ -320,7 +318,7 @@ def test_features_from_the_hub(tmp_path):
 
 
 @pytest.mark.parametrize("triangle", [(0, 5), (5, 0)])
-def test_a_unit_in_one_triangle_chooses_the_same_a_from_memory_and_from_the_file(tmp_path, triangle):
+def test_memory_and_file_choose_the_same_a_if_a_triangle_differs_by_a_unit(tmp_path, triangle):
     """On some CPUs float32 XᵀX is symmetric to rounding only; a file holds one triangle, and `eigh` reads one."""
     features = features_of()
     moments = features.layers["a"]

@@ -123,7 +123,7 @@ class Unmasked(T5ForConditionalGeneration):
         return super().forward(input_ids, attention_mask, decoder_input_ids, labels=labels)
 
 
-def test_labels_tell_of_the_decoder_s_padding_where_its_forward_takes_no_mask():
+def test_labels_tell_the_decoder_s_padding_where_forward_takes_no_mask():
     sizes = {"vocab_size": 50, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2}
     torch.manual_seed(0)
     model = Unmasked(T5Config(**sizes, decoder_start_token_id=0, pad_token_id=0)).eval()
@@ -137,7 +137,7 @@ def test_labels_tell_of_the_decoder_s_padding_where_its_forward_takes_no_mask():
 
 
 @pytest.mark.parametrize("statistic", ["token", "sample"])
-def test_models_that_put_positions_before_samples_need_another_number_of_either(statistic):
+def test_models_with_positions_first_need_another_number_of_samples(statistic):
     model = XLNetModel(XLNetConfig(vocab_size=50, d_model=16, n_layer=1, n_head=2, d_inner=24)).eval()
     with pytest.raises(ValueError, match=r"where there are 7 of either: give batches of another number of samples"):
         collect(model, [make_batch(rows=7, length=7, pads=[0, 3])], statistic, ["layer_1"])
@@ -155,7 +155,7 @@ def test_positions_are_found_in_inputs_of_every_shape(shape, m):
 
 
 @pytest.mark.parametrize("shape", [(2, 6, 3), (5, 3), (2, 2, 3, 3)])
-def test_inputs_whose_positions_cannot_be_told_apart_are_refused_if_there_is_padding(shape):
+def test_padded_inputs_without_known_positions_are_refused(shape):
     x, keep = torch.randn(shape), torch.ones(2, 7, dtype=torch.bool)
     every, mask, _ = TokenMask(2, keep).of("layer", x, False)
     assert mask is None or bool(mask.all())
@@ -177,7 +177,7 @@ MASKS = ["pixel_mask", "pixel_attention_mask", "aspect_ratio_mask", "visual_atte
 
 
 @pytest.mark.parametrize("mask", MASKS)
-def test_padding_of_pixels_or_sound_that_no_layer_s_mask_tells_of_is_refused_where_it_matters(mask):
+def test_padded_pixels_and_sound_are_refused_where_no_layer_has_their_mask(mask):
     x, text = torch.randn(2, 9, 3), {"attention_mask": torch.ones(2, 7)}
     for given, seen, refused in (({}, x, True), (text, x[:, :5], True), (text, x[:, :7], False), ({}, x[:, 0], False)):
         padding = torch.ones(2, 4, 4)

@@ -94,7 +94,7 @@ def test_ties_at_equal_weights_is_ours_with_layers_trimmed_on_their_own(adapters
     assert largest_difference(over_the_model, theirs) > 1000 * rounding
 
 
-def test_mergekit_rounds_the_number_of_kept_entries_down_and_we_to_the_nearest(adapters, about, rounding):
+def test_mergekit_rounds_the_kept_entries_down_and_we_to_the_nearest(adapters, about, rounding):
     theirs = mergekit("ties_alone")  # one adapter at density 0.2: 51.2 of 256 entries, 25.6 of 128
     per_layer = ours(adapters, about, "ties_alone", density=0.2, trim="layer")
     over_the_model = ours(adapters, about, "ties_alone", density=0.2)
@@ -105,7 +105,7 @@ def test_mergekit_rounds_the_number_of_kept_entries_down_and_we_to_the_nearest(a
     assert sum(counts) == 154 and min(counts[2:]) > max(counts[:2])  # of 768; the second block's B are twice as large
 
 
-def test_mergekit_s_ties_divides_by_the_weights_that_agree_and_ours_by_their_number(adapters, about, rounding):
+def test_mergekit_divides_ties_by_agreeing_weights_and_we_by_their_number(adapters, about, rounding):
     theirs = mergekit("ties_weighted")  # density 1; both of us elect signs after the weights
     found = ours(adapters, about, "ties_weighted", density=1)
     weights = torch.tensor([1.0, 3.0, 0.5]).view(3, 1, 1)

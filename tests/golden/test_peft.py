@@ -157,7 +157,7 @@ def test_peft_elects_signs_before_the_weights_and_we_after(tmp_path):
     assert outvoted > 100  # of 1024
 
 
-def test_ties_without_svd_trims_and_elects_in_a_and_b_not_in_the_task_vectors(tmp_path):
+def test_ties_without_svd_trims_and_elects_in_a_and_b(tmp_path):
     folders = make_adapters(tmp_path)
     merged = merge_with_peft(folders, [1.0, 1.0], "ties", density=0.25)
     for layer in lora_layers(merged).values():
@@ -194,7 +194,7 @@ def test_linear_is_far_from_the_weighted_sum_and_ours_is_it(tmp_path, weights):
     assert distance(our_deltas(folders, "concat", weights=weights), total) < ROUNDING
 
 
-def test_half_and_half_of_one_adapter_is_twice_it_under_linear_and_itself_under_ours(tmp_path):
+def test_half_and_half_of_an_adapter_is_itself_and_under_linear_twice_it(tmp_path):
     (folder,) = make_adapters(tmp_path, seeds=[1]).values()
     alone = our_deltas({"t1": folder})
     twice = {"t1": folder, "copy": folder}
@@ -202,14 +202,14 @@ def test_half_and_half_of_one_adapter_is_twice_it_under_linear_and_itself_under_
     assert distance(our_deltas(twice, weights=[0.5, 0.5]), alone) < ROUNDING
 
 
-def test_the_same_task_vector_with_both_signs_flipped_vanishes_under_linear_and_adds_up_under_ours(tmp_path):
+def test_two_forms_of_a_task_vector_add_up_and_vanish_under_linear(tmp_path):
     (folder,) = make_adapters(tmp_path, seeds=[1]).values()
     folders = {"t1": folder, "flipped": altered(folder, "flipped", lambda key, tensor: -tensor)}
     assert {above(0, delta) for delta in peft_deltas(folders, [1.0, 1.0], "linear").values()} == {0}
     assert distance(our_deltas(folders), times(2, our_deltas({"t1": folder}))) < ROUNDING
 
 
-def test_peft_drops_dora_s_magnitudes_without_a_word_and_we_refuse_it_by_name(tmp_path):
+def test_peft_drops_dora_s_magnitudes_silently_and_we_refuse_dora(tmp_path):
     model = make_adapter(tmp_path / "dora", task_type=None, use_dora=True)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

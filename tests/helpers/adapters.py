@@ -48,3 +48,10 @@ VARIANTS = {
 
 def kind_of(variant):
     return VARIANTS[variant].get("kind", "bert")
+
+
+def two_adapters(root, variant="plain"):
+    """{task: folder} of two adapters, both with heads of 3 classes."""
+    for seed in (1, 2):
+        make_adapter(root / f"{variant}{seed}", seed=seed, **VARIANTS[variant])
+    return {f"t{seed}": root / f"{variant}{seed}" for seed in (1, 2)}

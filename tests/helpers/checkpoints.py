@@ -7,6 +7,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+from osrm_peft.merging.methods.registry import METHODS, Merged, taken
+from osrm_peft.seeding import task_generator
 from tests.helpers.models import make_base
 
 # name: options under which one model of weight 1 is returned as it is (nothing trimmed, nothing dropped)
@@ -22,6 +24,7 @@ CASES = {
     "tsv": {},
 }
 QUICK = {"lore": {"max_iterations": 4}}  # enough to compare
+WEIGHTS = {"a": 1.0, "b": -0.5, "c": 2.0}
 
 
 def write(folder, tensors, config=None):
@@ -83,3 +86,38 @@ def edit(folder, **fields):
     """Fields of config.json set, or removed where the value is None."""
     config = json.loads((folder / "config.json").read_text()) | fields
     (folder / "config.json").write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+
+
+def as_matrix(tensor):
+    return tensor.float().reshape(tensor.shape[0] if tensor.dim() > 1 else 1, -1)
+
+
+def by_hand(models, base, method, *, weights=None, scale=None, seed=0, **options):
+    """{name: tensor} of the registered method applied to the stack of each whole tensor."""
+    described = METHODS[method]
+    options = described.bind(options)
+    scale = described.scale if scale is None else scale
+    states = {task: tensors_of(folder) for task, folder in models.items()}
+    under = tensors_of(base) if base else {name: torch.zeros_like(x) for name, x in next(iter(states.values())).items()}
+    weights = torch.tensor([(weights or dict.fromkeys(models, 1.0))[task] for task in models])
+    stacks = {}
+    for name in under:
+        stack = torch.stack([as_matrix(state[name]) - as_matrix(under[name]) for state in states.values()])
+        if described.prepare:
+            generators = [task_generator(seed, task, name) for task in models]
+            stack = described.prepare(stack, generators, **taken(described.prepare, options))
+        stacks[name] = stack
+    given = taken(described.fn, options)
+    if described.summarise:
+        given["summary"] = described.summarise(list(stacks.values()), **taken(described.summarise, options))
+    results = {}
+    for name, stack in stacks.items():
+        if described.spectral and under[name].dim() != 2:
+            found = METHODS["average"].fn(stack, weights) * (1 if method == "lore" else scale)
+        else:
+            out = described.fn(stack, weights, **given)
+            out = out if isinstance(out, Merged) else Merged(out)
+            found = scale * (out.finish(out.direction) if out.finish else out.direction)
+            found = found if out.offset is None else found + out.offset
+        results[name] = (as_matrix(under[name]) + found).view(under[name].shape)
+    return results

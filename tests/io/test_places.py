@@ -73,9 +73,7 @@ def test_links_are_followed_to_what_is_there_and_to_what_is_not(tmp_path, way):
 
 @pytest.mark.parametrize("check", [check_file, check_folder])
 @pytest.mark.parametrize("name", ["n" * 250, "\udcff"])
-def test_names_that_no_partial_result_or_no_safetensors_file_can_have_are_refused_before_any_work(
-    tmp_path, check, name
-):
+def test_names_too_long_or_no_utf_8_are_refused_before_any_work(tmp_path, check, name):
     with pytest.raises(
         PermissionError, match=r"cannot be made \((File name too long|its name is no UTF-8)\): name anoth"
     ):
@@ -91,7 +89,7 @@ def test_rights_alone_do_not_tell_whether_a_folder_can_be_written_to(below):
             check(f"/proc/{below}")
 
 
-def test_a_folder_that_no_other_can_take_the_place_of_is_refused_before_any_work(tmp_path, monkeypatch):
+def test_an_irreplaceable_folder_is_refused_before_any_work(tmp_path, monkeypatch):
     with pytest.raises(FileExistsError, match=r"^/ is a file system of its own, .*: name a folder in it"):
         check_replaceable("/", "merged")
     write(tmp_path / "out", new_folder)

@@ -207,7 +207,7 @@ def test_two_layers_cannot_get_one_name(tmp_path):
         adapter.renamed(lambda name: "x")
 
 
-def test_a_bare_model_s_adapter_is_refused_where_the_whole_has_two_of_its_class(tmp_path):
+def test_a_bare_model_s_adapter_is_refused_if_two_modules_are_of_its_class(tmp_path):
     bert = noisy("bert", 0).config
     whole = T.EncoderDecoderModel(
         T.EncoderDecoderConfig.from_encoder_decoder_configs(

@@ -138,7 +138,7 @@ def make_bare(folder, seed=5, targets=("query", "value")):
     return model
 
 
-def test_adapters_of_the_bare_model_are_aligned_with_those_of_a_task_s_model(tmp_path):
+def test_adapters_of_the_bare_model_are_aligned_with_a_task_model_s(tmp_path):
     bare = make_bare(tmp_path / "bare")
     make_adapter(tmp_path / "whole", seed=1)
     assert all(name.startswith("encoder.") for name in load_adapter(tmp_path / "bare").factors)
@@ -210,7 +210,7 @@ def test_statistics_of_the_bare_model_are_renamed_with_its_adapter(tmp_path):
     assert list(merged.layers) == sorted(load_adapter(tmp_path / "whole").factors)
 
 
-def test_average_refuses_weights_that_sum_to_0_on_any_layer_before_any_work():
+def test_average_refuses_weights_that_sum_to_0_on_any_layer_at_once():
     adapters = {"s": lora(1), "t": lora(2)}
     with pytest.raises(ValueError, match=r"the weights \[1.0, -1.0\] sum to 0, so they have no average"):
         plan_merge(MergeRequest(adapters, "average", weights={"s": 1, "t": {"b": -1, "*": 1}}))

@@ -39,7 +39,7 @@ def test_paper_scales_are_the_defaults():
 
 
 @pytest.mark.parametrize("method", ["average", "concat", "ties", "lore"])
-def test_a_merged_adapter_with_a_task_s_head_is_base_weights_plus_merged_delta(adapters, method):
+def test_a_merge_with_a_task_s_head_is_base_weights_plus_merged_delta(adapters, method):
     merged = merge_adapters(adapters, method)
     for task, num_labels in (("t1", 2), ("t2", 3)):
         model = merged.load(make_base(num_labels), task=task)
@@ -67,7 +67,7 @@ def test_for_task_is_an_ordinary_adapter(adapters, tmp_path):
         merged.for_task("t9")
 
 
-def test_the_saved_folder_holds_the_shared_adapter_the_heads_and_how_it_was_made(adapters, tmp_path):
+def test_the_saved_folder_holds_the_adapter_the_heads_and_the_manifest(adapters, tmp_path):
     merged = merge_adapters(adapters, "ties", density=0.5, weights={"t2": 2, "t1": 1}, rank=4)
     merged.save_pretrained(tmp_path / "out")
     files = sorted(str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*") if path.is_file())
@@ -173,7 +173,7 @@ def test_other_widths_are_refused_with_the_layer_s_name(adapters, tmp_path):
         merge_adapters({"t1": adapters["t1"], "t2": other}, "average")
 
 
-def test_the_targets_of_the_result_are_short_where_all_agree_and_full_where_not(adapters, tmp_path):
+def test_the_result_s_targets_are_short_where_all_agree_and_full_elsewhere(adapters, tmp_path):
     same = merge_adapters(adapters, "average").for_task(None).peft_config()
     assert sorted(same.target_modules) == ["query", "value"] and same.task_type is None
     make_adapter(tmp_path / "key", seed=3, target_modules=["key"])

@@ -125,7 +125,7 @@ def test_a_lone_adapter_has_the_weight_1_and_one_of_zeros_0():
         assert [layer["s"] for layer in merged.manifest["chosen_weights"].values()] == pytest.approx([expected] * 2)
 
 
-def test_adapters_that_do_not_act_on_each_other_s_features_keep_their_weight():
+def test_adapters_blind_to_each_other_s_features_keep_their_weight():
     """OSRM's aim: τ_j h_t = 0 for j ≠ t, so the sum with weights 1 is exact on all features."""
     adapters = {task: lora(seed, {"x": (3, 6, 2)}, s=0.5) for seed, task in enumerate("st", start=1)}
     halves = torch.arange(6) < 3
@@ -216,7 +216,7 @@ def test_a_lower_rank_gets_the_scale_that_suits_it():
 
 @pytest.mark.parametrize("combine", ["sum", "average", "ties"])
 @pytest.mark.parametrize("space", ["core", "weight", "knots"])
-def test_lore_of_two_adapters_is_their_mean_whatever_the_features_and_the_order(space, combine):
+def test_lore_of_two_adapters_is_their_mean_whatever_the_features(space, combine):
     """Its direction is δ_1 + δ_2 = 0, which no scale makes anything of."""
     adapters = {task: lora(seed) for seed, task in enumerate("st", start=1)}
     files, _ = features_of("st")
@@ -245,7 +245,7 @@ def blind(seed, free, n=24):
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_what_an_adapter_does_to_the_rounding_of_features_counts_as_nothing(seed):
+def test_what_an_adapter_does_to_rounding_counts_as_nothing(seed):
     """Its A reads the directions that no task's features have: E‖τh‖² = 0, which float32 sums give as ±10⁻⁷."""
     basis = torch.linalg.qr(torch.randn(24, 24, generator=torch.Generator().manual_seed(seed)))[0]
     free = basis[:, :6] @ basis[:, :6].mT

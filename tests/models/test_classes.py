@@ -305,7 +305,7 @@ def test_which_of_them_have_no_embedding():
     assert {"hubert", "wav2vec2", "segformer", "convnext", "vit"} <= without and not {"llama", "whisper"} & without
 
 
-def test_padding_that_a_model_shortens_in_its_own_way_is_refused_and_none_is_no_padding():
+def test_padding_that_a_model_shortens_its_own_way_is_refused():
     sizes = SOUND | {"squeeze_factor": 2}
     torch.manual_seed(0)
     model, batch = transformers.SEWModel(transformers.SEWConfig(**sizes)).eval(), batch_of("hubert-masked")
@@ -320,7 +320,7 @@ def test_padding_that_a_model_shortens_in_its_own_way_is_refused_and_none_is_no_
         close(moments.second_moment(), plain.layers[name].second_moment(), name)
 
 
-def test_a_model_that_makes_nothing_of_labels_asks_for_the_decoder_s_inputs():
+def test_a_model_that_ignores_labels_asks_for_the_decoder_s_inputs():
     model, batch = transformers.M2M100Model(transformers.M2M100Config(**TWO)).eval(), batch_of("m2m100")
     with pytest.raises(ValueError, match=r"M2M100Model makes no inputs of its decoder from labels: give decoder_input"):
         collect("m2m100", model, batch)
@@ -332,7 +332,7 @@ def test_a_model_that_makes_nothing_of_labels_asks_for_the_decoder_s_inputs():
         close(moments.second_moment(), whole.layers[f"model.{name}"].second_moment(), name)
 
 
-def test_labels_of_several_tokens_at_each_position_make_the_decoder_s_inputs():
+def test_labels_of_several_tokens_a_position_make_the_decoder_s_inputs():
     sound = transformers.EncodecConfig(
         num_filters=4, hidden_size=16, codebook_size=8, num_lstm_layers=1, upsampling_ratios=[2, 2]
     )

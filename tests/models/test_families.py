@@ -186,7 +186,7 @@ class Keywords(nn.Module):
         return self.lin(input=self.embed(input_ids))
 
 
-def test_inputs_given_by_keyword_are_seen_and_layers_that_never_run_are_named():
+def test_keyword_inputs_are_seen_and_layers_that_never_run_are_named():
     model, batch = Keywords(), batch_of("llama")
     h = model.embed(batch["input_ids"][batch["attention_mask"].bool()]).detach()
     check_same(collect(model, batch, ["lin"]), {"lin": second_moment([h])})
@@ -222,7 +222,7 @@ def test_checkpointed_and_compiled_models_show_the_same(change):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_bfloat16_models_have_nearly_the_same_features_and_a_keeps_its_dtype(dtype):
+def test_features_of_bfloat16_models_are_close_and_a_keeps_its_dtype(dtype):
     plain, base = collect(make("llama"), batch_of("llama"), QKV), make("llama").bfloat16()
     check_same(collect(base, batch_of("llama"), QKV), plain.layers, rtol=0.03)
     config = OSRMLoraConfig(r=4, target_modules=QKV, task_type="CAUSAL_LM", **PAPER)

@@ -70,7 +70,7 @@ def test_an_adapter_s_head_tells_of_how_many_labels_it_is(name, labels, tmp_path
     assert torch.equal(theirs.eval()(input_ids=ids).logits, ours)
 
 
-def test_where_no_saved_parameter_depends_on_the_labels_the_model_s_config_decides(tmp_path):
+def test_head_width_is_none_where_no_saved_parameter_depends_on_labels(tmp_path):
     make("modernbert", 5).save_pretrained(tmp_path / "base")
     model = make("modernbert", 5)
     heads = {name: tuple(p.shape) for name, p in model.named_parameters() if name.startswith("head.")}
@@ -99,7 +99,7 @@ def test_a_head_that_does_not_fit_names_the_labels(tmp_path):
 
 
 @pytest.mark.parametrize("name", CLASSES)
-def test_without_the_model_the_names_tell_which_tensor_is_as_wide_as_there_are_labels(name):
+def test_without_the_model_names_tell_which_tensor_has_a_row_a_label(name):
     """For the card of an adapter whose base model may not be there."""
     saved = [*CLASSES[name][3], "classifier", "score"]
     shapes = {key: p.shape for key, p in make(name, 7).named_parameters() if any(part in key for part in saved)}

@@ -92,7 +92,7 @@ class Stop(TrainerCallback):
         control.should_training_stop = state.global_step == 4
 
 
-def test_a_resumed_run_keeps_the_checkpoint_s_a_and_ends_as_if_never_stopped(tmp_path, files):
+def test_a_resumed_run_keeps_its_a_and_ends_as_if_never_stopped(tmp_path, files):
     whole = make_trainer(tmp_path / "whole", files)
     whole.train()
     cut = make_trainer(tmp_path / "cut", files, [OSRMCallback(), Stop()], save_strategy="steps", save_steps=2)

@@ -73,7 +73,7 @@ def test_init_lora_weights_stays_peft_s():
 
 
 @pytest.mark.parametrize("init", [True, "gaussian", False, "orthogonal", "pissa", "pissa_niter_2", "olora", "mica"])
-def test_initializations_of_peft_that_leave_b_0_are_replaced_the_others_refused(others, init):
+def test_initializations_that_leave_b_0_are_replaced_others_refused(others, init):
     """B13: get_peft_model takes them all; where B is not 0, or the base weights have changed, A comes too late."""
     model = osrm_model(init_lora_weights=init)
     before = weights_of(model)
@@ -89,7 +89,7 @@ def test_initializations_of_peft_that_leave_b_0_are_replaced_the_others_refused(
 
 
 @pytest.mark.parametrize("option", adapter_config.NOT_PLAIN)
-def test_an_option_under_which_no_merge_takes_the_adapter_is_refused_at_once(option):
+def test_options_whose_adapter_no_merge_takes_are_refused_at_once(option):
     with pytest.raises(ValueError, match=rf"{option}=.*no merge takes such a one .*: leave {option} out"):
         OSRMLoraConfig(**LORA, **PAPER, **{option: NOT_PLAIN.get(option, True)})
 

@@ -116,7 +116,7 @@ def test_strongest(protected, rank):
 
 
 @given(energy=st.lists(st.floats(1e-3, 1), min_size=1, max_size=40), p=st.integers(1, 40))
-def test_the_very_share_of_p_directions_is_p_directions_whatever_the_rounding_of_sums(energy, p):
+def test_the_share_of_p_directions_is_p_however_sums_are_rounded(energy, p):
     energy, p = torch.tensor(sorted(energy, reverse=True), dtype=torch.float64), min(p, len(energy))
     spectrum = Spectrum(energy, torch.eye(len(energy), dtype=torch.float64))
     assert spectrum.strongest(energy=float(energy[:p].flip(0).sum() / energy.flip(0).sum())).rank == p
@@ -201,7 +201,7 @@ def test_weak_directions_are_kept_down_to_the_rounding_of_the_sums():
         assert Spectrum.of(PooledMoment.of([moments])).rank == rank
 
 
-def test_sums_that_were_rounded_more_than_their_dtype_says_tell_so_by_negative_energies():
+def test_negative_energies_tell_of_sums_rounded_more_than_their_dtype():
     """As those of a bfloat16 file: 8 bits a number."""
     x = of_rank(6, 40, 1000, "drawn")
     moments = moments_of(x, "token")

@@ -118,7 +118,7 @@ def test_own_features_of_low_rank_are_completed_by_quiet_directions(objective):
         torch.testing.assert_close(energy(A, S), float(a @ S @ a), rtol=1e-9, atol=1e-12)
 
 
-def test_difference_is_the_top_of_the_weighed_difference_and_the_paper_at_zero():
+def test_difference_is_the_top_of_its_matrix_and_the_paper_at_zero():
     others, own = tasks(2, 50, 10), tasks(1, 50, 10, seed=5)[0]
     S, S_own = pooled(others), own.second_moment()
     for beta in (0.3, 1.0):
@@ -211,7 +211,7 @@ def test_protect_zero_is_a_random_frame_that_no_task_influences():
 
 @form
 @pytest.mark.parametrize("protect", [0, 2, 5, 0.5, None])
-def test_null_space_in_task_is_the_own_energy_beside_the_protected_directions(form, protect):
+def test_null_space_in_task_takes_the_own_energy_beside_the_protected(form, protect):
     others, own = tasks(2, 4, 12, "sample"), tasks(1, 11, 12, "sample", seed=5)[0]
     spectrum, S_own = spectrum_of(others), own.second_moment()
     A = choose_directions(spectrum, 3, own=form(own), null_space="in_task", **protected(protect), generator=generator())

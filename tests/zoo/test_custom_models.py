@@ -173,7 +173,7 @@ def test_a_table_of_whole_numbers_that_differs_has_no_average(tmp_path):
     assert same.tolist() == [0, 1, 2, 3] and same.dtype == torch.int64
 
 
-def test_a_wrapper_inside_of_a_model_with_such_a_name_of_its_own_is_left_out():
+def test_a_wrapper_in_a_model_with_a_like_name_of_its_own_is_left_out():
     live = adapted("module", 1)
     expected = weights(live)
     live.base_model.model.module = torch.compile(live.base_model.model.module)

@@ -54,7 +54,7 @@ def test_several_active_adapters_are_refused_and_a_name_helps():
 
 
 @torch.no_grad()
-def test_an_adapter_merged_into_the_weights_is_read_unless_copies_would_hold_it():
+def test_an_adapter_merged_into_the_weights_is_read_unless_copies_hold_it():
     model = adapted("llama", 1, **SAVES)
     expected = outputs(model)
     model.merge_adapter()

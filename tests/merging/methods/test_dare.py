@@ -63,7 +63,7 @@ def test_the_same_seed_gives_the_same_result_and_another_seed_another():
     assert first.manifest["seed"] == 3
 
 
-def test_a_task_s_draw_depends_neither_on_the_other_adapters_nor_on_their_order():
+def test_a_task_s_draw_does_not_depend_on_other_adapters_or_the_order():
     one, two, three = lora(1), lora(2), lora(3)
     alone = dropped({"t": one}, "t")
     for adapters in ({"t": one, "a": two}, {"a": two, "t": one}, {"b": three, "a": two, "t": one}):

@@ -88,7 +88,7 @@ def test_copies_of_one_adapter_are_that_adapter_once(copies):
     close(tsv(tau.repeat(2, 1, 1), torch.tensor([1.0, -1.0])), 0 * tau[0], 1e-9, float(tau.norm()))
 
 
-def test_tasks_of_the_same_directions_and_other_values_share_them_by_their_mean():
+def test_tasks_of_the_same_directions_share_them_by_their_mean_value():
     tau = low_rank(1, 8, 6, 2)
     close(tsv(torch.cat([tau, 3 * tau]), torch.ones(2)), 2 * tau[0], 1e-9)
 
