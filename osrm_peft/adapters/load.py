@@ -65,37 +65,52 @@ def load_adapter(
         raise FileNotFoundError(f"{source} is no adapter's folder: {describe_file(Path(source))}")
     folder = local_folder(str(source), [CONFIG, WEIGHTS, f"{HEADS}/*.safetensors", "*.json"])
     check_folder(folder, str(source))
-    path = folder / HEADS / f"{task}.safetensors"
-    if (
-        require_single_task
-        and task is None
-        and any(_holds_tensors(folder / HEADS / f"{name}.safetensors") for name in _heads_in(folder))
-    ):
-        raise ValueError(
-            f"{source} is a merge of several tasks: say whose head to take along with "
-            f"load_adapter({str(source)!r}, task=…), one of {', '.join(_heads_in(folder))}"
-        )
-    if task is not None and (not isinstance(task, str) or task != Path(task).name or not path.is_file()):
-        raise ValueError(f"{source} has no head {task!r}, only {', '.join(_heads_in(folder)) or 'none'}")
-    try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(
-            f"{folder / CONFIG} is damaged: {type(error).__name__}: {error}; it must be JSON in UTF-8 (without a BOM)"
-        ) from error
+    head = _head_file(folder, str(source), task, require_single_task)
+    config = _config_in(folder)
     foreign = foreign_config(config, folder)
     if foreign is not None:
         raise ValueError(f"{source} cannot be read: {foreign}")
     try:
         weights = folder / WEIGHTS
         adapter = _parse(config, tensor_headers(weights), tensor_reader(weights), str(source), _sha256(weights))
-        if task is not None:
-            adapter = load_head(adapter, path, adapter.factors)
+        if head is not None:
+            adapter = load_head(adapter, head, adapter.factors)
     except (SafetensorError, json.JSONDecodeError, UnicodeDecodeError, KeyError) as error:
         raise ValueError(f"{source} is damaged: {type(error).__name__}: {error}") from error
     adapter.source, adapter.folder = pinned(str(source), folder), folder
     adapter.weight_hash = _weight_hash(read_manifest(folder).get("osrm"), str(folder / MANIFEST))
     return adapter
+
+
+def _head_file(folder: Path, source: str, task: str | None, require_single_task: bool) -> Path | None:
+    """The file of the task's head in a merged folder; None where no task is named.
+
+    Raises:
+        ValueError: no such head; or no task is named, and `require_single_task` wants one.
+    """
+    names = _heads_in(folder)
+    if task is None:
+        files = [folder / HEADS / f"{name}.safetensors" for name in names]
+        if require_single_task and any(map(_holds_tensors, files)):
+            raise ValueError(
+                f"{source} is a merge of several tasks: say whose head to take along with "
+                f"load_adapter({source!r}, task=…), one of {', '.join(names)}"
+            )
+        return None
+    file = folder / HEADS / f"{task}.safetensors"
+    if not isinstance(task, str) or task != Path(task).name or not file.is_file():
+        raise ValueError(f"{source} has no head {task!r}, only {', '.join(names) or 'none'}")
+    return file
+
+
+def _config_in(folder: Path) -> Any:
+    """The content of `adapter_config.json`."""
+    try:
+        return json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{folder / CONFIG} is damaged: {type(error).__name__}: {error}; it must be JSON in UTF-8 (without a BOM)"
+        ) from error
 
 
 def _of_model(model: PeftModel, adapter_name: str | None) -> LoraAdapter:

@@ -46,11 +46,10 @@ def merge_checkpoints(
 ) -> Path:
     """Merge full checkpoints into one that `from_pretrained` loads, without holding one of them in memory.
 
-    Element-wise methods see some rows of a tensor at a time, LoRE, TSV-M and Iso-C a whole matrix (on the GPU if there
-    is one); there, what is no matrix (norms, biases, stacks of experts) is averaged, W₀ + λ mean τ_t (LoRE: mean θ_t,
-    its θ₀, to which λ adds nothing), and named in the manifest. Tensors are matched under the names that transformers
-    gives them when it loads the files. Computed in float32. EMR, whose result differs by model, writes a whole model
-    for each, `out/<name>`.
+    Element-wise methods see some rows of a tensor at a time; LoRE, TSV-M and Iso-C see a whole matrix, on the GPU if
+    there is one. These average what is no matrix (norms, biases, stacks of experts), W₀ + λ mean τ_t (LoRE: mean θ_t,
+    its θ₀, to which λ adds nothing), and the manifest names it. Tensors are matched under the names that transformers
+    gives them when it loads the files. Computed in float32. EMR writes a whole model for each input, `out/<name>`.
 
     Args:
         models: {name: folder that `save_pretrained` wrote, or Hub id}. Safetensors only.
@@ -61,10 +60,9 @@ def merge_checkpoints(
         scale: λ; None: the paper's default of the method.
         heads: name patterns of tensors that each model keeps (classification heads): `heads/<name>.safetensors`, see
             `load_merged_checkpoint`.
-        vocab: `"error"`, or `"intersect"`: of models with more tokens than another the rows of those that all have.
-        tokenizer: whose tokenizer, chat template, special tokens (in config.json, too), generation and processor
-            settings the result has: a model's name, or `"base"`. None: the models', where all that have them agree; the
-            base's where no model has any.
+        vocab: `"error"`, or `"intersect"`: keep the rows of the tokens that all models have.
+        tokenizer: the model (or `"base"`) whose tokenizer, chat template, special tokens (in config.json, too),
+            generation and processor settings the result has. None: the models', where they agree; else the base's.
         dtype: of the result; None: the models' own, if it is the same.
         shard_size: bytes of a weight file, at most.
         seed: of the methods that draw.
@@ -77,9 +75,8 @@ def merge_checkpoints(
         The folder.
 
     Raises:
-        TypeError, ValueError, FileNotFoundError, FileExistsError, OSError: bad options; models that are not alike
-            (named, with the way out); damaged or pickled files; a full disk; another process that writes the same
-            result. Known before a byte is written, if at all.
+        TypeError, ValueError, FileNotFoundError: bad options, models that are not alike, damaged or pickled files.
+        FileExistsError, OSError: something else is in `out`, another process writes there, or the disk is full.
     """
     out = check_replaceable(out, "checkpoint")
     plan = plan_checkpoints(

@@ -1,7 +1,7 @@
 """collect_fisher: the exact diagonal Fisher information of the target layers' weights, and its file."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from osrm_peft.checks import choice, integer
 from osrm_peft.distributed import ALONE
-from osrm_peft.features.batches import samples
+from osrm_peft.features.batches import Batch, samples
 from osrm_peft.features.hooks import preserve_state
 from osrm_peft.hub.sources import local_file
 from osrm_peft.io.json import parse_json
@@ -126,30 +126,26 @@ def collect_fisher(
     layers = target_layers(model, target_modules)
     base = base_of(model)
     device = next(base.parameters()).device
-    total: dict[str, Tensor] = {}
+    squares: dict[str, Tensor] = {}
     seen = 0
     if labels == "true":
         _check_known_labels(loader, base, task)
-    with ExitStack() as stack:
-        stack.enter_context(preserve_state(base))
-        stack.enter_context(torch.enable_grad())
-        stack.enter_context(torch.compiler.set_stance("force_eager"))  # compiled code would not see the hooks
-        passes = stack.enter_context(_watch(layers))
+    with _watch(base, layers) as passes:
         for given in samples(loader, num_samples, ALONE, task=task, what=f"Fisher of {task}", progress=progress):
             batch = given.to(device)
-            if batch.positions.samples is not None:
-                raise ValueError("Fisher squares the gradient of each sample: give rows of one sample, not packed ones")
             passes.clear()
-            if labels == "true" and batch.labels is not None:
-                _check_labels(batch.labels, None, task)
-            scores = _scores(base(**batch.inputs).logits, batch.labels if labels == "true" else None, labels, task)
-            _add_squares(total, scores, passes)
+            _add_squares(squares, _scores_of(base, batch, labels, task), passes)
             seen += batch.count
-    found = {name: (squares / seen).cpu() for name, squares in total.items()}
-    for name, F in found.items():
+    return DiagonalFisher(task, base_name(base), seen, labels, seed, layers=_mean(squares, seen))
+
+
+def _mean(squares: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
+    """{layer: F} of the sums over `count` samples."""
+    means = {name: (total / count).cpu() for name, total in squares.items()}
+    for name, F in means.items():
         if not F.isfinite().all():
             raise ValueError(f"the Fisher information of layer {name!r} has NaN or Inf: is the adapter sound?")
-    return DiagonalFisher(task, base_name(base), seen, labels, seed, layers=found)
+    return means
 
 
 def _check_known_labels(loader: Any, base: nn.Module, task: str) -> None:
@@ -178,6 +174,16 @@ def _check_labels(truth: Tensor, classes: int | None, task: str) -> None:
         bounds = f"a class, 0 … {classes - 1}"
     if len(wrong):
         raise ValueError(f"labels='true': label {wrong[0].item():g} of task {task!r} must be {bounds}: {way_out}")
+
+
+def _scores_of(base: nn.Module, batch: Batch, labels: str, task: str) -> list[tuple[Tensor, Tensor]]:
+    """Run the model on a batch; its scores, see `_scores`."""
+    if batch.positions.samples is not None:
+        raise ValueError("Fisher squares the gradient of each sample: give rows of one sample, not packed ones")
+    truth = batch.labels if labels == "true" else None
+    if truth is not None:
+        _check_labels(truth, None, task)
+    return _scores(base(**batch.inputs).logits, truth, labels, task)
 
 
 def _scores(logits: Tensor, truth: Tensor | None, labels: str, task: str) -> list[tuple[Tensor, Tensor]]:
@@ -217,8 +223,11 @@ def _add_squares(total: dict[str, Tensor], scores: list[tuple[Tensor, Tensor]], 
 
 
 @contextmanager
-def _watch(layers: Mapping[str, nn.Module]):
-    """{layer: (its input, its output)} of the last forward pass; outputs take gradients even if no parameter does."""
+def _watch(base: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
+    """{layer: (its input, its output)} of the last forward pass; outputs take gradients even if no parameter does.
+
+    The model is in eval mode, and as it was when the block ends.
+    """
     passes: dict[str, tuple[Tensor, Tensor]] = {}
 
     def hook_for(name: str):
@@ -231,9 +240,10 @@ def _watch(layers: Mapping[str, nn.Module]):
 
         return hook
 
-    handles = [module.register_forward_hook(hook_for(name), with_kwargs=True) for name, module in layers.items()]
-    try:
+    with ExitStack() as stack:
+        stack.enter_context(preserve_state(base))
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(torch.compiler.set_stance("force_eager"))  # compiled code would not see the hooks
+        for name, module in layers.items():
+            stack.callback(module.register_forward_hook(hook_for(name), with_kwargs=True).remove)
         yield passes
-    finally:
-        for handle in handles:
-            handle.remove()
