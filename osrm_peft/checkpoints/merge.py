@@ -1,4 +1,4 @@
-"""merge_checkpoints: tensor by tensor from disk to disk; interrupted, it goes on where it stopped."""
+"""merge_checkpoints: merges from disk to disk, tensor by tensor; an interrupted merge can go on."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -89,9 +89,9 @@ def merge_checkpoints(
 def execute(
     plan: CheckpointPlan, out: Path, *, resume: bool = False, verify: bool = True, progress: bool = False
 ) -> Path:
-    """Merge as planned: into a folder beside `out`, which takes its name at the end."""
+    """Merge as planned, into a folder beside `out` that is renamed to it at the end."""
     partial = out.with_name(f".{out.name}.merging")
-    if not partial.exists():  # else some of it may be written
+    if not partial.exists():  # else a part of the result may be written already
         check_space(out, (len(plan.models) if plan.method.per_task else 1) * plan.size_of(list(plan.shapes)))
     with alone_in(partial):
         return _execute(plan, out, partial, resume, verify, progress)
@@ -104,12 +104,11 @@ def _execute(plan: CheckpointPlan, out: Path, partial: Path, resume: bool, verif
     _clear(partial, {partial / STATE, *(partial / folder / file for file in state["crc32"] for folder in folders)})
     check_space(out, len(folders) * plan.size_of(missing))
     write_json(partial / STATE, state)
-    every = [*plan.models.values(), *([plan.base] if plan.base else [])]
     with ExitStack() as stack:
-        for one in every:
-            stack.callback(one.close)
+        for files in [*plan.models.values(), *([plan.base] if plan.base else [])]:
+            stack.callback(files.close)
             if verify:
-                one.verify()
+                files.verify()
         merge = Blocks(plan)
         stack.callback(merge.close)
         merge.summarise(state["summary"])
@@ -134,17 +133,17 @@ def _execute(plan: CheckpointPlan, out: Path, partial: Path, resume: bool, verif
                 else:
                     bar.update(plan.size_of(names))
         plan.check_unchanged()
-        for place, folder in enumerate(folders):
-            write_rest(plan, partial / folder, {file: sums[place] for file, sums in state["crc32"].items()})
+        for number, folder in enumerate(folders):
+            write_rest(plan, partial / folder, {file: sums[number] for file, sums in state["crc32"].items()})
         if plan.heads:
             write_heads(plan, partial / "heads")
-    whole = {file: found[0] for file, found in state["crc32"].items()} if folders == [""] else {}
-    files = {path.relative_to(partial).as_posix() for path in partial.rglob("*") if path.is_file()} - {STATE}
-    files |= {MANIFEST, "README.md"}
-    write_manifest(partial, plan.manifest() | {"crc32": whole, "files": sorted(files)})
-    check_replaceable(out, "checkpoint")  # as it is by now
+    checksums = {file: sums[0] for file, sums in state["crc32"].items()} if folders == [""] else {}
+    written = {path.relative_to(partial).as_posix() for path in partial.rglob("*") if path.is_file()} - {STATE}
+    written |= {MANIFEST, "README.md"}
+    write_manifest(partial, plan.manifest() | {"crc32": checksums, "files": sorted(written)})
+    check_replaceable(out, "checkpoint")  # the place may have changed meanwhile
     (partial / STATE).unlink()
-    with alone_in(out) if out.is_dir() else nullcontext():  # until it is removed, under the name of what is unfinished
+    with alone_in(out) if out.is_dir() else nullcontext():  # the earlier result, until it is removed
         put_in_place(partial, out)
     return out
 
@@ -155,24 +154,24 @@ def load_merged_checkpoint(
     """A merged model with the head that the model `name` kept, in eval mode.
 
     Args:
-        folder: of `merge_checkpoints(…, heads=…)`, or a Hub id.
+        folder: the result of `merge_checkpoints(…, heads=…)`, or a Hub id.
         auto_class: transformers' class for the task.
 
     Raises:
-        FileNotFoundError: no head of this name; lists those there are.
+        FileNotFoundError: no head of this name; lists the heads.
     """
-    place = local_folder(str(folder), ["*"], "merged checkpoint")
-    file = place / "heads" / f"{name}.safetensors"
-    known = sorted(path.stem for path in (place / "heads").glob("*.safetensors"))
+    path = local_folder(str(folder), ["*"], "merged checkpoint")
+    file = path / "heads" / f"{name}.safetensors"
+    known = sorted(head.stem for head in (path / "heads").glob("*.safetensors"))
     if name not in known:
         raise FileNotFoundError(f"{folder} has no head {name!r}: it has {', '.join(known) or 'none'}")
     try:
         with safe_open(file, framework="pt") as opened:
             config = built_config(parse_json((opened.metadata() or {})["config"]))
-    except Exception as error:  # of safetensors and transformers: any kind
+    except Exception as error:  # any kind, from safetensors and transformers
         reason = printable(" ".join(str(error).split()))[:200]
         raise ValueError(f"{file} is damaged ({type(error).__name__}: {reason}): merge again") from error
-    model = auto_class.from_pretrained(place, config=config)
+    model = auto_class.from_pretrained(path, config=config)
     left = model.load_state_dict(load_file(file), strict=False).unexpected_keys
     if left:
         raise ValueError(f"{file} holds {left[0]!r}, which {type(model).__name__} has not: give another auto_class")
@@ -180,29 +179,29 @@ def load_merged_checkpoint(
 
 
 def _state(partial: Path, plan: CheckpointPlan, folders: list[str], resume: bool) -> dict[str, Any]:
-    """What an interrupted merge has finished; nothing without `resume`."""
+    """The state of an interrupted merge, without files that are damaged; a new state without `resume`."""
     state: dict[str, Any] = {"fingerprint": plan.fingerprint(), "summary": None, "crc32": {}}
     if resume and (partial / STATE).is_file():
-        found = read_object(partial / STATE)
-        if found.get("fingerprint") != state["fingerprint"]:
+        earlier = read_object(partial / STATE)
+        if earlier.get("fingerprint") != state["fingerprint"]:
             raise ValueError(f"{partial} is of another merge (other inputs or options): merge without resume")
         try:
-            there = {file: sums for file, sums in found["crc32"].items() if _sound(partial, file, folders, sums)}
+            sound = {file: sums for file, sums in earlier["crc32"].items() if _sound(partial, file, folders, sums)}
         except (KeyError, AttributeError, TypeError, ValueError) as error:
             raise ValueError(f"{partial / STATE} is damaged ({error}): merge without resume") from error
-        return state | {"summary": found.get("summary"), "crc32": there}
+        return state | {"summary": earlier.get("summary"), "crc32": sound}
     return state
 
 
 def _sound(partial: Path, file: str, folders: list[str], sums: list[str]) -> bool:
-    """Whether a finished weight file is there in each folder, as it was written."""
+    """Whether each folder has this weight file as it was written."""
     paths = [partial / folder / file for folder in folders]
     return all(path.is_file() and crc32_of(path) == one for path, one in zip(paths, sums, strict=True))
 
 
 def _clear(partial: Path, kept: set[Path]) -> None:
-    """Remove from the folder all but these files: what was half written when a process was killed."""
-    for path in sorted(partial.rglob("*"), reverse=True):  # a folder after what is in it
+    """Remove all but these files from the folder: what a killed process had half written."""
+    for path in sorted(partial.rglob("*"), reverse=True):  # a folder comes after its content
         if path.is_dir():
             if not any(path.iterdir()):
                 path.rmdir()

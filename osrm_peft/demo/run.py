@@ -58,7 +58,7 @@ class Merge(NamedTuple):
     arguments: Mapping[str, Any] = {}
 
     def default_scale(self) -> float:
-        """The λ that the method has where none is given."""
+        """The method's λ in its paper; 1 where features choose."""
         return 1.0 if self.guided() else METHODS[self.method].scale
 
     def guided(self) -> bool:
@@ -101,7 +101,7 @@ def run_demo(
 ) -> MultiTaskTable:
     """Train, merge and evaluate; write reports, `scores.json` and plots into `out` and print the table.
 
-    Every adapter, merge and row of scores is written as it is made and not made again, so an interrupted run goes on
+    Every adapter, merge and row of scores is written as soon as it is made, and made once: an interrupted run goes on
     where it stopped.
 
     Args:
@@ -111,7 +111,7 @@ def run_demo(
         osrm: OSRMLoraConfig fields of the OSRM adapters.
 
     Raises:
-        FileExistsError: `out` is not ours, or was made with another recipe.
+        FileExistsError: `out` is no demo's folder, or was made with another recipe.
     """
     out, console = Path(out), console or Console()
     replace(recipe, osrm=osrm).lora_config(recipe.task_names()[0])  # an unknown option stops here

@@ -1,4 +1,4 @@
-"""collect_features, collect_gram: the inputs of the target layers, summed up; the model left as it was."""
+"""collect_features, collect_gram: sum up the inputs of the target layers and leave the model as it was."""
 
 import inspect
 import tempfile
@@ -52,35 +52,33 @@ def collect_features(
     """Run up to k samples through the pre-trained model and sum up the inputs of the target layers.
 
     Padding (0 in the batch's `attention_mask`) never enters; a tensor that several layers receive is counted once.
-    In an encoder–decoder model each layer has the padding of what it reads: the decoder's self-attention that of
-    `decoder_attention_mask` (or of the token labels, from which the decoder's inputs are made as its own forward makes
-    them where the batch has none), its cross-attention the encoder's. The mask of an audio model is of samples of
-    sound: its own method makes it one of frames. Images, and sound whose model masks none (Whisper), count everywhere;
-    padding that is known, and in a layer of another length cannot be found, is an error. In packed rows
-    (`position_ids` that start again at 0) each part is a sample. A PeftModel runs with its adapter off, a compiled
-    model eagerly. The model is left as it was: hooks gone, train mode and gradients untouched. It may lie on several
-    devices (`device_map`), or be split by ZeRO-3 or FSDP2.
+    In an encoder–decoder model the decoder's self-attention has the padding of `decoder_attention_mask`, or of the
+    token labels (where the batch has no inputs for the decoder, they are made from these); its cross-attention has the
+    encoder's. An audio model's mask counts samples of sound; the model's own method turns it into a mask of frames.
+    Images, and sound without a mask (Whisper), count everywhere. It is an error if there is padding and a layer of
+    another length does not show where. In packed rows (`position_ids` that start again at 0) each part is a sample.
+    A PeftModel runs with its adapter off, a compiled model eagerly. The model is left as it was: hooks gone, train mode
+    and gradients untouched. It may lie on several devices (`device_map`), or be split by ZeRO-3 or FSDP2.
 
     Args:
         model: the pre-trained model, or a PeftModel around it; runs on the device it is on.
-        loader: batches as the model takes them (dicts of tensors, samples along the first axis); labels that are no
-            token labels of an encoder–decoder model are ignored.
+        loader: batches as the model takes them (dicts of tensors, samples along the first axis). Labels are ignored,
+            except token labels of an encoder–decoder model.
         task: the task's name, for the record.
         target_modules: which layers, see `layers.target_layers`.
         statistic: `"mean"`, `"sample"` or `"token"`, see FeatureMoments.
         num_samples: how many samples at most (the paper uses 100).
         seed: the seed that drew the samples, for the record.
-        tokenizer: that which made the samples, for the record: features of another tokenizer are refused later.
+        tokenizer: the samples' tokenizer, for the record: features of another tokenizer are refused later.
         reference: count padding in and keep the mean only, as the released OSRM code does (it pads to a fixed length).
-        group_size: of how many distinct inputs the sums are in memory at once; each group is a pass over the loader,
-            which must give the same samples each time, and those that are done wait in a temporary folder. None: all,
-            in one pass.
+        group_size: how many distinct inputs have their sums in memory at once. Each group is a pass over the loader,
+            which must give the same samples each time; finished groups wait in a temporary folder. None: one pass.
         distributed: all processes of torch.distributed call this with the same loader and share its samples; each
             gets the sums over all of them. A model that an engine has split needs it.
 
     Raises:
         ValueError: unknown statistic, k below 1, no target layer or one that never runs, a loader without a sample, or
-            a layer whose padding cannot be told apart.
+            a layer whose padding is unknown.
     """
     choice("statistic", statistic, STATISTICS)
     if reference and statistic != "mean":
@@ -258,7 +256,7 @@ def _watch_sides(collector: Collector) -> Iterator[None]:
 
 
 def _sum_up(collector: Collector, seen: int, processes: Processes) -> int:
-    """The collector's moments become those of all processes; from how many samples."""
+    """Sum the collector's moments over all processes, in place; how many samples they had."""
     for leaders in processes.gather(collector.leaders):  # an expert may have run in some processes only
         for name, leader in leaders.items():
             collector.follow(name, leader)
@@ -269,12 +267,12 @@ def _sum_up(collector: Collector, seen: int, processes: Processes) -> int:
             "list them in exclude_modules, or narrow target_modules"
         )
     own = {name: collector.moments[name] for name in collector.widths if collector.leaders[name] == name}
-    everyone = processes.gather((seen, {name: moments.count for name, moments in own.items()}))
+    totals = processes.gather((seen, {name: moments.count for name, moments in own.items()}))
     if processes.num_processes > 1:
         for name, moments in own.items():
-            moments.sum_over_([counts[name] for _, counts in everyone], processes.rank, processes.sum_)
+            moments.sum_over_([counts[name] for _, counts in totals], processes.rank, processes.sum_)
     for name, moments in own.items():
         moments.settle_()
         if not moments.mean().isfinite().all():
             raise ValueError(f"layer {name!r} receives NaN or Inf: is the model's checkpoint sound?")
-    return sum(count for count, _ in everyone)
+    return sum(count for count, _ in totals)

@@ -34,10 +34,10 @@ class DiagonalFisher:
     Attributes:
         task: the task's name.
         base_model: name or path of the pre-trained model.
-        num_samples: how many samples it is the mean of.
+        num_samples: how many samples the mean is over.
         labels: `"expected"` or `"true"`, see `collect_fisher`.
         seed: the seed that drew the samples, for the record.
-        adapter_sha256: of the weight file of the model's adapter, where it is known.
+        adapter_sha256: sha256 of the adapter's weight file, where it is known.
         layers: {layer name in the base model: (o, n) float32, ≥ 0}.
     """
 
@@ -51,8 +51,8 @@ class DiagonalFisher:
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file."""
-        about = {"task": self.task, "base_model": self.base_model, "k": self.num_samples, "labels": self.labels}
-        header = about | {"seed": self.seed, "adapter_sha256": self.adapter_sha256, "format": _FORMAT}
+        header: dict[str, Any] = {"task": self.task, "base_model": self.base_model, "k": self.num_samples}
+        header |= {"labels": self.labels, "seed": self.seed, "adapter_sha256": self.adapter_sha256, "format": _FORMAT}
         with new_file(path) as partial:
             save_file(self.layers, partial, {"format": "pt", "osrm_peft_fisher": json.dumps(header)})
 
@@ -149,7 +149,7 @@ def _mean(squares: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
 
 
 def _check_known_labels(loader: Any, base: nn.Module, task: str) -> None:
-    """The labels of a list of batches, or of a loader's data set that has them as a column, before the first pass."""
+    """Check the labels before the first pass: those of a list of batches, or of a column of the loader's data set."""
     rows, classes = getattr(loader, "dataset", None), getattr(getattr(base, "config", None), "num_labels", None)
     columns = [name for name in ("labels", "label") if name in (getattr(rows, "column_names", None) or ())]
     known = [rows[columns[0]][:]] if rows is not None and columns else []
@@ -158,13 +158,13 @@ def _check_known_labels(loader: Any, base: nn.Module, task: str) -> None:
     for labels in known:
         try:
             values = torch.as_tensor(labels)
-        except (TypeError, ValueError, RuntimeError):  # texts, which the loader makes numbers of
+        except (TypeError, ValueError, RuntimeError):  # texts, which the loader turns into numbers
             return
         _check_labels(values, classes if isinstance(classes, int) else None, task)
 
 
 def _check_labels(truth: Tensor, classes: int | None, task: str) -> None:
-    """Are these labels classes, or where there is one class numbers; before the logits, as far as is known?"""
+    """Raise ValueError for a label that is no class, or in a regression no number; `classes` is None if unknown."""
     way_out = "correct the labels or the model's head, or take labels='expected', which needs none"
     values = truth.detach().reshape(-1).double()
     wrong = values[~values.isfinite()]
