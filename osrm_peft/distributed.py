@@ -1,4 +1,4 @@
-"""Processes, and engines that split a model over them (FSDP2, DeepSpeed ZeRO-3) or off the device: known here only."""
+"""Processes, and the engines that split a model over them (FSDP2, DeepSpeed ZeRO-3). No other file knows them."""
 
 import os
 import pickle
@@ -22,8 +22,8 @@ class Processes:
     """The processes that share a piece of work; each calls the same methods in the same order.
 
     Attributes:
-        rank: which of them this is.
-        num_processes: how many they are.
+        rank: the number of this process.
+        num_processes: how many processes share the work.
     """
 
     rank: int = 0
@@ -31,41 +31,41 @@ class Processes:
 
     @classmethod
     def of(cls, distributed: bool) -> "Processes":
-        """All of torch.distributed, or this one alone."""
+        """All processes of torch.distributed, or this process alone."""
         together = distributed and dist.is_available() and dist.is_initialized()
         return cls(dist.get_rank(), dist.get_world_size()) if together else cls()
 
     @property
     def is_main_process(self) -> bool:
-        """Whether this is the one that writes."""
+        """Whether this process writes the results."""
         return self.rank == 0
 
     def share(self, items: Sequence[T]) -> list[T]:
-        """This process' part of what all of them have."""
+        """This process' part of items that all processes have."""
         return list(items[self.rank :: self.num_processes])
 
     def gather(self, mine: T) -> list[T]:
-        """What each process has, in the order of ranks."""
-        found: list[Any] = [mine] * self.num_processes
+        """The values of all processes, in the order of ranks."""
+        values: list[Any] = [mine] * self.num_processes
         if self.num_processes > 1:
-            dist.all_gather_object(found, mine)
-        return found
+            dist.all_gather_object(values, mine)
+        return values
 
     def gather_results(self, function: Callable[[], T]) -> list[T]:
-        """What each process finds by itself, in the order of ranks; the first error of any of them, for everyone."""
-        found: Any = None
+        """Run `function` in every process and gather the results in rank order; one process' error is raised in all."""
+        result: Any = None
         failed: Exception | None = None
         try:
-            found = function()
+            result = function()
         except Exception as error:
             if self.num_processes == 1:
                 raise
             failed = _sendable(error)
-        every = self.gather((found, failed))
-        failures = [one for _, one in every if one is not None]
+        outcomes = self.gather((result, failed))
+        failures = [error for _, error in outcomes if error is not None]
         if failures:
             raise failures[0]
-        return [one for one, _ in every]
+        return [result for result, _ in outcomes]
 
     def sum_(self, tensor: Tensor) -> Tensor:
         """The sum over processes, in place."""
@@ -76,26 +76,26 @@ class Processes:
         return tensor
 
     def broadcast_from_main(self, function: Callable[[], T]) -> T:
-        """What the main process finds, or the error that it raises, for everyone."""
+        """Run `function` in the main process and give its result, or raise its error, in all."""
         if self.num_processes == 1:
             return function()
-        found: list[Any] = [None, None]
+        outcome: list[Any] = [None, None]  # the result, the error
         if self.is_main_process:
             try:
-                found[0] = function()
+                outcome[0] = function()
             except Exception as error:
-                found[1] = _sendable(error)
-        dist.broadcast_object_list(found, src=0)
-        if found[1] is not None:
-            raise found[1]
-        return found[0]
+                outcome[1] = _sendable(error)
+        dist.broadcast_object_list(outcome, src=0)
+        if outcome[1] is not None:
+            raise outcome[1]
+        return outcome[0]
 
 
 ALONE = Processes()
 
 
 def start() -> Processes:
-    """Join the processes of `accelerate launch` or torchrun, if this is one of several."""
+    """Join the other processes of `accelerate launch` or torchrun, if there are any."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     return Processes.of(True)
@@ -121,7 +121,7 @@ def shard_model(load: Callable[[], nn.Module]) -> nn.Module | None:
 
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     accelerator = Accelerator(mixed_precision="no", kwargs_handlers=[InitProcessGroupKwargs(backend=backend)])
-    if zero3:  # no data loader goes through the engine, so the batch size that it asks for is of no use
+    if zero3:  # the engine asks for a batch size, which nothing uses: no data loader goes through it
         accelerator.state.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = 1
     model = load()
     if zero3:
@@ -130,14 +130,14 @@ def shard_model(load: Callable[[], nn.Module]) -> nn.Module | None:
 
 
 def inner_module(model: Any) -> Any:
-    """The model that an engine has wrapped; None if this is no wrapper."""
+    """The model inside an engine's wrapper; None if `model` is no wrapper."""
     wraps = any(kind.__name__ in _WRAPPERS for kind in type(model).__mro__)
     return model.module if wraps else None
 
 
 def execution_device(model: nn.Module) -> torch.device:
-    """Where the model takes its inputs."""
-    hook = getattr(model, "_hf_hook", None)  # of a device_map: parameters may lie elsewhere
+    """The device on which the model takes its inputs."""
+    hook = getattr(model, "_hf_hook", None)  # with a device_map parameters may lie elsewhere
     device = getattr(hook, "execution_device", None)
     if device is not None:
         return torch.device(device)
@@ -148,7 +148,7 @@ def execution_device(model: nn.Module) -> torch.device:
 
 @contextmanager
 def gathered_weight(module: nn.Module) -> Iterator[Tensor]:
-    """A module's weight, brought together where a device_map or an engine has put it elsewhere; to read.
+    """A module's whole weight, to read, wherever a device_map or an engine has put its parts.
 
     Every process must ask for a weight that an engine has split.
     """
@@ -159,7 +159,7 @@ def gathered_weight(module: nn.Module) -> Iterator[Tensor]:
 
 
 def gather_parameter(parameter: Tensor) -> Tensor:
-    """A copy of a whole parameter on the CPU. Every process must ask for one that an engine has split."""
+    """A copy of a whole parameter on the CPU. Every process must ask for a parameter that an engine has split."""
     with _whole(parameter) as tensor:
         return tensor.detach().to("cpu", copy=True)
 
@@ -175,10 +175,10 @@ def check_writable(parameter: Tensor) -> None:
 
 
 def write_parameter(parameter: Tensor, value: Tensor) -> None:
-    """Write a whole parameter, wherever its parts are; every process does so, with the same value.
+    """Write a whole parameter, wherever its parts are. Every process must call this with the same value.
 
     Raises:
-        ValueError: a DeepSpeed optimizer holds it already, and would write its own copy over the value.
+        ValueError: a DeepSpeed optimizer holds the parameter, and would write its own copy over the value.
     """
     check_writable(parameter)
     with torch.no_grad():
@@ -208,12 +208,12 @@ def _whole(parameter: Tensor) -> Iterator[Tensor]:
 
 
 def _partitioned(parameter: Tensor) -> bool:
-    """Whether ZeRO-3 has split it."""
+    """Whether ZeRO-3 has split the parameter."""
     return hasattr(parameter, "ds_id")
 
 
 def _collective_device() -> torch.device:
-    """Where the processes' backend takes tensors."""
+    """The device on which the processes' backend takes tensors."""
     return torch.device("cpu") if "cpu:" in dist.get_backend_config() else local_device()
 
 

@@ -135,6 +135,17 @@ def test_a_folder_imports_from_the_layers_below_it():
     assert seen == set().union(*LAYERS) - {"checks", "seeding", "distributed"}
 
 
+def test_no_function_is_longer_than_a_screen():
+    """Fewer than 60 lines, from `def` to the last, the docstring among them."""
+    long = []
+    for path in sorted(PACKAGE.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                lines = (node.end_lineno or 0) - node.lineno + 1
+                long += [f"{path.relative_to(ROOT)}: {node.name} has {lines} lines"] if lines >= 60 else []
+    assert not long, "\n".join(long)
+
+
 def test_maths_sees_no_path_config_or_model():
     for name in (
         "features/moments",

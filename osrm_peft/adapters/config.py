@@ -1,4 +1,4 @@
-"""The fields of adapter_config.json: PEFT's defaults where they are missing, and what is not plain LoRA, by name."""
+"""The fields of adapter_config.json: PEFT's defaults for missing fields; what is not plain LoRA is refused by name."""
 
 import dataclasses
 import logging
@@ -51,7 +51,7 @@ _KINDS = {
     "revision": _TEXT, "task_type": _TEXT, "peft_type": _TEXT, "target_modules": _NAMES, "exclude_modules": _NAMES,
     "modules_to_save": _NAMES, "rank_pattern": _MAPPING, "alpha_pattern": _MAPPING, "auto_mapping": _MAPPING,
 }  # fmt: skip
-_MATCH_SECONDS = 0.5  # a pattern of alpha_pattern may take so long on one name
+_MATCH_SECONDS = 0.5  # the time that a pattern of alpha_pattern may take on one name
 
 
 def defaults() -> dict[str, Any]:
@@ -63,11 +63,11 @@ def defaults() -> dict[str, Any]:
 
 
 def checked_config(config: Any, source: str) -> dict[str, Any]:
-    """The fields of a LoRA adapter's config, with PEFT's defaults for those that are missing.
+    """The fields of a LoRA adapter's config, with PEFT's defaults for missing fields.
 
     Raises:
-        ValueError: no LoRA, a field of the wrong type, or one under which an adapter is not plain LoRA; names it and
-            the way out.
+        ValueError: not a LoRA adapter, a field of the wrong type, or a field that makes it other than plain LoRA; names
+            the field and the way out.
     """
     if not isinstance(config, Mapping):
         raise ValueError(f"{source} is damaged: its {CONFIG} is not a JSON object")
@@ -125,7 +125,7 @@ def scale_of(config: Mapping[str, Any], layer: str, rank: int, source: str) -> f
 
 
 def _plain(value: Any) -> Any:
-    """A live config's sets as lists, and its enumerations as text."""
+    """A field of a live config as JSON has it: sets as lists, enumerations as text."""
     if isinstance(value, (set, frozenset)):
         return sorted(value)
     return getattr(value, "value", value)

@@ -1,4 +1,4 @@
-"""LoRA's factors of one layer, and mappings whose tensors are read when they are used."""
+"""Factors: LoRA on one layer; and mappings that read their tensors when they are used."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -11,8 +11,8 @@ from torch import Tensor
 class Factors:
     """LoRA on one layer: the task vector is τ = s·B·A of shape (o, n).
 
-    A convolution counts as the linear layer of its flattened kernel, n = channels · height · width, an embedding as
-    that of one-hot tokens, n = vocabulary.
+    A convolution counts as the linear layer of its flattened kernel, n = channels · height · width. An embedding counts
+    as the linear layer of one-hot tokens, n = vocabulary.
 
     Attributes:
         A: (r, n). B: (o, r). Both float32 or float64.

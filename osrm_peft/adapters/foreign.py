@@ -1,4 +1,4 @@
-"""What a folder is that PEFT did not write as an adapter, and the command that helps."""
+"""Folders that are no PEFT adapter: what they are, and the command that helps."""
 
 import shlex
 from pathlib import Path
@@ -15,8 +15,8 @@ def check_folder(folder: Path, source: str) -> None:
     """Check that the folder holds the two files of a PEFT adapter.
 
     Raises:
-        FileNotFoundError: it does not; says what it holds instead, and the way out.
-        ValueError: one of them is a Git LFS pointer.
+        FileNotFoundError: a file is missing; says what the folder holds instead, and the way out.
+        ValueError: a file is a Git LFS pointer.
     """
     config, weights = folder / CONFIG, folder / WEIGHTS
     for path in (config, weights):
@@ -32,7 +32,7 @@ def check_folder(folder: Path, source: str) -> None:
 
 
 def is_pointer(path: Path) -> bool:
-    """Whether a file is what `git clone` leaves without git-lfs."""
+    """Whether a file is a Git LFS pointer, which `git clone` leaves without git-lfs."""
     if not path.is_file():
         return False
     with path.open("rb") as file:
@@ -40,7 +40,7 @@ def is_pointer(path: Path) -> bool:
 
 
 def foreign_config(config: Any, folder: Path) -> str | None:
-    """What wrote this adapter_config.json, if it was not PEFT; None if it may have been."""
+    """The program that wrote this adapter_config.json, for an error; None if PEFT may have written it."""
     if not isinstance(config, dict) or config.get("peft_type") is not None:
         return None
     if "fine_tune_type" in config or "lora_parameters" in config or (folder / "adapters.safetensors").is_file():
@@ -61,7 +61,7 @@ _ADAPTERHUB = (
 
 
 def describe_file(path: Path) -> str:
-    """What a single file is that was given instead of an adapter's folder."""
+    """What a file is that was given instead of an adapter's folder, for an error."""
     if path.name in (WEIGHTS, CONFIG, PICKLED):
         return f"it is a file of an adapter: give its folder, {path.parent}"
     if is_pointer(path):

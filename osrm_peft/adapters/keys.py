@@ -1,4 +1,4 @@
-"""What each tensor of an adapter file is, and the one name that its layer has whatever wrapped the model."""
+"""Keys of an adapter file: what each tensor is, and its layer's name without the wrappers around the model."""
 
 import re
 from collections.abc import Callable, Collection, Container, Iterable, Mapping
@@ -9,15 +9,15 @@ PREFIX = "base_model.model."
 _WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "module"}
 _DOUBTFUL = re.compile(r"(^|\.)(module|base_model\.model)\.")
 
-_HALF = re.compile(r"(.+)\.lora_(embedding_)?([AB])(?:\.([^.]+))?")  # a trailing `.weight` is cut off before
-_LORA = re.compile(r"\.lora_(A|B|embedding|magnitude)")  # of adapters; models may have a `lora_` something of their own
+_HALF = re.compile(r"(.+)\.lora_(embedding_)?([AB])(?:\.([^.]+))?")  # matched without a trailing `.weight`
+_LORA = re.compile(r"\.lora_(A|B|embedding|magnitude)")  # adapters' names; models may have others with `lora_`
 _INDEX = re.compile(r"\.\d+(?=\.|$)")
 
 # the modules that PEFT trains and saves by itself for a task type (its classes PeftModelFor…)
 TASK_HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
-# components of names that are a task's output, and that no pre-trained model has
+# components of names of a task's output, which no pre-trained model has
 _HEADS = {"classifier", "score", "qa_outputs", "pre_classifier", "classification_head", "v_head", "value_head"}
-# input and output embeddings: the only base weights that PEFT copies into an adapter's file of its own accord
+# input and output embeddings: the only base weights that PEFT copies into an adapter's file unasked
 EMBEDDINGS = {
     "embed_tokens", "lm_head", "wte", "word_embeddings", "shared", "embed_in", "embed_out", "tok_embeddings",
     "embed_positions", "token_embedding", "embeddings", "decoder", "proj_out", "output", "lm_head_decoder",
@@ -34,10 +34,10 @@ class Part(NamedTuple):
         kind: `"lora"` (half of a pair), `"saved"` (a trained copy of a module), `"duplicate"` (the same once more),
             `"original"` (the module before training, switched off by the adapter), `"base"` (a frozen base weight that
             PEFT restores), `"bias"`, or `"unknown"`.
-        name: of the layer (`lora`), else of the parameter in the base model.
+        name: the layer's name (`lora`), else the parameter's name in the base model.
         half: `"A"` or `"B"`; empty unless `lora`.
         embedding: the pair is of an embedding (`lora_embedding_A`).
-        adapter: the adapter's name where the key has it (`lora_A.default.weight`).
+        adapter: the adapter's name, if the key has it (`lora_A.default.weight`).
     """
 
     kind: str
@@ -62,9 +62,9 @@ def base_name(key: str, own: bool = False) -> str:
 
 
 def is_doubtful(key: str) -> bool:
-    """Whether the name has components that are a wrapper's or the model's own, which only the model tells.
+    """Whether the name has components that are a wrapper's or the model's own: only the model itself shows which.
 
-    LeViT has layers below `.module.`, a reward model may have them below `base_model.model.`.
+    LeViT has layers below `.module.`; a reward model may have layers below `base_model.model.`.
     """
     return bool(_DOUBTFUL.search(_behind_prefix(key)))
 
@@ -75,11 +75,11 @@ def _behind_prefix(key: str) -> str:
 
 
 def part_of(key: str, saved: Iterable[str], tied: bool = False, own: bool = False) -> Part:
-    """What the tensor of this key is.
+    """The part of an adapter that a key names.
 
     Args:
         saved: the config's `modules_to_save`, and the heads that PEFT adds for the task type.
-        tied: the config's `ensure_weight_tying`: PEFT then saves the modules tied to those, too.
+        tied: the config's `ensure_weight_tying`: PEFT then also saves the modules tied to `saved`.
         own: see `base_name`.
     """
     name = base_name(key, own)
@@ -105,18 +105,18 @@ def part_of(key: str, saved: Iterable[str], tied: bool = False, own: bool = Fals
 
 
 def below(module: str) -> Callable[[str], bool]:
-    """Predicate: is a parameter of the `modules_to_save` entry `module` (the end of a name, as PEFT matches it)?"""
+    """Predicate: does a parameter belong to the `modules_to_save` entry `module` (a name's end, as PEFT matches it)?"""
     return re.compile(rf".*{re.escape(module)}\..+").fullmatch  # type: ignore[return-value]
 
 
 def is_embedding(parameter: str) -> bool:
-    """Whether a parameter is of a module that is called like an input or output embedding."""
+    """Whether a parameter belongs to a module with the name of an input or output embedding."""
     *_, parent, layer, _ = ["", "", *parameter.split(".")]
     return layer in EMBEDDINGS or parent in _INSIDE
 
 
 def spelled(name: str, adapted: Container[str]) -> str:
-    """A layer's or parameter's name as PEFT has it where the modules around it are `adapted`: `X.base_layer.weight`."""
+    """A layer's or parameter's name in PEFT, where modules around it are `adapted`: `X.base_layer.weight`."""
     parts: list[str] = []
     for end, part in enumerate(name.split("."), 1):
         inside = ".".join(name.split(".")[: end - 1]) in adapted
@@ -125,7 +125,7 @@ def spelled(name: str, adapted: Container[str]) -> str:
 
 
 def outermost(layers: Collection[str]) -> list[str]:
-    """Of adapted layers those in no other: PEFT, told to adapt nn.MultiheadAttention, adapts its output layer, too."""
+    """The adapted layers that lie in no other: with nn.MultiheadAttention PEFT also adapts the output layer in it."""
     return sorted(name for name in layers if ".base_layer." not in spelled(name, layers))
 
 
@@ -137,10 +137,10 @@ def saved_modules(config: Mapping[str, Any]) -> list[str]:
 
 
 def is_head(parameter: str, config: Mapping[str, Any], layers: Iterable[str]) -> bool:
-    """Whether a trained parameter is a task's head (new, the task's own), not a module of the pre-trained model.
+    """Whether a trained parameter belongs to a task's own head, not to a module of the pre-trained model.
 
-    For classification and question answering a head is what lies outside of the pre-trained model's own module, in
-    which the adapted layers are; for other task types it is known by its name.
+    For classification and question answering a head lies outside of the pre-trained model's own module, which has the
+    adapted layers. For other task types its name decides.
     """
     parts = parameter.split(".")
     if _HEADS & set(parts[:-1]):

@@ -26,21 +26,21 @@ _AUTO = {
 
 
 def names_in(model: nn.Module, names: Iterable[str], *, parameters: bool = False) -> dict[str, str]:
-    """{name: the same layer's name in `model`}, for those names that are of one of its layers.
+    """{name: the same layer's name in `model`}, without the names that the model has no layer for.
 
-    A name of another version of transformers is found by transformers' own renamings of checkpoints. Depth does not
-    count: `layers.40` is found in a model of 2 layers.
+    transformers' own renamings of checkpoints translate the names of other versions. Depth does not count: `layers.40`
+    is a layer of a model of 2 layers.
 
     Args:
-        model: of transformers, or any other; it may be on the meta device.
-        parameters: names are of parameters, not of layers.
+        model: a model of transformers, or any other; it may be on the meta device.
+        parameters: the names are parameters', not layers'.
     """
     known = model.named_parameters() if parameters else model.named_modules()
     actual = {shape_of_name(one) for name, _ in known for one in (name, base_name(name))}
     lost = [name for name in names if shape_of_name(name) not in actual]
     renamed = _renamed(model, lost, "" if parameters else ".weight") if lost else {}
-    found = {name: renamed.get(name, name) for name in names}
-    return {name: new for name, new in found.items() if shape_of_name(new) in actual}
+    translated = {name: renamed.get(name, name) for name in names}
+    return {name: new for name, new in translated.items() if shape_of_name(new) in actual}
 
 
 def _renamed(model: nn.Module, names: list[str], suffix: str) -> dict[str, str]:
@@ -56,7 +56,7 @@ def _apply(rules: list[WeightRenaming], names: Iterable[str], suffix: str = ".we
 
 
 def fused_in(model: nn.Module, names: Iterable[str]) -> set[str]:
-    """Those layers that this version of transformers fuses with others (experts): PEFT converts LoRA on them."""
+    """The layers that this version of transformers fuses with others (experts): PEFT converts LoRA on them."""
     if not isinstance(model, transformers.PreTrainedModel):
         return set()
     rules = get_model_conversion_mapping(model)
@@ -66,11 +66,11 @@ def fused_in(model: nn.Module, names: Iterable[str]) -> set[str]:
 
 
 def model_of(config: Mapping[str, Any], base: str | None) -> transformers.PreTrainedModel | None:
-    """The model that an adapter is of, on the meta device (no weights); None where its class cannot be told.
+    """The model that an adapter was trained on, on the meta device (no weights); None if its class is unknown.
 
     Args:
-        config: the adapter's: PEFT writes the model's class into `auto_mapping`, or there is a `task_type`.
-        base: the base model, whose config.json is read where it can be found.
+        config: the adapter's config, with the model's class in `auto_mapping` or a `task_type`.
+        base: the base model; its config.json is read if it can be reached.
     """
     try:
         settings: Any = None if base is None else AutoConfig.from_pretrained(resolve_model(base))
@@ -98,9 +98,9 @@ def place_in(whole: nn.Module, part: nn.Module) -> list[str]:
 
 
 def same_layout(names: Mapping[str, Iterable[str]]) -> bool:
-    """Whether adapters name their layers alike, so far as names can tell.
+    """Whether adapters name their layers alike, as far as the names show.
 
-    They do not where each of two adapters has layers below a name (`model.layers`) that the other has none below.
+    They do not if each of two adapters has layers below a name (`model.layers`) below which the other has none.
     """
     stems = [{stem(name) for name in layers if stem(name) != name} for layers in names.values()]
     return not any(one - other and other - one for one in stems for other in stems)
@@ -109,9 +109,9 @@ def same_layout(names: Mapping[str, Iterable[str]]) -> bool:
 def by_known_renamings(names: Mapping[str, Iterable[str]]) -> dict[str, dict[str, str]] | None:
     """Renamings {adapter: {layer: new name}} that one of transformers' models has and that give all one layout.
 
-    For adapters whose model's class cannot be told. Renamings that only cut or add a prefix do not count: they would
-    put one tower's layers among another's. Those count that give most layers to several adapters. None where no
-    model's do, or those of several models do alike and differ.
+    It serves adapters whose model's class is unknown. Renamings that only cut or add a prefix do not count: they would
+    put one tower's layers among another's. The renamings that give most layers to several adapters win. None if no
+    model's renamings do, or if several models' differ and do equally well.
     """
     found: dict[tuple, tuple[int, dict[str, dict[str, str]]]] = {}
     for kind in [*CONFIG_MAPPING_NAMES, *(one for one in dir(transformers) if one.endswith("Model") or "For" in one)]:
@@ -135,15 +135,15 @@ def by_known_renamings(names: Mapping[str, Iterable[str]]) -> dict[str, dict[str
 
 
 def bare_prefix(part: Iterable[str], others: Iterable[str]) -> str | None:
-    """What to put before the layer names of an adapter of the bare model (`encoder.layer.0.…` of BertModel).
+    """The prefix for the layer names of an adapter of the bare model (`encoder.layer.0.…` of BertModel).
 
     Args:
         part: the adapter's layers.
-        others: those of adapters of a task's model (`bert.encoder.layer.0.…`).
+        others: the layers of adapters of a task's model (`bert.encoder.layer.0.…`).
 
     Returns:
-        The prefix, if there is one that puts the layers among the others' and that transformers uses for a bare model
-        inside a task's; else None: `text_model.` and `vision_model.` are towers: only the model's class tells which.
+        The one prefix that puts the layers among the others', if transformers uses it for a bare model inside a task's.
+        Else None: with the towers `text_model.` and `vision_model.`, only the model's class shows which.
     """
     stems = {stem(name) for name in part}
     longer = {stem(other).removesuffix(one) for other in others for one in stems if stem(other).endswith(f".{one}")}
@@ -153,7 +153,7 @@ def bare_prefix(part: Iterable[str], others: Iterable[str]) -> str | None:
 
 
 def looks_alike(one: Iterable[str], other: Iterable[str]) -> str | None:
-    """A stem that both sides may have under two names: some layer's name ends alike; None if there is none."""
+    """A stem that the other side may have under another name, as a layer's name ends alike; None if no layer's does."""
     ends = {re.sub(r"^.*?(?=#)", "", shape_of_name(name)) for name in other}
     found = (stem(name) for name in one if re.sub(r"^.*?(?=#)", "", shape_of_name(name)) in ends)
     return next(found, None)

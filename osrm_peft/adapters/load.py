@@ -1,4 +1,4 @@
-"""load_adapter: what PEFT wrote, checked to be plain LoRA; everything else refused by name."""
+"""load_adapter: reads a PEFT adapter and checks that it is plain LoRA; refuses everything else by name."""
 
 import hashlib
 import json
@@ -43,12 +43,12 @@ def load_adapter(
     """Read an adapter that PEFT or we wrote: a folder, a Hub id (`user/name`, `user/name@revision`) or a live model.
 
     Args:
-        task: of a merged folder, the task whose head (and modules) the adapter gets.
+        task: a merged folder's task, whose head (and modules) the adapter gets.
         require_single_task: refuse a merged folder whose heads would be left behind.
-        adapter_name: for a live PeftModel: which of its adapters; None: the only one, or the active one.
+        adapter_name: the adapter of a live PeftModel; None: its only or active adapter.
 
     Raises:
-        FileNotFoundError: neither a folder nor a Hub repository that can be reached, or no PEFT adapter: what it is.
+        FileNotFoundError: neither a folder nor a Hub repository that can be reached, or no PEFT adapter (says what).
         TypeError: a live model that is no PeftModel.
         ValueError: not plain LoRA (names what it is, and the way out), NaN or Inf in a layer, or no such head; a live
             model with several active adapters, or with adapted embeddings and an adapter merged into its weights.
@@ -65,37 +65,52 @@ def load_adapter(
         raise FileNotFoundError(f"{source} is no adapter's folder: {describe_file(Path(source))}")
     folder = local_folder(str(source), [CONFIG, WEIGHTS, f"{HEADS}/*.safetensors", "*.json"])
     check_folder(folder, str(source))
-    path = folder / HEADS / f"{task}.safetensors"
-    if (
-        require_single_task
-        and task is None
-        and any(_holds_tensors(folder / HEADS / f"{name}.safetensors") for name in _heads_in(folder))
-    ):
-        raise ValueError(
-            f"{source} is a merge of several tasks: say whose head to take along with "
-            f"load_adapter({str(source)!r}, task=…), one of {', '.join(_heads_in(folder))}"
-        )
-    if task is not None and (not isinstance(task, str) or task != Path(task).name or not path.is_file()):
-        raise ValueError(f"{source} has no head {task!r}, only {', '.join(_heads_in(folder)) or 'none'}")
-    try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(
-            f"{folder / CONFIG} is damaged: {type(error).__name__}: {error}; it must be JSON in UTF-8 (without a BOM)"
-        ) from error
+    head = _head_file(folder, str(source), task, require_single_task)
+    config = _config_in(folder)
     foreign = foreign_config(config, folder)
     if foreign is not None:
         raise ValueError(f"{source} cannot be read: {foreign}")
     try:
         weights = folder / WEIGHTS
         adapter = _parse(config, tensor_headers(weights), tensor_reader(weights), str(source), _sha256(weights))
-        if task is not None:
-            adapter = load_head(adapter, path, adapter.factors)
+        if head is not None:
+            adapter = load_head(adapter, head, adapter.factors)
     except (SafetensorError, json.JSONDecodeError, UnicodeDecodeError, KeyError) as error:
         raise ValueError(f"{source} is damaged: {type(error).__name__}: {error}") from error
     adapter.source, adapter.folder = pinned(str(source), folder), folder
     adapter.weight_hash = _weight_hash(read_manifest(folder).get("osrm"), str(folder / MANIFEST))
     return adapter
+
+
+def _head_file(folder: Path, source: str, task: str | None, require_single_task: bool) -> Path | None:
+    """The file of the task's head in a merged folder; None where no task is named.
+
+    Raises:
+        ValueError: no such head; or no task is named, and `require_single_task` wants one.
+    """
+    names = _heads_in(folder)
+    if task is None:
+        files = [folder / HEADS / f"{name}.safetensors" for name in names]
+        if require_single_task and any(map(_holds_tensors, files)):
+            raise ValueError(
+                f"{source} is a merge of several tasks: say whose head to take along with "
+                f"load_adapter({source!r}, task=…), one of {', '.join(names)}"
+            )
+        return None
+    file = folder / HEADS / f"{task}.safetensors"
+    if not isinstance(task, str) or task != Path(task).name or not file.is_file():
+        raise ValueError(f"{source} has no head {task!r}, only {', '.join(names) or 'none'}")
+    return file
+
+
+def _config_in(folder: Path) -> Any:
+    """The content of `adapter_config.json`."""
+    try:
+        return json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{folder / CONFIG} is damaged: {type(error).__name__}: {error}; it must be JSON in UTF-8 (without a BOM)"
+        ) from error
 
 
 def _of_model(model: PeftModel, adapter_name: str | None) -> LoraAdapter:
@@ -197,10 +212,10 @@ def _parse(
 
 
 def _has_own_wrappers(config: Mapping[str, Any], model: PeftModel | None) -> bool:
-    """Whether the base model has modules of its own that are called like a wrapper (LeViT's `module`).
+    """Whether the base model has modules of its own with a wrapper's name (LeViT's `module`).
 
-    A class that nobody here can build (PEFT writes its name where there is no task type) is no wrapper of torch's, so
-    its names are its own. Where nothing tells, they are a wrapper's.
+    Without a task type PEFT writes the model's class. If transformers cannot build it and it is none of torch's
+    wrappers, the class is the user's, and such names are its own. If no class is known they are a wrapper's.
     """
     base = base_of(model) if model is not None else model_of(config, config.get("base_model_name_or_path"))
     if base is not None:
@@ -215,7 +230,7 @@ def _has_own_wrappers(config: Mapping[str, Any], model: PeftModel | None) -> boo
 def _sorted_out(
     config: Mapping[str, Any], headers: Mapping[str, Header], source: str, own: bool
 ) -> tuple[dict[str, dict[str, str]], dict[str, str], dict[str, str], dict[str, str]]:
-    """{layer: {"A" or "B": key}}, and {parameter: key} of trained ones, frozen base weights, and trained ones again."""
+    """{layer: {"A" or "B": key}}, and {parameter: key} of trained parameters, frozen ones, and trained duplicates."""
     modules, tied = saved_modules(config), bool(config.get("ensure_weight_tying"))
     parts = {key: part_of(key, modules, tied, own) for key in headers}
     halves: dict[str, dict[str, str]] = {}
@@ -267,7 +282,7 @@ def _put(place: dict[str, str], name: str, key: str, source: str, what: str) -> 
 
 
 def _frozen(part: Part, config: Mapping[str, Any], halves: Mapping[str, Any]) -> bool:
-    """Whether a bias is a copy of the base model's, not a trained one."""
+    """Whether a bias is a copy of the base model's, not a trained bias."""
     return config.get("bias") in (None, "none") and part.name.rpartition(".")[0] in halves
 
 
@@ -277,12 +292,12 @@ def _fits(B: tuple[int, ...], A: tuple[int, ...]) -> bool:
 
 
 def _weight_hash(osrm: Any, source: str) -> str | None:
-    """The base weights' hash in what a manifest tells of OSRM; None where it tells none."""
+    """The base weights' hash in a manifest's `osrm` entry; None without a hash."""
     provenance = osrm.get("provenance") if isinstance(osrm, Mapping) else None
-    found = provenance.get("weight_hash") if isinstance(provenance, Mapping) else None
-    if found is not None and not isinstance(found, str):
-        raise ValueError(f"{source} is damaged: weight_hash={found!r} must be text")
-    return found
+    weight_hash = provenance.get("weight_hash") if isinstance(provenance, Mapping) else None
+    if weight_hash is not None and not isinstance(weight_hash, str):
+        raise ValueError(f"{source} is damaged: weight_hash={weight_hash!r} must be text")
+    return weight_hash
 
 
 def _sha256(path: Path) -> str:

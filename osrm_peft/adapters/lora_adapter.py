@@ -1,4 +1,4 @@
-"""LoraAdapter: {layer: Factors(A, B, s)}, heads and modules; written so that PEFT reads them, or attached."""
+"""LoraAdapter: {layer: Factors(A, B, s)}, heads and modules; saves itself as PEFT does, or attaches to a model."""
 
 import json
 import re
@@ -38,7 +38,7 @@ from osrm_peft.models.packaged import resolve_model
 WEIGHTS, HEADS = "adapter_model.safetensors", "heads"
 
 TARGETS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
-# in the config that we write
+# fields of the config that we write
 _KEPT = ("base_model_name_or_path", "revision", "task_type", "auto_mapping", "fan_in_fan_out", *TARGETS)
 
 
@@ -47,21 +47,21 @@ class LoraAdapter:
     """A plain LoRA adapter.
 
     Attributes:
-        factors: {layer name in the base model: Factors}, float32; those of a folder are read when they are used.
+        factors: {layer name in the base model: Factors}, float32; a folder's are read when they are used.
         heads: {parameter name in the base model: tensor} of the task's own head, such as a trained classifier.
         config: the fields of `adapter_config.json`, PEFT's defaults where one is missing.
-        dtype: of the factors in the file; results are written in it.
-        source: the folder, Hub id or model that it came from.
-        sha256: of the weight file, None for a live model.
+        dtype: the factors' dtype in the file; results are written in it.
+        source: the folder, Hub id or model that the adapter came from.
+        sha256: the weight file's; None for a live model.
         layouts: {layer: (channels, height, width) of a convolution's kernel, or () of an embedding}; no linear layers.
         padded: the least rank to write, see `save_pretrained`.
-        modules: the same of modules of the pre-trained model that were trained whole (`modules_to_save`): `lm_head`,
-            `embed_tokens`, a norm; those of a folder are read when they are used.
-        copies: the same of frozen base weights that PEFT put into the file, since the vocabulary has new rows: loading
-            the adapter restores them.
-        weight_hash: of the base model's adapted layers (`fingerprint.weight_hash`), where OSRM's manifest tells it.
-        folder: where the adapter's files are on this machine, a tokenizer perhaps among them.
-        placed: its layers were renamed (`renamed`): a merge takes their names as they are.
+        modules: {parameter name: tensor} of the pre-trained model's modules that were trained whole (`modules_to_save`:
+            `lm_head`, `embed_tokens`, a norm); a folder's are read when they are used.
+        copies: {parameter name: tensor} of frozen base weights that PEFT put into the file, as the vocabulary has new
+            rows; loading the adapter restores them.
+        weight_hash: hash of the base model's adapted layers (`fingerprint.weight_hash`), if OSRM's manifest has it.
+        folder: the adapter's folder on this machine, in which a tokenizer may lie.
+        placed: the layers were renamed (`renamed`), so a merge takes their names as they are.
     """
 
     factors: Mapping[str, Factors]
@@ -115,20 +115,20 @@ class LoraAdapter:
         return LoraConfig(r=rank, lora_alpha=rank, modules_to_save=saved_whole or None, inference_mode=True, **fields)
 
     def apart(self, whole: Iterable[str]) -> "LoraAdapter":
-        """The same with LoRA and modules trained whole kept apart: PEFT has one or the other on a layer.
+        """The same adapter, with LoRA on no layer that is trained whole: PEFT has one or the other on a layer.
 
-        A layer that is trained whole here has no LoRA. One that only other tasks have trained whole is left out of the
-        targets, by which PEFT would adapt it in its place.
+        A layer that this task trained whole loses its LoRA. A layer that only other tasks trained whole is excluded
+        from the targets, by which PEFT would adapt it.
 
         Args:
-            whole: parameters that some task has trained whole.
+            whole: parameters that any task has trained whole.
         """
         own = {name.rpartition(".")[0] for name in (*self.heads, *self.modules)}
         factors = {name: self.factors[name] for name in self.factors if name not in own}
         others = sorted({name.rpartition(".")[0] for name in whole} - own - set(factors))
         config, targets = self.config, self.config.get("target_modules")
-        every = isinstance(targets, str) and targets.lower() == "all-linear"
-        hit = others if every else [one for one in others if check_target_module_exists(_targets(config), one)]
+        all_linear = isinstance(targets, str) and targets.lower() == "all-linear"
+        hit = others if all_linear else [name for name in others if check_target_module_exists(_targets(config), name)]
         if hit:
             excluded = config.get("exclude_modules")
             if isinstance(excluded, str):
@@ -166,7 +166,7 @@ class LoraAdapter:
         """A PeftModel of `base` with this adapter and its head, in eval mode.
 
         Args:
-            base: the base model (its layers get wrapped, as PEFT does), or its name: then it is loaded with a head
+            base: the base model (its layers get wrapped, as PEFT does), or its name, by which it is loaded with a head
                 of the right width (sequence classification or causal language models).
 
         Raises:
@@ -205,7 +205,7 @@ class LoraAdapter:
         return replace(self, factors=factors, layouts=layouts, heads=heads, modules=modules, copies=copies, placed=True)
 
     def _named_as_in(self, model: PreTrainedModel) -> "LoraAdapter":
-        """The same with the names that its layers have in this model (in this version of transformers)."""
+        """The same adapter with its layers' names in this model (in this version of transformers)."""
         actual = {base_name(name): name for name, _ in model.named_modules()}
         actual |= {base_name(name): name for name in tensors_of(model)}
         actual |= {name: name for name in actual.values()}
@@ -217,7 +217,7 @@ class LoraAdapter:
         return self.renamed(lambda name: actual.get(found.get(name, name), found.get(name, name)))
 
     def _check_fits(self, model: PreTrainedModel) -> None:
-        """Before anything is wrapped: are the layers there, and have they, heads and modules the right shapes?"""
+        """Raise ValueError unless the model has the layers, heads and modules of the adapter, in the right shapes."""
         modules = dict(model.named_modules())
         missing = sorted(set(self.factors) - set(modules))
         fused = fused_in(model, missing) if missing else set()
@@ -270,7 +270,7 @@ class LoraAdapter:
 
 
 def save_head(adapter: LoraAdapter, path: Path) -> None:
-    """Write what a task has for itself (head, modules, copies of base weights), with what PEFT must know to load it."""
+    """Write a task's own tensors (head, modules, copies of base weights), and the fields by which PEFT loads them."""
     notes = {key: adapter.config.get(key) for key in ("modules_to_save", "task_type", "fan_in_fan_out")}
     copies = {spelled(name, [name.rpartition(".")[0]]): one for name, one in adapter.copies.items()}
     tensors = {**adapter.heads, **adapter.modules, **copies}
@@ -279,13 +279,13 @@ def save_head(adapter: LoraAdapter, path: Path) -> None:
 
 
 def load_head(adapter: LoraAdapter, path: Path, layers: Collection[str]) -> LoraAdapter:
-    """The adapter with what `save_head` wrote for a task.
+    """The adapter with the tensors that `save_head` wrote for a task.
 
     Args:
-        layers: the adapted ones.
+        layers: the adapted layers.
 
     Raises:
-        SafetensorError, KeyError, json.JSONDecodeError: it is damaged.
+        SafetensorError, KeyError, json.JSONDecodeError: the file is damaged.
     """
     with safe_open(path, framework="pt") as file:
         kept = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
@@ -308,7 +308,7 @@ def tensors_of(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _as_peft(pair: dict[str, Tensor], layout: tuple[int, ...] | None) -> Iterator[tuple[str, Tensor]]:
-    """(name after the layer's, tensor) as PEFT has them for this kind of layer."""
+    """(end of the name, tensor) as PEFT has them for this kind of layer."""
     for half, tensor in pair.items():
         if layout == ():
             yield f"lora_embedding_{half}", tensor
@@ -320,7 +320,7 @@ def _as_peft(pair: dict[str, Tensor], layout: tuple[int, ...] | None) -> Iterato
 
 
 def shape_in(tensors: Mapping[str, Tensor], name: str) -> tuple[int, ...]:
-    """The shape of a tensor, which is not read for that."""
+    """The shape of a tensor, without reading it."""
     return tensors.shapes[name] if isinstance(tensors, TensorsOnDemand) else tuple(tensors[name].shape)
 
 

@@ -23,31 +23,32 @@ BLOCK = 2**18  # entries of a tensor that an element-wise method sees at once: t
 class Blocks:
     """The tensors of the result, made some rows at a time.
 
-    Blocks are small, so that each is one thread's work: as many at once as there are cores. DARE draws in order, and a
-    whole matrix takes all threads: these run one after the other.
+    Blocks are small: each is one thread's work, with a thread for each core. They run one after the other where a
+    method draws numbers in order (DARE), or decomposes whole matrices with all threads.
     """
 
     def __init__(self, plan: CheckpointPlan) -> None:
         self.plan, self.floats = plan, [name for name in plan.shapes if plan.dtypes[name].is_floating_point]
-        self.summary: list[Any] | None = None  # as the state of a merge keeps it
+        self.summary: list[Any] | None = None  # what an unfinished merge keeps in its state file
         self.engine = Engine(plan.method, plan.options, list(plan.models), plan.seed)
         self._workers, self._threads = os.cpu_count() or 1, torch.get_num_threads()
-        self._local, self._shows = threading.local(), plan.method.linear is not None  # NaN shows in a sum
+        self._local = threading.local()
+        self._nan_shows = plan.method.linear is not None  # a NaN input makes a NaN result, which `_block` checks
         alone = plan.method.spectral or plan.method.prepare is not None
         self._pool = None if alone else ThreadPoolExecutor(self._workers)
         if self._pool is not None:
             torch.set_num_threads(1)
 
     def summarise(self, known: list[Any] | None) -> None:
-        """What the method needs of the whole model: as an interrupted merge had found it, or anew."""
+        """Set the method's summary of the whole model: the one of an interrupted merge, or computed now."""
         method = self.plan.method
         if method.per_task:
             self.summary = self._rescalers() if known is None else known
         elif method.summarise is not None:
             if known is None:
                 self.engine.summarise(_Stacks(self))
-                found = self.engine.summary
-                known = [None if found is None else found.tolist()]
+                summary = self.engine.summary
+                known = [None if summary is None else summary.tolist()]
             self.summary = known
             self.engine.summary = None if known[0] is None else torch.tensor(known[0])
 
@@ -58,7 +59,7 @@ class Blocks:
             torch.set_num_threads(self._threads)
 
     def blocks(self, name: str) -> Iterator[list[Tensor]]:
-        """The result's rows, (rows, width) in its dtype, one tensor for each folder that is written."""
+        """Yield (rows, width) blocks of the result in its dtype, a list with one tensor for each folder."""
         dtype = self.plan.dtypes[name]
         if not dtype.is_floating_point:
             yield [self._same(name)] * (len(self.plan.models) if self.plan.method.per_task else 1)
@@ -87,16 +88,17 @@ class Blocks:
                 f"{name!r} ({shape}) cannot be merged by {self.plan.method.name} ({reason}): take an element-wise "
                 "method (average, ties, …), which needs little memory and no decomposition, or name it in heads="
             ) from error
-        found = [one.to(dtype) for one in merged]
-        found = [one.clone() if one.data_ptr() == stack.data_ptr() else one for one in found]  # it is used again
-        if not all(map(_finite, found)):
+        results = [result.to(dtype) for result in merged]
+        # the next block reuses the stack's memory
+        results = [result.clone() if result.data_ptr() == stack.data_ptr() else result for result in results]
+        if not all(map(_finite, results)):
             self._check_inputs(name, stack)
             kind = str(dtype).removeprefix("torch.")
             raise ValueError(f"{name!r} of the result is too large for {kind}: lower the scale, or give another dtype")
-        return found
+        return results
 
     def _merge(self, name: str, stack: Tensor, under: Tensor | None) -> list[Tensor]:
-        """Results of one block: one, or one a model."""
+        """The results of one block: one tensor, or with EMR one for each model."""
         plan, weights = self.plan, self.plan.weights[name].to(stack.dtype)
         if plan.method.spectral and not is_matrix(plan.shapes[name]):
             # θ* = θ₀ + λ τ with τ the mean task vector; LoRE's θ₀ is the mean itself, its δ_t sum to 0
@@ -122,16 +124,16 @@ class Blocks:
         """(T, rows, width) task vectors, or whole weights without a base; and the base's rows; float32."""
         plan, (_, width) = self.plan, self._shape(name)
         stack = self._memory(len(plan.models), stop - start, width)
-        for place, one in zip(stack, plan.models.values(), strict=True):
-            entry = one.tensors[name]
-            if entry.dtype == place.dtype and entry.width == width:
-                one.read(name, start, stop, out=place)
+        for rows, files in zip(stack, plan.models.values(), strict=True):
+            entry = files.tensors[name]
+            if entry.dtype == rows.dtype and entry.width == width:
+                files.read(name, start, stop, out=rows)
             else:
-                place.copy_(one.read(name, start, stop)[:, :width])
+                rows.copy_(files.read(name, start, stop)[:, :width])
         under = None if plan.base is None else plan.base.read(name, start, stop)[:, :width].float()
         if under is not None:
             stack -= under
-        if not self._shows:
+        if not self._nan_shows:
             self._check_inputs(name, stack)
         if plan.method.prepare is not None:
             key = (name, start)
@@ -144,7 +146,7 @@ class Blocks:
     _drawing: tuple[str, int] = ("", 0)
 
     def _memory(self, *shape: int) -> Tensor:
-        """Room for a block: of each thread the same again, as new memory costs as much as what is done in it."""
+        """Memory for a block, the same for all blocks of a thread: new memory would cost as much as the work in it."""
         if self._pool is None:
             return torch.empty(shape)
         size = math.prod(shape)
@@ -160,13 +162,13 @@ class Blocks:
                 raise ValueError(f"{name!r} holds NaN or Inf in {where}: download it again")
 
     def _shape(self, name: str) -> tuple[int, int]:
-        """(rows, width) in which a tensor is read."""
+        """(rows, width) of a tensor as it is read."""
         shape = self.plan.shapes[name]
         rows = shape[0] if len(shape) > 1 else 1
         return rows, torch.Size(shape).numel() // max(rows, 1)
 
     def _same(self, name: str) -> Tensor:
-        """A tensor of whole numbers, which all models must have alike."""
+        """A tensor of whole numbers, which must be equal in all models."""
         (first, one), *others = ((model, files.read(name)) for model, files in self.plan.models.items())
         for model, other in others:
             if not torch.equal(one, other):
@@ -188,7 +190,7 @@ class Blocks:
 
 
 class _Stacks:
-    """All task vectors, block by block; can be iterated again and again."""
+    """All task vectors, block by block; can be iterated more than once."""
 
     def __init__(self, merge: Blocks) -> None:
         self.merge = merge

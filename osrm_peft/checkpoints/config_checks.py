@@ -1,4 +1,4 @@
-"""What a config.json and the dtypes of a weight file say of a model: that it can be merged, or why not."""
+"""Whether a model's config.json and the dtypes of its weights allow a merge, and why not."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 _DEEPEST, _LARGEST = 32, 2**63
-_MOST = 2**14  # layers, heads or experts (Doge's are rows), where a file does not have as many tensors
+_MOST = 2**14  # layers, heads or experts (rows of a tensor in Doge) that a file with fewer tensors may have
 _COUNTS = re.compile(r"(^|_)(num|n)_?.*(layer|expert|block|head|group)|(^|_)(layers|depth)s?$")
 _TYPES: dict[str, tuple[type, ...]] = {"model_type": (str,), "tie_word_embeddings": (bool,), "vocab_size": (int,)}
-# fields, at any depth, that go with the tokenizer
+# fields, at any depth, that belong to the tokenizer
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "decoder_start_token_id",
              "forced_bos_token_id", "forced_eos_token_id", "suppress_tokens", "begin_suppress_tokens")  # fmt: skip
-# parts of names in packed files, which have floats and whole numbers instead of one matrix
+# parts of names in packed files, which hold floats and whole numbers instead of one matrix
 _PACKED = {
     "GPTQ or AWQ": r"\.(qweight|qzeros|g_idx)$",
     "bitsandbytes": r"\.(absmax|quant_map|nested_absmax|SCB)$|\.quant_state\.",
@@ -29,8 +29,8 @@ def check_config(path: Path, config: Mapping[str, Any], tensors: int) -> None:
     """Refuse a configuration with fields of the wrong type or absurd numbers.
 
     Args:
-        path: of the file.
-        tensors: how many the weights are: a model has no more layers.
+        path: the config.json.
+        tensors: the number of tensors in the weight files: a model has no more layers.
 
     Raises:
         ValueError: names file and field.
@@ -68,10 +68,11 @@ def check_not_quantised(path: Path, config: Mapping[str, Any]) -> None:
         ValueError: names the method and the way out.
     """
     field = "quantization_config" if config.get("quantization_config") else "quantization"  # the latter of MLX
-    about = config.get(field)
-    if not about:
+    settings = config.get(field)
+    if not settings:
         return
-    kind = about.get("quant_method", "MLX" if field == "quantization" else None) if isinstance(about, dict) else about
+    default = "MLX" if field == "quantization" else None
+    kind = settings.get("quant_method", default) if isinstance(settings, dict) else settings
     way_out = _ANEW
     if kind in ("fp8", "mxfp4"):
         name = "FineGrainedFP8Config" if kind == "fp8" else "Mxfp4Config"
@@ -97,7 +98,7 @@ def check_not_packed(path: Path, names: Iterable[str]) -> None:
 
 
 def refusal(dtype: Any) -> str | None:
-    """Why a dtype of the safetensors format is not merged; None for what is none of them."""
+    """Why a dtype of the safetensors format is not merged; None for a dtype that is none of the format's."""
     if not isinstance(dtype, str):
         return None
     if dtype.startswith("F8_"):
@@ -111,7 +112,7 @@ def refusal(dtype: Any) -> str | None:
 
 
 def shown(text: str) -> str:
-    """Text from a file as a terminal can take it: control characters escaped."""
+    """Text from a file that is safe in a terminal: control characters are escaped."""
     return "".join(one if one.isprintable() else one.encode("unicode_escape").decode("ascii") for one in text)
 
 

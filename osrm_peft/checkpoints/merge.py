@@ -1,4 +1,4 @@
-"""merge_checkpoints: tensor by tensor from disk to disk; interrupted, it goes on where it stopped."""
+"""merge_checkpoints: merges from disk to disk, tensor by tensor; an interrupted merge can go on."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -46,11 +46,10 @@ def merge_checkpoints(
 ) -> Path:
     """Merge full checkpoints into one that `from_pretrained` loads, without holding one of them in memory.
 
-    Element-wise methods see some rows of a tensor at a time, LoRE, TSV-M and Iso-C a whole matrix (on the GPU if there
-    is one); there, what is no matrix (norms, biases, stacks of experts) is averaged, W₀ + λ mean τ_t (LoRE: mean θ_t,
-    its θ₀, to which λ adds nothing), and named in the manifest. Tensors are matched under the names that transformers
-    gives them when it loads the files. Computed in float32. EMR, whose result differs by model, writes a whole model
-    for each, `out/<name>`.
+    Element-wise methods see some rows of a tensor at a time; LoRE, TSV-M and Iso-C see a whole matrix, on the GPU if
+    there is one. These average what is no matrix (norms, biases, stacks of experts), W₀ + λ mean τ_t (LoRE: mean θ_t,
+    its θ₀, to which λ adds nothing), and the manifest names it. Tensors are matched under the names that transformers
+    gives them when it loads the files. Computed in float32. EMR writes a whole model for each input, `out/<name>`.
 
     Args:
         models: {name: folder that `save_pretrained` wrote, or Hub id}. Safetensors only.
@@ -61,10 +60,9 @@ def merge_checkpoints(
         scale: λ; None: the paper's default of the method.
         heads: name patterns of tensors that each model keeps (classification heads): `heads/<name>.safetensors`, see
             `load_merged_checkpoint`.
-        vocab: `"error"`, or `"intersect"`: of models with more tokens than another the rows of those that all have.
-        tokenizer: whose tokenizer, chat template, special tokens (in config.json, too), generation and processor
-            settings the result has: a model's name, or `"base"`. None: the models', where all that have them agree; the
-            base's where no model has any.
+        vocab: `"error"`, or `"intersect"`: keep the rows of the tokens that all models have.
+        tokenizer: the model (or `"base"`) whose tokenizer, chat template, special tokens (in config.json, too),
+            generation and processor settings the result has. None: the models', where they agree; else the base's.
         dtype: of the result; None: the models' own, if it is the same.
         shard_size: bytes of a weight file, at most.
         seed: of the methods that draw.
@@ -77,9 +75,8 @@ def merge_checkpoints(
         The folder.
 
     Raises:
-        TypeError, ValueError, FileNotFoundError, FileExistsError, OSError: bad options; models that are not alike
-            (named, with the way out); damaged or pickled files; a full disk; another process that writes the same
-            result. Known before a byte is written, if at all.
+        TypeError, ValueError, FileNotFoundError: bad options, models that are not alike, damaged or pickled files.
+        FileExistsError, OSError: something else is in `out`, another process writes there, or the disk is full.
     """
     out = check_replaceable(out, "checkpoint")
     plan = plan_checkpoints(
@@ -92,9 +89,9 @@ def merge_checkpoints(
 def execute(
     plan: CheckpointPlan, out: Path, *, resume: bool = False, verify: bool = True, progress: bool = False
 ) -> Path:
-    """Merge as planned: into a folder beside `out`, which takes its name at the end."""
+    """Merge as planned, into a folder beside `out` that is renamed to it at the end."""
     partial = out.with_name(f".{out.name}.merging")
-    if not partial.exists():  # else some of it may be written
+    if not partial.exists():  # else a part of the result may be written already
         check_space(out, (len(plan.models) if plan.method.per_task else 1) * plan.size_of(list(plan.shapes)))
     with alone_in(partial):
         return _execute(plan, out, partial, resume, verify, progress)
@@ -107,12 +104,11 @@ def _execute(plan: CheckpointPlan, out: Path, partial: Path, resume: bool, verif
     _clear(partial, {partial / STATE, *(partial / folder / file for file in state["crc32"] for folder in folders)})
     check_space(out, len(folders) * plan.size_of(missing))
     write_json(partial / STATE, state)
-    every = [*plan.models.values(), *([plan.base] if plan.base else [])]
     with ExitStack() as stack:
-        for one in every:
-            stack.callback(one.close)
+        for files in [*plan.models.values(), *([plan.base] if plan.base else [])]:
+            stack.callback(files.close)
             if verify:
-                one.verify()
+                files.verify()
         merge = Blocks(plan)
         stack.callback(merge.close)
         merge.summarise(state["summary"])
@@ -137,17 +133,17 @@ def _execute(plan: CheckpointPlan, out: Path, partial: Path, resume: bool, verif
                 else:
                     bar.update(plan.size_of(names))
         plan.check_unchanged()
-        for place, folder in enumerate(folders):
-            write_rest(plan, partial / folder, {file: sums[place] for file, sums in state["crc32"].items()})
+        for number, folder in enumerate(folders):
+            write_rest(plan, partial / folder, {file: sums[number] for file, sums in state["crc32"].items()})
         if plan.heads:
             write_heads(plan, partial / "heads")
-    whole = {file: found[0] for file, found in state["crc32"].items()} if folders == [""] else {}
-    files = {path.relative_to(partial).as_posix() for path in partial.rglob("*") if path.is_file()} - {STATE}
-    files |= {MANIFEST, "README.md"}
-    write_manifest(partial, plan.manifest() | {"crc32": whole, "files": sorted(files)})
-    check_replaceable(out, "checkpoint")  # as it is by now
+    checksums = {file: sums[0] for file, sums in state["crc32"].items()} if folders == [""] else {}
+    written = {path.relative_to(partial).as_posix() for path in partial.rglob("*") if path.is_file()} - {STATE}
+    written |= {MANIFEST, "README.md"}
+    write_manifest(partial, plan.manifest() | {"crc32": checksums, "files": sorted(written)})
+    check_replaceable(out, "checkpoint")  # the place may have changed meanwhile
     (partial / STATE).unlink()
-    with alone_in(out) if out.is_dir() else nullcontext():  # until it is removed, under the name of what is unfinished
+    with alone_in(out) if out.is_dir() else nullcontext():  # the earlier result, until it is removed
         put_in_place(partial, out)
     return out
 
@@ -158,24 +154,24 @@ def load_merged_checkpoint(
     """A merged model with the head that the model `name` kept, in eval mode.
 
     Args:
-        folder: of `merge_checkpoints(…, heads=…)`, or a Hub id.
+        folder: the result of `merge_checkpoints(…, heads=…)`, or a Hub id.
         auto_class: transformers' class for the task.
 
     Raises:
-        FileNotFoundError: no head of this name; lists those there are.
+        FileNotFoundError: no head of this name; lists the heads.
     """
-    place = local_folder(str(folder), ["*"], "merged checkpoint")
-    file = place / "heads" / f"{name}.safetensors"
-    known = sorted(path.stem for path in (place / "heads").glob("*.safetensors"))
+    path = local_folder(str(folder), ["*"], "merged checkpoint")
+    file = path / "heads" / f"{name}.safetensors"
+    known = sorted(head.stem for head in (path / "heads").glob("*.safetensors"))
     if name not in known:
         raise FileNotFoundError(f"{folder} has no head {name!r}: it has {', '.join(known) or 'none'}")
     try:
         with safe_open(file, framework="pt") as opened:
             config = built_config(parse_json((opened.metadata() or {})["config"]))
-    except Exception as error:  # of safetensors and transformers: any kind
+    except Exception as error:  # any kind, from safetensors and transformers
         reason = printable(" ".join(str(error).split()))[:200]
         raise ValueError(f"{file} is damaged ({type(error).__name__}: {reason}): merge again") from error
-    model = auto_class.from_pretrained(place, config=config)
+    model = auto_class.from_pretrained(path, config=config)
     left = model.load_state_dict(load_file(file), strict=False).unexpected_keys
     if left:
         raise ValueError(f"{file} holds {left[0]!r}, which {type(model).__name__} has not: give another auto_class")
@@ -183,29 +179,29 @@ def load_merged_checkpoint(
 
 
 def _state(partial: Path, plan: CheckpointPlan, folders: list[str], resume: bool) -> dict[str, Any]:
-    """What an interrupted merge has finished; nothing without `resume`."""
+    """The state of an interrupted merge, without files that are damaged; a new state without `resume`."""
     state: dict[str, Any] = {"fingerprint": plan.fingerprint(), "summary": None, "crc32": {}}
     if resume and (partial / STATE).is_file():
-        found = read_object(partial / STATE)
-        if found.get("fingerprint") != state["fingerprint"]:
+        earlier = read_object(partial / STATE)
+        if earlier.get("fingerprint") != state["fingerprint"]:
             raise ValueError(f"{partial} is of another merge (other inputs or options): merge without resume")
         try:
-            there = {file: sums for file, sums in found["crc32"].items() if _sound(partial, file, folders, sums)}
+            sound = {file: sums for file, sums in earlier["crc32"].items() if _sound(partial, file, folders, sums)}
         except (KeyError, AttributeError, TypeError, ValueError) as error:
             raise ValueError(f"{partial / STATE} is damaged ({error}): merge without resume") from error
-        return state | {"summary": found.get("summary"), "crc32": there}
+        return state | {"summary": earlier.get("summary"), "crc32": sound}
     return state
 
 
 def _sound(partial: Path, file: str, folders: list[str], sums: list[str]) -> bool:
-    """Whether a finished weight file is there in each folder, as it was written."""
+    """Whether each folder has this weight file as it was written."""
     paths = [partial / folder / file for folder in folders]
     return all(path.is_file() and crc32_of(path) == one for path, one in zip(paths, sums, strict=True))
 
 
 def _clear(partial: Path, kept: set[Path]) -> None:
-    """Remove from the folder all but these files: what was half written when a process was killed."""
-    for path in sorted(partial.rglob("*"), reverse=True):  # a folder after what is in it
+    """Remove all but these files from the folder: what a killed process had half written."""
+    for path in sorted(partial.rglob("*"), reverse=True):  # a folder comes after its content
         if path.is_dir():
             if not any(path.iterdir()):
                 path.rmdir()

@@ -18,7 +18,7 @@ from osrm_peft.io.manifest import MANIFEST, read_manifest
 from osrm_peft.io.tensors import DTYPES
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-# what belongs to a model besides weights and configuration
+# files of a model besides weights and configuration
 TOKENIZERS = ("*tokenizer*", "special_tokens_map.json", "added_tokens.json", "*vocab*", "merges.txt", "*.model",
               "*.spm", "*.tiktoken", "tekken.json", "bpe.codes", "dict.txt", "emoji.json", "normalizer.json",
               "byte_maps.json", "word_shape.json", "word_pronunciation.json", "chat_template*",
@@ -30,12 +30,12 @@ _MOST_HEADER = 100 * 2**20  # the format's own bound
 
 
 class _NotMergedError(Exception):
-    """The file is sound, and no merge takes it."""
+    """The file is sound, but cannot be merged."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """Where a tensor lies: its bytes start at `start` in `path`."""
+    """The place of a tensor: its bytes start at `start` in `path`."""
 
     path: Path
     start: int
@@ -54,7 +54,7 @@ class Entry:
 
     @property
     def entries(self) -> int:
-        """How many they are."""
+        """The number of its entries."""
         return math.prod(self.shape)
 
 
@@ -62,8 +62,8 @@ class ModelFiles:
     """A model's folder.
 
     Attributes:
-        source: as it was given.
-        folder: on this machine.
+        source: folder or Hub id; a Hub id with the commit that was read.
+        folder: the folder on this machine.
         config: its config.json.
         tensors: {name: Entry} of all its tensors.
         paths: the weight files.
@@ -85,18 +85,18 @@ class ModelFiles:
         self._open: dict[tuple[int, Path], BinaryIO] = {}
         weight_map = self._weight_map()
         for file in dict.fromkeys(weight_map.values()) if weight_map else [WEIGHTS]:
-            found = read_header(self.folder / file)
-            expected = {name for name, place in weight_map.items() if place == file} if weight_map else set(found)
-            if set(found) != expected:
-                wrong = sorted(expected ^ set(found))[0]
+            entries = read_header(self.folder / file)
+            expected = {name for name, shard in weight_map.items() if shard == file} if weight_map else set(entries)
+            if set(entries) != expected:
+                wrong = sorted(expected ^ set(entries))[0]
                 raise ValueError(f"{self.folder / file} and {INDEX} disagree about {wrong!r}: download the model again")
-            self.tensors |= found
+            self.tensors |= entries
         self.paths: list[Path] = list(dict.fromkeys(entry.path for entry in self.tensors.values()))
         check_config(self.folder / "config.json", self.config, len(self.tensors))
         check_not_packed(self.paths[0] if self.paths else self.folder, self.tensors)
 
     def _instead(self) -> str:
-        """What to give instead of a folder without config.json."""
+        """What to give instead of a folder without config.json, for the error."""
         if (self.folder / "adapter_config.json").is_file():
             return "it is an adapter, which merge_adapters (osrm-peft merge) merges"
         below = sorted(path.parent.name for path in self.folder.glob("*/config.json"))
@@ -130,15 +130,15 @@ class ModelFiles:
         raise FileNotFoundError(f"{self.source} holds neither {WEIGHTS} nor {INDEX}: give a save_pretrained folder")
 
     def identity(self) -> dict[str, list[int]]:
-        """{weight file: [size, time of change]}: whether it is still the same."""
+        """{weight file: [size, time of change]}, by which a changed file is noticed."""
         stats = {path.name: path.stat() for path in self.paths}
         return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
 
     def read(self, name: str, start: int = 0, stop: int | None = None, out: Tensor | None = None) -> Tensor:
-        """(rows, width) of a tensor in its own dtype, rows start … stop; copied, so nothing stays mapped.
+        """Rows start … stop of a tensor, (rows, width) in its own dtype; copied, so nothing stays mapped.
 
         Args:
-            out: (rows, width) contiguous, where to put them.
+            out: (rows, width), contiguous; filled instead of new memory.
         """
         entry = self.tensors[name]
         stop = entry.rows if stop is None else min(stop, entry.rows)
@@ -163,10 +163,10 @@ class ModelFiles:
         self._open.clear()
 
     def verify(self) -> None:
-        """Compare each weight file with the checksum in the manifest, where one of our merges wrote it.
+        """Compare each weight file with the checksum in the manifest, if one of our merges wrote it.
 
         Raises:
-            ValueError: one differs.
+            ValueError: a checksum differs.
         """
         known = read_manifest(self.folder).get("crc32", {})
         for path in self.paths:
@@ -203,23 +203,23 @@ def read_header(path: Path) -> dict[str, Entry]:
                 raise ValueError(f"a header of {length} bytes in a file of {size}")
             header = json.loads(file.read(length))
         header.pop("__metadata__", None)
-        found, end = {}, 0
-        for name, about in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-            start, stop = about["data_offsets"]
-            if about["dtype"] not in DTYPES:
-                other = f"{name!r} has the dtype {about['dtype']}, which cannot be merged"
-                why = refusal(about["dtype"])
+        entries, end = {}, 0
+        for name, fields in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            start, stop = fields["data_offsets"]
+            if fields["dtype"] not in DTYPES:
+                other = f"{name!r} has the dtype {fields['dtype']}, which cannot be merged"
+                why = refusal(fields["dtype"])
                 raise ValueError(other) if why is None else _NotMergedError(f"{other}: {why}")
-            entry = Entry(path, 8 + length + start, tuple(about["shape"]), DTYPES[about["dtype"]])
+            entry = Entry(path, 8 + length + start, tuple(fields["shape"]), DTYPES[fields["dtype"]])
             if any(not isinstance(axis, int) or axis < 0 for axis in entry.shape):
                 raise ValueError(f"{name!r} has the shape {entry.shape}")
             if start != end or stop - start != entry.entries * entry.dtype.itemsize:
                 raise ValueError(f"{name!r} lies at {start} … {stop}, and should at {end}")
-            found[name], end = entry, stop
+            entries[name], end = entry, stop
         if 8 + length + end != size:
             raise ValueError(f"it has {size} bytes, its header tells of {8 + length + end}")
     except _NotMergedError as error:
         raise ValueError(f"{path}: {error}") from None
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, RecursionError) as error:
         raise ValueError(f"{path} is damaged or cut short ({error}): download it again") from error
-    return found
+    return entries

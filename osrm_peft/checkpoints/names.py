@@ -1,4 +1,4 @@
-"""Names: each tensor of all inputs under one name, as transformers renames it when it loads the file."""
+"""Names: gives each tensor one name in all inputs, as transformers renames it when it loads the file."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -18,19 +18,19 @@ from transformers.core_model_loading import (
 from osrm_peft.checkpoints.model_files import ModelFiles
 from osrm_peft.checkpoints.skeleton import architecture, skeleton
 
-PART = " from "  # in the name of a tensor that transformers puts together from several: the whole, and the part
-_ROWS = 2**22  # bytes of two tensors that are compared at once
+PART = " from "  # joins the name of a tensor that transformers builds from several, and the name of a part
+_ROWS = 2**22  # bytes of each tensor that are compared at once
 
 
 @dataclass(frozen=True)
 class Names:
-    """What was found about the names.
+    """The names of the inputs' tensors.
 
     Attributes:
-        canonical: {name in the result: transformers' name, or its name of the whole and the part's}.
+        canonical: {name in the result: transformers' name, or its name of the whole, PART and the part's name}.
         spelled: {input: {name in the result: name in its file}}, where they differ.
-        left_out: {input: its tensors that no model of the inputs has, or that transformers does not load}.
-        ties: {input: {tied tensor: the one that it copies}}, as its configuration says; None: transformers cannot tell.
+        left_out: {input: its tensors that no model has, or that transformers does not load}.
+        ties: {input: {tied tensor: the tensor that it copies}}, by its configuration; None: unknown to transformers.
     """
 
     canonical: dict[str, str] = field(default_factory=dict)
@@ -39,17 +39,17 @@ class Names:
     ties: dict[str, dict[str, str]] | None = None
 
     def where(self, name: str, tensor: str) -> str:
-        """What a tensor of the result is called in the file of an input."""
+        """A tensor's name in an input's file, from its name in the result."""
         return self.spelled.get(name, {}).get(tensor, tensor)
 
 
 def align(every: Mapping[str, ModelFiles], models: Iterable[str]) -> Names:
     """Give the tensors of all inputs the same names (`ModelFiles.tensors` is replaced), without reading more than ties.
 
-    Names are those of the models' files where these agree, so that what could load the models can load the result; else
-    transformers' own. Left out are: copies of tied tensors that are copies; what `from_pretrained` ignores, if not all
-    have it; and what only inputs outside of `models` (the base) have. A tied tensor that is no copy in one of them is
-    an own tensor in all; so is one that only the base's configuration ties.
+    The names are those in the models' files, if these agree: programs that load the models then load the result.
+    Else they are transformers' own. Left out are: tied tensors that are copies in all inputs; tensors that
+    `from_pretrained` ignores, unless all inputs have them alike; and tensors that only the base has. A tied tensor that
+    is no copy in one input is a tensor of its own in all; so is a tensor that only the base's configuration ties.
 
     Args:
         every: {name: files} of the models and their base.
@@ -88,7 +88,7 @@ def align(every: Mapping[str, ModelFiles], models: Iterable[str]) -> Names:
 
 
 def _reference(every: Mapping[str, ModelFiles], models: list[str]) -> str | None:
-    """The class that knows the most tensors: of a bare model and one with a head, the latter."""
+    """The class that knows the most tensors: that of a model with a head rather than the bare model's."""
     classes = {name: architecture(every[name].config) for name in models}
     known = list(dict.fromkeys(one for one in classes.values() if one is not None))
     if len(known) < 2:
@@ -116,7 +116,7 @@ def _canonical(files: ModelFiles, model: PreTrainedModel | None) -> dict[str, st
     converters = [one for one in mapping if isinstance(one, WeightConverter)]
     state, prefix = model.state_dict(), model.base_model_prefix
     found: dict[str, str] = {}
-    for name in sorted(files.tensors, key=dot_natural_key):  # some renamings depend on what came before
+    for name in sorted(files.tensors, key=dot_natural_key):  # some renamings depend on the names before
         new, pattern = rename_source_key(name, renamings, converters, prefix, state)
         if new not in state and name in state:
             new, pattern = rename_source_key(name, [], [], prefix, state)
@@ -138,7 +138,7 @@ def _drop_ignored(
     model: PreTrainedModel,
     left: dict[str, list[str]],
 ) -> None:
-    """Take out what `from_pretrained` passes over, where not all have it alike."""
+    """Leave out the tensors that `from_pretrained` ignores, unless all inputs have them alike."""
     buffers = {name for name, _ in model.named_buffers()}
     patterns = set(model._keys_to_ignore_on_load_unexpected or ())
     patterns |= {r"rotary_emb\.inv_freq"} if any(name.endswith("rotary_emb.inv_freq") for name in buffers) else set()
@@ -157,7 +157,7 @@ def _drop_ignored(
 def _share_ties(
     every: Mapping[str, ModelFiles], found: dict[str, dict[str, str]], ties: dict[str, dict[str, str]]
 ) -> None:
-    """Take out copies of tied tensors; where one is no copy in some input, give all of them their own."""
+    """Leave out copies of tied tensors; if a tied tensor is no copy in some input, give all inputs their own."""
     own: set[tuple[str, str]] = set()
     copies: dict[tuple[str, str], list[str]] = {}
     for name, names in found.items():
@@ -178,7 +178,7 @@ def _share_ties(
 
 
 def _untie(found: dict[str, dict[str, str]], ties: dict[str, dict[str, str]], models: list[str]) -> None:
-    """Give a base whose head is tied its copy, where the models' heads are their own."""
+    """Give a base with a tied head a copy of its own, if the models' heads are not tied."""
     for name in set(found) - set(models):
         for target, source in list(ties[name].items()):
             if all(target not in ties[model] and target in found[model] for model in models) and source in found[name]:

@@ -26,7 +26,7 @@ from osrm_peft.merging.weights import Weights, weights_by_layer, weights_by_task
 logger = logging.getLogger(__name__)
 
 VOCAB = ("error", "intersect")
-STATE = "merge_state.json"  # of an unfinished merge
+STATE = "merge_state.json"  # in the folder of an unfinished merge
 _RESERVED = ("heads", "README.md", MANIFEST, STATE)
 CHECKPOINT_METHODS = tuple(
     sorted(name for name, one in METHODS.items() if one.needs is None and "weight" in one.spaces)
@@ -35,7 +35,7 @@ _UNTIE = (
     "untie the head of the one: model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone()); "
     "model.config.tie_word_embeddings = False; model.save_pretrained(folder)"
 )
-# of two config.json: what may differ between models that can be merged
+# fields of config.json that may differ between models that can be merged
 _FREE = ("_name_or_path", "architectures", "dtype", "torch_dtype", "id2label", "label2id", "transformers_version",
          "problem_type", "use_cache", "vocab_size", "finetuning_task", "tie_word_embeddings", *TOKEN_IDS)  # fmt: skip
 
@@ -46,15 +46,16 @@ class CheckpointPlan:
 
     Attributes:
         models: {name: its files}.
-        base: the base model's, or None.
-        method, options, scale, seed: of the merge.
+        base: the base model's files, or None.
+        method, options, scale, seed: the merge's.
         weights: {tensor: (T,)}.
         shapes: {tensor: its shape in the result}, in the order in which they are written.
         dtypes: {tensor: its dtype in the result}.
         heads: {tensor: the models that keep their own}.
         shards: [(file name, its tensors)].
         config: the result's config.json: the first model's, with the token ids of `text`.
-        text: whose tokenizer and generation settings the result has.
+        text: the choice of tokenizer and generation settings.
+        settings: further fields of the manifest.
     """
 
     models: dict[str, ModelFiles]
@@ -73,21 +74,21 @@ class CheckpointPlan:
     settings: dict[str, Any] = field(default_factory=dict)
 
     def size_of(self, names: Sequence[str]) -> int:
-        """How large these tensors of the result are."""
+        """Bytes of these tensors of the result."""
         return sum(torch.Size(self.shapes[name]).numel() * self.dtypes[name].itemsize for name in names)
 
     @property
     def averaged(self) -> list[str]:
-        """Tensors that a spectral method averages, as they are no matrices."""
+        """The tensors that a spectral method averages: those that are no matrices."""
         floats = (name for name in self.shapes if self.dtypes[name].is_floating_point)
         return [name for name in floats if not is_matrix(self.shapes[name])] if self.method.spectral else []
 
     def named(self, name: str) -> ModelFiles:
-        """An input, by its name."""
+        """The files of an input."""
         return self.base if name == BASE and self.base is not None else self.models[name]
 
     def manifest(self) -> dict[str, Any]:
-        """How the merge is made, for its folder."""
+        """The manifest of the result's folder."""
         every = self.models | ({} if self.base is None else {BASE: self.base})
         return {
             "kind": "checkpoint",
@@ -105,14 +106,14 @@ class CheckpointPlan:
         }
 
     def fingerprint(self) -> str:
-        """Of all that decides the result."""
-        about = {name: value for name, value in self.manifest().items() if name not in ("command", "versions")}
-        return hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()[:16]
+        """A hash of everything that decides the result."""
+        fields = {name: value for name, value in self.manifest().items() if name not in ("command", "versions")}
+        return hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
     def check_unchanged(self) -> None:
         """Raise ValueError if an input was changed since the plan was made."""
-        for name, about in self.manifest()["inputs"].items():
-            if about["files"] != self.settings["read"][name]:
+        for name, entry in self.manifest()["inputs"].items():
+            if entry["files"] != self.settings["read"][name]:
                 raise ValueError(f"the files of {name!r} were changed while they were merged: merge again")
 
 
@@ -168,7 +169,7 @@ def plan_checkpoints(
          "dtype": dtype, "shard_size": shard_size, "read": {n: one.identity() for n, one in every.items()},
          "left_out": aligned.left_out},
     )  # fmt: skip
-    _tell(plan, aligned)
+    _warn(plan, aligned)
     for weight in plan.weights.values():
         chosen.check_weights(weight)
     plan.shards.extend(_shards(plan, shard_size))
@@ -190,13 +191,13 @@ def _check_alike(first: str, one: Any, name: str, other: Any, key: str) -> None:
 
 
 def _check_configs(every: Mapping[str, ModelFiles], aligned: Names) -> None:
-    """Tied weights must be alike, whether a config.json says it or its class; what else differs is told."""
+    """Raise ValueError unless all inputs tie the same weights; warn of other fields that differ."""
     (first, one), *others = every.items()
     for name, other in others:
         key = "tie_word_embeddings"
         if aligned.ties is None:
-            told = [files.config[key] for files in (one, other) if files.config.get(key) is not None]
-            _check_alike(first, told[0] if told else None, name, told[-1] if told else None, key)
+            ties = [files.config[key] for files in (one, other) if files.config.get(key) is not None]
+            _check_alike(first, ties[0] if ties else None, name, ties[-1] if ties else None, key)
         elif aligned.ties[first] != aligned.ties[name]:
             _check_alike(first, bool(aligned.ties[first]), name, bool(aligned.ties[name]), key)
             tensor = sorted(aligned.ties[first].keys() ^ aligned.ties[name].keys())[:1]
@@ -207,15 +208,15 @@ def _check_configs(every: Mapping[str, ModelFiles], aligned: Names) -> None:
             logger.warning("the configs of %r and %r differ in %s", first, name, ", ".join(map(shown, sorted(differ))))
 
 
-def _tell(plan: CheckpointPlan, aligned: Names) -> None:
-    """Say what a user would not expect of the result."""
+def _warn(plan: CheckpointPlan, aligned: Names) -> None:
+    """Log what a user may not expect: tensors left out, or averaged instead of merged."""
     for name, tensors in aligned.left_out.items():
         logger.warning("of %r %s left out, which no model loads", name, _listed(tensors))
     several = [name for name in plan.averaged if len(plan.shapes[name]) > 2]
     if several:
         share = plan.size_of(several) / max(plan.size_of(list(plan.shapes)), 1)
-        about = f"{_listed(several)} ({share:.0%} of the model)"
-        logger.warning("%s has no singular values of %s: averaged instead", plan.method.name, about)
+        tensors_shown = f"{_listed(several)} ({share:.0%} of the model)"
+        logger.warning("%s has no singular values of %s: averaged instead", plan.method.name, tensors_shown)
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -223,7 +224,7 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _shards(plan: CheckpointPlan, most: int) -> list[tuple[str, list[str]]]:
-    """Tensors in their order, as many in a file as fit."""
+    """[(file name, its tensors)]: the tensors in their order, as many as fit into each file."""
     groups: list[list[str]] = [[]]
     for tensor in plan.shapes:
         if groups[-1] and plan.size_of([*groups[-1], tensor]) > most:
@@ -231,4 +232,4 @@ def _shards(plan: CheckpointPlan, most: int) -> list[tuple[str, list[str]]]:
         groups[-1].append(tensor)
     if len(groups) == 1:
         return [("model.safetensors", groups[0])]
-    return [(f"model-{place:05d}-of-{len(groups):05d}.safetensors", group) for place, group in enumerate(groups, 1)]
+    return [(f"model-{index:05d}-of-{len(groups):05d}.safetensors", group) for index, group in enumerate(groups, 1)]

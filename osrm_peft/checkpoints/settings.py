@@ -1,4 +1,4 @@
-"""Settings: what goes with a tokenizer besides its tokens, read from files, compared, and put into a config.json."""
+"""Settings beside a tokenizer's tokens: read from files, compared, and written into a config.json."""
 
 import hashlib
 import json
@@ -21,14 +21,14 @@ def files_of(folder: Path, patterns: Sequence[str]) -> list[Path]:
 
 
 def vocabulary_size(config: Mapping[str, Any]) -> int | None:
-    """How many rows the token embeddings have: `vocab_size`, or that of the text model in it."""
+    """The number of rows of the token embeddings: `vocab_size`, or the `vocab_size` of the text model in it."""
     inner = config.get("text_config")
     size = config.get("vocab_size", inner.get("vocab_size") if isinstance(inner, dict) else None)
     return size if isinstance(size, int) else None
 
 
 def tokenizer_settings(tokenizer: Any) -> dict[str, Any]:
-    """What a tokenizer does besides numbering tokens: {name: value}, without what padding and length are set to."""
+    """{name: value} of a tokenizer's settings besides its tokens, without those for padding and length."""
     found: dict[str, Any] = {"chat template": tokenizer.chat_template}
     for name, token in tokenizer.special_tokens_map.items():
         found[name] = sorted(map(str, token)) if isinstance(token, (list, tuple)) else str(token)
@@ -36,18 +36,18 @@ def tokenizer_settings(tokenizer: Any) -> dict[str, Any]:
         found[name] = getattr(tokenizer, name, None) or None
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
-        about = json.loads(backend.to_str())
-        found |= {name: about.get(name) for name in ("normalizer", "pre_tokenizer", "post_processor", "decoder")}
-        merges = about.get("model", {}).get("merges")
+        parts = json.loads(backend.to_str())
+        found |= {name: parts.get(name) for name in ("normalizer", "pre_tokenizer", "post_processor", "decoder")}
+        merges = parts.get("model", {}).get("merges")
         found["merges"] = None if merges is None else hashlib.sha256(json.dumps(merges).encode()).hexdigest()
     return {name: value for name, value in found.items() if value is not None}
 
 
 def json_settings(folder: Path, patterns: Sequence[str], strict: bool) -> dict[str, Any]:
-    """Fields of the JSON files that say something: no defaults, and a list of one entry as that entry.
+    """Fields of the JSON files without defaults; a list of one entry counts as its entry.
 
     Args:
-        strict: a field that one lacks is a difference: of generation_config.json, whose defaults are known.
+        strict: a missing field is a difference, as in generation_config.json, whose defaults are known.
     """
     found: dict[str, Any] = {} if strict else {"": None}
     defaults = GenerationConfig._get_default_generation_params() if strict else {}
@@ -59,7 +59,7 @@ def json_settings(folder: Path, patterns: Sequence[str], strict: bool) -> dict[s
 
 
 def differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
-    """Fields that differ; where one is marked as not strict, of those that both have."""
+    """The fields that differ; among those that both have, if `one` is marked as not strict."""
     keys = one.keys() & other.keys() if "" in one else one.keys() | other.keys()
     return sorted(key for key in keys if one.get(key) != other.get(key))
 
@@ -84,7 +84,7 @@ def _short(value: Any) -> str:
 
 
 def chosen_ids(configs: Mapping[str, Mapping[str, Any]], models: Sequence[str], asked: str | None) -> dict[str, Any]:
-    """Token ids for config.json: of the input that is asked for, else those that models have, which must agree."""
+    """Token ids for config.json: those of the input `asked` for, else those of all models, which must agree."""
     if asked is not None:
         return _picked(configs[asked], True)
     found: dict[str, Any] = {}
@@ -126,7 +126,7 @@ def with_ids(config: dict[str, Any], ids: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def with_rows(config: dict[str, Any], rows: int | None) -> dict[str, Any]:
-    """A config.json with this many rows of token embeddings, where it says how many (`vocabulary_size`)."""
+    """A config.json with this many rows of token embeddings, if it has the field (`vocabulary_size`)."""
     if rows is None or vocabulary_size(config) in (None, rows):
         return config
     if "vocab_size" in config:

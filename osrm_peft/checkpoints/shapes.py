@@ -1,4 +1,4 @@
-"""Shapes and dtypes of a merge's result: what all inputs have alike, what each model keeps, and what is refused."""
+"""Shapes and dtypes of a merge's result; tensors that each model keeps; refusals of inputs that are not alike."""
 
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
@@ -71,7 +71,7 @@ def result_shapes(
 
 
 def _layout(lone: str, others: set[str], aligned: Names) -> str | None:
-    """The tensor of another file that has what this one has, in one piece or in other pieces."""
+    """The tensor of another file that holds the same values, in one piece or in other pieces."""
     whole = aligned.canonical.get(lone, lone).partition(PART)[0]
     return next((one for one in sorted(others) if aligned.canonical.get(one, one).partition(PART)[0] == whole), None)
 
@@ -95,7 +95,7 @@ def result_dtypes(
 
 
 def _dtype_hint(every: Mapping[str, ModelFiles], tensor: str, kinds: Mapping[str, torch.dtype], aligned: Names) -> str:
-    """What to do about a tensor of several dtypes."""
+    """What to do about a tensor of several dtypes, for the error."""
     if all(kind.is_floating_point for kind in kinds.values()):
         return f"give the dtype of the result, one of {', '.join(OUTPUT_DTYPES)}"
     last = next(name for name, kind in kinds.items() if kind != next(iter(kinds.values())))
@@ -108,6 +108,6 @@ def _dtype_hint(every: Mapping[str, ModelFiles], tensor: str, kinds: Mapping[str
 
 
 def _matches(tensor: str, patterns: Sequence[str], aligned: Names) -> bool:
-    """Whether a pattern matches the name in the result, transformers' own, or that in a file."""
+    """Whether a pattern matches a tensor's name in the result, in transformers, or in a file."""
     names = {tensor, aligned.canonical.get(tensor, tensor), *(aligned.where(name, tensor) for name in aligned.spelled)}
     return any(fnmatchcase(name, pattern) for name in names for pattern in patterns)

@@ -1,4 +1,4 @@
-"""Skeletons: a model without weights, built from its config.json: it knows transformers' names of the tensors."""
+"""Skeletons: models without weights, built from config.json, which have transformers' names of the tensors."""
 
 import json
 from collections.abc import Mapping
@@ -16,12 +16,12 @@ from transformers.utils import logging
 
 from osrm_peft.checkpoints.config_checks import shown
 
-# of a config.json: what has no say in the names of tensors
+# fields of config.json that do not change the names of tensors
 _NAMELESS = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "id2label", "label2id",
              "problem_type", "use_cache", "finetuning_task", "_attn_implementation", "attn_implementation",
              "task_specific_params", "auto_map")  # fmt: skip
 
-_MODULES, _EACH = 20_000, 20  # modules that any model may have, and for each tensor of its file
+_MODULES, _EACH = 20_000, 20  # modules that any model may have, and those for each tensor of its file besides
 
 
 def architecture(config: Mapping[str, Any]) -> str | None:
@@ -42,36 +42,36 @@ def skeleton(path: Path, config: Mapping[str, Any], name: str | None, tensors: i
     """The model `name` on torch's meta device, as this configuration builds it; no code but transformers' own runs.
 
     Args:
-        path: of the config.json, for errors.
-        tensors: how many the weights are, which bounds the model.
+        path: the config.json's, for errors.
+        tensors: the number of tensors in the weight files, which bounds the model's size.
 
     Returns:
-        None where transformers has no such class, or lacks a package for it: names are then taken as they are.
+        None if transformers has no such class, or lacks a package for it: names then stay as they are.
 
     Raises:
         ValueError: transformers cannot build the model; names the file.
     """
     if name is None or config.get("model_type") not in CONFIG_MAPPING:
         return None
-    told = {key: value for key, value in config.items() if key not in _NAMELESS}
+    fields = {key: value for key, value in config.items() if key not in _NAMELESS}
     try:
-        return _built(name, json.dumps(told, sort_keys=True), _MODULES + _EACH * tensors)
+        return _built(name, json.dumps(fields, sort_keys=True), _MODULES + _EACH * tensors)
     except ImportError:
         return None
-    except Exception as error:  # of transformers' checks and classes: any kind
+    except Exception as error:  # any kind, from transformers' checks and classes
         reason = shown(" ".join(str(error).split()))[:200] or type(error).__name__
         raise ValueError(
             f"{path}: transformers cannot build {name} from it ({reason}): mend the field, or update transformers"
         ) from error
 
 
-def built_config(told: Mapping[str, Any]) -> PreTrainedConfig:
-    """The configuration that a config.json tells of, infinite numbers too, which transformers writes as objects."""
-    return CONFIG_MAPPING[told["model_type"]].from_dict(PreTrainedConfig._decode_special_floats(dict(told)))
+def built_config(fields: Mapping[str, Any]) -> PreTrainedConfig:
+    """The configuration of a config.json; also infinite numbers, which transformers writes as objects."""
+    return CONFIG_MAPPING[fields["model_type"]].from_dict(PreTrainedConfig._decode_special_floats(dict(fields)))
 
 
 class _Bound:
-    """Stops the building of a model that has no end: counts come from a file, under names that classes choose."""
+    """Stops the building of a huge model: any class may read the number of its layers from any field of a file."""
 
     def __init__(self, most: int) -> None:
         self.most, self.left = most, most
@@ -83,12 +83,12 @@ class _Bound:
 
 
 @lru_cache(maxsize=16)
-def _built(name: str, told: str, most: int) -> PreTrainedModel | None:
-    cls, given = getattr(transformers, name), json.loads(told)
+def _built(name: str, fields: str, most: int) -> PreTrainedModel | None:
+    cls, content = getattr(transformers, name), json.loads(fields)
     verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # what is said of a configuration is said when it is loaded
+    logging.set_verbosity_error()  # warnings about a configuration come when the user loads it
     try:
-        config = built_config(given)
+        config = built_config(content)
         if not isinstance(config, cls.config_class):
             return None
         with ExitStack() as stack:

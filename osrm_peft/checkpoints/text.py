@@ -1,4 +1,4 @@
-"""Text: that the inputs number their tokens alike, and whose tokenizer and generation settings the result has."""
+"""Text: checks that the inputs number their tokens alike, and chooses tokenizer and generation settings."""
 
 import hashlib
 import logging
@@ -26,21 +26,21 @@ from osrm_peft.models.vocabulary import tokens_in
 
 logger = logging.getLogger(__name__)
 
-_VOCABULARIES = ("tokenizer.json", "vocab*", "*.model", "spiece*", "merges.txt")  # without one of them no tokenizer
+_VOCABULARIES = ("tokenizer.json", "vocab*", "*.model", "spiece*", "merges.txt")  # a tokenizer has one of them
 _MOST = 2**24  # tokens
 KINDS = {"tokenizer": TOKENIZERS, "generation": GENERATION, "processor": PROCESSORS}  # {kind: its files}
 
 
 @dataclass(frozen=True)
 class Text:
-    """Whose files the result has besides weights and configuration.
+    """The inputs from which the result has its tokenizer, generation and processor files.
 
     Attributes:
         asked: the `tokenizer` argument.
-        sources: {kind of files: the input that they are copied from}; a kind that none has is missing.
-        ids: fields of config.json for the result, {name: value}; None: it has none.
+        sources: {kind of files: the input that they are copied from}, without the kinds that no input has.
+        ids: {field of config.json: value in the result}; the value None removes the field.
         compared: inputs whose tokens were compared.
-        without: inputs without tokenizer files, of which only the rows could be counted.
+        without: inputs without tokenizer files, whose rows were only counted.
         rows: with `vocab="intersect"`, the input whose tokens all others have.
     """
 
@@ -52,7 +52,7 @@ class Text:
     rows: str | None
 
     def line(self) -> str:
-        """For the terminal; empty where no input has tokenizer files."""
+        """A line for the terminal; empty if no input has tokenizer files."""
         if "tokenizer" not in self.sources:
             return ""
         compared = f"tokens compared of {', '.join(self.compared)}" if self.compared else "nothing to compare it with"
@@ -60,23 +60,23 @@ class Text:
         return f"tokenizer and settings of {self.sources['tokenizer']} ({compared}{lacking})"
 
     def manifest(self) -> dict[str, Any]:
-        """For the manifest."""
+        """The fields of the manifest."""
         return {"asked": self.asked, **self.sources, "tokens_compared": self.compared, "no_tokenizer": self.without}
 
 
 def choose_text(
     every: Mapping[str, ModelFiles], models: Sequence[str], asked: str | None, vocab: str, cut: bool
 ) -> Text:
-    """Compare tokens and settings of all inputs, and choose whose the result has.
+    """Compare tokens and settings of all inputs, and choose those of the result.
 
-    Models must number their tokens alike; a base model may have more or fewer of them. Settings are those of the input
-    that is `asked` for; else the models' where all that have them agree, and the base's where no model has any.
+    Models must number their tokens alike; a base model may have more or fewer tokens. The settings are those of the
+    input `asked` for. Without it they are the models', which must agree, or the base's if no model has any.
 
     Args:
         every: {name: files} of the models and their base.
         models: names of the models.
         vocab: `"error"` or `"intersect"`.
-        cut: whether rows of the vocabulary are cut, so that all must have tokenizer files.
+        cut: rows of the vocabulary are cut, so all inputs must have tokenizer files.
 
     Raises:
         ValueError: tokens with other numbers (the first is named), or settings that differ (and how to choose).
@@ -105,8 +105,8 @@ def choose_text(
     if tokenizers:
         settings = {name: tokenizer_settings(tokenizers[marks[name]]) for name in have}
         if asked is None:
-            told = [name for name in have if name in models or name == sources["tokenizer"]]
-            refuse_other(settings, told, "tokenizer", rows)
+            compared = [name for name in have if name in models or name == sources["tokenizer"]]
+            refuse_other(settings, compared, "tokenizer", rows)
         other = [one for one in have if differing(settings[one], settings[sources["tokenizer"]])]
         if other:
             fields = differing(settings[other[0]], settings[sources["tokenizer"]])
@@ -124,7 +124,7 @@ def choose_text(
 
 
 def _mark(folder: Path) -> str:
-    """Of the tokenizer files' bytes."""
+    """A hash of the tokenizer files' bytes."""
     found = [(path.name, path.read_bytes()) for path in files_of(folder, TOKENIZERS)]
     for name, data in found:
         if data.startswith(b"version https://git-lfs"):
@@ -142,7 +142,7 @@ def _tokenizers(every: Mapping[str, ModelFiles], marks: Mapping[str, str]) -> di
             try:
                 _check_numbers(folder)
                 found[mark] = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-            except BaseException as error:  # of transformers, tokenizers, sentencepiece: any kind
+            except BaseException as error:  # any kind, from transformers, tokenizers, sentencepiece
                 if not is_fault(error):
                     raise
                 reason = shown(" ".join(str(error).split()))[:200] or type(error).__name__
@@ -154,9 +154,9 @@ def _tokenizers(every: Mapping[str, ModelFiles], marks: Mapping[str, str]) -> di
 
 
 def _check_numbers(folder: Path) -> None:
-    """Raise ValueError for a token whose number is that of no row: tokenizers counts up to it."""
+    """Raise ValueError for a token number that no model has a row for: `tokenizers` would count up to it."""
     tokens: dict[str, int] = {}
-    with suppress(ValueError):  # whatever else is wrong with the file, transformers tells
+    with suppress(ValueError):  # transformers finds any other fault of the file
         tokens = tokens_in(folder)
     token = max(tokens, key=tokens.__getitem__, default="")
     if tokens and tokens[token] >= _MOST:
@@ -166,7 +166,7 @@ def _check_numbers(folder: Path) -> None:
 def _check_tokens(
     tokens: Mapping[str, dict[str, int]], every: Mapping[str, ModelFiles], models: Sequence[str], rows: str | None
 ) -> None:
-    """Raise ValueError for the first token that has another number, or that one model has and another has not."""
+    """Raise ValueError for the first token whose number differs, or that only one of two models has."""
     if rows is not None and tokens:
         for name, theirs in tokens.items():
             for token, place in sorted(tokens[rows].items(), key=lambda item: item[1]):
@@ -176,10 +176,10 @@ def _check_tokens(
                         "their vocabularies are not parts of one another, so no rows can be matched"
                     )
         return
-    told = [name for name in (*models, *tokens) if name in tokens]
-    for name in dict.fromkeys(told):
-        mine, theirs = tokens[told[0]], tokens[name]
-        strict = name in models and told[0] in models
+    names = [name for name in (*models, *tokens) if name in tokens]
+    for name in dict.fromkeys(names):
+        mine, theirs = tokens[names[0]], tokens[name]
+        strict = name in models and names[0] in models
         numbers = set(mine.values()) & set(theirs.values())
         for token, place in sorted((mine | theirs).items(), key=lambda item: item[1]):
             places = mine.get(token), theirs.get(token)
@@ -188,17 +188,17 @@ def _check_tokens(
                 continue
             first, second = ("no token" if one is None else one for one in places)
             raise ValueError(
-                f"token {token!r} is {first} in {told[0]!r} and {second} in {name!r}: rows of the embeddings would be "
+                f"token {token!r} is {first} in {names[0]!r} and {second} in {name!r}: rows of the embeddings would be "
                 "mixed that mean different tokens. "
                 + ("vocab='intersect' keeps the tokens that all have" if lacks else "Merge models with one vocabulary")
-                + f"; if {name!r} means the same, put the tokenizer files of {told[0]!r} into its folder"
+                + f"; if {name!r} means the same, put the tokenizer files of {names[0]!r} into its folder"
             )
 
 
 def _sources(
     every: Mapping[str, ModelFiles], models: Sequence[str], asked: str | None, have: Sequence[str]
 ) -> dict[str, str]:
-    """{kind of files: whose}; refuses generation and processor settings that differ between models."""
+    """{kind of files: its input}; refuses generation and processor settings that differ between models."""
     sources = {}
     for kind, patterns in KINDS.items():
         holders = [
@@ -212,17 +212,17 @@ def _sources(
                 continue
         of_models = [name for name in holders if name in models]
         if kind != "tokenizer" and asked is None:
-            told = {
+            settings = {
                 name: json_settings(every[name].folder, patterns, strict=kind == "generation") for name in of_models
             }
-            refuse_other(told, of_models, kind, None)
+            refuse_other(settings, of_models, kind, None)
         if holders and not (asked is not None and kind == "generation"):
-            sources[kind] = holders[0]  # a model's, where one has them
+            sources[kind] = holders[0]  # models come before the base
     return sources
 
 
 def _of_rows(tokens: Mapping[str, dict[str, int]], asked: str | None, rows: str) -> str:
-    """Whose tokenizer fits the rows that all have."""
+    """The input whose tokenizer fits the rows that all inputs have."""
     if asked is None:
         return next(name for name in (rows, *tokens) if tokens[name] == tokens[rows])
     more = sorted(set(tokens[asked]) - set(tokens[rows]))

@@ -1,4 +1,4 @@
-"""Writing a merged checkpoint: weight files complete or absent, and what belongs beside them."""
+"""Writing a merged checkpoint: weight files, complete or absent, and the files beside them."""
 
 import json
 import os
@@ -23,7 +23,7 @@ from osrm_peft.io.tensors import file_head
 
 
 def write_shard(merge: Blocks, paths: list[Path], names: list[str], bar: tqdm) -> list[str]:
-    """One weight file in each folder, complete or absent; their checksums."""
+    """Write one weight file in each folder, complete or absent; returns their checksums."""
     plan = merge.plan
     text = file_head({name: plan.shapes[name] for name in names}, plan.dtypes, {"format": "pt"})
     sums = [zlib.crc32(text)] * len(paths)
@@ -42,7 +42,7 @@ def write_shard(merge: Blocks, paths: list[Path], names: list[str], bar: tqdm) -
 
 
 def write_rest(plan: CheckpointPlan, folder: Path, sums: dict[str, str]) -> None:
-    """Configuration, tokenizer and index beside the weights."""
+    """Write configuration, tokenizer and index beside the weights."""
     for kind, patterns in KINDS.items():
         if kind in plan.text.sources:
             beside = plan.named(plan.text.sources[kind]).folder
@@ -64,7 +64,7 @@ def write_rest(plan: CheckpointPlan, folder: Path, sums: dict[str, str]) -> None
 
 
 def write_heads(plan: CheckpointPlan, folder: Path) -> None:
-    """What each model keeps, with its configuration."""
+    """Write the tensors that each model keeps, with its configuration."""
     folder.mkdir(exist_ok=True)
     for name, one in plan.models.items():
         kept = [tensor for tensor, owners in plan.heads.items() if name in owners]

@@ -46,21 +46,12 @@ def features(
     from osrm_peft.distributed import start
     from osrm_peft.features.task_features import TaskFeatures
     from osrm_peft.io.places import check_file
-    from osrm_peft.training.recipe import Recipe
 
     choice("dtype", dtype, ("float32", "bfloat16"))
-    given: dict[str, Any] = {"model": model, "suite": suite, "num_samples": num_samples}
-    given |= {"max_length": max_length, "seed": seed}
-    given = {name: value for name, value in given.items() if value is not None}
-    if out is not None:
-        given["features"] = str(out)
-    if config is None and not {"model", "suite"} <= set(given):
-        raise ValueError("give a recipe (--config), or --model and --suite")
-    recipe = Recipe(**given) if config is None else replace(Recipe.from_yaml(config), **given)
-    if target:
-        recipe = replace(recipe, lora=recipe.lora | {"target_modules": target})
-    if statistic is not None:
-        recipe = replace(recipe, osrm=(recipe.osrm or {}) | {"statistic": statistic})
+    recipe = _recipe(
+        config, target, statistic, model=model, suite=suite, num_samples=num_samples, max_length=max_length, seed=seed,
+        features=None if out is None else str(out),
+    )  # fmt: skip
     transformers.logging.set_verbosity_error()  # it warns of the head, which features do not need
     base, processes = None, start()
 
@@ -80,6 +71,21 @@ def features(
         found = recipe.collect(name, base=base, group_size=group_size, distributed=True)
         processes.broadcast_from_main(partial(found.save, path, getattr(torch, dtype)))
         say(f"wrote {path}")
+
+
+def _recipe(config: Path | None, target: list[str] | None, statistic: str | None, **flags: Any) -> "Recipe":
+    """The recipe of a file, with the flags that are given over it; or of flags alone."""
+    from osrm_peft.training.recipe import Recipe
+
+    given = {name: value for name, value in flags.items() if value is not None}
+    if config is None and not {"model", "suite"} <= set(given):
+        raise ValueError("give a recipe (--config), or --model and --suite")
+    recipe = Recipe(**given) if config is None else replace(Recipe.from_yaml(config), **given)
+    if target:
+        recipe = replace(recipe, lora=recipe.lora | {"target_modules": target})
+    if statistic is not None:
+        recipe = replace(recipe, osrm=(recipe.osrm or {}) | {"statistic": statistic})
+    return recipe
 
 
 def _check_same(found: "TaskFeatures", recipe: "Recipe") -> None:

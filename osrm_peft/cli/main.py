@@ -3,6 +3,7 @@
 import re
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -64,7 +65,6 @@ def evaluate(
 
     Under `accelerate launch … -m osrm_peft` the processes share the rows.
     """
-    from osrm_peft.adapters.load import load_adapter
     from osrm_peft.distributed import local_device, start
     from osrm_peft.evaluation.evaluate import evaluate_task
     from osrm_peft.evaluation.tables import MultiTaskTable, Score
@@ -73,7 +73,6 @@ def evaluate(
     from osrm_peft.io.json import write_json
     from osrm_peft.io.manifest import MANIFEST, read_manifest, versions
     from osrm_peft.io.places import check_file
-    from osrm_peft.merging.emr_adapter import EMRAdapter
     from osrm_peft.models.loading import load_tokenizer
     from osrm_peft.tasks.suites import load_task
 
@@ -81,10 +80,9 @@ def evaluate(
         check_file(out)
     folder = local_folder(adapter, ["*.json", "*.safetensors", "heads/*.safetensors"])
     manifest = read_manifest(folder)
-    model_card(manifest)  # a damaged one shows here
-    merged = manifest.get("kind") in ("merged", "emr") and isinstance(manifest.get("inputs"), dict)
-    masked = EMRAdapter.from_pretrained(folder) if manifest.get("kind") == "emr" else None
-    names = task or (list(manifest["inputs"]) if merged else [manifest["task"]] if "task" in manifest else None)
+    model_card(manifest)  # a damaged manifest shows here
+    merged = _is_merge(manifest)
+    load, names = _loader(folder, manifest, model), task or _tasks_of(manifest)
     if names is None:
         raise ValueError(f"{adapter} does not say which task it is for: name it with --task")
     if save and (not manifest or not Path(adapter).is_dir()):
@@ -94,13 +92,7 @@ def evaluate(
     scores, records, processes = [], [], start()
     for name in names:
         rows_of_task = load_task(suite, name).sample(validation=rows)
-        if masked is not None:
-            base = model or manifest.get("base_model") or ""
-            with_task: Any = masked.load(base, name)
-        else:
-            loaded = load_adapter(folder, task=name if merged else None)
-            base = model or manifest.get("base_model") or loaded.base_model or ""
-            with_task = loaded.attach(base)
+        base, with_task = load(name)
         tokenizer, with_task = load_tokenizer(base), with_task.to(local_device())
         value = evaluate_task(with_task, rows_of_task, tokenizer, max_length=max_length, distributed=True)
         method, scale = (str(manifest.get("method")), manifest.get("scale")) if merged else ("individual", None)
@@ -113,15 +105,39 @@ def evaluate(
     if save and processes.is_main_process:
         record_scores(folder, records)
     if out is not None and processes.is_main_process:
-        settings = {
-            "adapter": adapter,
-            "suite": suite,
-            "model": model,
-            "rows": rows,
-            "max_length": max_length,
-        }
-        found = {score.task: score.score for score in scores}
-        write_json(out, {"scores": found, "settings": settings, "manifest": manifest, "versions": versions()})
+        settings = {"adapter": adapter, "suite": suite, "model": model, "rows": rows, "max_length": max_length}
+        content = {"scores": {score.task: score.score for score in scores}, "settings": settings}
+        write_json(out, content | {"manifest": manifest, "versions": versions()})
+
+
+def _is_merge(manifest: dict[str, Any]) -> bool:
+    """Whether the folder of this manifest holds a merge, with a head for each task."""
+    return manifest.get("kind") in ("merged", "emr") and isinstance(manifest.get("inputs"), dict)
+
+
+def _tasks_of(manifest: dict[str, Any]) -> list[str] | None:
+    """The tasks that a manifest names; None for none."""
+    if _is_merge(manifest):
+        return list(manifest["inputs"])
+    return [manifest["task"]] if "task" in manifest else None
+
+
+def _loader(folder: Path, manifest: dict[str, Any], model: str | None) -> Callable[[str], tuple[str, Any]]:
+    """The function from a task to (name of the base model, the model with the adapter and the task's head)."""
+    from osrm_peft.adapters.load import load_adapter
+    from osrm_peft.merging.emr_adapter import EMRAdapter
+
+    masked = EMRAdapter.from_pretrained(folder) if manifest.get("kind") == "emr" else None
+
+    def load(task: str) -> tuple[str, Any]:
+        base = model or manifest.get("base_model")
+        if masked is not None:
+            return base or "", masked.load(base or "", task)
+        adapter = load_adapter(folder, task=task if _is_merge(manifest) else None)
+        base = base or adapter.base_model or ""
+        return base, adapter.attach(base)
+
+    return load
 
 
 @app.command()

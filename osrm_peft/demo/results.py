@@ -1,4 +1,4 @@
-"""What the demo writes: rows of scores as they are made, and the report."""
+"""The demo's files: rows of scores, written as they are made, and the report."""
 
 import json
 import platform
@@ -21,17 +21,17 @@ class Scores:
         self.scores = read_scores(path)
 
     def has(self, init: str, method: str, scale: float | None) -> bool:
-        """Whether this row is there."""
+        """Whether this row is finished."""
         return any((score.init, score.method, score.scale) == (init, method, scale) for score in self.scores)
 
-    def add(self, init: str, method: str, scale: float | None, seed: int, found: dict[str, float]) -> None:
+    def add(self, init: str, method: str, scale: float | None, seed: int, values: dict[str, float]) -> None:
         """Append a row, {task: score}, and write."""
-        self.scores += [Score(init, method, scale, seed, task, value) for task, value in found.items()]
+        self.scores += [Score(init, method, scale, seed, task, value) for task, value in values.items()]
         write_json(self.path, [asdict(score) for score in self.scores])
 
 
 def read_scores(path: Path) -> list[Score]:
-    """The rows of such a file; none where there is no file."""
+    """The rows of a file that `Scores` wrote; none without a file."""
     if not path.is_file():
         return []
     try:
@@ -47,7 +47,7 @@ def report(
     settings: dict[str, Any],
     seeds: Sequence[int],
 ) -> str:
-    """The Markdown report: tables, plots, how it was made."""
+    """The Markdown report: tables, plots, settings and versions."""
     made = ", ".join(f"{name} {version}" for name, version in versions().items())
     listed = ", ".join(map(str, seeds))
     by_seed = ", ".join(

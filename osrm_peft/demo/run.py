@@ -1,4 +1,4 @@
-"""The demo: on the packaged model and tasks, plain-LoRA and OSRM adapters, every merge, one table. Resumable."""
+"""The demo: plain-LoRA and OSRM adapters of the packaged tasks, merged by every method, in one table. Resumable."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -49,8 +49,8 @@ class Merge(NamedTuple):
 
     Attributes:
         method: of `merge_adapters`.
-        scales: λ; the first row of the table is the method's default.
-        arguments: the others, as a merge recipe has them; features and statistics are filled in.
+        scales: λ, a row of the table each.
+        arguments: the other fields of a merge recipe; features and statistics are filled in.
     """
 
     method: str
@@ -58,7 +58,7 @@ class Merge(NamedTuple):
     arguments: Mapping[str, Any] = {}
 
     def default_scale(self) -> float:
-        """The λ that the method has where none is given."""
+        """The method's λ in its paper; 1 where features choose."""
         return 1.0 if self.guided() else METHODS[self.method].scale
 
     def guided(self) -> bool:
@@ -66,7 +66,7 @@ class Merge(NamedTuple):
         return "features" in self.arguments.values()
 
     def request(self, adapters: Mapping[str, Path], **files: Mapping[str, Path]) -> MergeRequest:
-        """Of these adapters, with their `features` and `statistics`, where it needs them."""
+        """The request that merges these adapters, with `features` and `statistics` files where it needs them."""
         options = {name: value for name, value in self.arguments.items() if name in METHODS[self.method].options}
         fields = {name: value for name, value in self.arguments.items() if name not in options}
         return MergeRequest.from_fields(adapters=adapters, method=self.method, options=options, **fields, **files)
@@ -101,7 +101,7 @@ def run_demo(
 ) -> MultiTaskTable:
     """Train, merge and evaluate; write reports, `scores.json` and plots into `out` and print the table.
 
-    Every adapter, merge and row of scores is written as it is made and not made again, so an interrupted run goes on
+    Every adapter, merge and row of scores is written as soon as it is made, and made once: an interrupted run goes on
     where it stopped.
 
     Args:
@@ -111,7 +111,7 @@ def run_demo(
         osrm: OSRMLoraConfig fields of the OSRM adapters.
 
     Raises:
-        FileExistsError: `out` is not ours, or was made with another recipe.
+        FileExistsError: `out` is no demo's folder, or was made with another recipe.
     """
     out, console = Path(out), console or Console()
     replace(recipe, osrm=osrm).lora_config(recipe.task_names()[0])  # an unknown option stops here
@@ -119,7 +119,7 @@ def run_demo(
     tasks, merges = len(recipe.task_names()), sum(len(merge.scales) for merge in MERGES.values())
     with tqdm(total=len(seeds) * (tasks + 2 * (3 * tasks + 1 + merges)), desc="demo", unit="step") as bar:
         measured = [
-            _run_seed(out, replace(recipe, seed=seed, features=str(out / f"seed{seed}/features")), osrm, bar)
+            _SeedRun(out, replace(recipe, seed=seed, features=str(out / f"seed{seed}/features")), osrm, bar).run()
             for seed in seeds
         ]
     scores = [score for seed in seeds for score in read_scores(out / f"seed{seed}/scores.json")]
@@ -144,72 +144,109 @@ def run_demo(
     return table
 
 
-def _run_seed(out: Path, recipe: Recipe, osrm: dict[str, Any], bar: tqdm) -> dict[str, Interference]:
-    """Everything of one seed; returns the interference of each kind of adapter."""
-    folder = out / f"seed{recipe.seed}"
-    names = recipe.task_names()
-    with_osrm = replace(recipe, osrm=osrm)
-    for name in names:
-        if not with_osrm.features_file(name).exists():
-            bar.set_postfix_str(f"features of {name}")
-            with_osrm.collect(name, progress=False).save(with_osrm.features_file(name))
-        bar.update()
-    features = {name: recipe.features_file(name) for name in names}
+class _SeedRun:
+    """One seed of the demo: each step makes what is missing in the seed's folder.
 
-    tasks, tokenizer = {name: recipe.task(name) for name in names}, load_tokenizer(recipe.model)
+    Attributes:
+        folder: the seed's results.
+        recipe: of the plain adapters, with this seed.
+        with_osrm: the same, of the OSRM adapters.
+        features: {task: features file}.
+        tasks: {task: its rows}.
+        scores: the seed's table, as far as it is finished.
+    """
 
-    def evaluate(model_of: Callable[[str], nn.Module]) -> dict[str, float]:
-        options: dict[str, Any] = {"max_length": recipe.max_length, "progress": False}
-        return {name: evaluate_task(model_of(name), tasks[name], tokenizer, **options) for name in names}
+    def __init__(self, out: Path, recipe: Recipe, osrm: dict[str, Any], bar: tqdm) -> None:
+        self.folder, self.recipe, self.with_osrm = out / f"seed{recipe.seed}", recipe, replace(recipe, osrm=osrm)
+        self.features = {name: recipe.features_file(name) for name in recipe.task_names()}
+        self.bar = bar
 
-    scores, measured = Scores(folder / "scores.json"), {}
-    for init, one in (("plain LoRA", recipe), ("OSRM", with_osrm)):
-        short = init.split()[0]
-        adapters = {name: folder / "adapters" / short / name for name in names}
+    def run(self) -> dict[str, Interference]:
+        """All steps, for both kinds of adapters; the interference of each kind."""
+        self._collect_features()
+        self.tasks = {name: self.recipe.task(name) for name in self.features}
+        self.tokenizer = load_tokenizer(self.recipe.model)
+        self.scores, measured = Scores(self.folder / "scores.json"), {}
+        for init, recipe in (("plain LoRA", self.recipe), ("OSRM", self.with_osrm)):
+            adapters = self._train(init, recipe)
+            statistics = self._collect_statistics(init, adapters)
+            measured[init] = interference(adapters, self.features, base=load_base(recipe.model, 2))
+            self._evaluate_alone(init, adapters)
+            for label in MERGES:
+                self._merge(init, label, adapters, statistics)
+        return measured
+
+    def _collect_features(self) -> None:
+        for name, file in self.features.items():
+            if not file.exists():
+                self.bar.set_postfix_str(f"features of {name}")
+                self.with_osrm.collect(name, progress=False).save(file)
+            self.bar.update()
+
+    def _train(self, init: str, recipe: Recipe) -> dict[str, Path]:
+        """{task: adapter}."""
+        adapters = {name: self.folder / "adapters" / _short(init) / name for name in self.features}
         for name, adapter in adapters.items():
             if not adapter.exists():
-                bar.set_postfix_str(f"train {init} on {name}")
-                one.train(name, adapter)
-            bar.update()
-        files = {
-            kind: {n: folder / "statistics" / short / f"{n}.{kind}.safetensors" for n in names}
-            for kind in STATISTIC_KINDS
-        }
+                self.bar.set_postfix_str(f"train {init} on {name}")
+                recipe.train(name, adapter)
+            self.bar.update()
+        return adapters
+
+    def _collect_statistics(self, init: str, adapters: Mapping[str, Path]) -> dict[str, dict[str, Path]]:
+        """{kind: {task: statistics file}}."""
+        folder = self.folder / "statistics" / _short(init)
+        files = {kind: {name: folder / f"{name}.{kind}.safetensors" for name in adapters} for kind in STATISTIC_KINDS}
         for kind, paths in files.items():
             for name, path in paths.items():
                 if not path.exists():
-                    bar.set_postfix_str(f"{kind} of {init} on {name}")
-                    recipe.collect_statistics(
+                    self.bar.set_postfix_str(f"{kind} of {init} on {name}")
+                    self.recipe.collect_statistics(
                         kind, name, adapters[name], num_samples=STATISTICS_ROWS, progress=False
                     ).save(path)
-                bar.update()
-        measured[init] = interference(adapters, features, base=load_base(recipe.model, 2))
-        if not scores.has(init, "individual", None):
-            bar.set_postfix_str(f"evaluate {init} alone")
-            found = evaluate(lambda name, adapters=adapters: load_adapter(adapters[name]).attach(recipe.model))  # type: ignore[misc]
-            scores.add(init, "individual", None, recipe.seed, found)
-        bar.update()
-        for label, merge in MERGES.items():
-            missing = [scale for scale in merge.scales if not scores.has(init, label, scale)]
-            bar.update(len(merge.scales) - len(missing))
-            if not missing:
-                continue
-            saved, needs = folder / "merged" / short / label.replace(" ", "_"), METHODS[merge.method].needs
-            given = {} if needs is None else {"statistics": files[needs]}
-            merged = run_merge(merge.request(adapters, **given, **({"features": features} if merge.guided() else {})))
-            if not saved.exists():
-                merged.save_pretrained(saved)
-            for scale in missing:
-                bar.set_postfix_str(f"evaluate {init}, {label}, λ = {scale:g}")
-                scaled = merged.at_scale(scale)
-                found = evaluate(lambda name, scaled=scaled: scaled.load(recipe.model, name))  # type: ignore[misc]
-                scores.add(init, label, scale, recipe.seed, found)
-                bar.update()
-    return measured
+                self.bar.update()
+        return files
+
+    def _evaluate_alone(self, init: str, adapters: Mapping[str, Path]) -> None:
+        if not self.scores.has(init, "individual", None):
+            self.bar.set_postfix_str(f"evaluate {init} alone")
+            self._score(init, "individual", None, lambda name: load_adapter(adapters[name]).attach(self.recipe.model))
+        self.bar.update()
+
+    def _merge(self, init: str, label: str, adapters: Mapping[str, Path], statistics: dict[str, Any]) -> None:
+        """Merge the adapters, save the merge, and score it at each λ."""
+        merge = MERGES[label]
+        missing = [scale for scale in merge.scales if not self.scores.has(init, label, scale)]
+        self.bar.update(len(merge.scales) - len(missing))
+        if not missing:
+            return
+        saved, needs = self.folder / "merged" / _short(init) / label.replace(" ", "_"), METHODS[merge.method].needs
+        files = {} if needs is None else {"statistics": statistics[needs]}
+        merged = run_merge(merge.request(adapters, **files, **({"features": self.features} if merge.guided() else {})))
+        if not saved.exists():
+            merged.save_pretrained(saved)
+        for scale in missing:
+            self.bar.set_postfix_str(f"evaluate {init}, {label}, λ = {scale:g}")
+            scaled = merged.at_scale(scale)
+            self._score(init, label, scale, lambda name, scaled=scaled: scaled.load(self.recipe.model, name))  # type: ignore[misc]
+            self.bar.update()
+
+    def _score(self, init: str, label: str, scale: float | None, model_of: Callable[[str], nn.Module]) -> None:
+        """Evaluate each task's model and add a row of the table."""
+        options: dict[str, Any] = {"max_length": self.recipe.max_length, "progress": False}
+        values = {
+            name: evaluate_task(model_of(name), task, self.tokenizer, **options) for name, task in self.tasks.items()
+        }
+        self.scores.add(init, label, scale, self.recipe.seed, values)
+
+
+def _short(init: str) -> str:
+    """The name of an initialisation's folders."""
+    return init.split()[0]
 
 
 def _claim(out: Path, recipe: Recipe, osrm: dict[str, Any]) -> None:
-    """Make `out` ours, or make sure that it is, and of this recipe."""
+    """Make `out` a demo's folder, or check that it is one, with these settings."""
     check_folder(out)
     settings = out / "settings.json"
     for name in (settings.name, "scales.png", "interference.png", "interference.json", "scores.json", "report.md"):

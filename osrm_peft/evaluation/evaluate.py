@@ -30,9 +30,9 @@ def evaluate_task(
     """Score of `model` on the task's validation rows.
 
     Args:
-        model: takes the tokenizer's columns and returns `.logits` of shape (b, task.num_labels). It is put back into
-            the mode that it was in.
-        distributed: all processes of torch.distributed call this, each with the model, and share the rows.
+        model: takes the tokenizer's columns and returns `.logits` of shape (b, task.num_labels). Its train or eval mode
+            is restored.
+        distributed: all processes of torch.distributed call this, each with its copy of the model, and share the rows.
 
     Returns:
         The task's metric: accuracy in [0, 1]; Matthews, or the mean of Pearson and Spearman, in [−1, 1].
@@ -77,8 +77,8 @@ def predict(
     finally:
         model.train(training)
     parts = processes.gather((order, torch.cat(logits) if logits else None))
-    orders, found = zip(*[part for part in parts if part[1] is not None], strict=True)
-    return torch.cat(found)[torch.from_numpy(np.argsort(np.concatenate(orders)))]
+    orders, pieces = zip(*[part for part in parts if part[1] is not None], strict=True)
+    return torch.cat(pieces)[torch.from_numpy(np.argsort(np.concatenate(orders)))]
 
 
 def score(task: Task, logits: Tensor) -> float:

@@ -35,9 +35,9 @@ class Interference:
     relative_to: str
 
     def mean(self) -> Tensor:
-        """(T, T) float64, the geometric mean over layers where an adapter acts at all: shares span powers of ten.
+        """(T, T) float64, the geometric mean over the layers in which an adapter acts: shares span powers of ten.
 
-        A task pair without any such layer is 0.
+        A pair of tasks without such a layer is 0.
         """
         stack = torch.stack(list(self.layers.values()))
         acts = (stack > 0) & stack.isfinite()
@@ -45,7 +45,7 @@ class Interference:
         return torch.where(acts.any(0), logs.exp(), 0)
 
     def to_dict(self) -> dict[str, Any]:
-        """For a JSON file; None where a task's own adapter does nothing, so that nothing is relative to it."""
+        """The content of a JSON file; None for a share of what a task's own adapter does if it does nothing."""
         layers = {
             name: [[share if math.isfinite(share) else None for share in row] for row in matrix.tolist()]
             for name, matrix in self.layers.items()

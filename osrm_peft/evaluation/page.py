@@ -1,4 +1,4 @@
-"""Results folders as one HTML page that needs nothing else."""
+"""One HTML page of results folders, which needs no other file."""
 
 import base64
 import json
@@ -20,7 +20,7 @@ from osrm_peft.io.places import check_file, new_file
 
 
 def html_report(results: Results) -> str:
-    """The page: tables, plots as PNG in it, and how everything was made; no script, nothing from elsewhere."""
+    """The page: tables, plots as embedded PNG, settings and versions; no script, nothing loaded from elsewhere."""
     by_parent = groupby(results.drift, lambda one: str(Path(one.name).parent))
     options: dict[str, Any] = {"autoescape": True, "undefined": StrictUndefined, "trim_blocks": True}
     environment = Environment(loader=PackageLoader("osrm_peft.evaluation", "."), **options)
@@ -40,7 +40,7 @@ def write_report(paths: Iterable[str | Path], out: str | Path) -> Results:
 
     Args:
         paths: as for `gather`.
-        out: the page, `*.html`; a page that is there is replaced.
+        out: the page, `*.html`; an earlier page is replaced.
 
     Raises:
         FileNotFoundError, ValueError: see `gather`; or `out` has another ending.
@@ -67,9 +67,9 @@ def _scores_view(found: Found[MultiTaskTable]) -> dict[str, Any]:
     table, (header, lines) = found.content, found.content.cells()
     groups: dict[str, list[dict[str, Any]]] = {}
     for row, (init, merge, scale, *cells), best in zip(table.rows, lines, table.best(), strict=True):
-        one = {"individual": row["method"] == "individual", "merge": merge, "scale": scale}
-        one["cells"] = list(zip(cells, best, strict=True))
-        groups.setdefault(init, []).append(one)
+        line = {"individual": row["method"] == "individual", "merge": merge, "scale": scale}
+        line["cells"] = list(zip(cells, best, strict=True))
+        groups.setdefault(init, []).append(line)
     methods = table.swept()
     curves = _image(f"average over tasks against λ: {', '.join(methods)}", plot_scales, table) if methods else None
     seeds = sorted({row["seeds"] for row in table.rows})

@@ -85,7 +85,7 @@ def plot_drift(curves: Mapping[str, Sequence[tuple[float, float]]], path: str | 
 
 
 def plot_label(name: str) -> str:
-    """A name as matplotlib draws it letter by letter: not as mathematics ($), and not left out of a legend (_)."""
+    """A name that matplotlib draws literally: no mathematics between $, no omission from legends for a leading _."""
     return (" " if name.startswith("_") else "") + name.replace("$", r"\$")
 
 

@@ -1,4 +1,4 @@
-"""Results that lie in folders: scores, interference, spectra, manifests and logs, read and checked."""
+"""Read and check what results folders hold: scores, interference, spectra, manifests and logs."""
 
 import math
 import os
@@ -24,7 +24,7 @@ EXPECTED = (
     "adapter whose log has osrm/drift"
 )
 DRIFT = "osrm/drift"
-_BULK = {  # what the page shows otherwise, or what has a number for each layer or file
+_BULK = {  # fields that the page shows elsewhere, or that have a number for each layer or file
     "scores", "interference", "singular_values", "tasks", "layers", "mean", "off_diagonal", "log", "energy_kept",
     "report", "crc32", "files", "read",
 }  # fmt: skip
@@ -37,7 +37,7 @@ class Found(Generic[T]):
     """What one file holds.
 
     Attributes:
-        name: its folder, or the file itself where we would have named it differently.
+        name: the file's folder, or the file itself if its name is none of ours.
         content: what the page shows.
         made: the settings and versions that the file records.
     """
@@ -49,14 +49,14 @@ class Found(Generic[T]):
 
 @dataclass(frozen=True)
 class Results:
-    """What results folders hold, in the order in which it was found.
+    """What results folders hold, in the order of the folders and their files.
 
     Attributes:
         scores: tables of scores.
         interference: {title of a plot: {panel: Interference}}.
         spectra: singular values.
-        drift: of adapters, the log entries that have `osrm/drift`.
-        merged: of merged folders, {column: text}.
+        drift: adapters' log entries with `osrm/drift`.
+        merged: {column: text} of each merged folder.
     """
 
     scores: list[Found[MultiTaskTable]] = field(default_factory=list)
@@ -66,7 +66,7 @@ class Results:
     merged: list[Found[dict[str, Any]]] = field(default_factory=list)
 
     def summary(self) -> str:
-        """How many there are of each kind."""
+        """How many results there are of each kind, as text."""
         return ", ".join(f"{kind}: {len(found)}" for kind, found in vars(self).items() if found)
 
 
@@ -74,8 +74,8 @@ def gather(paths: Iterable[str | Path]) -> Results:
     """Read what results folders hold.
 
     Args:
-        paths: folders, searched through but for `*.checkpoints`, hidden folders and links that lead out of them; or
-            single JSON files. What is found twice counts once.
+        paths: folders to search, without `*.checkpoints`, hidden folders and links that lead out of them; or single
+            JSON files. A file that is reached twice counts once.
 
     Raises:
         FileNotFoundError: a path does not exist.
@@ -109,7 +109,7 @@ def _files(folder: Path) -> Iterator[Path]:
 
 
 def _read(file: Path) -> tuple[str | None, Found[Any]]:
-    """(the field of Results that it belongs to, what the file holds); None where we show nothing of it."""
+    """(its field of Results, the file's content); (None, …) for a file that the page does not show."""
     name = str(file.parent if file.name in NAMES else file)
     try:
         content = parse_json(file.read_text(encoding="utf-8"))
@@ -149,8 +149,8 @@ def _parse(content: dict[str, Any]) -> tuple[str | None, Any]:
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> MultiTaskTable:
     def score(init: Any, method: Any, scale: Any, seed: int, task: Any, score: Any) -> Score:
-        place = None if scale is None else number("scale", scale)
-        return Score(str(init), str(method), place, integer("seed", seed, 0), str(task), number("score", score))
+        lam = None if scale is None else number("scale", scale)
+        return Score(str(init), str(method), lam, integer("seed", seed, 0), str(task), number("score", score))
 
     table = MultiTaskTable.of(score(**row) for row in rows)
     if not table.rows:

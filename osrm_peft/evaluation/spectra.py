@@ -25,11 +25,11 @@ Spectra = dict[str, dict[str, list[float]]]
 
 
 def spectra(models: Mapping[str, str], *, base: str | None = None, layer: str = "*", progress: bool = False) -> Spectra:
-    """{model: {matrix: its task vector's singular values, largest first}}; exact zeros of adapters are left out.
+    """{model: {matrix: its task vector's singular values, largest first}}, without the exact zeros of adapters.
 
     Args:
         models: {name: folder or Hub id} of full models, or of LoRA adapters.
-        base: of full models, what they were trained from; None: their mean, from which LoRE begins.
+        base: the full models' base model; None: their mean, from which LoRE begins.
         layer: a pattern of the matrices' names.
 
     Raises:
@@ -39,10 +39,10 @@ def spectra(models: Mapping[str, str], *, base: str | None = None, layer: str = 
     adapters = [name for name, folder in folders.items() if (folder / "adapter_config.json").is_file()]
     if adapters and len(adapters) < len(models):
         raise ValueError(f"{', '.join(adapters)} are adapters, the others full models: give either")
-    found = _of_adapters(models, layer) if adapters else _of_models(models, base, layer, progress)
-    if not any(found.values()):
+    values = _of_adapters(models, layer) if adapters else _of_models(models, base, layer, progress)
+    if not any(values.values()):
         raise ValueError(f"layer={layer!r} matches no matrix that all models have")
-    return found
+    return values
 
 
 def _of_adapters(models: Mapping[str, str], layer: str) -> Spectra:
@@ -80,13 +80,13 @@ def _of_models(models: Mapping[str, str], base: str | None, layer: str, progress
 
 
 def _singular_values(X: Tensor) -> list[float]:
-    """From the smaller Gram matrix, in float64: quick, and exact to 10⁻⁸ of the largest."""
+    """Singular values from the smaller Gram matrix, in float64: quick, and exact to 10⁻⁸ of the largest."""
     narrow = X.double() if len(X) <= X.shape[1] else X.double().mT
     return torch.linalg.eigvalsh(narrow @ narrow.mT).clamp_min(0).sqrt().flip(0).tolist()
 
 
 def spectra_table(found: Spectra) -> Table:
-    """For each model how many singular values are above a share of the largest: medians over its matrices."""
+    """A table of how many singular values are above a share of the largest: each model's median over its matrices."""
     table = Table(
         "model", "matrices", "width", "largest", *(f"above {share:g} of it" for share in SHARES), "energy in top 10 %",
         title="Singular values of task vectors (medians over matrices)", box=HORIZONTALS,

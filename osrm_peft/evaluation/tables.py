@@ -1,4 +1,4 @@
-"""The multi-task table, from tidy rows of scores."""
+"""MultiTaskTable: a table of scores over tasks, for terminal and Markdown."""
 
 import statistics
 from collections.abc import Iterable, Sequence
@@ -17,15 +17,15 @@ AVERAGE = "average over tasks"
 
 @dataclass(frozen=True)
 class Score:
-    """One score: of one task, under one row of the table.
+    """The score of one task in one row of the table.
 
     Attributes:
         init: how the adapters' A was chosen, such as `"plain LoRA"` or `"OSRM"`.
         method: `"individual"` or a merge method.
         scale: λ; None for individual adapters.
-        seed: of the adapters.
-        task: the task.
-        score: the task's metric.
+        seed: the adapters' seed.
+        task: the task's name.
+        score: the value of the task's metric.
     """
 
     init: str
@@ -41,7 +41,7 @@ class MultiTaskTable:
     """Scores in percent: rows (init, method, λ) × tasks and their average, mean and spread over seeds.
 
     Attributes:
-        tasks: the columns; where they are several, the average comes after them.
+        tasks: the columns; their average follows if there are several.
         rows: {"init", "method", "scale", "seeds", "scores": {column: mean}, "spread": {column: sample std or None}}.
     """
 
@@ -85,7 +85,7 @@ class MultiTaskTable:
         return [*self.tasks, AVERAGE] if len(self.tasks) > 1 else self.tasks
 
     def best(self) -> list[list[bool]]:
-        """For each row and column whether no merge has a higher mean; individual adapters do not compete."""
+        """Whether no merge has a higher mean, for each row and column; individual adapters do not compete."""
         merged = [row["scores"] for row in self.rows if row["method"] != "individual"]
         columns = self.columns
         highest = {column: max(scores[column] for scores in merged) for column in columns if merged}
@@ -137,7 +137,7 @@ class MultiTaskTable:
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]], names: int = 1) -> str:
-    """A Markdown table, its first columns (`names`) to the left, the others, of numbers, to the right."""
+    """A Markdown table: the first `names` columns are aligned left, the others (numbers) right."""
     rule = ["---"] * names + ["--:"] * (len(header) - names)
     lines = ([cell.replace("|", "\\|") for cell in cells] for cells in [header, rule, *rows])
     return "\n".join("| " + " | ".join(" ".join(printable(cell).split()) for cell in cells) + " |" for cells in lines)
@@ -155,6 +155,6 @@ def interference_table(found: Interference) -> Table:
 
 
 def interference_title(found: Interference) -> str:
-    """What the shares of a table or plot are, and of what."""
+    """The title of a table or plot: what the shares are shares of."""
     below = "E‖W₀ h_t‖²" if found.relative_to == "base" else "E‖τ_t h_t‖²"
     return f"E‖τ_j h_t‖² / {below} in percent, geometric mean over layers"

@@ -1,1 +1,1 @@
-"""What a task shows the others: moments of its layer inputs; and its Fisher information."""
+"""Features, by which a task shows itself to the others: moments of layer inputs, and Fisher information."""

@@ -1,4 +1,4 @@
-"""Batches of a loader, cut to the samples that are wanted and shared among processes."""
+"""A loader's batches, cut to the wanted number of samples and shared among processes."""
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
@@ -17,13 +17,13 @@ from osrm_peft.features.padding import TokenMask, find_token_mask
 
 @dataclass(frozen=True)
 class Batch:
-    """A batch as the model takes it, cut to the samples that are wanted.
+    """A batch as the model takes it, cut to the wanted number of samples.
 
     Attributes:
-        inputs: without labels.
+        inputs: the model's inputs without labels.
         labels: the batch's labels, if it has them.
-        positions: where its samples are.
-        count: how many they are.
+        positions: which positions are real, and to which sample each belongs.
+        count: how many samples it has.
         is_filler: True for a repeated batch that only keeps this process in step; its inputs are not summed up.
     """
 
@@ -34,7 +34,7 @@ class Batch:
     is_filler: bool = False
 
     def to(self, device: torch.device) -> "Batch":
-        """The same batch there, as tensors whose changes are counted (those of inference mode are not)."""
+        """The same batch on the device, as tensors whose changes are counted (inference mode counts none)."""
 
         def moved(value: Any) -> Any:
             value = value.clone() if isinstance(value, Tensor) and value.is_inference() else value
@@ -54,11 +54,11 @@ def check_rereadable(loader: Any, why: str) -> None:
 def samples(
     loader: Iterable[Mapping[str, Any]], k: int, processes: Processes, *, task: str, what: str, progress: bool
 ) -> Iterator[Batch]:
-    """This process' batches, of at most k samples over all processes; each gets equally many batches.
+    """This process' batches, with at most k samples over all processes; each process gets equally many batches.
 
     Raises:
-        ValueError: the loader is split over processes already; or at the end, if there was no sample, or processes had
-            different ones.
+        ValueError: the loader is split over processes already; or, at the end: it gave no sample, or processes read
+            different samples.
     """
     if processes.num_processes > 1:
         check_rereadable(loader, "several processes share the samples of one loader, which must be the same everywhere")
@@ -101,7 +101,7 @@ def samples(
 
 
 def _mine(batches: list[Batch], processes: Processes) -> Batch:
-    """This process' batch of at most one each; the last again, not to be counted, where there are too few."""
+    """This process' batch, of at most one for each; a filler (the last batch again) where there are too few."""
     return batches[processes.rank] if processes.rank < len(batches) else replace(batches[-1], is_filler=True)
 
 

@@ -1,10 +1,10 @@
-"""collect_features, collect_gram: the inputs of the target layers, summed up; the model left as it was."""
+"""collect_features, collect_gram: sum up the inputs of the target layers and leave the model as it was."""
 
 import inspect
 import tempfile
-from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -52,43 +52,41 @@ def collect_features(
     """Run up to k samples through the pre-trained model and sum up the inputs of the target layers.
 
     Padding (0 in the batch's `attention_mask`) never enters; a tensor that several layers receive is counted once.
-    In an encoder–decoder model each layer has the padding of what it reads: the decoder's self-attention that of
-    `decoder_attention_mask` (or of the token labels, from which the decoder's inputs are made as its own forward makes
-    them where the batch has none), its cross-attention the encoder's. The mask of an audio model is of samples of
-    sound: its own method makes it one of frames. Images, and sound whose model masks none (Whisper), count everywhere;
-    padding that is known, and in a layer of another length cannot be found, is an error. In packed rows
-    (`position_ids` that start again at 0) each part is a sample. A PeftModel runs with its adapter off, a compiled
-    model eagerly. The model is left as it was: hooks gone, train mode and gradients untouched. It may lie on several
-    devices (`device_map`), or be split by ZeRO-3 or FSDP2.
+    In an encoder–decoder model the decoder's self-attention has the padding of `decoder_attention_mask`, or of the
+    token labels (where the batch has no inputs for the decoder, they are made from these); its cross-attention has the
+    encoder's. An audio model's mask counts samples of sound; the model's own method turns it into a mask of frames.
+    Images, and sound without a mask (Whisper), count everywhere. It is an error if there is padding and a layer of
+    another length does not show where. In packed rows (`position_ids` that start again at 0) each part is a sample.
+    A PeftModel runs with its adapter off, a compiled model eagerly. The model is left as it was: hooks gone, train mode
+    and gradients untouched. It may lie on several devices (`device_map`), or be split by ZeRO-3 or FSDP2.
 
     Args:
         model: the pre-trained model, or a PeftModel around it; runs on the device it is on.
-        loader: batches as the model takes them (dicts of tensors, samples along the first axis); labels that are no
-            token labels of an encoder–decoder model are ignored.
+        loader: batches as the model takes them (dicts of tensors, samples along the first axis). Labels are ignored,
+            except token labels of an encoder–decoder model.
         task: the task's name, for the record.
         target_modules: which layers, see `layers.target_layers`.
         statistic: `"mean"`, `"sample"` or `"token"`, see FeatureMoments.
         num_samples: how many samples at most (the paper uses 100).
         seed: the seed that drew the samples, for the record.
-        tokenizer: that which made the samples, for the record: features of another tokenizer are refused later.
+        tokenizer: the samples' tokenizer, for the record: features of another tokenizer are refused later.
         reference: count padding in and keep the mean only, as the released OSRM code does (it pads to a fixed length).
-        group_size: of how many distinct inputs the sums are in memory at once; each group is a pass over the loader,
-            which must give the same samples each time, and those that are done wait in a temporary folder. None: all,
-            in one pass.
+        group_size: how many distinct inputs have their sums in memory at once. Each group is a pass over the loader,
+            which must give the same samples each time; finished groups wait in a temporary folder. None: one pass.
         distributed: all processes of torch.distributed call this with the same loader and share its samples; each
             gets the sums over all of them. A model that an engine has split needs it.
 
     Raises:
         ValueError: unknown statistic, k below 1, no target layer or one that never runs, a loader without a sample, or
-            a layer whose padding cannot be told apart.
+            a layer whose padding is unknown.
     """
     choice("statistic", statistic, STATISTICS)
     if reference and statistic != "mean":
         raise ValueError(f"reference=True keeps one mean a task: use statistic='mean', not {statistic!r}")
-    return _collect(
-        model, loader, task, target_modules, num_samples, seed, tokenizer, group_size, progress,
-        Processes.of(distributed), statistic=statistic, reference=reference, of_finetuned_model=False,
-    )  # fmt: skip
+    return _Collection(
+        model, loader, task, target_modules, num_samples, seed, tokenizer, progress, Processes.of(distributed),
+        statistic=statistic, reference=reference,
+    ).features(group_size)  # fmt: skip
 
 
 def collect_gram(
@@ -116,128 +114,149 @@ def collect_gram(
     Raises:
         ValueError: k below 1, no target layer, or a loader without a sample.
     """
-    return _collect(
-        model, loader, task, target_modules, num_samples, seed, tokenizer, group_size, progress,
-        Processes.of(distributed), statistic="token", reference=False, of_finetuned_model=True,
-    )  # fmt: skip
+    return _Collection(
+        model, loader, task, target_modules, num_samples, seed, tokenizer, progress, Processes.of(distributed),
+        statistic="token", of_finetuned_model=True,
+    ).features(group_size)  # fmt: skip
 
 
-@torch.inference_mode(False)  # whose tensors do not tell of changes in place, and can be changed nowhere else
-def _collect(
-    model: nn.Module,
-    loader: Iterable[Mapping[str, Any]],
-    task: str,
-    target_modules: list[str] | str | LoraConfig | None,
-    num_samples: int,
-    seed: int | None,
-    tokenizer: Any,
-    group_size: int | None,
-    progress: bool,
-    processes: Processes,
-    *,
-    statistic: str,
-    reference: bool,
-    of_finetuned_model: bool,
-) -> TaskFeatures:
-    num_samples, device = integer("num_samples", num_samples, 1), execution_device(model)
-    model = unwrapped(model)
-    layers = target_layers(model, target_modules)
-    if not of_finetuned_model:
-        carried = all_lora_layers(model)
+@dataclass
+class _Collection:
+    """One call of `collect_features` or `collect_gram`: what it asks for, and what it reads from the model.
+
+    Attributes:
+        model … reference: as for `collect_features`; the model without its wrappers.
+        of_finetuned_model: whether the adapter is on.
+        device: where the model takes its inputs.
+        layers: {name in the base model: target layer}.
+
+    Raises:
+        ValueError: no sample is asked for, no layer is a target, or the adapter cannot be switched off.
+    """
+
+    model: nn.Module
+    loader: Iterable[Mapping[str, Any]]
+    task: str
+    target_modules: list[str] | str | LoraConfig | None
+    num_samples: int
+    seed: int | None
+    tokenizer: Any
+    progress: bool
+    processes: Processes
+    statistic: str
+    reference: bool = False
+    of_finetuned_model: bool = False
+    device: torch.device = field(init=False)
+    layers: dict[str, nn.Module] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.num_samples, self.device = integer("num_samples", self.num_samples, 1), execution_device(self.model)
+        self.model = unwrapped(self.model)
+        self.layers = target_layers(self.model, self.target_modules)
+        if self.of_finetuned_model:
+            return
+        carried = all_lora_layers(self.model)
         check_unmerged(carried)
-        if not isinstance(model, PeftModel) and not all(layer.disable_adapters for layer in carried.values()):
+        if not isinstance(self.model, PeftModel) and not all(layer.disable_adapters for layer in carried.values()):
             raise ValueError("the model carries an adapter (its own add_adapter): call model.disable_adapters() first")
 
-    def run(names: Iterable[str], most: int, what: str, *, scout: bool = False) -> tuple[Collector, int]:
-        watched = {name: input_width(name, layers[name]) for name in names}
-        whole_samples = statistic != "token"  # a scout keeps little, but sees positions as the real run does
-        collector = Collector(
-            watched, "mean" if scout else statistic, EncoderDecoder(base_of(model)), whole_samples, reference
-        )
-        batches = samples(loader, most, processes, task=task, what=what, progress=progress)
-        seen = _run(model, layers, collector, batches, device, of_finetuned_model=of_finetuned_model)
-        return collector, _sum_up(collector, seen, processes)
+    @torch.inference_mode(False)  # its tensors count no changes, and cannot be changed outside of it
+    def features(self, group_size: int | None) -> TaskFeatures:
+        """The features of all target layers, in one pass or in one pass a group of distinct inputs."""
+        if group_size is None:
+            return self._features(self.layers, self.num_samples, f"features of {self.task}")
+        check_rereadable(self.loader, "group_size reads the loader several times, and needs the same samples each time")
+        size = integer("group_size", group_size, 1)
+        scout, _ = self._run(self.layers, 1, f"layers of {self.task}", statistic="mean")  # it keeps little
+        leaders = list(dict.fromkeys(scout.leaders[name] for name in self.layers))
+        groups = [leaders[start : start + size] for start in range(0, len(leaders), size)]
+        folder = tempfile.TemporaryDirectory()
+        parts: list[TaskFeatures] = []
+        for number, group in enumerate(groups, start=1):
+            names = [name for name in self.layers if scout.leaders[name] in group]
+            part = self._features(names, self.num_samples, f"features of {self.task}, {number}/{len(groups)}")
+            part.save(f"{folder.name}/{number}.safetensors")
+            parts.append(replace(part, layers=TaskFeatures.load(f"{folder.name}/{number}.safetensors").layers))
+            del part
+        joined = JoinedMoments([part.layers for part in parts], list(self.layers), folder)  # type: ignore[misc]
+        return replace(parts[0], weight_hash=weight_hash(self.model, self.layers), layers=joined)
 
-    def features(collector: Collector, seen: int) -> TaskFeatures:
+    def _features(self, names: Iterable[str], most: int, what: str) -> TaskFeatures:
+        """The features of these layers."""
+        collector, seen = self._run(names, most, what, statistic=self.statistic)
         moments = {name: collector.moments[name] for name in collector.widths}
-        sampled = sampled_weights(model, moments)
+        sampled = sampled_weights(self.model, moments)
         rows = next((key for key in sampled if isinstance(key, int)), None)
         return TaskFeatures(
-            task, base_name(model), hash_of(sampled, moments), statistic, seen, seed, reference,
-            of_finetuned_model,
+            self.task, base_name(self.model), hash_of(sampled, moments), self.statistic, seen, self.seed,
+            self.reference, self.of_finetuned_model,
             vocabulary=rows,
             embedding_hash=None if rows is None else embedding_hash(sampled, rows),
-            tokenizer=public_name(getattr(tokenizer, "name_or_path", None)),
-            tokenizer_hash=None if tokenizer is None else tokenizer_hash(tokenizer),
+            tokenizer=public_name(getattr(self.tokenizer, "name_or_path", None)),
+            tokenizer_hash=None if self.tokenizer is None else tokenizer_hash(self.tokenizer),
             layers=moments,
         )  # fmt: skip
 
-    if group_size is None:
-        return features(*run(layers, num_samples, f"features of {task}"))
-    check_rereadable(loader, "group_size reads the loader several times, and needs the same samples each time")
-    size, (shared, _) = integer("group_size", group_size, 1), run(layers, 1, f"layers of {task}", scout=True)
-    leaders = list(dict.fromkeys(shared.leaders[name] for name in layers))
-    groups = [leaders[start : start + size] for start in range(0, len(leaders), size)]
-    folder = tempfile.TemporaryDirectory()
-    parts: list[TaskFeatures] = []
-    for place, group in enumerate(groups, start=1):
-        names = [name for name in layers if shared.leaders[name] in group]
-        part = features(*run(names, num_samples, f"features of {task}, {place}/{len(groups)}"))
-        part.save(f"{folder.name}/{place}.safetensors")
-        parts.append(replace(part, layers=TaskFeatures.load(f"{folder.name}/{place}.safetensors").layers))
-        del part
-    joined = JoinedMoments([part.layers for part in parts], list(layers), folder)  # type: ignore[misc]
-    return replace(parts[0], weight_hash=weight_hash(model, layers), layers=joined)
+    def _run(self, names: Iterable[str], most: int, what: str, *, statistic: str) -> tuple[Collector, int]:
+        """Read at most this many samples; the moments over all processes, and how many samples they had."""
+        widths = {name: input_width(name, self.layers[name]) for name in names}
+        whole_samples = self.statistic != "token"  # also where `statistic` is a scout's: it sees the same positions
+        collector = Collector(widths, statistic, EncoderDecoder(base_of(self.model)), whole_samples, self.reference)
+        batches = samples(self.loader, most, self.processes, task=self.task, what=what, progress=self.progress)
+        return collector, _sum_up(collector, self._pass(collector, batches), self.processes)
+
+    def _pass(self, collector: Collector, batches: Iterable[Batch]) -> int:
+        """One pass over the batches into the collector; how many samples they had."""
+        base, seen = base_of(self.model), 0
+        # FSDP2 gathers what its root holds in the root's forward
+        root = self.model if isinstance(self.model, FSDPModule) else base
+        # With a cache, transformers takes a packed row for one sample, whose parts see one another.
+        uncached = {"use_cache": False} if "use_cache" in inspect.signature(base.forward).parameters else {}
+        with ExitStack() as stack:
+            stack.enter_context(torch.no_grad())
+            stack.enter_context(preserve_state(base))
+            stack.enter_context(torch.compiler.set_stance("force_eager"))  # compiled code would not see the hooks
+            if isinstance(self.model, PeftModel) and not self.of_finetuned_model:
+                stack.enter_context(self.model.disable_adapter())
+            stack.enter_context(watch_inputs({name: self.layers[name] for name in collector.widths}, collector.see))
+            stack.enter_context(_watch_sides(collector))
+            for given in batches:
+                batch = given.to(self.device)
+                inputs = collector.sides.with_decoder(batch.inputs, batch.labels)
+                collector.start(inputs, batch)
+                root(**inputs | uncached)
+                seen += 0 if batch.is_filler else batch.count
+        return seen
 
 
-def _run(
-    model: nn.Module,
-    layers: Mapping[str, nn.Module],
-    collector: Collector,
-    batches: Iterable[Batch],
-    device: torch.device,
-    *,
-    of_finetuned_model: bool,
-) -> int:
-    """One pass over the batches into the collector; from how many samples."""
-    base, seen, sides = base_of(model), 0, collector.sides
-    root = model if isinstance(model, FSDPModule) else base  # FSDP2 gathers what its root holds in the root's forward
-    watched = {name: layers[name] for name in collector.widths}
-    # With a cache, transformers takes a packed row for one sample, whose parts see one another.
-    uncached = {"use_cache": False} if "use_cache" in inspect.signature(base.forward).parameters else {}
-    with ExitStack() as stack:
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(preserve_state(base))
-        stack.enter_context(torch.compiler.set_stance("force_eager"))  # compiled code would not see the hooks
-        if isinstance(model, PeftModel) and not of_finetuned_model:
-            stack.enter_context(model.disable_adapter())
-        stack.enter_context(watch_inputs(watched, collector.see))
-        if sides.encoder is not None:
-            enter = collector.enter_encoder
-            for handle in (
-                sides.encoder.register_forward_pre_hook(lambda _, *called: enter(*called), with_kwargs=True),
-                sides.encoder.register_forward_hook(lambda module, args, output: collector.encode(output[0])),
-            ):
-                stack.callback(handle.remove)
-        if sides.decoder is not None:
-            handle = sides.decoder.register_forward_pre_hook(
+@contextmanager
+def _watch_sides(collector: Collector) -> Iterator[None]:
+    """Show the collector what the encoder, the decoder and towers receive and return; the hooks are gone at the end."""
+    sides, handles = collector.sides, []
+    if sides.encoder is not None:
+        handles += [
+            sides.encoder.register_forward_pre_hook(
+                lambda _, args, keywords: collector.enter_encoder(args, keywords), with_kwargs=True
+            ),
+            sides.encoder.register_forward_hook(lambda module, args, output: collector.encode(output[0])),
+        ]
+    if sides.decoder is not None:
+        handles.append(
+            sides.decoder.register_forward_pre_hook(
                 lambda _, args, keywords: collector.encode(keywords.get("encoder_hidden_states")), with_kwargs=True
             )
-            stack.callback(handle.remove)
-        for tower in sides.towers:
-            handle = tower.register_forward_hook(lambda module, args, output: collector.leave_tower(output))
-            stack.callback(handle.remove)
-        for given in batches:
-            batch = given.to(device)
-            inputs = sides.with_decoder(batch.inputs, batch.labels)
-            collector.start(inputs, batch)
-            root(**inputs | uncached)
-            seen += 0 if batch.is_filler else batch.count
-    return seen
+        )
+    for tower in sides.towers:
+        handles.append(tower.register_forward_hook(lambda module, args, output: collector.leave_tower(output)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _sum_up(collector: Collector, seen: int, processes: Processes) -> int:
-    """The collector's moments become those of all processes; from how many samples."""
+    """Sum the collector's moments over all processes, in place; how many samples they had."""
     for leaders in processes.gather(collector.leaders):  # an expert may have run in some processes only
         for name, leader in leaders.items():
             collector.follow(name, leader)
@@ -248,12 +267,12 @@ def _sum_up(collector: Collector, seen: int, processes: Processes) -> int:
             "list them in exclude_modules, or narrow target_modules"
         )
     own = {name: collector.moments[name] for name in collector.widths if collector.leaders[name] == name}
-    everyone = processes.gather((seen, {name: moments.count for name, moments in own.items()}))
+    totals = processes.gather((seen, {name: moments.count for name, moments in own.items()}))
     if processes.num_processes > 1:
         for name, moments in own.items():
-            moments.sum_over_([counts[name] for _, counts in everyone], processes.rank, processes.sum_)
+            moments.sum_over_([counts[name] for _, counts in totals], processes.rank, processes.sum_)
     for name, moments in own.items():
         moments.settle_()
         if not moments.mean().isfinite().all():
             raise ValueError(f"layer {name!r} receives NaN or Inf: is the model's checkpoint sound?")
-    return sum(count for count, _ in everyone)
+    return sum(count for count, _ in totals)

@@ -1,4 +1,4 @@
-"""The inputs of a model's layers summed up, each distinct tensor once."""
+"""Collector: sums up the inputs of a model's layers, each distinct tensor once."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,7 +11,16 @@ from osrm_peft.features.padding import EncoderDecoder, TokenMask, same_tensor, t
 
 
 class Collector:
-    """Feeds layer inputs to FeatureMoments, each distinct tensor once."""
+    """Feeds layer inputs to FeatureMoments, each distinct tensor once.
+
+    Attributes:
+        widths: {layer: n} of the layers that it watches.
+        sides: which positions each layer sees.
+        whole_samples: samples must be told apart, not just positions.
+        reference: padding counts, as in the released code.
+        moments: {layer: the moments of its input}.
+        leaders: {layer: the first layer that receives the same tensor}.
+    """
 
     def __init__(
         self, widths: dict[str, int], statistic: str, sides: EncoderDecoder, whole_samples: bool, reference: bool
@@ -19,10 +28,10 @@ class Collector:
         self.widths, self.statistic, self.sides = widths, statistic, sides
         self.whole_samples, self.reference = whole_samples, reference
         self.moments: dict[str, FeatureMoments] = {}
-        self.leaders: dict[str, str] = {}  # {layer: the first layer that receives the same tensor}
+        self.leaders: dict[str, str] = {}
 
     def start(self, inputs: Mapping[str, Any], batch: Batch) -> None:
-        """A new forward pass on these inputs; the batch may count for nothing."""
+        """Begin a forward pass on these inputs; those of a filler are not summed up."""
         rows, self.is_filler = batch.positions.rows, batch.is_filler
         self.unmasked = TokenMask(rows, padded=batch.positions.padded)
         self.positions = TokenMask(rows) if self.reference else self.sides.positions(inputs, batch.positions)
@@ -31,28 +40,28 @@ class Collector:
         self.text = "input_ids" in inputs or "inputs_embeds" in inputs
         self.encoded: Tensor | None = None
         self.images: list[Tensor] = []  # what towers and the modules between them and the text have returned
-        # (tensor, its version, the layer that received it first), of the last input and of the encoder's output; the
-        # tensors are kept alive, so that no other can lie at the same place
+        # {"last" (the last input) or "encoded" (the encoder's output): (tensor, its version, the layer that received it
+        # first)}; this keeps the tensors alive, so that no other can take their memory
         self.received: dict[str, tuple[Tensor, int, str]] = {}
 
     def leave_tower(self, output: Any) -> None:
-        """What a tower returns, which layers of the text may read: it has none of the text's positions."""
+        """Note what a tower returns: layers of the text may read it, and it has none of the text's positions."""
         self.images += tensors_in(output)
 
     def encode(self, encoded: Tensor | None) -> None:
-        """The encoder's output in this pass, or what is made of it for the decoder."""
+        """Note the encoder's output in this pass, or what the model makes of it for the decoder."""
         self.encoded = self.encoded if encoded is None else encoded
 
     def enter_encoder(self, arguments: tuple, keywords: Mapping[str, Any]) -> None:
-        """What the encoder is called with; where it is handed no mask, it has none. (Text models find it elsewhere.)"""
+        """Note the encoder's arguments: without a mask among them it has none. (Text models find theirs elsewhere.)"""
         masked = keywords.get("attention_mask") is not None or any(one is not None for one in arguments[1:])
         if not masked and not self.text:
             self.positions = self.unmasked
 
     def see(self, name: str, x: Tensor) -> None:
-        """One layer's input; counted if no other layer has received this very tensor.
+        """Add one layer's input, unless another layer has received this very tensor.
 
-        That is looked for in the input just before, and among those that are the encoder's output.
+        It is compared with the input just before, and with the encoder's output.
         """
         leader = name
         for tensor, version, first in self.received.values():

@@ -1,4 +1,4 @@
-"""FeatureMoments in a safetensors file: what is in it, found here or on the Hub, read when it is used."""
+"""FeatureMoments in safetensors files, here or on the Hub; tensors are read when they are used."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -21,8 +21,8 @@ class FileMoments(Mapping[str, FeatureMoments]):
     """{layer: FeatureMoments} whose tensors are in files.
 
     Attributes:
-        same_input: {layer: the layer under whose name its input's tensors are in a file}.
-        widths: {that layer: n}.
+        same_input: {layer: the layer whose name the tensors of its input have in a file}.
+        widths: {name in a file: n}.
     """
 
     same_input: dict[str, str]
@@ -39,7 +39,7 @@ class MomentsOnDemand(FileMoments):
     """The moments of one features file, each read and checked when asked for.
 
     Raises:
-        KeyError, ValueError: tensors are missing, or have other shapes than the header tells of.
+        KeyError, ValueError: tensors are missing, or have other shapes than the header says.
     """
 
     def __init__(self, path: Path, statistic: str, counts: dict[str, int], same_input: dict[str, str]) -> None:
@@ -63,17 +63,17 @@ class MomentsOnDemand(FileMoments):
 
     def _moments(self, leader: str) -> FeatureMoments:
         n, count = self.widths[leader], self._counts[leader]
-        found = {part: self._part(f"{leader}.{part}") for part in _PARTS if f"{leader}.{part}" in self._parts}
-        second = found.get("second_moment")
-        if second is None and "second_moment_tril" in found:
+        parts = {part: self._part(f"{leader}.{part}") for part in _PARTS if f"{leader}.{part}" in self._parts}
+        second = parts.get("second_moment")
+        if second is None and "second_moment_tril" in parts:
             second = torch.zeros(n, n)
-            second[_triangle(n)] = found["second_moment_tril"]
-            second.mT[_triangle(n)] = found["second_moment_tril"]
+            second[_triangle(n)] = parts["second_moment_tril"]
+            second.mT[_triangle(n)] = parts["second_moment_tril"]
         if second is not None:
             if bool((second.diagonal() < 0).any()):
                 raise ValueError(f"{self._path} is damaged: the second moment of {leader!r} has a negative diagonal")
             second = sum_of(second, count)
-        return FeatureMoments(self._statistic, n, count, sum_of(found["mean"], count), second, found.get("samples"))
+        return FeatureMoments(self._statistic, n, count, sum_of(parts["mean"], count), second, parts.get("samples"))
 
     def _part(self, key: str) -> Tensor:
         tensor = self._read(key).float()
@@ -83,7 +83,7 @@ class MomentsOnDemand(FileMoments):
 
 
 class JoinedMoments(FileMoments):
-    """The moments of several files, in the order of `names`, in a folder that it keeps."""
+    """The moments of several files, in the order of `names`; keeps the files' temporary folder alive."""
 
     def __init__(self, parts: Iterable[MomentsOnDemand], names: Iterable[str], folder: Any) -> None:
         self._part_of = {name: part for part in parts for name in part}
@@ -105,12 +105,12 @@ def features_file(source: str | Path) -> Path:
 
 
 def _triangle(n: int) -> Tensor:
-    """(n, n) bool, the lower triangle; masking with it lists it row by row."""
+    """(n, n) bool, the lower triangle; a mask with it lists the triangle row by row."""
     return torch.ones(n, n, dtype=torch.bool).tril()
 
 
 def part_shapes(moments: FeatureMoments) -> dict[str, tuple[int, ...]]:
-    """{part: shape} of what the file holds of one input's moments."""
+    """{part: shape} of the tensors in which a file holds one input's moments."""
     n = moments.width
     shapes: dict[str, tuple[int, ...]] = {"mean": (n,)}
     if moments.rows is not None:
@@ -121,7 +121,7 @@ def part_shapes(moments: FeatureMoments) -> dict[str, tuple[int, ...]]:
 
 
 def parts_of(moments: FeatureMoments) -> dict[str, Tensor]:
-    """What the file holds of one input's moments."""
+    """{part: tensor}: the tensors in which a file holds one input's moments."""
     parts = {"mean": moments.mean()}
     if moments.rows is not None:
         parts["samples"] = moments.rows
@@ -131,7 +131,7 @@ def parts_of(moments: FeatureMoments) -> dict[str, Tensor]:
 
 
 def _check_parts(headers: Mapping[str, Header], layer: str, statistic: str, count: int) -> None:
-    """Does the file hold what `statistic` needs of this layer, in the right shapes?"""
+    """Raise ValueError unless the file holds what `statistic` needs of this layer, in the right shapes."""
     (n,) = headers[f"{layer}.mean"][0]
     shapes = {"samples": (count, n), "second_moment": (n, n), "second_moment_tril": (n * (n + 1) // 2,)}
     held = [part for part in shapes if f"{layer}.{part}" in headers]

@@ -1,7 +1,7 @@
 """collect_fisher: the exact diagonal Fisher information of the target layers' weights, and its file."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from osrm_peft.checks import choice, integer
 from osrm_peft.distributed import ALONE
-from osrm_peft.features.batches import samples
+from osrm_peft.features.batches import Batch, samples
 from osrm_peft.features.hooks import preserve_state
 from osrm_peft.hub.sources import local_file
 from osrm_peft.io.json import parse_json
@@ -34,10 +34,10 @@ class DiagonalFisher:
     Attributes:
         task: the task's name.
         base_model: name or path of the pre-trained model.
-        num_samples: how many samples it is the mean of.
+        num_samples: how many samples the mean is over.
         labels: `"expected"` or `"true"`, see `collect_fisher`.
         seed: the seed that drew the samples, for the record.
-        adapter_sha256: of the weight file of the model's adapter, where it is known.
+        adapter_sha256: sha256 of the adapter's weight file, where it is known.
         layers: {layer name in the base model: (o, n) float32, ≥ 0}.
     """
 
@@ -51,8 +51,8 @@ class DiagonalFisher:
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file."""
-        about = {"task": self.task, "base_model": self.base_model, "k": self.num_samples, "labels": self.labels}
-        header = about | {"seed": self.seed, "adapter_sha256": self.adapter_sha256, "format": _FORMAT}
+        header: dict[str, Any] = {"task": self.task, "base_model": self.base_model, "k": self.num_samples}
+        header |= {"labels": self.labels, "seed": self.seed, "adapter_sha256": self.adapter_sha256, "format": _FORMAT}
         with new_file(path) as partial:
             save_file(self.layers, partial, {"format": "pt", "osrm_peft_fisher": json.dumps(header)})
 
@@ -126,34 +126,30 @@ def collect_fisher(
     layers = target_layers(model, target_modules)
     base = base_of(model)
     device = next(base.parameters()).device
-    total: dict[str, Tensor] = {}
+    squares: dict[str, Tensor] = {}
     seen = 0
     if labels == "true":
         _check_known_labels(loader, base, task)
-    with ExitStack() as stack:
-        stack.enter_context(preserve_state(base))
-        stack.enter_context(torch.enable_grad())
-        stack.enter_context(torch.compiler.set_stance("force_eager"))  # compiled code would not see the hooks
-        passes = stack.enter_context(_watch(layers))
+    with _watch(base, layers) as passes:
         for given in samples(loader, num_samples, ALONE, task=task, what=f"Fisher of {task}", progress=progress):
             batch = given.to(device)
-            if batch.positions.samples is not None:
-                raise ValueError("Fisher squares the gradient of each sample: give rows of one sample, not packed ones")
             passes.clear()
-            if labels == "true" and batch.labels is not None:
-                _check_labels(batch.labels, None, task)
-            scores = _scores(base(**batch.inputs).logits, batch.labels if labels == "true" else None, labels, task)
-            _add_squares(total, scores, passes)
+            _add_squares(squares, _scores_of(base, batch, labels, task), passes)
             seen += batch.count
-    found = {name: (squares / seen).cpu() for name, squares in total.items()}
-    for name, F in found.items():
+    return DiagonalFisher(task, base_name(base), seen, labels, seed, layers=_mean(squares, seen))
+
+
+def _mean(squares: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
+    """{layer: F} of the sums over `count` samples."""
+    means = {name: (total / count).cpu() for name, total in squares.items()}
+    for name, F in means.items():
         if not F.isfinite().all():
             raise ValueError(f"the Fisher information of layer {name!r} has NaN or Inf: is the adapter sound?")
-    return DiagonalFisher(task, base_name(base), seen, labels, seed, layers=found)
+    return means
 
 
 def _check_known_labels(loader: Any, base: nn.Module, task: str) -> None:
-    """The labels of a list of batches, or of a loader's data set that has them as a column, before the first pass."""
+    """Check the labels before the first pass: those of a list of batches, or of a column of the loader's data set."""
     rows, classes = getattr(loader, "dataset", None), getattr(getattr(base, "config", None), "num_labels", None)
     columns = [name for name in ("labels", "label") if name in (getattr(rows, "column_names", None) or ())]
     known = [rows[columns[0]][:]] if rows is not None and columns else []
@@ -162,13 +158,13 @@ def _check_known_labels(loader: Any, base: nn.Module, task: str) -> None:
     for labels in known:
         try:
             values = torch.as_tensor(labels)
-        except (TypeError, ValueError, RuntimeError):  # texts, which the loader makes numbers of
+        except (TypeError, ValueError, RuntimeError):  # texts, which the loader turns into numbers
             return
         _check_labels(values, classes if isinstance(classes, int) else None, task)
 
 
 def _check_labels(truth: Tensor, classes: int | None, task: str) -> None:
-    """Are these labels classes, or where there is one class numbers; before the logits, as far as is known?"""
+    """Raise ValueError for a label that is no class, or in a regression no number; `classes` is None if unknown."""
     way_out = "correct the labels or the model's head, or take labels='expected', which needs none"
     values = truth.detach().reshape(-1).double()
     wrong = values[~values.isfinite()]
@@ -178,6 +174,16 @@ def _check_labels(truth: Tensor, classes: int | None, task: str) -> None:
         bounds = f"a class, 0 … {classes - 1}"
     if len(wrong):
         raise ValueError(f"labels='true': label {wrong[0].item():g} of task {task!r} must be {bounds}: {way_out}")
+
+
+def _scores_of(base: nn.Module, batch: Batch, labels: str, task: str) -> list[tuple[Tensor, Tensor]]:
+    """Run the model on a batch; its scores, see `_scores`."""
+    if batch.positions.samples is not None:
+        raise ValueError("Fisher squares the gradient of each sample: give rows of one sample, not packed ones")
+    truth = batch.labels if labels == "true" else None
+    if truth is not None:
+        _check_labels(truth, None, task)
+    return _scores(base(**batch.inputs).logits, truth, labels, task)
 
 
 def _scores(logits: Tensor, truth: Tensor | None, labels: str, task: str) -> list[tuple[Tensor, Tensor]]:
@@ -217,8 +223,11 @@ def _add_squares(total: dict[str, Tensor], scores: list[tuple[Tensor, Tensor]], 
 
 
 @contextmanager
-def _watch(layers: Mapping[str, nn.Module]):
-    """{layer: (its input, its output)} of the last forward pass; outputs take gradients even if no parameter does."""
+def _watch(base: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
+    """{layer: (its input, its output)} of the last forward pass; outputs take gradients even if no parameter does.
+
+    The model is in eval mode, and as it was when the block ends.
+    """
     passes: dict[str, tuple[Tensor, Tensor]] = {}
 
     def hook_for(name: str):
@@ -231,9 +240,10 @@ def _watch(layers: Mapping[str, nn.Module]):
 
         return hook
 
-    handles = [module.register_forward_hook(hook_for(name), with_kwargs=True) for name, module in layers.items()]
-    try:
+    with ExitStack() as stack:
+        stack.enter_context(preserve_state(base))
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(torch.compiler.set_stance("force_eager"))  # compiled code would not see the hooks
+        for name, module in layers.items():
+            stack.callback(module.register_forward_hook(hook_for(name), with_kwargs=True).remove)
         yield passes
-    finally:
-        for handle in handles:
-            handle.remove()

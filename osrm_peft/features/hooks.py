@@ -26,7 +26,7 @@ def watch_inputs(layers: Mapping[str, nn.Module], on_input) -> Iterator[None]:
 
 @contextmanager
 def preserve_state(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside; afterwards each submodule has its mode, and each parameter its requires_grad, again.
+    """Eval mode inside the block; then each submodule gets its mode back, and each parameter its requires_grad.
 
     (PEFT's disable_adapter switches requires_grad of an adapter's parameters back on when it ends.)
     """

@@ -91,15 +91,15 @@ class FeatureMoments:
 
         Args:
             counts: N of each process.
-            rank: which of them this is.
+            rank: the number of this process.
             sum_: sums a tensor over the processes, in place.
         """
         if self.statistic == "sample" and sum(counts) < self.width:
             assert self.rows is not None
-            every = torch.zeros(sum(counts), self.width)
+            rows = torch.zeros(sum(counts), self.width)
             start = sum(counts[:rank])
-            every[start : start + self.count] = self.rows
-            self.rows = sum_(every)
+            rows[start : start + self.count] = self.rows
+            self.rows = sum_(rows)
         elif self.statistic != "mean":
             self._sum_up_rows()
             assert self.second is not None
@@ -108,10 +108,10 @@ class FeatureMoments:
         self.count = sum(counts)
 
     def settle_(self) -> None:
-        """Round the sums to what a features file gives back of them: memory and file are then the same numbers.
+        """Round the sums as a features file rounds them, so that memory and file hold the same numbers.
 
-        The file holds float32 quotients by N. A quotient times N is the float32 nearest to all sums that have this
-        quotient, so it has it too, and a second file says the same again.
+        The file holds float32 quotients by N. The float32 nearest to quotient · N has the same quotient, so a second
+        file is equal to the first.
         """
         self._require_rows()
         self.total = sum_of(self.total.double() / self.count, self.count)

@@ -13,10 +13,10 @@ from transformers import PreTrainedModel
 from osrm_peft.models.fingerprint import input_embedding
 from osrm_peft.models.layers import base_of
 
-# of modules between a tower and the text, by the ends of their names; InstructBLIP's qformer reads a text, too
+# ends of the names of modules between a tower and the text; InstructBLIP's qformer reads a text, too
 _BETWEEN = ("projector", "connector", "aligner", "qformer", "language_projection", "vision_projection",
             "image_to_text_projection", "perceiver_resampler", "embed_vision")  # fmt: skip
-# of DETR, SigLIP 2 and Idefics 3, Mllama, VisualBERT, LUKE, Qwen2-Audio, Gemma 3n, …
+# masks that are not of text: DETR's, SigLIP 2's and Idefics 3's, Mllama's, VisualBERT's, LUKE's, Qwen2-Audio's, …
 _OTHER_MASKS = ("pixel_mask", "pixel_attention_mask", "aspect_ratio_mask", "visual_attention_mask",
                 "entity_attention_mask", "feature_attention_mask", "input_features_mask")  # fmt: skip
 
@@ -27,10 +27,10 @@ class TokenMask:
 
     Attributes:
         rows: b.
-        keep: (b, s) bool, False at padding and beyond the samples that are wanted; None: all are real.
+        keep: (b, s) bool, False at padding and beyond the wanted samples; None: all positions are real.
         samples: (b, s) which sample a position belongs to; None: each row is one.
-        frames: {f: (b, f) bool}, the same at other lengths: of audio models, whose mask is of samples of sound.
-        padded: a mask of images or sound that tells of padding: it is of pixels, and no layer's.
+        frames: {f: (b, f) bool}, `keep` at the other lengths of an audio model, whose own mask counts samples of sound.
+        padded: the input that masks padding in pixels or sound, which no layer's positions match.
     """
 
     rows: int
@@ -42,8 +42,8 @@ class TokenMask:
     def of(self, name: str, x: Tensor, whole_samples: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """(x, keep, samples) for one layer's input: (b, s, n) with (b, s) masks, or (b, n), one vector a sample.
 
-        Inputs of other shapes are brought to these: images (b, h, w, n), heads, all tokens in one row.
-        A mask without any padding says nothing of a layer with fewer positions (frames, an expert's tokens): all real.
+        Inputs of other shapes are reshaped: images (b, h, w, n), heads, all tokens in one row.
+        Without padding in the mask, a layer may have fewer positions (frames, an expert's tokens): all are real.
 
         Args:
             whole_samples: samples must be told apart, not just positions.
@@ -54,9 +54,9 @@ class TokenMask:
         if self.keep is None:
             return self._all_of(name, x, whole_samples), None, None
         for mask in (*self.frames.values(), self.keep):
-            found = _in_rows(x, mask)
-            if found is not None and len(mask) == self.rows:
-                x, each = found  # a device_map puts layers on several devices
+            rows = _in_rows(x, mask)
+            if rows is not None and len(mask) == self.rows:
+                x, each = rows  # with a device_map on another device than the masks
                 masks = [None if one is None else one.to(x.device) for one in (mask, self.samples)]
                 keep, samples = (None if one is None else one.repeat_interleave(each, 1) for one in masks)
                 return x, keep, samples
@@ -74,7 +74,7 @@ class TokenMask:
         )
 
     def _all_of(self, name: str, x: Tensor, whole_samples: bool) -> Tensor:
-        """x, all of whose positions are real."""
+        """x with all its positions, in one of the two shapes."""
         if self.padded and x.dim() > 2:
             raise ValueError(
                 f"{self.padded} tells of padding, which cannot be told apart in layer {name!r} (inputs of shape "
@@ -91,7 +91,7 @@ class TokenMask:
 
 
 def _in_rows(x: Tensor, mask: Tensor) -> tuple[Tensor, int] | None:
-    """x as (b, s·m, n), and m, how many vectors it has at each of the mask's (b, s) positions; None if it fits not."""
+    """(x as (b, s·m, n), m): it has m vectors at each of the mask's (b, s) positions; None if it does not fit."""
     b, s = mask.shape
     if x.dim() == 2:  # tokens of all samples in one row; (b, n) is one vector a sample
         return (x.view(b, s, -1), 1) if len(x) == b * s != b else None
@@ -112,8 +112,8 @@ def find_token_mask(inputs: Mapping[str, Any], rows: int, most: int) -> tuple[To
     """
     mask, position_ids = inputs.get("attention_mask"), inputs.get("position_ids")
     if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
-        found = f"shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else f"type {type(mask).__name__}"
-        raise ValueError(f"the attention_mask has {found}: give the (samples, positions) padding mask")
+        actual = f"shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else f"type {type(mask).__name__}"
+        raise ValueError(f"the attention_mask has {actual}: give the (samples, positions) padding mask")
     keep = None if mask is None else mask.bool()
     other = next((key for key in _OTHER_MASKS if isinstance(inputs.get(key), Tensor) and not inputs[key].all()), None)
     if not isinstance(position_ids, Tensor) or position_ids.dim() != 2 or len(position_ids) != rows:
@@ -135,10 +135,11 @@ def _without_trailing_zeros(position_ids: Tensor) -> Tensor:
 class EncoderDecoder:
     """Which layers of a model see which positions: the batch's, the decoder's, or all.
 
-    * An encoder–decoder model has two sides; the encoder's output in a pass tells which layers of the decoder read it.
-    * The mask of an audio model is of samples of sound: the model's own method makes it one of its frames.
-    * Images have no mask, nor has sound whose model hands its encoder none (Whisper), nor what is beside a text
-      (LLaVA): all positions count.
+    * An encoder–decoder model has two sides. A layer of the decoder that receives the encoder's output has its
+      positions.
+    * An audio model's mask counts samples of sound; the model's own method turns it into a mask of frames.
+    * All positions count where there is no mask: in images, in sound whose encoder gets none (Whisper), and in images
+      or sound beside a text (LLaVA).
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -153,11 +154,11 @@ class EncoderDecoder:
         self._prefix = names.get(self.encoder, "")
         seen = ("image", "video") if self.two else ("image", "video", "audio")  # else sound is what the mask is of
         self._accepts = set(inspect.signature(base.forward).parameters)
-        text = {self.encoder, input_embedding(base)}  # some classes name their encoder of text whatever they are asked
-        found = [one for one in _towers(base, seen) if names.get(one, ".") != "." and text.isdisjoint(one.modules())]
+        text = {self.encoder, input_embedding(base)}  # some classes return their text encoder for any modality
+        towers = [one for one in _towers(base, seen) if names.get(one, ".") != "." and text.isdisjoint(one.modules())]
         between = tuple(f"{end}." for end in _BETWEEN if end != "qformer" or "qformer_input_ids" not in self._accepts)
-        found += [one for one, name in names.items() if found and name.endswith(between)]
-        self.towers, self._towers = found, tuple(names[one] for one in found)
+        towers += [module for module, name in names.items() if towers and name.endswith(between)]
+        self.towers, self._tower_prefixes = towers, tuple(names[tower] for tower in towers)
         self._audio = next((one for one in names if hasattr(one, "_get_feature_vector_attention_mask")), None)
         self._base = base
 
@@ -166,16 +167,16 @@ class EncoderDecoder:
         return self.two and not name.startswith(self._prefix) and not same_tensor(x, encoded)
 
     def in_tower(self, name: str) -> bool:
-        """Whether the layer lies in the part of a model of text that sees images or sound, and not the text's mask."""
-        return name.startswith(self._towers)
+        """Whether the layer lies in a part of a text model that sees images or sound, and so no text's mask."""
+        return name.startswith(self._tower_prefixes)
 
     def with_decoder(self, inputs: dict[str, Any], labels: Tensor | None) -> dict[str, Any]:
-        """The inputs with those of the decoder, from token labels (−100 is padding) where the batch has none.
+        """The inputs and those of the decoder, made from token labels (−100 is padding) where the batch has none.
 
-        Where the model has no method that makes these, it is given the labels: its forward makes them from these.
+        A model without a method that makes them gets the labels: its forward makes them.
 
         Raises:
-            ValueError: nor does its forward.
+            ValueError: its forward takes no labels either.
         """
         real = self._real(labels)
         if real is None:
@@ -195,7 +196,7 @@ class EncoderDecoder:
         return mask | inputs if "decoder_attention_mask" in self._accepts else inputs
 
     def positions(self, inputs: Mapping[str, Any], main: TokenMask) -> TokenMask:
-        """The batch's positions, and where they are in an audio model's frames."""
+        """The batch's positions, also at the lengths of an audio model's frames."""
         sound = "input_values" in inputs or "input_features" in inputs
         if self._audio is None or main.keep is None or not sound:
             return main
@@ -210,7 +211,7 @@ class EncoderDecoder:
         return replace(main, frames=frames)
 
     def decoder_positions(self, inputs: Mapping[str, Any], labels: Tensor | None, main: TokenMask) -> TokenMask:
-        """The decoder's positions; where the model makes its inputs from the encoder's, these are the same."""
+        """The decoder's positions; the encoder's where the model makes the decoder's inputs from them."""
         if "decoder_attention_mask" in inputs:
             return TokenMask(main.rows, inputs["decoder_attention_mask"].bool())
         real = self._real(labels)
@@ -220,7 +221,7 @@ class EncoderDecoder:
         return main if made else TokenMask(main.rows)
 
     def _real(self, labels: Tensor | None) -> Tensor | None:
-        """(b, s) bool: the positions that labels of tokens have, also of several at each (MusicGen); None: others."""
+        """(b, s) bool: the positions with a token label, or with any of several (MusicGen); None: no token labels."""
         if not self.two or labels is None or labels.dim() not in (2, 3) or labels.is_floating_point():
             return None
         return (labels != -100).view(*labels.shape[:2], -1).any(2)
@@ -235,11 +236,11 @@ def _towers(base: Any, modalities: tuple[str, ...]) -> Iterator[nn.Module]:
 
 
 def tensors_in(output: Any) -> list[Tensor]:
-    """The tensors of what a module returns: one, or those of a tuple or ModelOutput."""
+    """The tensors that a module returns: its output, or those in a tuple or ModelOutput."""
     values = output.values() if isinstance(output, Mapping) else output if isinstance(output, tuple) else (output,)
     return [one for one in values if isinstance(one, Tensor)]
 
 
 def same_tensor(x: Tensor, other: Tensor | None) -> bool:
-    """Whether x is the other tensor, or a view of all of it (as ZeRO-3 hands to each layer)."""
+    """Whether x is the other tensor or a view of all of it (ZeRO-3 hands views to layers)."""
     return other is not None and (x.data_ptr(), x.shape, x.stride()) == (other.data_ptr(), other.shape, other.stride())

@@ -1,1 +1,1 @@
-"""What others see: where a name leads, names without local folders, cards, pushes."""
+"""The Hub: download by a name, names without local folders, model cards, pushes."""

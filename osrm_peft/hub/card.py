@@ -1,4 +1,4 @@
-"""The model card of what we write: a function of its manifest and of nothing else."""
+"""Model cards, made from a folder's manifest alone."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -53,7 +53,7 @@ def write_manifest(folder: str | Path, manifest: Mapping[str, Any]) -> None:
     card = str(model_card(manifest))
     write_json(Path(folder) / MANIFEST, manifest)
     with new_file(Path(folder) / "README.md") as path:
-        path.write_text(card, encoding="utf-8", errors="backslashreplace")  # of paths
+        path.write_text(card, encoding="utf-8", errors="backslashreplace")  # a path may hold any bytes
 
 
 def record_scores(folder: str | Path, scores: list[dict[str, Any]]) -> None:
@@ -70,16 +70,16 @@ def record_scores(folder: str | Path, scores: list[dict[str, Any]]) -> None:
         raise ValueError(f"{folder} has no {MANIFEST} that could hold scores: osrm_peft did not write it")
     check_own_files(folder)
     tasks = {score["task"] for score in scores}
-    model_card(manifest)  # a damaged one shows here
+    model_card(manifest)  # a damaged manifest shows here
     kept = [score for score in manifest.get("scores") or [] if score["task"] not in tasks]
     write_manifest(folder, manifest | {"scores": kept + scores})
 
 
 def check_own_files(folder: str | Path) -> None:
-    """Can manifest and card of this folder be written anew?
+    """Check that manifest and card of this folder can be written anew.
 
     Raises:
-        ValueError: they are links out of it, as in the Hub's cache, whose files others share.
+        ValueError: they are links out of the folder, as in the Hub's cache, whose files others share.
         FileExistsError, PermissionError: see `check_file`.
     """
     for name in (MANIFEST, "README.md"):
@@ -93,13 +93,13 @@ def check_own_files(folder: str | Path) -> None:
 def model_card(manifest: Mapping[str, Any]) -> ModelCard:
     """The card of an adapter, a merged adapter, an EMR merge, a merged checkpoint or features.
 
-    No folder of this machine is in it, and what comes from files is escaped.
+    The card shows no folder of this machine, and escapes what comes from files.
 
     Args:
-        manifest: what `osrm_peft.json` holds; its `repo_id` is where it was pushed to.
+        manifest: the content of `osrm_peft.json`; its `repo_id` names the repository that holds it.
 
     Raises:
-        ValueError: it is not what we write: a field of another kind.
+        ValueError: a field of the manifest is of another kind than we write.
     """
     try:
         return _model_card(manifest)
@@ -228,7 +228,7 @@ def _weight(weights: Any, task: str) -> object:
 
 
 def _facts(about: dict[str, Any]) -> Iterator[tuple[str, object]]:
-    """(what, value) lines of how it was made."""
+    """(fact, value) lines that say how the result was made."""
     yield from ((name, about[key]) for key, name in _FACTS.items() if about.get(key) is not None)
     yield from ((f"option {name}", value) for name, value in (about.get("options") or {}).items())
     fates = about.get("modules") or {}
@@ -265,7 +265,7 @@ def _repository(source: object) -> str | None:
 
 
 def _is_repository(name: str) -> bool:
-    """Whether it can be the name of a Hub repository with an owner (a folder's last part cannot)."""
+    """Whether a name can be that of a Hub repository with an owner (a folder's last part cannot)."""
     try:
         validate_repo_id(name)
     except HFValidationError:

@@ -1,4 +1,4 @@
-"""Names and manifests as others may read them: without the folders of this machine."""
+"""Names and manifests for others to read, without the folders of this machine."""
 
 import re
 import shlex
@@ -9,7 +9,7 @@ from typing import Any
 def public_name(model: str | None) -> str | None:
     """A model's name without the folders that it lies in on this machine; a Hub id as it is, None for no name.
 
-    Of a folder its last part, of a folder in the Hub's cache the repository, of the packaged model `"packaged"`.
+    Folder → its last part; folder in the Hub's cache → the repository; packaged model → `"packaged"`.
     """
     if not model:
         return None
@@ -27,7 +27,7 @@ def is_local(model: str) -> bool:
 
 
 def public(value: Any) -> Any:
-    """A manifest, or part of one, with the last part only of every path in it that begins with a root, `~` or `.`."""
+    """Copy of a manifest, or a part of it, with each path that begins with a root, `~` or `.` cut to its last part."""
     if isinstance(value, dict):
         return {public(key): _public_command(one) if key == "command" else public(one) for key, one in value.items()}
     if isinstance(value, (list, tuple)):

@@ -1,4 +1,4 @@
-"""push_to_hub: what we wrote, with its card, as one commit; nothing local but its content goes along."""
+"""push_to_hub: one commit with a folder's files and its card, without the paths of this machine."""
 
 import json
 import re
@@ -19,7 +19,7 @@ from osrm_peft.io.json import read_object
 from osrm_peft.io.manifest import CONTENTS, MANIFEST, read_manifest
 from osrm_peft.io.tensors import features_header, tensor_headers
 
-_FEATURES = ("task", "base_model", "weight_hash", "statistic", "k", "seed")  # of a features file's header
+_FEATURES = ("task", "base_model", "weight_hash", "statistic", "k", "seed")  # fields of a features file's header
 _CONFIGS = (CONFIG_NAME, "config.json", "tokenizer_config.json")
 _NAMES = ("base_model_name_or_path", "_name_or_path", "name_or_path", "special_tokens_map_file", "tokenizer_file")
 
@@ -35,18 +35,18 @@ def push_to_hub(
 ) -> str:
     """Push an adapter, a merged adapter, an EMR merge, a merged checkpoint or a features file to the Hub, with a card.
 
-    One commit: a push that is interrupted changes nothing, and is simply made again. Weights, heads, configuration,
-    manifest and card go; what else lies in the folder stays. Folders of this machine are cut from their texts. The
-    token is the one that `huggingface_hub` has (`hf auth login`, or HF_TOKEN).
+    The push is one commit: an interrupted push changes nothing, so push again. It takes weights, heads, configuration,
+    manifest and card along, and leaves other files of the folder behind. Paths of this machine are cut from the texts.
+    `huggingface_hub` gives the token (`hf auth login`, or HF_TOKEN).
 
     Args:
         folder: what `save_pretrained`, `train_task`, `merge_checkpoints` or `TaskFeatures.save` wrote, or an adapter
             that stock PEFT wrote. Features files of several tasks can share a repository.
-        repo_id: `user/name`; made if it is not there.
-        private: of a repository that is made.
-        revision: the branch; made from `main` if it is not there.
+        repo_id: `user/name`; created if it does not exist.
+        private: whether a repository that is created is private.
+        revision: the branch; created from `main` if it does not exist.
         create_pr: open a pull request instead of committing.
-        commit_message: of the commit.
+        commit_message: None: "Push <kind> with osrm_peft".
 
     Returns:
         The address of the commit or the pull request.
@@ -69,8 +69,8 @@ def push_to_hub(
     try:
         return _commit(HfApi(), repo_id, files, manifest, private, revision, create_pr, message)
     except (OSError, ValueError):
-        raise  # among them HfHubHTTPError, which tells what the Hub has to say
-    except Exception as error:  # of the client's transport
+        raise  # such as HfHubHTTPError, which has the Hub's answer
+    except Exception as error:  # any kind, from the client's transport
         raise OSError(f"the Hub cannot be reached ({type(error).__name__}: {error}): push again") from error
 
 
@@ -88,23 +88,24 @@ def _commit(
     if revision is not None:
         api.create_branch(repo_id, branch=revision, exist_ok=True)
     head = str(api.repo_info(repo_id, revision=revision).sha)
-    there = set(api.list_repo_files(repo_id, revision=head))
-    known = _manifest_there(repo_id, head) if MANIFEST in there else {}
+    pushed = set(api.list_repo_files(repo_id, revision=head))
+    known = _pushed_manifest(repo_id, head) if MANIFEST in pushed else {}
     features = manifest["kind"] == "features"
     if known and (known.get("kind") == "features") != features:
         raise ValueError(f"{repo_id} holds {known.get('kind')}, this is {manifest['kind']}: name another repository")
     if features:
-        manifest["files"] = _told(known, there) | manifest["files"]
+        manifest["files"] = _pushed_features(known, pushed) | manifest["files"]
     manifest = public(manifest) | {"repo_id": repo_id, "base_model": public_name(manifest.get("base_model"))}
     contents: dict[str, Any] = dict(files) | {"README.md": str(model_card(manifest)).encode()}
     manifest["pushed"] = sorted({*contents, MANIFEST, *(manifest["files"] if features else ())})
     contents[MANIFEST] = json.dumps(manifest, indent=2, ensure_ascii=False).encode()
     contents |= {name: _public_config(files[name]) for name in files if Path(name).name in _CONFIGS}
     operations: list[CommitOperationAdd | CommitOperationDelete] = [
-        CommitOperationAdd(name, one if isinstance(one, bytes) else str(one)) for name, one in contents.items()
+        CommitOperationAdd(name, content if isinstance(content, bytes) else str(content))
+        for name, content in contents.items()
     ]
     before = known.get("pushed")
-    stale = there & {*map(str, before if isinstance(before, list) else ())} - {*manifest["pushed"]}
+    stale = pushed & {*map(str, before if isinstance(before, list) else ())} - {*manifest["pushed"]}
     operations += [CommitOperationDelete(name) for name in sorted(stale)]
     commit = api.create_commit(
         repo_id, operations, commit_message=message, revision=revision, create_pr=create_pr, parent_commit=head
@@ -113,14 +114,14 @@ def _commit(
 
 
 class Pushable:
-    """`push_to_hub` of what has `save_pretrained`."""
+    """Gives `push_to_hub` to a class that has `save_pretrained`."""
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write it."""
+        """Write the folder."""
         raise NotImplementedError
 
     def push_to_hub(self, repo_id: str, **arguments: Any) -> str:
-        """Push it as it would be saved, see `push.push_to_hub` for the arguments; returns the commit's address."""
+        """Save into a temporary folder and push that; see `push.push_to_hub` for arguments and result."""
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(Path(folder) / "pushed")
             return push_to_hub(Path(folder) / "pushed", repo_id, **arguments)
@@ -129,7 +130,7 @@ class Pushable:
 def _contents(folder: Path) -> tuple[dict[str, Path], dict[str, Any]]:
     """{name in the repository: file}, and the manifest."""
     if folder.is_file() and folder.name.endswith(".safetensors"):
-        return {folder.name: folder}, {"kind": "features", "files": {folder.name: _about_features(folder)}}
+        return {folder.name: folder}, {"kind": "features", "files": {folder.name: _features_entry(folder)}}
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder or features file {folder}")
     manifest = read_manifest(folder)
@@ -187,8 +188,8 @@ def _inside(folder: Path, name: str) -> Path:
     return path
 
 
-def _about_features(path: Path) -> dict[str, Any]:
-    """What the manifest tells of a features file."""
+def _features_entry(path: Path) -> dict[str, Any]:
+    """The manifest's entry for a features file."""
     try:
         header = features_header(path)
         return {name: header[name] for name in _FEATURES}
@@ -198,32 +199,32 @@ def _about_features(path: Path) -> dict[str, Any]:
         ) from error
 
 
-def _manifest_there(repo_id: str, revision: str) -> dict[str, Any]:
-    """The manifest in the repository; empty where it is not one of ours."""
+def _pushed_manifest(repo_id: str, revision: str) -> dict[str, Any]:
+    """The manifest in the repository; empty where another program wrote it."""
     try:
         return read_object(Path(hf_hub_download(repo_id, MANIFEST, revision=revision)))
     except ValueError:
         return {}
 
 
-def _told(known: dict[str, Any], names: set[str]) -> dict[str, Any]:
-    """What the repository's manifest tells of the features files that are there."""
-    files = known.get("files")
-    told = files.items() if isinstance(files, dict) else ()
-    return {name: one for name, one in told if name in names and isinstance(one, dict) and {*_FEATURES} <= {*one}}
+def _pushed_features(manifest: dict[str, Any], names: set[str]) -> dict[str, Any]:
+    """{file: entry} of the repository's manifest, for the features files that the repository still has."""
+    files = manifest.get("files")
+    entries = {name: one for name, one in files.items() if isinstance(one, dict)} if isinstance(files, dict) else {}
+    return {name: entry for name, entry in entries.items() if name in names and {*_FEATURES} <= {*entry}}
 
 
 def _public_config(path: Path) -> bytes:
-    """A configuration without the folders that its models lie in."""
+    """A configuration file, with its models' names cut to what others may read."""
     config = read_object(path)
     shown = {name: public_name(one) for name, one in config.items() if name in _NAMES and isinstance(one, str)}
     return json.dumps(config | shown, indent=2, sort_keys=True, ensure_ascii=False).encode()
 
 
 def last_layer(heads: Iterable[str]) -> str:
-    """Of a head's parameters, by their names, one that is as wide as there are labels: see `loading.head_width`.
+    """Name of a parameter of the head's output layer, which has a row for each label (see `loading.head_width`).
 
-    That is one of PEFT's own names for it (classifier, score), and of its last layer (classifier.out_proj); neither
-    pre_classifier nor what is saved beside it (ModernBERT's head, an embedding).
+    The name is one of PEFT's (`classifier`, `classifier.out_proj`, `score`), never that of `pre_classifier` or of what
+    else is saved beside the head (ModernBERT's own head, an embedding).
     """
     return max(heads, key=lambda name: (bool(re.search(r"(^|\.)(classifier|score|classification_head)\.", name)), name))

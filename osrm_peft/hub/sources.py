@@ -1,4 +1,4 @@
-"""Where a name leads: a folder or file on this machine, or a Hub repository's."""
+"""From a name to a folder or file: on this machine, or downloaded from the Hub."""
 
 import re
 from collections.abc import Sequence
@@ -12,8 +12,8 @@ def local_folder(source: str, patterns: Sequence[str], what: str = "folder") -> 
     """The folder `source`, or that of the Hub repository `owner/name` or `owner/name@revision`, downloaded if need be.
 
     Args:
-        patterns: which of the repository's files are wanted.
-        what: how the error calls that which is not on this machine.
+        patterns: of the names of the repository's files to download.
+        what: the word for such a folder in the error.
 
     Raises:
         FileNotFoundError: neither a folder nor a Hub repository that can be reached.
@@ -34,9 +34,9 @@ def local_file(source: str, suffix: str, what: str, remedy: str) -> Path:
     """The file `source`, or that of a Hub repository: `owner/name`, `owner/name@revision` or `…:FILE`.
 
     Args:
-        suffix: of the files that count, where no FILE is named.
-        what: how errors call such a file.
-        remedy: how one is made.
+        suffix: the end of the file's name, where no FILE is named.
+        what: the word for such a file in errors.
+        remedy: how to make such a file, for errors.
 
     Raises:
         FileNotFoundError: neither a file nor a Hub repository with one; or a repository with several, which it lists.
@@ -63,10 +63,10 @@ def local_file(source: str, suffix: str, what: str, remedy: str) -> Path:
 
 
 def pinned(source: str, place: Path) -> str:
-    """`source` as it can be found again: of a Hub repository with the commit that was read; a path as it is.
+    """`source` as it can be found again: a Hub id with the commit that was read, a path as it is.
 
     Args:
-        place: the folder or file on this machine that `source` was found at.
+        place: the folder or file on this machine that `source` led to.
     """
     cached = re.search(r"models--[^/\\]+[/\\]snapshots[/\\]([^/\\]+)", str(place))
     if Path(source).exists() or cached is None:

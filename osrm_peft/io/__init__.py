@@ -1,1 +1,1 @@
-"""Bytes on disk: complete or absent, and what says how they were made. Knows no model."""
+"""Bytes on disk: files complete or absent, and manifests. Knows no model."""

@@ -1,4 +1,4 @@
-"""JSON files: read with one kind of error, written whole or not at all."""
+"""JSON files: any fault is a ValueError, and a file is written whole or not at all."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,7 @@ def read_object(path: Path) -> dict[str, Any]:
     """A JSON file that holds an object.
 
     Raises:
-        ValueError: it is damaged, or holds something else.
+        ValueError: the file is damaged, or holds something else.
     """
     try:
         content = parse_json(path.read_text(encoding="utf-8"))
@@ -29,7 +29,7 @@ def parse_json(text: str | bytes) -> Any:
     """The value of a JSON text.
 
     Raises:
-        ValueError: it is no JSON, or too deeply nested.
+        ValueError: the text is no JSON, or too deeply nested.
     """
     try:
         return json.loads(text)

@@ -1,4 +1,4 @@
-"""osrm_peft.json, which says how a folder of ours was made, and folders that are written whole or not at all."""
+"""osrm_peft.json, which says how we made a folder, and folders that are written whole or not at all."""
 
 import importlib.metadata
 import platform
@@ -13,8 +13,8 @@ from osrm_peft import checks
 from osrm_peft.io.json import read_object
 from osrm_peft.io.places import beside, check_folder, put_in_place
 
-MANIFEST = "osrm_peft.json"  # in every folder of ours: how it was made
-# {kind in the manifest: all names that such a folder of ours may hold}; a checkpoint's manifest lists its own
+MANIFEST = "osrm_peft.json"  # in every folder that we write: how it was made
+# {kind in the manifest: all names that such a folder may hold}; a checkpoint's manifest lists its own
 CONTENTS = {
     "adapter": {"adapter_config.json", "adapter_model.safetensors", "README.md", MANIFEST},
     "emr": {"emr.safetensors", "README.md", MANIFEST, "heads"},
@@ -33,21 +33,21 @@ def new_folder(path: str | Path, kind: str) -> Iterator[Path]:
     """A temporary folder beside `path`, renamed to it when the block ends without an error.
 
     Args:
-        kind: `"adapter"`, `"merged"` or `"emr"`, as the manifest in the folder will say.
+        kind: the kind in the folder's manifest: `"adapter"`, `"merged"` or `"emr"`.
 
     Raises:
         FileExistsError: see `check_replaceable`.
     """
-    path = check_replaceable(path, kind)  # of a link, the folder behind it is replaced
+    path = check_replaceable(path, kind)  # the folder behind a link is replaced, not the link
     with beside(path) as folder:
         partial = folder / path.name
         partial.mkdir()
         yield partial
-        put_in_place(partial, check_replaceable(path, kind))  # as it is by now
+        put_in_place(partial, check_replaceable(path, kind))  # the place may have changed meanwhile
 
 
 def check_replaceable(path: str | Path, kind: str) -> Path:
-    """Refuse a path that holds anything but an earlier result of the same kind, whole and nothing else.
+    """Refuse a path that holds anything but an earlier result of the same kind.
 
     Returns:
         The path, links resolved.
@@ -57,8 +57,8 @@ def check_replaceable(path: str | Path, kind: str) -> Path:
         PermissionError: see `check_folder`.
     """
     path = check_folder(path)
-    around = [path.is_mount() and "a file system of its own", _runs_in(path) and "the folder that this runs in"]
-    for what in filter(None, around):
+    kinds = [path.is_mount() and "a file system of its own", _runs_in(path) and "the folder that this runs in"]
+    for what in filter(None, kinds):
         raise FileExistsError(f"{path} is {what}, which no other can take the place of: name a folder in it")
     if not path.is_dir() or not any(path.iterdir()):
         return path
@@ -70,8 +70,8 @@ def check_replaceable(path: str | Path, kind: str) -> Path:
         )
     ours = set(manifest.get("files") or []) if kind not in CONTENTS else CONTENTS[kind]
     ours |= {f"heads/{task}.safetensors" for task in manifest.get("inputs") or {}}
-    there = {one.relative_to(path).as_posix() for one in path.rglob("*") if one.is_symlink() or not one.is_dir()}
-    foreign = sorted(there - ours)
+    files = {file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_symlink() or not file.is_dir()}
+    foreign = sorted(files - ours)
     if foreign:
         raise FileExistsError(
             f"{path} holds files of others ({', '.join(foreign[:4])}): replacing it would lose them; "
@@ -83,15 +83,15 @@ def check_replaceable(path: str | Path, kind: str) -> Path:
 def _runs_in(folder: Path) -> bool:
     try:
         return Path.cwd().is_relative_to(folder)
-    except FileNotFoundError:  # it is gone
+    except FileNotFoundError:  # the working directory is gone
         return False
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:
-    """The manifest of a folder that we wrote; empty where there is none.
+    """The manifest of a folder that we wrote; empty without a manifest.
 
     Raises:
-        ValueError: there is one, but it is damaged.
+        ValueError: the manifest is damaged.
     """
     path = Path(folder) / MANIFEST
     content = read_object(path) if path.is_file() else {}
@@ -103,10 +103,10 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
 
 
 def check_manifest(content: Mapping[str, Any]) -> None:
-    """Are the fields of a manifest of the kinds that we write?
+    """Check that each field of a manifest has the type that we write.
 
     Raises:
-        ValueError: names the first that is not, and its value.
+        ValueError: names the first field that has another, and its value.
     """
     for name, kinds in _FIELDS.items():
         if content.get(name) is not None:
@@ -119,7 +119,7 @@ def check_manifest(content: Mapping[str, Any]) -> None:
 
 
 def command() -> str | None:
-    """The command line, if it is one of ours; None in other programs."""
+    """The command line, if it is `osrm-peft`'s; None in other programs."""
     program = Path(sys.argv[0])
     ours = program.name == "osrm-peft" or program.parts[-2:] == ("osrm_peft", "__main__.py")
     return shlex.join(["osrm-peft", *sys.argv[1:]]) if ours else None

@@ -1,4 +1,4 @@
-"""Where a result may be written, how it gets there at once, and what processes that were killed have left there."""
+"""Places of results: whether they can be written, replacing them at once, and cleaning up after killed processes."""
 
 import ctypes
 import errno
@@ -25,25 +25,25 @@ _KINDS = {
     stat.S_IFREG: "a file", stat.S_IFDIR: "a folder", stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket",
     stat.S_IFCHR: "a device", stat.S_IFBLK: "a device", stat.S_IFLNK: "a link that leads to itself",
 }  # fmt: skip
-_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of Linux
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # Linux's constants
 
 
 def check_file(path: str | Path) -> Path:
-    """The place of a file that is to be written, links resolved.
+    """The path of a file that is to be written, links resolved.
 
     Raises:
-        FileExistsError: what is there is no regular file, or one of its parents is no folder.
+        FileExistsError: the path exists and is no regular file, or one of its parents is no folder.
         PermissionError: the folder cannot be written to.
     """
     return _checked(path, stat.S_IFREG)
 
 
 def check_folder(path: str | Path) -> Path:
-    """The place of a folder that is to be made or filled, links resolved.
+    """The path of a folder that is to be made or filled, links resolved.
 
     Raises:
-        FileExistsError: what is there, or one of its parents, is no folder.
-        PermissionError: the folder that it is to be made in cannot be written to.
+        FileExistsError: the path exists and is no folder, or one of its parents is none.
+        PermissionError: its parent cannot be written to.
     """
     return _checked(path, stat.S_IFDIR)
 
@@ -51,7 +51,7 @@ def check_folder(path: str | Path) -> Path:
 def _checked(path: str | Path, wanted: int) -> Path:
     try:
         place = Path(path).resolve()
-    except RuntimeError as error:  # of a link to itself, before Python 3.13
+    except RuntimeError as error:  # a link to itself, before Python 3.13
         raise FileExistsError(f"{path} is a link that leads to itself: name another") from error
     for one in (place, *place.parents):
         kind = _kind(one)
@@ -65,25 +65,25 @@ def _checked(path: str | Path, wanted: int) -> Path:
 
 
 def _try(folder: Path, place: Path, path: str | Path) -> None:
-    """Raise PermissionError where no partial result of `place` can be made in `folder`: rights alone do not tell."""
+    """Raise PermissionError unless a partial result of `place` can be made in `folder` (its mode bits do not say)."""
     try:
-        place.name.encode()  # what safetensors writes to
+        place.name.encode()  # safetensors takes no other names
         probe = Path(tempfile.mkdtemp(prefix=f".{place.name}.", suffix=".partial", dir=folder))
     except (OSError, UnicodeEncodeError) as error:
         why = error.strerror if isinstance(error, OSError) else "its name is no UTF-8"
         raise PermissionError(
             f"{folder} cannot be written to, so {path} cannot be made ({why}): name another"
         ) from error
-    with suppress(OSError):  # another process took it for a dead one's
+    with suppress(OSError):  # another process has removed it as a dead process' folder
         probe.rmdir()
 
 
 @contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
-    """The folder, made if need be, is this process' alone until the block ends, or the folder has another name.
+    """Lock a folder, made if need be, for this process until the block ends or the folder is renamed.
 
     Raises:
-        FileExistsError: another process is in it; or it is no folder, or a link to one.
+        FileExistsError: another process holds the lock; or the path is no folder, or a link to one.
     """
     while True:
         if _kind(folder) not in (None, stat.S_IFDIR):
@@ -96,7 +96,7 @@ def alone_in(folder: Path) -> Iterator[None]:
         with suppress(FileNotFoundError):
             if os.path.samestat(folder.stat() if lock is None else os.fstat(lock), folder.stat()):
                 break
-        if lock is not None:  # of a folder that has another name by now
+        if lock is not None:  # the folder was renamed meanwhile
             os.close(lock)
     try:
         yield
@@ -106,7 +106,7 @@ def alone_in(folder: Path) -> Iterator[None]:
 
 
 def _kind(path: Path) -> int | None:
-    """What is there, as `stat` has it; None for nothing."""
+    """The kind of a path, as in `stat.S_IFMT`; None if nothing is there."""
     try:
         return stat.S_IFMT(path.lstat().st_mode)
     except (FileNotFoundError, NotADirectoryError):
@@ -115,13 +115,13 @@ def _kind(path: Path) -> int | None:
 
 @contextmanager
 def beside(path: Path) -> Iterator[Path]:
-    """A folder beside `path` to write in, gone when the block ends; what killed processes left there goes first.
+    """A temporary folder beside `path`, gone when the block ends; leftovers of killed processes go first.
 
     Args:
         path: links resolved (`check_file`, `check_folder`).
 
     Raises:
-        OSError: the disk is full: names `path`, whichever library met it.
+        OSError: the disk is full; names `path`, whichever library raised it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     clean_up(path)
@@ -129,8 +129,8 @@ def beside(path: Path) -> Iterator[Path]:
     try:
         yield folder
     except (OSError, SafetensorError) as error:
-        told = re.search(r"os error (\d+)", str(error))  # safetensors tells of it in words
-        number = error.errno if isinstance(error, OSError) else int(told[1]) if told else None
+        in_words = re.search(r"os error (\d+)", str(error))  # as safetensors has it
+        number = error.errno if isinstance(error, OSError) else int(in_words[1]) if in_words else None
         if number not in FULL:
             raise
         reason = f"{os.strerror(number)}: {path} could not be written"
@@ -142,10 +142,10 @@ def beside(path: Path) -> Iterator[Path]:
 
 
 def put_in_place(partial: Path, path: Path) -> None:
-    """Rename a finished folder to `path`, in one step where the system can; what is there is removed.
+    """Rename a finished folder to `path`, in one step where the system can; an earlier result is removed.
 
-    Killed at any time, `path` holds the earlier result or this one; where the system cannot exchange two names, the
-    earlier one may lie beside it until the next call (`clean_up`).
+    If the process is killed, `path` holds the earlier result or the new one. Where the system cannot exchange two
+    names, the earlier result may lie beside `path` until the next call (`clean_up`).
     """
     clean_up(path)
     if not path.exists():
@@ -164,7 +164,7 @@ def put_in_place(partial: Path, path: Path) -> None:
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Two names exchanged at once; False where the system cannot, and nothing is done."""
+    """Exchange two names at once; False where the system cannot, and nothing has changed."""
     rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if sys.platform == "linux" else None
     if rename is None:
         return False
@@ -172,9 +172,9 @@ def _exchange(one: Path, other: Path) -> bool:
 
 
 def clean_up(path: Path) -> None:
-    """Remove what writers of `path` that were killed left beside it; an earlier result of `path` is put back.
+    """Remove what killed writers of `path` left beside it; put an earlier result back if `path` is gone.
 
-    A writer holds a lock on its folder as long as it lives, so what is being written by others stays.
+    A writer holds a lock on its folder as long as it lives, so folders of living writers stay.
     """
     pattern = re.compile(rf"\.{re.escape(path.name)}\.(\d+|[a-z0-9_]{{8}})\.(partial|old)")
     places = path.parent.iterdir() if path.parent.is_dir() else ()
@@ -191,7 +191,7 @@ def clean_up(path: Path) -> None:
             if old.is_dir() and _kind(path) is None:
                 old.replace(path)
                 logger.warning("%s is back: the process that was to replace it was killed", path)
-            elif not partial:  # of versions that renamed the earlier result
+            elif not partial:  # earlier versions renamed the earlier result to this
                 logger.warning("%s is an earlier %s that a killed process left: remove it", place, path.name)
             if partial and _kind(place) == stat.S_IFREG:
                 place.unlink()
@@ -202,21 +202,21 @@ def clean_up(path: Path) -> None:
 
 
 def _locked_folder(path: Path) -> tuple[Path, int | None]:
-    """A new folder beside `path`, and the lock that tells others that its owner lives."""
+    """A new folder beside `path`, and its lock, by which other processes know that its owner lives."""
     while True:
         folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
         lock = _lock(folder, wait=True)
         if folder.exists():
             return folder, lock
-        if lock is not None:  # another process took it for a dead one's
+        if lock is not None:  # another process has removed it as a dead process' folder
             os.close(lock)
 
 
 def _lock(place: Path, wait: bool = False) -> int | None:
-    """The lock of a file or folder, to be closed; None where the system has none.
+    """Lock a file or folder until the returned descriptor is closed; None where the system has no locks.
 
     Raises:
-        BlockingIOError: another holds it.
+        BlockingIOError: another process holds the lock.
     """
     if sys.platform == "win32":
         return None
@@ -241,7 +241,7 @@ def new_file(path: str | Path) -> Iterator[Path]:
     Raises:
         FileExistsError, PermissionError: see `check_file`.
     """
-    path = check_file(path)  # of a link, the file behind it is replaced
+    path = check_file(path)  # the file behind a link is replaced, not the link
     with beside(path) as folder:
         partial = folder / path.name
         yield partial

@@ -1,4 +1,4 @@
-"""Safetensors files read and written one tensor at a time: a file may be larger than what memory should hold."""
+"""Safetensors files, read and written one tensor at a time: a file may be larger than memory."""
 
 import json
 from collections.abc import Callable, Iterable, Mapping
@@ -23,7 +23,7 @@ Header = tuple[tuple[int, ...], torch.dtype | str]  # shape and dtype of a tenso
 
 
 def tensor_headers(path: Path) -> dict[str, Header]:
-    """{name: (shape, dtype)} without reading a tensor; a dtype that is no float is its name in the file."""
+    """{name: (shape, dtype)} without reading a tensor; for a dtype that is no float, the dtype's name in the file."""
     with safe_open(path, framework="pt") as file:
         parts = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
         dtypes = {key: part.get_dtype() for key, part in parts.items()}
@@ -31,7 +31,7 @@ def tensor_headers(path: Path) -> dict[str, Header]:
 
 
 def tensor_reader(path: Path) -> Callable[[str], Tensor]:
-    """Reads one tensor at a time; the file is closed in between, so that its pages need not stay in memory.
+    """A function that reads one tensor by its name and closes the file again, so that no pages stay in memory.
 
     The returned function raises ValueError once the file has changed.
     """
@@ -54,7 +54,7 @@ def _read(path: Path, first: tuple[int, int, int], key: str) -> Tensor:
 def file_head(
     shapes: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, torch.dtype], metadata: Mapping[str, str]
 ) -> bytes:
-    """What a safetensors file begins with, before the data of these tensors in this order."""
+    """The beginning of a safetensors file, before the data of these tensors in this order."""
     header: dict[str, object] = {"__metadata__": dict(metadata)}
     end = 0
     for name, shape in shapes.items():
@@ -75,8 +75,8 @@ def write_tensors(
     """Write a safetensors file from tensors that are made one after the other.
 
     Args:
-        shapes: {name: shape} of all of them, in the order in which they come.
-        dtype: of all of them; they are converted.
+        shapes: {name: shape} of all tensors, in their order.
+        dtype: the dtype of all tensors in the file; they are converted.
         tensors: (name, tensor) pairs.
     """
     with path.open("wb") as file:
@@ -88,10 +88,10 @@ def write_tensors(
 
 
 def features_header(path: Path) -> dict[str, Any]:
-    """What a features file tells of itself, without its tensors.
+    """The header of a features file.
 
     Raises:
-        SafetensorError, ValueError: it is damaged, or no features file.
+        SafetensorError, ValueError: the file is damaged, or no features file.
     """
     with safe_open(path, framework="pt") as file:
         header = parse_json((file.metadata() or {}).get("osrm_peft", "null"))

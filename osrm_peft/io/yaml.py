@@ -20,7 +20,7 @@ _MOST = 100_000  # keys of a mapping
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2's numbers: 1e-3 is one (PyYAML, of YAML 1.1, reads a string); a key that is there twice is an error."""
+    """YAML 1.2's numbers: 1e-3 is one (PyYAML reads a string, as YAML 1.1). A repeated key is an error."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict:
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
@@ -44,7 +44,7 @@ def parse_yaml(text: str) -> Any:
     """The value of a YAML text, with YAML 1.2's numbers.
 
     Raises:
-        ValueError: it is no YAML, too deeply nested, or has a key twice.
+        ValueError: the text is no YAML, too deeply nested, or has a key twice.
     """
     return _parsed(text, shown(text))
 
@@ -82,10 +82,10 @@ def fields_from_yaml(path: str | Path, cls: type, kind: str, required: tuple[str
 
 
 def check_fields(name: str, given: Mapping[str, Any], cls: type, free: Iterable[str] = ()) -> None:
-    """Are these fields of dataclass `cls`, with values of the kinds that it asks for?
+    """Check that these are fields of dataclass `cls`, with values of its types.
 
     Args:
-        name: of the mapping, for the error.
+        name: the mapping's name, for the error.
         free: fields that may have any value.
 
     Raises:
@@ -107,7 +107,7 @@ def _hints(cls: type) -> dict[str, Any]:
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value, as YAML has them, is of this kind; numbers are finite, and whole ones have 64 bits."""
+    """Whether a value from YAML is of this type; numbers are finite, and whole numbers have at most 64 bits."""
     origin, of = get_origin(hint), get_args(hint)
     if hint is Any:
         return True
@@ -133,7 +133,7 @@ def _fits(value: Any, hint: Any) -> bool:
 
 @contextmanager
 def named(file: str | Path) -> Iterator[None]:
-    """What is wrong with what a file, or a field of it, holds is told with its name."""
+    """Errors about the content of a file, or of a field of it, become ValueErrors that begin with its name."""
     try:
         yield
     except KeyError as error:

@@ -1,4 +1,4 @@
-"""Hashes of a base model's weights, which tell whether two models are the same."""
+"""Hashes of a base model's weights, by which two base models can be compared."""
 
 import hashlib
 from collections.abc import Iterable, Mapping
@@ -10,31 +10,31 @@ from osrm_peft.distributed import gathered_weight
 from osrm_peft.models.layers import base_of, linear_layer
 
 HASHED_ENTRIES = 1024
-_LAYERS_ONLY = "v2"  # begins a hash of layers alone; earlier ones count the input embedding, with all its rows, in
+_LAYERS_ONLY = "v2"  # begins a hash of layers alone; earlier hashes cover all rows of the input embedding, too
 
 
 def weight_hash(model: nn.Module, names: Iterable[str]) -> str:
-    """A hash of the named layers' pre-trained weights, which tells two base models apart.
+    """A hash of the named layers' pre-trained weights, which differs between base models.
 
-    Hashed are each layer's name, shape and 1,024 evenly spaced entries rounded to bfloat16: equal whether the
-    checkpoint was loaded in float32 or bfloat16, changed by any training, and quick on the largest models. The input
-    embedding, which new tokens make longer, has a hash of its own: `embedding_hash`.
+    It covers each layer's name, shape and 1,024 evenly spaced entries rounded to bfloat16. So it is the same in float32
+    and bfloat16, any training changes it, and it is quick on the largest models. The input embedding, which new tokens
+    make longer, has a hash of its own: `embedding_hash`.
 
     Args:
-        names: layers of the base model; of a model that an engine has split, every process must give the same ones.
+        names: layers of the base model. Where an engine has split the model, all processes must give the same layers.
 
     Returns:
-        "v2" and 14 hexadecimal digits. (16 digits are of an earlier version, see `hash_of`: not to be compared.)
+        "v2" and 14 hexadecimal digits. (16 digits are a hash of an earlier version, see `hash_of`: do not compare.)
     """
     names = list(names)
     return hash_of(sampled_weights(model, names), names)
 
 
 def sampled_weights(model: nn.Module, names: Iterable[str], rows: Iterable[int] = ()) -> dict[str | int, bytes]:
-    """What hashes look at: {name: of this layer, V: of the first V rows of the input embedding, "": of all its rows}.
+    """The bytes to hash: {layer: its sample, V: a sample of the input embedding's first V rows, "": of all its rows}.
 
     Args:
-        rows: each V that is asked for; those that the embedding does not have are left out.
+        rows: the V to sample; a V larger than the embedding is left out.
     """
     base = base_of(model)
     found: dict[str | int, bytes] = {}
@@ -51,10 +51,10 @@ def sampled_weights(model: nn.Module, names: Iterable[str], rows: Iterable[int] 
 
 
 def input_embedding(model: nn.Module) -> nn.Module | None:
-    """The module with the weights that a model's first layers read; None for what has none (HuBERT, ConvNeXt, …)."""
+    """The module with the input embedding; None for a model without one (HuBERT, ConvNeXt, …)."""
     try:
         embedding = base_of(model).get_input_embeddings()
-    except (AttributeError, NotImplementedError):  # no transformers model; or one of sound or images
+    except (AttributeError, NotImplementedError):  # not a transformers model, or a model of sound or images
         return None
     return embedding if isinstance(getattr(embedding, "weight", None), Tensor) else None
 
@@ -67,7 +67,7 @@ def _sample(name: str, weight: Tensor) -> bytes:
 
 
 def hash_of(sampled: Mapping[str | int, bytes], names: Iterable[str], like: str = _LAYERS_ONLY) -> str:
-    """The `weight_hash` over some of the `sampled_weights`; made as the hash `like` was, which is that of a file."""
+    """The `weight_hash` over some of the `sampled_weights`, in the version of the hash `like` (a file's)."""
     if like.startswith(_LAYERS_ONLY):
         return _LAYERS_ONLY + _digest(sampled[name] for name in sorted(names))[:14]
     every = sorted({*names, *({""} & set(sampled))}, key=lambda name: name or "input_embeddings")
@@ -75,12 +75,12 @@ def hash_of(sampled: Mapping[str | int, bytes], names: Iterable[str], like: str 
 
 
 def counts_all_rows(weight_hash: str) -> bool:
-    """Whether the hash is of an earlier version, which a resized vocabulary changes."""
+    """Whether the hash is of the earlier version, which a resized vocabulary changes."""
     return not weight_hash.startswith(_LAYERS_ONLY)
 
 
 def embedding_hash(sampled: Mapping[str | int, bytes], rows: int) -> str | None:
-    """16 hexadecimal digits over the first rows of the input embedding; None where `sampled` has not as many."""
+    """16 hexadecimal digits over the first rows of the input embedding; None where `sampled` has fewer rows."""
     return _digest([sampled[rows]])[:16] if rows in sampled else None
 
 

@@ -1,4 +1,4 @@
-"""Whether adapters are of one and the same base model."""
+"""Base models of adapters: whether two names and hashes are of one model."""
 
 import logging
 import os
@@ -17,19 +17,19 @@ from osrm_peft.models.packaged import MODEL
 
 logger = logging.getLogger(__name__)
 
-# owners to whom the Hub gave the models that once had a name without owner: `roberta-base` is `FacebookAI/roberta-base`
+# owners of models whose names on the Hub once had no owner: `roberta-base` is `FacebookAI/roberta-base`
 _OWNERS = ("FacebookAI", "albert", "almanach", "distilbert", "google-bert", "google-t5", "openai-community", "xlnet",
            "transfo-xl", "facebook", "Helsinki-NLP", "dbmdz", "microsoft", "google")  # fmt: skip
 
 
 class Base(NamedTuple):
-    """What an adapter tells of its base model.
+    """What an adapter's files say about its base model.
 
     Attributes:
-        name: Hub id or path, None where the adapter does not say.
+        name: Hub id or path; None where the adapter does not name it.
         revision: None is `main`.
-        weight_hash: of the base's weights (`fingerprint.weight_hash`), where the adapter's manifest has it.
-        layers: the layers that the hash is over.
+        weight_hash: the base weights' hash (`fingerprint.weight_hash`), where the adapter's manifest has it.
+        layers: the layers that the hash covers.
     """
 
     name: str | None
@@ -39,23 +39,23 @@ class Base(NamedTuple):
 
 
 def located(name: str | None) -> str | None:
-    """A base model's name as it can be found again from any working directory: a folder here with its whole path."""
+    """A base model's name that holds in any working directory: a folder's name becomes its whole path."""
     return str(Path(name).resolve()) if name and Path(name).is_dir() else name
 
 
 def common_base(bases: Mapping[str, Base], base_model: str | None) -> str | None:
-    """The name of the base model of all.
+    """The name of the adapters' common base model.
 
-    Two adapters are of one base where the hashes of its weights agree; without them, where the names do: paths
-    whole, Hub ids with their aliases (`roberta-base`), and the revisions.
+    Two adapters have one base if its weights' hashes agree. Without hashes they have one base if the names and the
+    revisions agree: whole paths, or Hub ids with their aliases (`roberta-base`).
 
     Args:
-        base_model: the user's word that the names are of one model.
+        base_model: the user's word that all names are names of this model.
 
     Raises:
-        ValueError: they are of different base models; names them.
+        ValueError: the base models differ; names them.
     """
-    for (first, one), (name, other) in combinations(bases.items(), 2):  # what one does not tell, another may
+    for (first, one), (name, other) in combinations(bases.items(), 2):  # all pairs: some adapters have no hash
         hashes = one.weight_hash, other.weight_hash
         known = comparable(*hashes) and one.layers == other.layers
         if known and len({*hashes}) > 1:
@@ -75,14 +75,14 @@ def common_base(bases: Mapping[str, Base], base_model: str | None) -> str | None
 
 
 def comparable(one: str | None, other: str | None) -> bool:
-    """Whether two weight hashes are there and of one definition (`fingerprint.weight_hash` has had two)."""
+    """Whether both weight hashes are known and of one version (`fingerprint.weight_hash` has had two)."""
     return one is not None and other is not None and counts_all_rows(one) == counts_all_rows(other)
 
 
 def _same(one: Base, other: Base) -> bool:
     revisions = [base.revision or _commit(base.name) or "main" for base in (one, other)]
-    told = one.revision or other.revision  # of two folders in the Hub's cache the commits may differ by a README alone
-    if told and revisions[0] != revisions[1] and {*revisions} != {"main", _commit(one.name) or _commit(other.name)}:
+    named = one.revision or other.revision  # else two commits in the Hub's cache may differ by a README alone
+    if named and revisions[0] != revisions[1] and {*revisions} != {"main", _commit(one.name) or _commit(other.name)}:
         return False
     names = _key(one.name), _key(other.name)
     return names[0] == names[1] or _alias(*names) or _alias(*reversed(names)) or _same_on_hub(*names)
@@ -95,7 +95,7 @@ def _commit(name: str | None) -> str | None:
 
 
 def _key(name: str | None) -> str:
-    """The name to compare by: a folder's whole path; the short name of the packaged model and of the Hub's cache."""
+    """The name for comparisons: a folder's whole path; the short name for the packaged model and the Hub's cache."""
     if not name:
         return ""
     short = public_name(name) or ""
@@ -105,13 +105,13 @@ def _key(name: str | None) -> str:
 
 
 def _alias(short: str, whole: str) -> bool:
-    """Whether `whole` is the name that the Hub gave to `short`, a model without owner."""
+    """Whether `whole` is the Hub's present name of `short`, a name without owner."""
     owner, _, name = whole.partition("/")
     return bool(short) and "/" not in short and short == name and owner in _OWNERS
 
 
 def _same_on_hub(one: str, other: str) -> bool:
-    """Whether the Hub has both names for one repository (a renamed one); False where it cannot be asked."""
+    """Whether the Hub has both names for one repository, which was renamed; False if the Hub cannot be reached."""
     if HF_HUB_OFFLINE or not one or not other or is_local(one) or is_local(other):
         return False
     try:

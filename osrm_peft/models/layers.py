@@ -31,7 +31,7 @@ def base_of(model: Any) -> Any:
 
 
 def base_name(model: nn.Module) -> str:
-    """Name from which the base model was loaded, see `public_name`; its class where it was made in memory."""
+    """The name that the base model was loaded by, see `public_name`; its class if it was made in memory."""
     base = base_of(model)
     return public_name(getattr(getattr(base, "config", None), "_name_or_path", "")) or type(base).__name__
 
@@ -90,10 +90,10 @@ def check_unmerged(layers: Mapping[str, Any]) -> None:
 
 
 def linear_layer(name: str, module: nn.Module) -> nn.Linear | Conv1D:
-    """The linear layer that `module` is, or that its LoRA layer wraps; bitsandbytes' quantised ones are `nn.Linear`s.
+    """The module if it is a linear layer, or the linear layer that it wraps with LoRA (bitsandbytes' are `nn.Linear`s).
 
     Raises:
-        ValueError: it is another kind of layer; names it.
+        ValueError: the module is another kind of layer; names it.
     """
     layer = base_layer(module)
     if not isinstance(layer, (nn.Linear, Conv1D)):

@@ -24,16 +24,16 @@ def load_base(model: str, num_labels: int | None, device_map: str | None = None)
 
     Args:
         model: Hub id, folder, or `"packaged"`.
-        num_labels: width of the head. It is drawn from torch's global generator: seed it first. None: as many labels
-            as the model's config has.
-        device_map: `"auto"` spreads a model over the GPUs of this machine, and its memory where they are too few.
+        num_labels: width of the head; None: the width in the model's config. torch's global generator draws the head:
+            seed it first.
+        device_map: `"auto"` spreads a model over the GPUs of this machine, and over its memory if these are too small.
     """
     labels = {} if num_labels is None else {"num_labels": num_labels}
     base = AutoModelForSequenceClassification.from_pretrained(
         resolve_model(model), **labels, ignore_mismatched_sizes=True, device_map=device_map
     )
     config = base.config.get_text_config()
-    if getattr(config, "pad_token_id", None) is None:  # of decoders such as Llama, which classify at the last token
+    if getattr(config, "pad_token_id", None) is None:  # decoders such as Llama need it to find the last token
         try:
             config.pad_token_id = load_tokenizer(model).pad_token_id
         except (OSError, ValueError) as error:
@@ -42,13 +42,14 @@ def load_base(model: str, num_labels: int | None, device_map: str | None = None)
 
 
 def head_width(model: str | PreTrainedModel, heads: Mapping[str, Sequence[int]]) -> int | None:
-    """How many labels a saved classification head is for: asked of transformers, whatever the head's layers are called.
+    """The number of labels of a saved classification head, whatever its layers are called.
 
-    The model is built twice without weights, for 3 and for 5 labels: a parameter of n = a·labels + b rows tells.
+    transformers builds the model without weights, for 3 and for 5 labels. A parameter with n = a·labels + b rows then
+    gives the number.
 
     Args:
         model: name of the base model (for sequence classification), or the model itself.
-        heads: {parameter name in the model: shape} of the head, and of what else was saved.
+        heads: {parameter name in the model: shape} of the saved parameters, the head's among them.
 
     Returns:
         None where no saved parameter depends on the number of labels.

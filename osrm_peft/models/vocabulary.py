@@ -1,4 +1,4 @@
-"""The tokens of a tokenizer that lies beside weights, and the first one in which two of them differ."""
+"""Vocabularies: the tokens of a tokenizer's files, and the first token in which two vocabularies differ."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -7,9 +7,9 @@ from typing import Any
 
 
 def tokens_in(folder: Path | None) -> dict[str, int]:
-    """{token: its row} of the tokenizer in a folder, added tokens too; empty where there is none.
+    """{token: its row} of the tokenizer in a folder, added tokens too; empty without a tokenizer.
 
-    Of `tokenizer.json`; of a tokenizer without one, the added tokens alone.
+    A tokenizer without `tokenizer.json` gives its added tokens alone.
 
     Raises:
         ValueError: a file is damaged.
@@ -18,9 +18,9 @@ def tokens_in(folder: Path | None) -> dict[str, int]:
         path = Path(folder or "", name)
         if path.is_file():
             try:
-                found = read(json.loads(path.read_text(encoding="utf-8")))
-                if found:
-                    return {str(token): int(row) for token, row in found.items()}
+                tokens = read(json.loads(path.read_text(encoding="utf-8")))
+                if tokens:
+                    return {str(token): int(row) for token, row in tokens.items()}
             except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
                 raise ValueError(
                     f"{path} is damaged ({type(error).__name__}: {error}): save the tokenizer again"
@@ -30,7 +30,7 @@ def tokens_in(folder: Path | None) -> dict[str, int]:
 
 def _all_tokens(content: Any) -> dict[str, Any]:
     vocab = content["model"]["vocab"]
-    if isinstance(vocab, list):  # of Unigram models: [token, score] in the order of the rows
+    if isinstance(vocab, list):  # a Unigram model's: [token, score] in the order of the rows
         vocab = {token: row for row, (token, _) in enumerate(vocab)}
     return {**vocab, **{one["content"]: one["id"] for one in content.get("added_tokens") or []}}
 
@@ -45,9 +45,9 @@ _READERS: dict[str, Callable[[Any], dict[str, Any]]] = {
 
 
 def first_difference(one: Mapping[str, int], other: Mapping[str, int]) -> tuple[str, int | None, int | None] | None:
-    """(token, its row on either side) of the first row that means something else on the other side; None for none.
+    """(token, its row on either side) for the first token whose row differs; None if no row does.
 
-    A token that one side has in a row which the other leaves free is no difference.
+    A token is no difference if the other side leaves its row free.
     """
     rows = {row: token for token, row in other.items()}
     for token, row in sorted(one.items(), key=lambda item: item[1]):

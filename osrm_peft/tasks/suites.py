@@ -38,7 +38,7 @@ def load_task(suite: str, name: str) -> Task:
     """Read one task of a suite (see `list_tasks`). GLUE comes from the Hub's `nyu-mll/glue`.
 
     Raises:
-        ValueError: unknown suite or task (the message lists those there are), or a malformed row (file, line).
+        ValueError: unknown suite or task (the message lists the known), or a malformed row (file, line).
     """
     known = list_tasks(suite)
     if name not in known:
@@ -101,7 +101,7 @@ _PACKAGED: dict[str, tuple[Callable[[], Iterator[tuple[str, Any]]], int, str]] =
 
 
 def _load_packaged(name: str) -> Task:
-    """Duplicate texts are dropped; a text's sha256 fixes its split (1 in 5 validates) and its place."""
+    """Drops duplicate texts; a text's sha256 decides its split (1 in 5 validates) and its place."""
     read, num_labels, metric = _PACKAGED[name]
     splits: tuple[list, list] = ([], [])
     unique = {" ".join(text.split()): label for text, label in read()}
@@ -172,12 +172,12 @@ def _read_jsonl(path: Path) -> list[tuple[str, str | None, float]]:
     if not path.is_file():
         raise ValueError(f"{path} is missing: a task folder holds train.jsonl and validation.jsonl")
     rows = []
-    with path.open("rb") as file:  # its lines end at \n only; a text may hold other separators
-        for place, line in enumerate(file, start=1):
+    with path.open("rb") as file:  # bytes: lines end at \n only, and a text may hold other separators
+        for line_number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
             try:
-                row = parse_json(line.decode("utf-8-sig" if place == 1 else "utf-8"))
+                row = parse_json(line.decode("utf-8-sig" if line_number == 1 else "utf-8"))
                 first, second = row["sentence1"], row.get("sentence2")
                 if not isinstance(first, str) or not isinstance(second, str | None):
                     raise TypeError("sentence1 and sentence2 must be texts")
@@ -185,7 +185,7 @@ def _read_jsonl(path: Path) -> list[tuple[str, str | None, float]]:
                 rows.append((first, second, number("label", row["label"])))
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise ValueError(
-                    f"{path}, line {place}: expected a JSON object with sentence1, label (a number) "
+                    f"{path}, line {line_number}: expected a JSON object with sentence1, label (a number) "
                     f"and optionally sentence2 ({type(error).__name__}: {error})"
                 ) from error
     if not rows:

@@ -36,11 +36,10 @@ class Recipe:
         suite: `"packaged"`, `"glue"` or `"jsonl:FOLDER"`.
         tasks: which tasks of the suite; None: all. The *other* tasks of this list are the out-of-task ones.
         lora: LoraConfig fields over the paper's (r = 8, alpha = 16); `target_modules` among them.
-        osrm: OSRMLoraConfig fields, or None for plain LoRA. Features files need not be named: those in `features` are
-            taken.
+        osrm: OSRMLoraConfig fields, or None for plain LoRA. The features files default to those in `features`.
         features: folder of the features files, `<task>.features.safetensors`.
         num_samples: samples a task for its features.
-        training: TrainingArguments over the paper's.
+        training: TrainingArguments fields over the paper's.
         max_length: tokens a row is cut to.
         train_rows, validation_rows: sample sizes; None: all rows.
         seed: draws the samples and the features' rows, seeds head and training.
@@ -85,7 +84,7 @@ class Recipe:
         check_fields("lora in the recipe", self.lora, LoraConfig, ("lora_alpha", "init_lora_weights"))
         number("lora in the recipe: lora_alpha", lora["lora_alpha"])
         check_fields("osrm in the recipe", self.osrm or {}, OSRMLoraConfig, ("lora_alpha", "init_lora_weights"))
-        known = {one.name for one in dataclasses.fields(TrainingArguments)}  # the others are refused when it trains
+        known = {one.name for one in dataclasses.fields(TrainingArguments)}  # `train` refuses the others
         shared = {name: value for name, value in self.training.items() if name in known}
         check_fields("training in the recipe", shared, TrainingArguments)
         with named("lora and osrm in the recipe"):
@@ -111,7 +110,7 @@ class Recipe:
         )
 
     def features_file(self, task: str) -> Path:
-        """Where a task's features lie."""
+        """The path of a task's features file."""
         return Path(self.features) / f"{task}.features.safetensors"
 
     def lora_config(self, task: str) -> LoraConfig:
@@ -128,12 +127,12 @@ class Recipe:
     def base(self, distributed: bool = False) -> nn.Module:
         """The pre-trained model to collect features on.
 
-        On all GPUs of the machine where it runs in one process; in several, split by ZeRO-3 or FSDP where the launch's
-        config says so, else whole on the GPU of each.
+        One process puts it on all GPUs of the machine. Several processes split it by ZeRO-3 or FSDP if the launch's
+        config says so; else each has the whole model on its GPU.
         """
         if not torch.cuda.is_available() or Processes.of(distributed).num_processes > 1:
-            found = shard_model(lambda: load_base(self.model, 2)) if distributed else None
-            return load_base(self.model, 2).to(local_device()) if found is None else found  # type: ignore[arg-type]
+            split = shard_model(lambda: load_base(self.model, 2)) if distributed else None
+            return load_base(self.model, 2).to(local_device()) if split is None else split  # type: ignore[arg-type]
         return load_base(self.model, 2, device_map="auto")
 
     def collect(
@@ -145,9 +144,9 @@ class Recipe:
         progress: bool = True,
         distributed: bool = False,
     ) -> TaskFeatures:
-        """Collect one task's features on k training rows; `base` is the model if it is loaded already.
+        """Collect one task's features on k training rows; `base` is the model, if the caller has loaded it.
 
-        With `distributed`, all processes of torch.distributed do so together (see `collect_features`).
+        With `distributed`, all processes of torch.distributed share the work (see `collect_features`).
         """
         config = self.lora_config(name)
         options: dict[str, Any] = {}
@@ -178,10 +177,10 @@ class Recipe:
         progress: bool = True,
         distributed: bool = False,
     ) -> TaskFeatures | DiagonalFisher:
-        """What RegMean (`"gram"`) or Fisher merging (`"fisher"`) needs of one task's adapter, on up to k training rows.
+        """One adapter's statistics on up to k training rows, for RegMean (`"gram"`) or Fisher merging (`"fisher"`).
 
-        Training rows, so that those that scores are computed on stay unseen. With `distributed`, all processes of
-        torch.distributed call it, and share the rows for `"gram"`; for `"fisher"` each takes all of them.
+        The validation rows stay unseen. With `distributed`, all processes of torch.distributed must call this; they
+        share the rows for `"gram"`, and each takes all rows for `"fisher"`.
         """
         choice("kind", kind, STATISTIC_KINDS)
         loaded = load_adapter(adapter)
@@ -189,13 +188,13 @@ class Recipe:
         arguments: dict[str, Any] = {"task": name, "num_samples": num_samples, "seed": self.seed, "progress": progress}
         if kind == "gram":
             loader = self._loader(name, num_samples, processes=Processes.of(distributed).num_processes)
-            found: Any = collect_gram(model, loader, distributed=distributed, **arguments)
+            statistics: Any = collect_gram(model, loader, distributed=distributed, **arguments)
         else:
-            found = collect_fisher(model, self._loader(name, num_samples), **arguments)
-        return replace(found, adapter_sha256=loaded.sha256)
+            statistics = collect_fisher(model, self._loader(name, num_samples), **arguments)
+        return replace(statistics, adapter_sha256=loaded.sha256)
 
     def _loader(self, name: str, k: int, padding: str = "longest", processes: int = 1) -> DataLoader:
-        """Batches of k training rows of a task, with labels, as the model takes them; one a process at least."""
+        """Batches of k training rows of a task, with labels, as the model takes them; at least one for each process."""
         tokenizer = load_tokenizer(self.model)
         task = load_task(self.suite, name).sample(train=k, seed=self.seed)
         collator = DataCollatorWithPadding(tokenizer, padding=padding, max_length=self.max_length)

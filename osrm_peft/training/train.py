@@ -62,20 +62,20 @@ def train_task(
     Args:
         task: the rows; its validation split is scored at the end of each epoch where `training` asks for it.
         output_dir: the adapter folder. Checkpoints, if `save_strategy` asks for them, lie beside it until the end
-            (`<output_dir>.checkpoints`), and an interrupted run goes on from the last.
+            (`<output_dir>.checkpoints`); an interrupted run goes on from the last.
         lora: the adapter's LoraConfig; with an `OSRMLoraConfig`, `OSRMCallback` sets A. It is not changed.
         model: Hub id, folder, or `"packaged"`.
         training: `transformers.TrainingArguments`, over the paper's settings (`PAPER_TRAINING`).
         callbacks: more callbacks for the Trainer.
         max_length: tokens a row is cut to.
         seed: seeds the head, the order of rows and the dropout.
-        overwrite: replace an adapter that is there already.
+        overwrite: replace an earlier adapter in `output_dir`.
 
     Returns:
         The adapter folder, with `osrm_peft.json` (how it was made, and the training log) in it.
 
     Raises:
-        FileExistsError: `output_dir` holds something that is not ours, or an adapter and `overwrite` is not set.
+        FileExistsError: `output_dir` holds something that we did not write, or an adapter without `overwrite`.
         ValueError, TypeError: from the config's checks, before training starts.
     """
     output_dir = Path(output_dir)
@@ -84,15 +84,41 @@ def train_task(
         raise FileExistsError(f"{output_dir} holds a trained adapter: pass overwrite=True to train it anew")
     checkpoints = output_dir.with_name(output_dir.name + ".checkpoints")
     check_folder(checkpoints)
-    overrides = PAPER_TRAINING | {"report_to": "none", "save_strategy": "no", "logging_steps": 10} | (training or {})
-    overrides.setdefault("dataloader_pin_memory", torch.cuda.is_available())  # without a GPU torch warns of it
-    # Under several processes the default multiplies the loss by their number (sequence classification).
-    overrides.setdefault("average_tokens_across_devices", False)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available():
-        overrides.setdefault("use_cpu", True)  # else DeepSpeed wants a GPU
-    args = TrainingArguments(output_dir=str(checkpoints), seed=seed, **overrides)
+    fields = _training_fields(training or {})
+    args = TrainingArguments(output_dir=str(checkpoints), seed=seed, **fields)
+    trainer = _trainer(task, args, lora, model, callbacks, max_length)
+    peft_model: Any = trainer.model  # before an engine wraps it
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None)
+    weights = whole_adapter(peft_model)
+    if trainer.is_world_process_zero():
+        made = {"base_model": model, "max_length": max_length, "seed": seed, "training": fields}
+        _save(peft_model, weights, task, output_dir, made | {"log": trainer.state.log_history})
+        shutil.rmtree(checkpoints, ignore_errors=True)
+    trainer.accelerator.wait_for_everyone()
+    return output_dir
 
-    set_seed(seed)
+
+def _training_fields(training: dict[str, Any]) -> dict[str, Any]:
+    """The fields of TrainingArguments: these over the paper's, and what this machine and launch need."""
+    fields = PAPER_TRAINING | {"report_to": "none", "save_strategy": "no", "logging_steps": 10} | training
+    fields.setdefault("dataloader_pin_memory", torch.cuda.is_available())  # without a GPU torch warns of it
+    # Under several processes the default multiplies the loss by their number (sequence classification).
+    fields.setdefault("average_tokens_across_devices", False)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available():
+        fields.setdefault("use_cpu", True)  # else DeepSpeed wants a GPU
+    return fields
+
+
+def _trainer(
+    task: Task,
+    args: TrainingArguments,
+    lora: LoraConfig,
+    model: str,
+    callbacks: Sequence[TrainerCallback],
+    max_length: int,
+) -> Trainer:
+    """The Trainer of one adapter on its base model."""
+    set_seed(args.seed)
     tokenizer = load_tokenizer(model)
     # ZeRO-3 wants one dtype: PEFT then leaves the adapter in the base's, and DeepSpeed trains its own float32 copy.
     zero3 = args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3
@@ -109,37 +135,32 @@ def train_task(
         callbacks=[*([OSRMCallback()] if isinstance(lora, OSRMLoraConfig) else []), *callbacks],
     )
     trainer.remove_callback(PrinterCallback)  # with disable_tqdm the Trainer prints every log; ours go to the manifest
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None)
+    return trainer
 
-    weights = whole_adapter(peft_model)
-    if trainer.is_world_process_zero():
-        with new_folder(output_dir, "adapter") as folder:
-            peft_model.save_pretrained(str(folder), state_dict=weights)
-            config = read_object(folder / CONFIG_NAME)
-            write_json(folder / CONFIG_NAME, config | {"base_model_name_or_path": located(peft_model.name_or_path)})
-            manifest = read_manifest(folder) | {  # an OSRMLoraConfig has told of the choice of A there
-                "kind": "adapter",
-                "base_model": model,
-                "task_type": config["task_type"],
-                "task": task.name,
-                "num_labels": task.num_labels,
-                "metric": task.metric,
-                "train_rows": len(task.train),
-                "max_length": max_length,
-                "seed": seed,
-                "training": overrides,
-                "log": trainer.state.log_history,
-                "command": command(),
-                "versions": versions(),
-            }
-            write_manifest(folder, manifest)
-        shutil.rmtree(checkpoints, ignore_errors=True)
-    trainer.accelerator.wait_for_everyone()
-    return output_dir
+
+def _save(model: PeftModel, weights: dict[str, Tensor], task: Task, output_dir: Path, made: dict[str, Any]) -> None:
+    """Write the adapter's folder; its manifest has the fields of `made`."""
+    with new_folder(output_dir, "adapter") as folder:
+        model.save_pretrained(str(folder), state_dict=weights)
+        config = read_object(folder / CONFIG_NAME)
+        write_json(folder / CONFIG_NAME, config | {"base_model_name_or_path": located(model.name_or_path)})
+        manifest = read_manifest(folder) | {  # which holds an OSRMLoraConfig's provenance
+            "kind": "adapter",
+            "base_model": made["base_model"],
+            "task_type": config["task_type"],
+            "task": task.name,
+            "num_labels": task.num_labels,
+            "metric": task.metric,
+            "train_rows": len(task.train),
+            **made,
+            "command": command(),
+            "versions": versions(),
+        }
+        write_manifest(folder, manifest)
 
 
 def whole_adapter(model: PeftModel) -> dict[str, Tensor]:
-    """What `model.save_pretrained(state_dict=…)` needs of a model that an engine may have split.
+    """The `state_dict` that `model.save_pretrained` needs, of a model that an engine may have split.
 
     Every process must call it. (The Trainer's own save leaves a frozen A out under ZeRO-3.)
     """

@@ -2,6 +2,7 @@
 
 import math
 import sys
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -80,8 +81,8 @@ def lore(
         weights: (T,) scale the task vectors beforehand (the paper has none).
         mu: absolute threshold μ.
         mu_ratio: μ as a share of the mean top singular value of θ_t − mean θ. Default, with 0.1, if nothing is given.
-        rank_ratio: instead of a threshold keep ⌈rank_ratio · min(o, n)⌉ singular values (the paper's dynamic rank).
-            In the core space o = n ≤ T·r; a share of the layer's own width would keep everything there.
+        rank_ratio: keep ⌈rank_ratio · min(o, n)⌉ singular values instead (the paper's dynamic rank). In the core
+            space o = n ≤ T·r; a share of the layer's own width would keep everything there.
         combine: `"sum"` (Algorithm 1, option 1), `"average"`, or `"ties"`: TIES selection of the δ_t, trimmed over each
             layer, on the layer's own entries in any space.
         density: of the TIES selection.
@@ -92,78 +93,116 @@ def lore(
         Where the δ_t cancel to rounding (always those of two adapters: δ_1 = −δ_2) the direction is 0.
     """
     check(mu, mu_ratio, rank_ratio, combine, density, max_iterations, tolerance)
-    narrow = min(tau.shape[1:])
-    dtype = torch.float64 if narrow <= SMALL else torch.float32
+    dtype = torch.float64 if min(tau.shape[1:]) <= SMALL else torch.float32
     theta = tau.to(dtype) if bool((weights == 1).all()) else weights.to(dtype)[:, None, None] * tau.to(dtype)
-    offset = theta.mean(0)
-    theta, base = _tall(theta), _tall(offset)
-    if mu is None and rank_ratio is None:
-        spread = [top_value(one - base) for one in theta]
-        mu = min((0.1 if mu_ratio is None else mu_ratio) * sum(spread) / len(spread), sys.float_info.max)
-    threshold, rank = mu or 0.0, math.ceil(rank_ratio * narrow) if rank_ratio is not None else None
-
-    size, moved, iterations, value = float(theta.norm()), math.inf, 0, 0.0
-    found: list[Directions] = []
-    while not iterations or (moved > tolerance * size and iterations < max_iterations):
-        moved = _step(theta, base, found, threshold) if found else math.inf
-        last, found, value = found, [], 0.0
-        for one in theta:
-            X, start = one - base, last[len(found)] if last else None
-            found.append(strongest(X, rank) if rank is not None else above(X, threshold, start))
-            value += _objective(X, found[-1].S, threshold)
-            del X  # not two of them at once
-        iterations += 1
-    report: dict[str, Any] = {"iterations": iterations, "converged": moved <= tolerance * size}
-    report |= {"rank": rank} if rank is not None else {"mu": mu, "objective": value}
-
-    # How much of Σ δ_t may be rounding: of the θ_t, and of δ_t that were found by iterations.
-    rounding = 4 * narrow**0.5 * torch.finfo(dtype).eps * sum(float(one.norm()) for one in theta)
-    if narrow > SMALL and rank is None:
-        rounding += 4 * TOLERANCE * sum(float((each.S - threshold).norm()) for each in found)
+    offset = theta.mean(0)  # the descent moves it in place
+    rank = None if rank_ratio is None else math.ceil(rank_ratio * min(tau.shape[1:]))
+    descent = _Descent(_tall(theta), _tall(offset), 0.0 if mu is None else mu, rank)
+    if mu is None and rank is None:
+        descent.mu = descent.threshold(0.1 if mu_ratio is None else mu_ratio)
+    report = descent.run(max_iterations, tolerance)
     if combine == "ties":
-        delta = torch.stack([each.soft(one - base, threshold) for one, each in zip(theta, found, strict=True)])
+        delta, kept = descent.deltas(), partial(ties, weights=torch.ones(len(tau)), density=density)
         delta = delta if delta.shape == tau.shape else delta.mT
-        if float(delta.sum(0).norm()) <= rounding:
-            delta = torch.zeros_like(delta)
-        kept = partial(ties, weights=torch.ones(len(tau)), density=density)
         return Merged(delta.to(tau.dtype), offset.to(tau.dtype), report, kept)
     direction = torch.zeros_like(offset)
-    for rows in _blocks(base):
-        for one, each in zip(theta, found, strict=True):
-            _tall(direction)[rows] += each.soft(one[rows] - base[rows], threshold)
-    if float(direction.norm()) <= rounding:
-        direction.zero_()
+    descent.add_deltas_to(_tall(direction))
     direction /= 1 if combine == "sum" else len(theta)
     return Merged(direction.to(tau.dtype), offset.to(tau.dtype), report)
 
 
+@dataclass
+class _Descent:
+    """The coordinate descent of one layer.
+
+    Attributes:
+        theta: (T, o, n) the θ_t, o ≥ n.
+        base: (o, n) θ₀, moved in place; it starts as mean θ.
+        mu: threshold μ of the δ_t; 0 with `rank`.
+        rank: how many singular values a δ_t keeps whatever their size; None: those above μ.
+        kept: the directions of each δ_t = SVT(θ_t − θ₀; μ).
+    """
+
+    theta: Tensor
+    base: Tensor
+    mu: float
+    rank: int | None
+    kept: list[Directions] = field(default_factory=list)
+
+    def threshold(self, ratio: float) -> float:
+        """μ, a share of the mean top singular value of θ_t − θ₀."""
+        top = [top_value(theta_t - self.base) for theta_t in self.theta]
+        return min(ratio * sum(top) / len(top), sys.float_info.max)
+
+    def run(self, max_iterations: int, tolerance: float) -> dict[str, Any]:
+        """Repeat both steps until θ₀ is at rest; returns the report."""
+        size, moved, iterations, value = float(self.theta.norm()), math.inf, 0, 0.0
+        while not iterations or (moved > tolerance * size and iterations < max_iterations):
+            moved = self._move_base() if self.kept else math.inf
+            value = self._threshold_deltas()
+            iterations += 1
+        report: dict[str, Any] = {"iterations": iterations, "converged": moved <= tolerance * size}
+        return report | ({"mu": self.mu, "objective": value} if self.rank is None else {"rank": self.rank})
+
+    def _move_base(self) -> float:
+        """θ₀ ← mean_t(θ_t − δ_t) = θ₀ + mean_t(X_t − δ_t) with X_t = θ_t − θ₀, in place; returns how far it moved."""
+        moved = 0.0
+        for rows in _blocks(self.base):
+            step = torch.zeros_like(self.base[rows])
+            for theta_t, kept in zip(self.theta, self.kept, strict=True):
+                X = theta_t[rows] - self.base[rows]
+                step += X - kept.soft(X, self.mu)
+            step /= len(self.theta)
+            self.base[rows] += step
+            moved += float(step.double().square().sum())
+        return math.sqrt(moved)
+
+    def _threshold_deltas(self) -> float:
+        """δ_t ← SVT(θ_t − θ₀; μ); returns the objective."""
+        last, self.kept, value = self.kept, [], 0.0
+        for theta_t in self.theta:
+            X, start = theta_t - self.base, last[len(self.kept)] if last else None
+            self.kept.append(above(X, self.mu, start) if self.rank is None else strongest(X, self.rank))
+            value += _objective(X, self.kept[-1].S, self.mu)
+            del X  # not two of them at once
+        return value
+
+    def deltas(self) -> Tensor:
+        """(T, o, n) the δ_t; 0 where they cancel to rounding."""
+        pairs = zip(self.theta, self.kept, strict=True)
+        delta = torch.stack([kept.soft(theta_t - self.base, self.mu) for theta_t, kept in pairs])
+        return torch.zeros_like(delta) if float(delta.sum(0).norm()) <= self._rounding() else delta
+
+    def add_deltas_to(self, total: Tensor) -> None:
+        """Add Σ δ_t to (o, n) zeros, in place; 0 where it is rounding."""
+        for rows in _blocks(self.base):
+            for theta_t, kept in zip(self.theta, self.kept, strict=True):
+                total[rows] += kept.soft(theta_t[rows] - self.base[rows], self.mu)
+        if float(total.norm()) <= self._rounding():
+            total.zero_()
+
+    def _rounding(self) -> float:
+        """How much of ‖Σ δ_t‖ may be rounding: of the θ_t, and of δ_t that were found by iterations."""
+        narrow = self.base.shape[1]
+        rounding = 4 * narrow**0.5 * torch.finfo(self.base.dtype).eps * sum(float(one.norm()) for one in self.theta)
+        if narrow > SMALL and self.rank is None:
+            rounding += 4 * TOLERANCE * sum(float((kept.S - self.mu).norm()) for kept in self.kept)
+        return rounding
+
+
 def _tall(X: Tensor) -> Tensor:
-    """With the shorter side last, as a view: the directions that are kept are those of the shorter side."""
+    """A view with the shorter side last: the directions that are kept are those of the shorter side."""
     return X.mT if X.shape[-2] < X.shape[-1] else X
 
 
-def _step(theta: Tensor, base: Tensor, found: list[Directions], mu: float) -> float:
-    """θ₀ ← mean_t(θ_t − δ_t) = θ₀ + mean_t(X_t − δ_t) with X_t = θ_t − θ₀, in place; returns how far it moved."""
-    moved = 0.0
-    for rows in _blocks(base):
-        step = torch.zeros_like(base[rows])
-        for one, each in zip(theta, found, strict=True):
-            X = one[rows] - base[rows]
-            step += X - each.soft(X, mu)
-        step /= len(theta)
-        base[rows] += step
-        moved += float(step.double().square().sum())
-    return math.sqrt(moved)
-
-
 def _objective(X: Tensor, S: Tensor, mu: float) -> float:
-    """½‖X − δ‖_F² + μ‖δ‖_* of δ = U (S − μ) Vᵀ: what was not found, what was cut, and what was kept."""
+    """½‖X − δ‖_F² + μ‖δ‖_* with δ = U (S − μ) Vᵀ; the terms: values below μ, what μ cuts, what is kept."""
     whole = sum(float(X[rows].double().square().sum()) for rows in _blocks(X))
     S = S.double()
     return max(whole - float(S.square().sum()), 0) / 2 + len(S) * mu * mu / 2 + mu * float((S - mu).sum())
 
 
 def _blocks(X: Tensor) -> list[slice]:
-    """Some rows at a time: a step makes no further (o, n) matrix."""
+    """Slices of some rows each, so that a step makes no further (o, n) matrix."""
     size = max(1, _ENTRIES // max(X.shape[1], 1))
     return [slice(start, start + size) for start in range(0, len(X), size)]
