@@ -13,7 +13,8 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from osrm_peft.checkpoints.blocks import Blocks
 from osrm_peft.checkpoints.model_files import crc32_of
-from osrm_peft.checkpoints.plan import STATE, CheckpointPlan, plan_checkpoints
+from osrm_peft.checkpoints.plan import STATE, CheckpointPlan, Vocab, plan_checkpoints
+from osrm_peft.checkpoints.shapes import OutputDtype
 from osrm_peft.checkpoints.skeleton import built_config
 from osrm_peft.checkpoints.writing import write_heads, write_rest, write_shard
 from osrm_peft.checks import printable
@@ -34,9 +35,9 @@ def merge_checkpoints(
     weights: Weights = None,
     scale: float | None = None,
     heads: Sequence[str] = (),
-    vocab: str = "error",
+    vocab: Vocab = "error",
     tokenizer: str | None = None,
-    dtype: str | None = None,
+    dtype: OutputDtype | None = None,
     shard_size: int = 5 * 10**9,
     seed: int = 0,
     resume: bool = False,

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ from osrm_peft.merging.weights import Weights, weights_by_layer, weights_by_task
 
 logger = logging.getLogger(__name__)
 
-VOCAB = ("error", "intersect")
+Vocab = Literal["error", "intersect"]
 STATE = "merge_state.json"  # in the folder of an unfinished merge
 _RESERVED = ("heads", "README.md", MANIFEST, STATE)
 CHECKPOINT_METHODS = tuple(
@@ -135,7 +135,7 @@ def plan_checkpoints(
     """Check everything and open all files; see `merge_checkpoints` for arguments and errors."""
     chosen = get_method(choice("checkpoint method", method, CHECKPOINT_METHODS))
     options, scale = chosen.bind(options), number("scale", chosen.scale if scale is None else scale)
-    choice("vocab", vocab, VOCAB)
+    choice("vocab", vocab, get_args(Vocab))
     if dtype is not None:
         choice("dtype", dtype, OUTPUT_DTYPES)
     shard_size, seed, names = integer("shard_size", shard_size, 2**20), integer("seed", seed, 0), check_names(models)

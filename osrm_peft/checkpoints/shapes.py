@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
+from typing import Literal, get_args
 
 import torch
 
@@ -10,7 +11,8 @@ from osrm_peft.checkpoints.names import PART, Names
 from osrm_peft.checkpoints.settings import vocabulary_size
 
 BASE = "base"  # the base model's name among the inputs
-OUTPUT_DTYPES = ("float32", "bfloat16", "float16", "float64")
+OutputDtype = Literal["float32", "bfloat16", "float16", "float64"]
+OUTPUT_DTYPES = get_args(OutputDtype)
 
 
 def is_matrix(shape: Sequence[int]) -> bool:

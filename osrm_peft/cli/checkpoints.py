@@ -1,7 +1,7 @@
 """The commands around full models: merge-checkpoints, inspect."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -24,12 +24,17 @@ def merge_checkpoints(
     heads: Annotated[
         list[str] | None, typer.Option(help="Tensors that each model keeps: a pattern; repeat it.")
     ] = None,
-    vocab: Annotated[str, typer.Option(help="error, or intersect: keep the tokens that all models have.")] = "error",
+    vocab: Annotated[
+        Literal["error", "intersect"], typer.Option(help="intersect: keep the tokens that all models have.")
+    ] = "error",
     tokenizer: Annotated[
         str | None,
         typer.Option(help="Whose tokenizer and generation settings: base, or a model. Default: the models'."),
     ] = None,
-    dtype: Annotated[str | None, typer.Option(help="Of the result. Default: the models'.")] = None,
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16", "float64"] | None,
+        typer.Option(help="Of the result. Default: the models'."),
+    ] = None,
     shard_size: Annotated[int, typer.Option(help="Bytes of a weight file, at most.")] = 5 * 10**9,
     seed: Annotated[int, typer.Option(help="Of methods that draw (dare).")] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with this merge where it was interrupted.")] = False,

@@ -17,6 +17,9 @@ AdaptersArgument = Annotated[
     list[str] | None, typer.Argument(help="Adapters, as TASK=FOLDER or TASK=user/name (or just FOLDER).")
 ]
 StatisticsOption = Annotated[list[str] | None, typer.Option(help="TASK=FILE for fisher and regmean; repeat it.")]
+SpaceOption = Annotated[
+    Literal["auto", "weight", "core", "knots"] | None, typer.Option(help="Where the method runs. Default: auto.")
+]
 FeaturesOption = Annotated[list[str] | None, typer.Option(help="TASK=FILE of the pre-trained model; repeat it.")]
 
 
@@ -35,9 +38,7 @@ def merge(
         list[str] | None,
         typer.Option(help="λ, or features. Default: the method's paper's. Repeat it for a sweep: OUT/scale_<λ>."),
     ] = None,
-    space: Annotated[
-        Literal["auto", "weight", "core", "knots"] | None, typer.Option(help="Where the method runs. Default: auto.")
-    ] = None,
+    space: SpaceOption = None,
     rank: Annotated[str | None, typer.Option(help="Largest rank of the result, or serving. Default: exact.")] = None,
     modules: Annotated[
         str | None,

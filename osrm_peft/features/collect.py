@@ -18,7 +18,7 @@ from osrm_peft.features.batches import Batch, check_rereadable, samples
 from osrm_peft.features.collector import Collector
 from osrm_peft.features.file import JoinedMoments
 from osrm_peft.features.hooks import preserve_state, watch_inputs
-from osrm_peft.features.moments import STATISTICS
+from osrm_peft.features.moments import STATISTICS, FeatureStatistic
 from osrm_peft.features.padding import EncoderDecoder
 from osrm_peft.features.task_features import TaskFeatures, tokenizer_hash
 from osrm_peft.hub.privacy import public_name
@@ -40,7 +40,7 @@ def collect_features(
     *,
     task: str,
     target_modules: list[str] | str | LoraConfig | None = None,
-    statistic: str = "token",
+    statistic: FeatureStatistic = "token",
     num_samples: int = 100,
     seed: int | None = None,
     tokenizer: Any = None,

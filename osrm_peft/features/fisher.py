@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from peft import LoraConfig
@@ -23,7 +23,7 @@ from osrm_peft.io.places import new_file
 from osrm_peft.io.yaml import check_fields
 from osrm_peft.models.layers import base_name, base_of, target_layers, unwrapped
 
-LABELS = ("expected", "true")
+Labels = Literal["expected", "true"]
 _FORMAT = 1
 
 
@@ -94,7 +94,7 @@ def collect_fisher(
     *,
     task: str,
     target_modules: list[str] | str | LoraConfig | None = None,
-    labels: str = "expected",
+    labels: Labels = "expected",
     num_samples: int = 1000,
     seed: int | None = None,
     progress: bool = True,
@@ -120,7 +120,7 @@ def collect_fisher(
     Raises:
         ValueError: unknown `labels`, none in the batch, no target layer, no sample, or logits of another shape.
     """
-    choice("labels", labels, LABELS)
+    choice("labels", labels, get_args(Labels))
     num_samples = integer("num_samples", num_samples, 1)
     model = unwrapped(model)
     layers = target_layers(model, target_modules)

@@ -2,13 +2,15 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from osrm_peft.checks import choice
 
-STATISTICS = ("mean", "sample", "token")
+FeatureStatistic = Literal["mean", "sample", "token"]
+STATISTICS = get_args(FeatureStatistic)
 _UNIT = torch.finfo(torch.float32).eps / 2  # the relative rounding of h
 
 

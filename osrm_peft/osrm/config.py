@@ -10,7 +10,7 @@ from peft.utils import CONFIG_NAME
 
 from osrm_peft.adapters.config import NOT_PLAIN
 from osrm_peft.checks import choice, integer, number
-from osrm_peft.features.moments import STATISTICS
+from osrm_peft.features.moments import STATISTICS, FeatureStatistic
 from osrm_peft.hub.card import write_manifest
 from osrm_peft.hub.privacy import public, public_name
 from osrm_peft.io.manifest import MANIFEST, command, versions
@@ -18,7 +18,8 @@ from osrm_peft.io.places import check_file
 from osrm_peft.models.identity import located
 from osrm_peft.osrm.subspace import NullSpace, Objective, check_protect
 
-_DEFAULT_CHOICE: tuple[str, NullSpace, float | None] = ("token", "in_task", 0.9)  # the best of benchmarks/osrm_study.py
+# the best of benchmarks/osrm_study.py
+_DEFAULT_CHOICE: tuple[FeatureStatistic, NullSpace, float | None] = ("token", "in_task", 0.9)
 
 
 @dataclass
@@ -58,7 +59,7 @@ class OSRMLoraConfig(LoraConfig):
     """
 
     out_of_task: list[str] | None = None
-    statistic: str = _DEFAULT_CHOICE[0]
+    statistic: FeatureStatistic = _DEFAULT_CHOICE[0]
     null_space: NullSpace = _DEFAULT_CHOICE[1]
     objective: Objective = "least_energy"
     in_task: str | None = None

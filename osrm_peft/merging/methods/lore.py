@@ -4,7 +4,7 @@ import math
 import sys
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from osrm_peft.merging.methods.sparsify import check_density
 from osrm_peft.merging.methods.svt import SMALL, TOLERANCE, Directions, above, strongest, top_value
 from osrm_peft.merging.methods.ties import ties
 
-COMBINE = ("sum", "average", "ties")
+Combine = Literal["sum", "average", "ties"]
 _ENTRIES = 2**20  # of a block of rows
 
 
@@ -38,7 +38,7 @@ def check(
             number(name, value, 0)
     if rank_ratio is not None:
         number("rank_ratio", rank_ratio, 0, 1, open_low=True)
-    choice("combine", combine, COMBINE)
+    choice("combine", combine, get_args(Combine))
     check_density(density)
     integer("max_iterations", max_iterations, 1)
     number("tolerance", tolerance, 0)
@@ -61,7 +61,7 @@ def lore(
     mu: float | None = None,
     mu_ratio: float | None = None,
     rank_ratio: float | None = None,
-    combine: str = "sum",
+    combine: Combine = "sum",
     density: float = 0.2,
     max_iterations: int = 200,
     tolerance: float = 1e-6,

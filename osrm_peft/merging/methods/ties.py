@@ -1,7 +1,7 @@
 """TIES: trim, elect a sign, merge what agrees with it."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -10,13 +10,13 @@ from osrm_peft.checks import choice
 from osrm_peft.merging.methods.registry import AddUp, Stacks, alone, register
 from osrm_peft.merging.methods.sparsify import check_density, keep_above, magnitude_thresholds
 
-TRIMS = ("model", "layer")
+Trim = Literal["model", "layer"]
 
 
 def check(density: float, trim: str) -> None:
     """Raise ValueError for options out of range."""
     check_density(density)
-    choice("trim", trim, TRIMS)
+    choice("trim", trim, get_args(Trim))
 
 
 def trims_layers(options: Mapping[str, Any]) -> bool:
@@ -37,7 +37,7 @@ def summarise(stacks: Stacks, add_up: AddUp = alone, *, density: float, trim: st
     whole_tensor=trims_layers,
 )
 def ties(
-    tau: Tensor, weights: Tensor, summary: Tensor | None = None, *, density: float = 0.2, trim: str = "model"
+    tau: Tensor, weights: Tensor, summary: Tensor | None = None, *, density: float = 0.2, trim: Trim = "model"
 ) -> Tensor:
     """Trim each τ_t to its largest entries, elect γ = sgn(Σ_t w_t τ̂_t), average the entries that agree with γ.
 
