@@ -12,15 +12,18 @@ from tests.helpers.models import make_base
 MARKED = {
     "process": (
         "multiprocess/",
+        "adapters/test_adapters.py::test_stock_peft_alone",
         "checkpoints/faults/",
         "cli/test_terminal.py",
         "demo/",
+        "features/test_file.py::test_features_from_the_hub",
         "hub/test_push.py",
         "hub/test_push_of_training.py",
         "hub/test_push_refusals.py",
         "hub/test_serving.py",
         "hub/test_sources.py",
         "io/test_places.py",
+        "merging/methods/test_svt.py::test_of_task_vectors_of_full_rank_no_copies",
         "tasks/test_glue.py",
         "test_docs.py::test_every_python_block",
         "test_docs.py::test_a_users_file",

@@ -13,6 +13,7 @@ from osrm_peft import LoraAdapter, load_adapter, merge_adapters
 from osrm_peft.adapters.factors import Factors
 from osrm_peft.merging.lowrank import Compressed, least_energy
 from osrm_peft.merging.plan import plan_merge
+from osrm_peft.merging.request import MergeRequest
 from tests.helpers.adapters import make_adapter
 from tests.helpers.models import make_base, make_batch
 
@@ -100,9 +101,9 @@ def test_what_does_not_fit_into_the_largest_serving_rank_is_cut_to_it():
     config = {"base_model_name_or_path": "base", "target_modules": ["q"]}
     factors = Factors(torch.ones(2, 600), torch.ones(600, 2))
     adapters = {task: LoraAdapter({"q": factors}, {}, config) for task in "ab"}
-    plan = plan_merge(adapters, "ties", rank="serving")  # of dense matrices: any rank up to 600
+    plan = plan_merge(MergeRequest(adapters, "ties", rank="serving"))  # of dense matrices: any rank up to 600
     assert (plan.padded, plan.rank) == (512, 512)
-    plan = plan_merge(adapters, "task_arithmetic", rank="serving")
+    plan = plan_merge(MergeRequest(adapters, "task_arithmetic", rank="serving"))
     assert (plan.padded, plan.rank) == (8, None) and plan.output_bytes() == 4 * 8 * 1200
 
 
