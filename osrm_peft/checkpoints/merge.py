@@ -41,6 +41,7 @@ def merge_checkpoints(
     shard_size: int = 5 * 10**9,
     seed: int = 0,
     resume: bool = False,
+    overwrite: bool = False,
     verify: bool = True,
     progress: bool = False,
     **options: Any,
@@ -54,7 +55,7 @@ def merge_checkpoints(
 
     Args:
         models: {name: folder that `save_pretrained` wrote, or Hub id}. Safetensors only.
-        out: the result's folder; an earlier result there is replaced.
+        out: the result's folder, which is returned.
         method: `average`, `task_arithmetic`, `ties`, `dare`, `dare_ties`, `lore`, `tsv`, `iso` or `emr`.
         base: the model they were trained from; average and LoRE need none.
         weights: one a model, by name or in order, or by tensor name patterns, as in `merge_adapters`.
@@ -68,12 +69,10 @@ def merge_checkpoints(
         shard_size: bytes of a weight file, at most.
         seed: of the methods that draw.
         resume: go on with an interrupted merge of the same inputs and options: finished weight files are kept.
+        overwrite: replace another result, or what an interrupted merge has finished.
         verify: compare the weight files of earlier merges with the checksums in their manifests.
         progress: show a bar.
         **options: the method's own.
-
-    Returns:
-        The folder.
 
     Raises:
         TypeError, ValueError, FileNotFoundError: bad options, models that are not alike, damaged or pickled files.
@@ -84,23 +83,38 @@ def merge_checkpoints(
         models, method, base=base, weights=weights, scale=scale, heads=heads, vocab=vocab,
         tokenizer=tokenizer, dtype=dtype, shard_size=shard_size, seed=seed, **options,
     )  # fmt: skip
-    return execute(plan, out, resume=resume, verify=verify, progress=progress)
+    return execute(plan, out, resume=resume, overwrite=overwrite, verify=verify, progress=progress)
 
 
 def execute(
-    plan: CheckpointPlan, out: Path, *, resume: bool = False, verify: bool = True, progress: bool = False
+    plan: CheckpointPlan,
+    out: Path,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    verify: bool = True,
+    progress: bool = False,
 ) -> Path:
     """Merge as planned, into a folder beside `out` that is renamed to it at the end."""
+    check_replaceable(out, "checkpoint", plan.manifest(), overwrite)
     partial = out.with_name(f".{out.name}.merging")
     if not partial.exists():  # else a part of the result may be written already
         check_space(out, (len(plan.models) if plan.method.per_task else 1) * plan.size_of(list(plan.shapes)))
     with alone_in(partial):
-        return _execute(plan, out, partial, resume, verify, progress)
+        state = _state(partial, plan, resume, overwrite)
+        return _execute(plan, out, partial, state, overwrite, verify, progress)
 
 
-def _execute(plan: CheckpointPlan, out: Path, partial: Path, resume: bool, verify: bool, progress: bool) -> Path:
-    folders = [f"{name}/" for name in plan.models] if plan.method.per_task else [""]
-    state = _state(partial, plan, folders, resume)
+def _execute(
+    plan: CheckpointPlan,
+    out: Path,
+    partial: Path,
+    state: dict[str, Any],
+    overwrite: bool,
+    verify: bool,
+    progress: bool,
+) -> Path:
+    folders = plan.folders
     missing = [name for file, names in plan.shards if file not in state["crc32"] for name in names]
     _clear(partial, {partial / STATE, *(partial / folder / file for file in state["crc32"] for folder in folders)})
     check_space(out, len(folders) * plan.size_of(missing))
@@ -142,7 +156,7 @@ def _execute(plan: CheckpointPlan, out: Path, partial: Path, resume: bool, verif
     written = {path.relative_to(partial).as_posix() for path in partial.rglob("*") if path.is_file()} - {STATE}
     written |= {MANIFEST, "README.md"}
     write_manifest(partial, plan.manifest() | {"crc32": checksums, "files": sorted(written)})
-    check_replaceable(out, "checkpoint")  # the place may have changed meanwhile
+    check_replaceable(out, "checkpoint", plan.manifest(), overwrite)  # the place may have changed meanwhile
     (partial / STATE).unlink()
     with alone_in(out) if out.is_dir() else nullcontext():  # the earlier result, until it is removed
         put_in_place(partial, out)
@@ -179,19 +193,32 @@ def load_merged_checkpoint(
     return model.eval()
 
 
-def _state(partial: Path, plan: CheckpointPlan, folders: list[str], resume: bool) -> dict[str, Any]:
-    """The state of an interrupted merge, without files that are damaged; a new state without `resume`."""
+def _state(partial: Path, plan: CheckpointPlan, resume: bool, overwrite: bool) -> dict[str, Any]:
+    """The state of an interrupted merge, without files that are damaged, to go on with; or a new state."""
     state: dict[str, Any] = {"fingerprint": plan.fingerprint(), "summary": None, "crc32": {}}
-    if resume and (partial / STATE).is_file():
+    if not (partial / STATE).is_file() or (overwrite and not resume):
+        return state
+    try:
         earlier = read_object(partial / STATE)
-        if earlier.get("fingerprint") != state["fingerprint"]:
-            raise ValueError(f"{partial} is of another merge (other inputs or options): merge without resume")
-        try:
-            sound = {file: sums for file, sums in earlier["crc32"].items() if _sound(partial, file, folders, sums)}
-        except (KeyError, AttributeError, TypeError, ValueError) as error:
-            raise ValueError(f"{partial / STATE} is damaged ({error}): merge without resume") from error
-        return state | {"summary": earlier.get("summary"), "crc32": sound}
-    return state
+        done = {file: sums for file, sums in earlier["crc32"].items() if _sound(partial, file, plan.folders, sums)}
+        same = earlier.get("fingerprint") == state["fingerprint"]
+    except (KeyError, AttributeError, TypeError, ValueError) as error:
+        if not resume:
+            return state  # nothing that could be gone on with
+        raise ValueError(f"{partial / STATE} is damaged ({error}): begin anew, without resume") from error
+    if resume and not same:
+        raise ValueError(
+            f"{partial} is of another merge (other inputs or options): begin anew with overwrite=True (--overwrite), "
+            "without resume"
+        )
+    if done and not resume:
+        what = "this merge" if same else "another merge"
+        way = "go on with resume=True (--resume), or begin anew" if same else "begin anew"
+        raise FileExistsError(
+            f"{partial} holds {len(done)} finished weight files of {what}, which was interrupted: {way} with "
+            "overwrite=True (--overwrite)"
+        )
+    return state | {"summary": earlier.get("summary"), "crc32": done} if resume else state
 
 
 def _sound(partial: Path, file: str, folders: list[str], sums: list[str]) -> bool:

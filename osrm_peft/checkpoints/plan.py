@@ -78,6 +78,11 @@ class CheckpointPlan:
         return sum(torch.Size(self.shapes[name]).numel() * self.dtypes[name].itemsize for name in names)
 
     @property
+    def folders(self) -> list[str]:
+        """Folders of models in the result: itself, or one a model where the method gives each its own."""
+        return [f"{name}/" for name in self.models] if self.method.per_task else [""]
+
+    @property
     def averaged(self) -> list[str]:
         """The tensors that a spectral method averages: those that are no matrices."""
         floats = (name for name in self.shapes if self.dtypes[name].is_floating_point)

@@ -38,6 +38,7 @@ def merge_checkpoints(
     shard_size: Annotated[int, typer.Option(help="Bytes of a weight file, at most.")] = 5 * 10**9,
     seed: Annotated[int, typer.Option(help="Of methods that draw (dare).")] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with this merge where it was interrupted.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace another result of ours.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, say what would be written.")] = False,
 ) -> None:
     """Merge full models into one, from disk to disk; none is ever in memory as a whole."""
@@ -51,6 +52,7 @@ def merge_checkpoints(
         sources(models), method, base=base, weights=values(weight) or None, scale=scale, heads=heads or [],
         vocab=vocab, tokenizer=tokenizer, dtype=dtype, shard_size=shard_size, seed=seed, **values(option),
     )  # fmt: skip
+    check_replaceable(folder, "checkpoint", plan.manifest(), overwrite)
     size = plan.size_of(list(plan.shapes)) / 2**30
     if plan.text.line():
         say(plan.text.line())
@@ -58,7 +60,7 @@ def merge_checkpoints(
         check_space(folder, plan.size_of(list(plan.shapes)))
         say(f"would write {out}: {len(plan.shapes)} tensors, {size:.2f} GiB in {len(plan.shards)} files")
         return
-    execute(plan, folder, resume=resume, progress=True)
+    execute(plan, folder, resume=resume, overwrite=overwrite, progress=True)
     say(f"wrote {out}: {len(plan.shapes)} tensors, {size:.2f} GiB in {len(plan.shards)} files")
 
 

@@ -131,6 +131,7 @@ def project(
     protect_rank: Annotated[int | None, typer.Option(help="How many of the strongest directions to avoid.")] = None,
     protect_energy: Annotated[float | None, typer.Option(help="Share of the energy whose directions to avoid.")] = None,
     seed: Annotated[int, typer.Option(help="Of the random choice.")] = 0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace another adapter of ours.")] = False,
 ) -> None:
     """OSRM after the fact: keep a trained adapter away from the other tasks' features (paper §5.4)."""
     from osrm_peft.io.manifest import check_replaceable
@@ -141,7 +142,7 @@ def project(
         adapter, features, in_task=in_task, min_effect_kept=min_effect_kept, null_space=null_space,
         protect_rank=protect_rank, protect_energy=protect_energy, seed=seed, progress=True,
     )  # fmt: skip
-    projection.save_pretrained(out)
+    projection.save_pretrained(out, overwrite=overwrite)
     mean = projection.mean()
     parts = [f"{name.replace('_', ' ')} {value:.3g}" for name, value in mean.items()]
     least = min(layer.energy_kept for layer in projection.layers.values())

@@ -5,7 +5,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -25,6 +25,9 @@ from osrm_peft.cli.app import (
     say,
     values,
 )
+
+if TYPE_CHECKING:
+    from osrm_peft.tasks.task import Task
 
 
 @app.command()
@@ -60,6 +63,7 @@ def evaluate(
     max_length: int = 128,
     out: Annotated[Path | None, typer.Option(help="Write the scores to this JSON file.")] = None,
     save: Annotated[bool, typer.Option("--save", help="Put the scores into the folder's manifest and card.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace scores on other rows.")] = False,
 ) -> None:
     """Score an adapter on a suite's tasks: a merged one with each task's head, a single one on its own task.
 
@@ -76,8 +80,9 @@ def evaluate(
     from osrm_peft.models.loading import load_tokenizer
     from osrm_peft.tasks.suites import load_task
 
+    settings = {"adapter": adapter, "suite": suite, "model": model, "rows": rows, "max_length": max_length}
     if out is not None:
-        check_file(out)
+        _check_scores_file(check_file(out), settings, overwrite)
     folder = local_folder(adapter, ["*.json", "*.safetensors", "heads/*.safetensors"])
     manifest = read_manifest(folder)
     model_card(manifest)  # a damaged manifest shows here
@@ -87,27 +92,59 @@ def evaluate(
         raise ValueError(f"{adapter} does not say which task it is for: name it with --task")
     if save and (not manifest or not Path(adapter).is_dir()):
         raise ValueError(f"--save writes the scores into a folder of ours, with {MANIFEST}; {adapter} is none")
+    tasks = {name: load_task(suite, name).sample(validation=rows) for name in names}
+    records = _records(tasks, suite)
     if save:
         check_own_files(folder)
-    scores, records, processes = [], [], start()
-    for name in names:
-        rows_of_task = load_task(suite, name).sample(validation=rows)
+        _check_scores(manifest, records, adapter, overwrite)
+    scores, processes = [], start()
+    for record, (name, rows_of_task) in zip(records, tasks.items(), strict=True):
         base, with_task = load(name)
         tokenizer, with_task = load_tokenizer(base), with_task.to(local_device())
         value = evaluate_task(with_task, rows_of_task, tokenizer, max_length=max_length, distributed=True)
         method, scale = (str(manifest.get("method")), manifest.get("scale")) if merged else ("individual", None)
         scores.append(Score(Path(adapter).name, method, scale, 0, name, value))
-        records.append(
-            {"task": name, "metric": rows_of_task.metric, "value": value, "split": "validation"}
-            | {"rows": len(rows_of_task.validation), "dataset": "nyu-mll/glue" if suite == "glue" else None}
-        )
+        record["value"] = value
     console.print(MultiTaskTable.of(scores).terminal(f"Scores in percent on {suite}"))
     if save and processes.is_main_process:
         record_scores(folder, records)
     if out is not None and processes.is_main_process:
-        settings = {"adapter": adapter, "suite": suite, "model": model, "rows": rows, "max_length": max_length}
         content = {"scores": {score.task: score.score for score in scores}, "settings": settings}
         write_json(out, content | {"manifest": manifest, "versions": versions()})
+
+
+def _records(tasks: "dict[str, Task]", suite: str) -> list[dict[str, Any]]:
+    """What a manifest says of each task's score, but for its value."""
+    dataset = "nyu-mll/glue" if suite == "glue" else None
+    return [
+        {"task": name, "metric": task.metric, "split": "validation", "rows": len(task.validation), "dataset": dataset}
+        for name, task in tasks.items()
+    ]
+
+
+def _check_scores_file(out: Path, settings: dict[str, Any], overwrite: bool) -> None:
+    """Refuse a file that holds anything but scores of the same evaluation."""
+    from osrm_peft.io.json import read_object
+
+    if out.exists() and not overwrite:
+        earlier = read_object(out).get("settings")
+        if earlier != settings:
+            what = f"scores of another evaluation ({earlier})" if isinstance(earlier, dict) else "no scores of ours"
+            raise FileExistsError(f"{out} holds {what}: name another file, or replace it with --overwrite")
+
+
+def _check_scores(manifest: dict[str, Any], records: list[dict[str, Any]], folder: str, overwrite: bool) -> None:
+    """Refuse to put scores in the place of others, which are on other rows or by another metric."""
+    earlier = {score["task"]: score for score in manifest.get("scores") or []}
+    for record in records if not overwrite else ():
+        score = earlier.get(record["task"], record)
+        differ = [name for name in ("metric", "split", "rows", "dataset") if score.get(name) != record[name]]
+        if differ:
+            before, now = score.get(differ[0]), record[differ[0]]
+            raise FileExistsError(
+                f"{folder} has a score of {record['task']!r} with {differ[0]}={before!r}, this one has {now!r}: "
+                "--overwrite puts it in its place"
+            )
 
 
 def _is_merge(manifest: dict[str, Any]) -> bool:

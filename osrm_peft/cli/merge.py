@@ -50,9 +50,8 @@ def merge(
     statistics: StatisticsOption = None,
     features: FeaturesOption = None,
     seed: Annotated[int | None, typer.Option(help="Of methods that draw (dare).")] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check everything, say what would be merged, stop.")
-    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace another result of ours.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, say what would be merged.")] = False,
 ) -> None:
     """Merge LoRA adapters into one, with each task's head beside it. The base model is not read."""
     from osrm_peft.merging.plan import plan_merge
@@ -79,10 +78,11 @@ def merge(
     request = MergeRequest.from_fields(**given) if config is None else MergeRequest.from_yaml(config, **given)
     folders = _folders(request, out)
     plan = plan_merge(request.at_first_scale())
+    _check_folders(plan, folders, out, overwrite)
     if dry_run:
         _show(plan, folders)
     else:
-        _write(plan, folders)
+        _write(plan, folders, overwrite)
 
 
 def _folders(request: "MergeRequest", out: Path) -> list[tuple[Any, Path]]:
@@ -100,6 +100,20 @@ def _folders(request: "MergeRequest", out: Path) -> list[tuple[Any, Path]]:
     return folders
 
 
+def _check_folders(plan: "MergePlan", folders: list[tuple[Any, Path]], out: Path, overwrite: bool) -> None:
+    """Are the folders free, or of the same merge? A sweep's folder is of one sweep."""
+    from osrm_peft.io.manifest import check_replaceable, read_manifest, what_is_lost
+
+    made = plan.manifest()
+    for scale, folder in folders:
+        check_replaceable(folder, plan.method.kind, made if len(folders) == 1 else made | {"scale": scale}, overwrite)
+    places = [folder for _, folder in folders]
+    for folder in sorted(set(out.glob("scale_*")) - set(places)) if len(places) > 1 else []:
+        earlier = read_manifest(folder)
+        if what_is_lost(earlier | {"scores": []}, made | {"scale": earlier.get("scale")}):
+            raise FileExistsError(f"{out} holds {folder.name} of another sweep: name a new folder")
+
+
 def _show(plan: "MergePlan", folders: list[tuple[Any, Path]]) -> None:
     from osrm_peft.cli.tables import plan_tables
 
@@ -109,7 +123,7 @@ def _show(plan: "MergePlan", folders: list[tuple[Any, Path]]) -> None:
         say(f"would write {folder}" + (f" at λ = {scale!r}" if len(folders) > 1 else ""))
 
 
-def _write(plan: "MergePlan", folders: list[tuple[Any, Path]]) -> None:
+def _write(plan: "MergePlan", folders: list[tuple[Any, Path]], overwrite: bool) -> None:
     from osrm_peft.distributed import start
     from osrm_peft.io.manifest import read_manifest
     from osrm_peft.merging.emr_adapter import EMRAdapter
@@ -119,7 +133,7 @@ def _write(plan: "MergePlan", folders: list[tuple[Any, Path]]) -> None:
     merged = execute(plan, processes, progress=True)
     for scale, folder in folders if processes.is_main_process else ():
         scaled = merged if len(folders) == 1 else merged.at_scale(scale)
-        scaled.save_pretrained(folder)
+        scaled.save_pretrained(folder, overwrite=overwrite)
         if isinstance(scaled, EMRAdapter):
             say(f"wrote {folder}: one shared vector, masks and scales of {len(scaled.tasks)} tasks")
             continue

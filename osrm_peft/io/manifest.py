@@ -1,6 +1,7 @@
 """osrm_peft.json, which says how we made a folder, and folders that are written whole or not at all."""
 
 import importlib.metadata
+import json
 import platform
 import shlex
 import sys
@@ -27,9 +28,17 @@ _FIELDS = {
     "scale": int | float, "num_labels": int, "crc32": dict,
 }  # fmt: skip
 
+# Fields of a manifest that say how a result was made, besides its inputs
+_MADE_FROM = (
+    "method", "options", "scale", "weights", "space", "rank", "seed", "heads", "modules_policy", "vocab", "dtype",
+    "base_model", "statistics", "features", "projected", "task",
+)  # fmt: skip
+
 
 @contextmanager
-def new_folder(path: str | Path, kind: str) -> Iterator[Path]:
+def new_folder(
+    path: str | Path, kind: str, made: Mapping[str, Any] | None = None, overwrite: bool = False
+) -> Iterator[Path]:
     """A temporary folder beside `path`, renamed to it when the block ends without an error.
 
     Args:
@@ -38,16 +47,24 @@ def new_folder(path: str | Path, kind: str) -> Iterator[Path]:
     Raises:
         FileExistsError: see `check_replaceable`.
     """
-    path = check_replaceable(path, kind)  # the folder behind a link is replaced, not the link
+    path = check_replaceable(path, kind, made, overwrite)  # the folder behind a link is replaced, not the link
     with beside(path) as folder:
         partial = folder / path.name
         partial.mkdir()
         yield partial
-        put_in_place(partial, check_replaceable(path, kind))  # the place may have changed meanwhile
+        put_in_place(partial, check_replaceable(path, kind, made, overwrite))  # the place may have changed meanwhile
 
 
-def check_replaceable(path: str | Path, kind: str) -> Path:
-    """Refuse a path that holds anything but an earlier result of the same kind.
+def check_replaceable(
+    path: str | Path, kind: str, made: Mapping[str, Any] | None = None, overwrite: bool = False
+) -> Path:
+    """Refuse a path that holds anything but an earlier result of the same kind, made in the same way.
+
+    Args:
+        kind: `"adapter"`, `"merged"`, `"emr"` or `"checkpoint"`.
+        made: the manifest of the result that is to be written: an earlier one that was made otherwise, or that has
+            scores, is refused. None: only the kinds are compared.
+        overwrite: replace it all the same.
 
     Returns:
         The path, links resolved.
@@ -77,7 +94,33 @@ def check_replaceable(path: str | Path, kind: str) -> Path:
             f"{path} holds files of others ({', '.join(foreign[:4])}): replacing it would lose them; "
             "name a new folder, or remove them yourself"
         )
+    lost = None if made is None or overwrite else what_is_lost(manifest, made)
+    if lost:
+        raise FileExistsError(
+            f"{path} holds another result ({lost}), which would be lost: name a new folder, or replace it with "
+            "overwrite=True (--overwrite)"
+        )
     return path
+
+
+def what_is_lost(earlier: Mapping[str, Any], made: Mapping[str, Any]) -> str | None:
+    """What of an earlier result the one to be written has not: other inputs, another method or options, scores."""
+    made = json.loads(json.dumps(made))
+    for name in _MADE_FROM:
+        if earlier.get(name) != made.get(name):
+            return f"{name} {checks.shown(earlier.get(name))}, not {checks.shown(made.get(name))}"
+    before, now = _inputs(earlier), _inputs(made)
+    for task in before.keys() | now.keys():
+        if before.get(task) != now.get(task):
+            return f"{task!r} from another input" if before.keys() == now.keys() else f"of {', '.join(before)}"
+    scores = {score["task"] for score in earlier.get("scores") or [] if isinstance(score, Mapping)}
+    return f"scores of {', '.join(sorted(scores))}" if scores and not made.get("scores") else None
+
+
+def _inputs(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """{name: hash of an input's weights, or where it is from}."""
+    inputs = manifest.get("inputs") or {}
+    return {name: about.get("sha256") or about.get("source") for name, about in inputs.items()}
 
 
 def _runs_in(folder: Path) -> bool:

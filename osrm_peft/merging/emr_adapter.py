@@ -119,17 +119,17 @@ class EMRAdapter(Pushable):
         whole = (name for other in self.tasks.values() for name in (*other.heads, *other.modules))
         return replace(self.tasks[task], factors=factors, source="merge", sha256=None).apart(whole)
 
-    def save_pretrained(self, folder: str | Path) -> None:
+    def save_pretrained(self, folder: str | Path, *, overwrite: bool = False) -> None:
         """Write shared vector, packed masks and scales (`emr.safetensors`), heads and manifest, all or nothing.
 
         Raises:
-            FileExistsError: the folder holds something that is not ours.
+            FileExistsError: the folder holds something that is not ours, or another result (without `overwrite`).
         """
         tensors = {"scales": torch.tensor(list(self.scales.values()), dtype=torch.float64)}
         for name, layer in self.layers.items():
             tensors |= {f"{name}.unified": layer.unified.contiguous(), f"{name}.masks": layer.masks.contiguous()}
         notes = {"tasks": list(self.tasks), "layouts": next(iter(self.tasks.values())).layouts}
-        with new_folder(folder, "emr") as partial:
+        with new_folder(folder, "emr", self.manifest, overwrite) as partial:
             save_file(tensors, partial / MASKS, {"format": "pt", "osrm_peft": json.dumps(notes)})
             for name, adapter in self.tasks.items():
                 save_head(adapter, partial / HEADS / f"{name}.safetensors")

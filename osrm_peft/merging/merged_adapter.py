@@ -97,14 +97,14 @@ class MergedAdapter(Pushable):
         """
         return self.for_task(task).attach(base)
 
-    def save_pretrained(self, folder: str | Path) -> None:
+    def save_pretrained(self, folder: str | Path, *, overwrite: bool = False) -> None:
         """Write the shared adapter, `heads/<task>.safetensors`, the manifest `osrm_peft.json` and card, all or nothing.
 
         Raises:
-            FileExistsError: the folder holds something that is not ours.
+            FileExistsError: the folder holds something that is not ours, or another result (without `overwrite`).
         """
         found = self._found()
-        with new_folder(folder, "merged") as partial:
+        with new_folder(folder, "merged", self.manifest, overwrite) as partial:
             shared = self._adapter(None, found)
             shared.save_pretrained(partial)
             own = (adapter.heads or adapter.modules or adapter.copies for adapter in self.tasks.values())

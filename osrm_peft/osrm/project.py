@@ -67,11 +67,11 @@ class Projection(Pushable):
                 columns.setdefault(key, []).extend([] if value is None else [value])
         return {key: statistics.fmean(values) for key, values in columns.items() if values}
 
-    def save_pretrained(self, folder: str | Path) -> None:
+    def save_pretrained(self, folder: str | Path, *, overwrite: bool = False) -> None:
         """Write a stock PEFT adapter with a manifest: what it was made of, and each layer's LayerProjection.
 
         Raises:
-            FileExistsError: `folder` holds something that is not an adapter of ours.
+            FileExistsError: `folder` holds something that is not ours, or another adapter (without `overwrite`).
         """
         source = self.adapter.source  # a folder, user/name@commit, or what a live model is called
         known = Path(source).is_dir() or "@" in source
@@ -80,14 +80,10 @@ class Projection(Pushable):
             key: origin[key] for key in ("task", "num_labels", "metric", "seed") if key in origin
         }
         layers = {name: asdict(layer) for name, layer in self.layers.items()}
-        with new_folder(folder, "adapter") as partial:
+        manifest = {"kind": "adapter", "base_model": self.adapter.base_model, **described}
+        manifest |= {"task_type": self.adapter.config.get("task_type"), "projected": self.settings, "layers": layers}
+        with new_folder(folder, "adapter", manifest, overwrite) as partial:
             self.adapter.save_pretrained(partial)
-            manifest = {"kind": "adapter", "base_model": self.adapter.base_model, **described}
-            manifest |= {
-                "task_type": self.adapter.config.get("task_type"),
-                "projected": self.settings,
-                "layers": layers,
-            }
             write_manifest(partial, manifest | {"command": command(), "versions": versions()})
 
 

@@ -72,6 +72,26 @@ def test_a_merge_with_trained_modules_is_evaluated(flags, tmp_path, call):
     assert len(json.loads((tmp_path / "out/osrm_peft.json").read_text())["scores"]) == 2
 
 
+def test_scores_take_the_place_of_no_others_unless_told_to(tmp_path, call):
+    torch.manual_seed(0)
+    config = LoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS")
+    get_peft_model(load_base("packaged", 1), config).save_pretrained(tmp_path / "tweets")
+    call("merge", tmp_path / "tweets", "--out", tmp_path / "out")
+    given = ["evaluate", tmp_path / "out", "--max-length", 8, "--out", tmp_path / "scores.json", "--save"]
+    for _ in range(2):  # the same again is no loss
+        call(*given, "--rows", 4)
+    before = (tmp_path / "out/osrm_peft.json").read_bytes(), (tmp_path / "scores.json").read_bytes()
+    assert "scores.json holds scores of another evaluation" in call(*given, "--rows", 6, code=2)
+    printed = call(*given[:-3], "--save", "--rows", 6, code=2)
+    assert "has a score of 'tweets' with rows=4, this one has 6: --overwrite puts it in its place" in printed
+    (tmp_path / "theirs.json").write_text("{}")
+    printed = call(*given[:4], "--out", tmp_path / "theirs.json", "--rows", 4, code=2)
+    assert "theirs.json holds no scores of ours: name another file" in printed
+    assert before == ((tmp_path / "out/osrm_peft.json").read_bytes(), (tmp_path / "scores.json").read_bytes())
+    call(*given, "--rows", 6, "--overwrite")
+    assert json.loads((tmp_path / "out/osrm_peft.json").read_text())["scores"][0]["rows"] == 6
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -17,7 +17,7 @@ from osrm_peft import merge_checkpoints
 from osrm_peft.checkpoints import blocks
 from osrm_peft.checkpoints import merge as engine
 from tests.helpers.checkpoints import hashes, same, tensors_of
-from tests.helpers.faults import PARTIAL, SHARDS, arguments, interrupted, names, weights_of
+from tests.helpers.faults import PARTIAL, SHARDS, STATE, arguments, interrupted, names, weights_of
 
 ROOT = Path(__file__).parents[3]
 
@@ -172,9 +172,17 @@ def test_finished_weight_files_are_not_written_again(ended, trained, tmp_path, w
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_without_resume_it_starts_over(ended, trained, whole, tmp_path, written, fault):
+def test_without_resume_what_is_finished_is_kept_and_overwrite_starts_over(
+    ended, trained, whole, tmp_path, written, fault
+):
     out = a_copy(ended, tmp_path, fault, "ties")
-    merge_checkpoints(out=out, **arguments(trained))
+    before = hashes(tmp_path / PARTIAL)
+    if json.loads((tmp_path / PARTIAL / STATE).read_text())["crc32"]:
+        message = r"\.out\.merging holds \d finished weight files of this merge, which was interrupted: go on with"
+        with pytest.raises(FileExistsError, match=message + r" resume=True \(--resume\), or begin anew with overwrite"):
+            merge_checkpoints(out=out, **arguments(trained))
+    assert hashes(tmp_path / PARTIAL) == before
+    merge_checkpoints(out=out, overwrite=True, **arguments(trained))
     assert written == SHARDS
     assert names(out) == names(whole["ties"]) and weights_of(out) == weights_of(whole["ties"])
     assert [path.name for path in out.parent.iterdir()] == ["out"]
@@ -190,7 +198,9 @@ def test_a_disk_that_fills_up_is_told(ended, method):
 
 def test_nothing_of_an_abandoned_merge_is_left_in_another(ended, trained, tmp_path):
     out = a_copy(ended, tmp_path, "between_shards", "emr")
-    merge_checkpoints({"m": trained["b"]}, out)
+    with pytest.raises(FileExistsError, match=r"finished weight files of another merge, .*: begin anew with overwrite"):
+        merge_checkpoints({"m": trained["b"]}, out)
+    merge_checkpoints({"m": trained["b"]}, out, overwrite=True)
     assert names(out) == ["README.md", "config.json", "model.safetensors", "osrm_peft.json"]
 
 
@@ -241,7 +251,7 @@ def test_another_merge_is_not_gone_on_with(trained, tmp_path, monkeypatch):
     for other in others(trained, tmp_path):
         if list(other["models"]) == ["b", "a"] and other["models"]["a"] == trained["a"]:
             continue  # the same models in another order may go on, or not
-        with pytest.raises(ValueError, match=r"\.out\.merging is of another merge .*: merge without resume"):
+        with pytest.raises(ValueError, match=r"\.out\.merging is of another merge .*: begin anew with overwrite=True"):
             merge_checkpoints(out=out, resume=True, **other)
         assert hashes(tmp_path / PARTIAL) == before and not out.exists()
     merge_checkpoints(out=out, resume=True, **arguments(trained))
