@@ -262,8 +262,9 @@ def told(error: BaseException) -> str:
         return f"{_command()}: out of memory ({text[:200]}): free some, or ask for less (fewer rows, a lower rank)"
     if isinstance(error, ValueError | TypeError | OSError) and type(error).__name__ != "LinAlgError":
         return text
-    ours = [one for one in traceback.extract_tb(error.__traceback__) if "osrm_peft" in Path(one.filename).parts]
-    place = f" at {Path(ours[-1].filename).name}:{ours[-1].lineno}" if ours else ""
+    package = Path(__file__).parents[1]
+    ours = [line for line in traceback.extract_tb(error.__traceback__) if Path(line.filename).is_relative_to(package)]
+    place = f" at {Path(ours[-1].filename).relative_to(package)}:{ours[-1].lineno}" if ours else ""
     return f"{_command()}: {type(error).__name__}{place}: {text[:500]}"
 
 

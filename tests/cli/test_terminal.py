@@ -125,7 +125,7 @@ FAULTS = [
     (MemoryError(), "osrm-peft merge: out of memory"),
     (RuntimeError("[enforce fail at alloc_cpu.cpp:127]\n DefaultCPUAllocator: can't allocate memory"), "out of memory"),
     (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "out of memory"),
-    (torch.linalg.LinAlgError("linalg.svd: failed to converge\nat x"), "osrm-peft merge: _LinAlgError at cli.py:"),
+    (torch.linalg.LinAlgError("linalg.svd: failed to converge\nat x"), "osrm-peft merge: _LinAlgError at cli/main.py:"),
     (OverflowError("Python int too large to convert to C long"), "osrm-peft merge: OverflowError"),
     (RecursionError("maximum recursion depth exceeded"), "osrm-peft merge: RecursionError"),
     (SafetensorError("Error while deserializing header"), "osrm-peft merge: SafetensorError"),
