@@ -88,7 +88,7 @@ def _row(
     theirs, ours = MERGES[merge]
     ways: dict[str, Callable[[], Any]] = {
         "cp": lambda: _run("cp", "-r", *models.values(), root / "copied"),
-        "here": lambda: merge_checkpoints(models, root / "ours", base=base, **ours),
+        "here": lambda: merge_checkpoints(models, root / "ours", base=base, overwrite=True, **ours),
         "command": lambda: _run(*_command(models, base, root / "command", ours)),
     }
     if mergekit is not None:
@@ -135,7 +135,7 @@ def _run(*command: object) -> None:
 def _command(models: dict[str, Path], base: Path, out: Path, ours: dict[str, Any]) -> list[object]:
     scale = ["--scale", ours["scale"]] if "scale" in ours else []
     command = [sys.executable, "-m", "osrm_peft", "merge-checkpoints", *models.values(), "--base", base]
-    return [*command, "--out", out, "--method", ours["method"], *scale]
+    return [*command, "--out", out, "--overwrite", "--method", ours["method"], *scale]
 
 
 def _mergekit_config(theirs: dict[str, Any], models: dict[str, Path], base: Path, dtype: str) -> dict[str, Any]:

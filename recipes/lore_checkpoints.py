@@ -101,14 +101,20 @@ def reproduce(out: Path) -> None:
 
         def merged(options: Any = options, under: bool = under, place: Path = place) -> dict[str, float]:
             found = merge_checkpoints(
-                experts, place / "tasks", heads=["classifier*"], base=base if under else None, progress=True, **options
+                experts,
+                place / "tasks",
+                heads=["classifier*"],
+                base=base if under else None,
+                progress=True,
+                overwrite=True,
+                **options,
             )
             return {name: evaluate_task(load_merged_checkpoint(found, name), tasks[name], load_tokenizer("packaged"),
                                         max_length=LENGTH, progress=False) for name in TASKS}  # fmt: skip
 
         def merged_run(options: Any = options, under: bool = under, place: Path = place) -> dict[str, float]:
             found = merge_checkpoints(
-                steps, place / "run", base=base_of_run if under else None, progress=True, **options
+                steps, place / "run", base=base_of_run if under else None, progress=True, overwrite=True, **options
             )
             return {LONG: evaluate(found, tasks[LONG])}
 
