@@ -211,11 +211,12 @@ def _state(partial: Path, plan: CheckpointPlan, resume: bool, overwrite: bool) -
             f"{partial} is of another merge (other inputs or options): begin anew with overwrite=True (--overwrite), "
             "without resume"
         )
-    if done and not resume:
+    finished = done if same else earlier["crc32"]
+    if finished and not resume:
         what = "this merge" if same else "another merge"
         way = "go on with resume=True (--resume), or begin anew" if same else "begin anew"
         raise FileExistsError(
-            f"{partial} holds {len(done)} finished weight files of {what}, which was interrupted: {way} with "
+            f"{partial} holds {len(finished)} finished weight files of {what}, which was interrupted: {way} with "
             "overwrite=True (--overwrite)"
         )
     return state | {"summary": earlier.get("summary"), "crc32": done} if resume else state

@@ -86,7 +86,7 @@ def check_replaceable(
             "name a new folder, or remove it yourself"
         )
     ours = set(manifest.get("files") or []) if kind not in CONTENTS else CONTENTS[kind]
-    ours |= {f"heads/{task}.safetensors" for task in manifest.get("inputs") or {}}
+    ours = ours | {f"heads/{task}.safetensors" for task in manifest.get("inputs") or {}}  # CONTENTS stays as it is
     files = {file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_symlink() or not file.is_dir()}
     foreign = sorted(files - ours)
     if foreign:
@@ -118,9 +118,9 @@ def what_is_lost(earlier: Mapping[str, Any], made: Mapping[str, Any]) -> str | N
 
 
 def _inputs(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """{name: hash of an input's weights, or where it is from}."""
+    """{name: what identifies an input: the hash of its weights, its files, or where it is from}."""
     inputs = manifest.get("inputs") or {}
-    return {name: about.get("sha256") or about.get("source") for name, about in inputs.items()}
+    return {name: about.get("sha256") or about.get("files") or about.get("source") for name, about in inputs.items()}
 
 
 def _runs_in(folder: Path) -> bool:

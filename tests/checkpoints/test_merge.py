@@ -66,7 +66,9 @@ def test_lore_has_no_weights_without_a_base(three, base, tmp_path):
     with pytest.raises(ValueError, match=r"lore has only with base=: leave weights out"):
         merge_checkpoints(three, tmp_path / "out", "lore", weights=WEIGHTS)
     assert merge_checkpoints(three, tmp_path / "out", "lore", weights=[1, 1, 1], max_iterations=1)
-    assert merge_checkpoints(three, tmp_path / "out", "lore", weights=WEIGHTS, base=base, max_iterations=1)
+    assert merge_checkpoints(
+        three, tmp_path / "out", "lore", weights=WEIGHTS, base=base, overwrite=True, max_iterations=1
+    )
 
 
 @pytest.mark.parametrize("method", CASES)
@@ -120,13 +122,17 @@ def test_the_threshold_of_ties_is_over_the_whole_model(tmp_path):
     a = write(tmp_path / "a", {"large": torch.arange(20.0).view(4, 5) + 100, "small": torch.arange(20.0)})
     out = tensors_of(merge_checkpoints({"a": a}, tmp_path / "out", "ties", base=base, density=0.5))
     assert torch.equal(out["large"], torch.arange(20.0).view(4, 5) + 100) and not out["small"].any()
-    layer = tensors_of(merge_checkpoints({"a": a}, tmp_path / "out", "ties", base=base, density=0.5, trim="layer"))
+    layer = tensors_of(
+        merge_checkpoints({"a": a}, tmp_path / "out", "ties", base=base, density=0.5, overwrite=True, trim="layer")
+    )
     assert (layer["large"] > 0).sum() == 10 and (layer["small"] > 0).sum() == 10
 
 
 def test_weights_are_by_name_in_order_or_by_pattern(three, base, tmp_path):
     def merged(weights):
-        return tensors_of(merge_checkpoints(three, tmp_path / "out", "task_arithmetic", base=base, weights=weights))
+        return tensors_of(
+            merge_checkpoints(three, tmp_path / "out", "task_arithmetic", base=base, overwrite=True, weights=weights)
+        )
 
     named = merged(WEIGHTS)
     same(named, merged(list(WEIGHTS.values())))
@@ -152,7 +158,9 @@ def test_tensors_of_every_shape_are_merged(tmp_path):
     states = {name: tensors_of(folder) for name, folder in folders.items()}
     models = {"a": folders["a"], "b": folders["b"]}
     for method in ONE_RESULT:
-        out = tensors_of(merge_checkpoints(models, tmp_path / "out", method, base=folders["base"], **CASES[method]))
+        out = tensors_of(
+            merge_checkpoints(models, tmp_path / "out", method, base=folders["base"], overwrite=True, **CASES[method])
+        )
         assert {name: tuple(tensor.shape) for name, tensor in out.items()} == shapes
         if method in ("average", "lore", "tsv", "iso"):
             for name in shapes if method == "average" else {"scalar", "one", "vector", "row", "column", "kernel"}:

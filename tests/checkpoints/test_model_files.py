@@ -192,7 +192,7 @@ def test_flipped_bytes_of_a_header_are_refused_or_do_no_harm(sound, data):
     (root / "flipped" / WEIGHTS).write_bytes(flipped)
     models = {"flipped": root / "flipped", "b": root / "b"}
     try:
-        out = merge_checkpoints(models, root / "fuzzed")
+        out = merge_checkpoints(models, root / "fuzzed", overwrite=True)
     except ValueError as error:
         assert str(root / "flipped" / WEIGHTS) in str(error) or "'flipped'" in str(error)
     else:

@@ -61,7 +61,7 @@ def renamed(folder, change, **more):
 
 def merge(folders, out, method="average", **given):
     models = {name: folder for name, folder in folders.items() if name != "base"}
-    return merge_checkpoints(models, out, method, base=folders["base"], **given)
+    return merge_checkpoints(models, out, method, base=folders["base"], overwrite=True, **given)
 
 
 @pytest.mark.parametrize("method", CASES)
@@ -146,7 +146,7 @@ def test_tied_and_untied_models_merge_by_the_way_out(folders, tmp_path):
     model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
     model.config.tie_word_embeddings = False
     model.save_pretrained(tmp_path / "anew")
-    out = merge_checkpoints(found | {"tied": tmp_path / "anew"}, tmp_path / "out")
+    out = merge_checkpoints(found | {"tied": tmp_path / "anew"}, tmp_path / "out", overwrite=True)
     one, two = (LlamaForCausalLM.from_pretrained(folder).state_dict() for folder in found.values())
     same(LlamaForCausalLM.from_pretrained(out).state_dict(), {name: (one[name] + two[name]) / 2 for name in one})
 
@@ -183,7 +183,7 @@ def test_heads_are_found_by_both_names_and_load(folders, tmp_path):
     renamed(found["b"], lambda name: name.removeprefix("bert."))
     for pattern in ("bert.pooler*", "pooler*"):
         models = {part: found[part] for part in "ba"}
-        out = merge_checkpoints(models, tmp_path / "out", heads=["classifier*", pattern])
+        out = merge_checkpoints(models, tmp_path / "out", overwrite=True, heads=["classifier*", pattern])
         for part in "ab":
             model = load_merged_checkpoint(out, part)
             own = BertForSequenceClassification.from_pretrained(found[part]).state_dict()

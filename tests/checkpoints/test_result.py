@@ -160,7 +160,7 @@ def test_what_belongs_to_the_model_comes_with_it(three, base, tmp_path):
 def test_inputs_are_untouched(three, base, tmp_path):
     before = hashes(base, *three.values())
     for method in CASES:
-        merge_checkpoints(three, tmp_path / "out", method, base=base, **QUICK.get(method, {}))
+        merge_checkpoints(three, tmp_path / "out", method, base=base, overwrite=True, **QUICK.get(method, {}))
     assert hashes(base, *three.values()) == before
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
@@ -198,7 +198,7 @@ def test_a_model_named_base_is_not_taken_for_the_base(three, base, tmp_path, met
     models = {"base": three["a"], "b": three["b"]}
     plain = {"a": three["a"], "b": three["b"]}
     try:
-        out = merge_checkpoints(models, tmp_path / "out", method, base=base)
+        out = merge_checkpoints(models, tmp_path / "out", method, base=base, overwrite=True)
     except ValueError as error:
         assert "base" in str(error)
         return

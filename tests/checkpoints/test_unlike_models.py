@@ -18,7 +18,7 @@ def test_the_dtype_of_the_models_is_kept(tmp_path, dtype):
     models = {"a": folders["a"], "b": folders["b"]}
     for method in ("average", "task_arithmetic", "lore"):
         options = QUICK.get(method, {})
-        out = merge_checkpoints(models, tmp_path / "out", method, base=folders["base"], **options)
+        out = merge_checkpoints(models, tmp_path / "out", method, base=folders["base"], overwrite=True, **options)
         whole = by_hand(models, folders["base"], method, **options)
         expected = {name: tensor.to(dtype) for name, tensor in whole.items()}
         same(tensors_of(out), expected, rtol=2e-2 if dtype != torch.float64 else 1e-5, atol=1e-5)

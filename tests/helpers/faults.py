@@ -11,10 +11,10 @@ PARTIAL, STATE = ".out.merging", "merge_state.json"
 
 
 def arguments(trained, method="ties"):
-    """Of a merge into three weight files."""
+    """Of a merge into three weight files, which may replace an earlier result."""
     return {
         "models": {"a": trained["a"], "b": trained["b"]}, "base": trained["base"], "method": method,
-        "shard_size": 2**20,
+        "shard_size": 2**20, "overwrite": True,
     }  # fmt: skip
 
 

@@ -123,3 +123,13 @@ def test_what_is_lost_is_said_in_the_words_of_the_manifest():
     assert what_is_lost(earlier, earlier | {"inputs": {"b": {"sha256": "1"}}}) == "of a"
     assert what_is_lost(earlier | {"scores": SCORES}, earlier) == "scores of a"
     assert what_is_lost(earlier, json.loads(json.dumps(earlier)) | {"command": "another"}) is None
+
+
+def test_a_task_of_an_earlier_merge_makes_no_other_file_ours(tmp_path, adapters):
+    merge_adapters(adapters, "average").save_pretrained(tmp_path / "both")
+    merge_adapters(adapters, "average").save_pretrained(tmp_path / "both")
+    alone = merge_adapters({"a": adapters["a"]}, "average")
+    alone.save_pretrained(tmp_path / "one")
+    (tmp_path / "one/heads/b.safetensors").write_text("of somebody else")
+    with pytest.raises(FileExistsError, match=r"holds files of others \(heads/b.safetensors\)"):
+        alone.save_pretrained(tmp_path / "one")

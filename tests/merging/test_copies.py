@@ -118,7 +118,7 @@ def test_a_layer_trained_whole_has_no_lora(policy, clash, tmp_path):
 def test_emr_of_a_layer_trained_whole_by_one(clash, tmp_path):
     folders, own, _ = clash
     for merged in (merge_adapters(folders, "emr"), merge_adapters(folders, "emr", modules="a")):
-        merged.save_pretrained(tmp_path / "emr")
+        merged.save_pretrained(tmp_path / "emr", overwrite=True)
         again = EMRAdapter.from_pretrained(tmp_path / "emr")
         for task in ("a", "b"):
             expected = merged.load(noisy("llama", 0), task).state_dict()

@@ -107,10 +107,10 @@ def test_saving_over_ours_replaces_it_whole_and_over_others_is_refused(adapters,
     with monkeypatch.context() as patch:
         patch.setattr("osrm_peft.merging.merged_adapter.save_head", fails)
         with pytest.raises(OSError, match="disk full"):
-            merge_adapters(adapters, "ties").save_pretrained(out)
+            merge_adapters(adapters, "ties").save_pretrained(out, overwrite=True)
     assert (out / "adapter_model.safetensors").read_bytes() == first  # the old result is whole
     assert sorted(os.listdir(tmp_path)) == ["out", "t1", "t2"]  # and nothing half-written lies about
-    merge_adapters({"t1": adapters["t1"]}, "ties").save_pretrained(out)
+    merge_adapters({"t1": adapters["t1"]}, "ties").save_pretrained(out, overwrite=True)
     assert sorted(os.listdir(out / "heads")) == ["t1.safetensors"]
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/thesis.txt").write_text("do not lose me")
@@ -217,7 +217,7 @@ def test_saving_through_a_link_replaces_what_is_behind_it(adapters, tmp_path):
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "real")
     for method in ("average", "ties"):
-        merge_adapters(adapters, method).save_pretrained(tmp_path / "link")
+        merge_adapters(adapters, method).save_pretrained(tmp_path / "link", overwrite=True)
     assert (tmp_path / "link").is_symlink() and (tmp_path / "real/heads/t1.safetensors").is_file()
 
 

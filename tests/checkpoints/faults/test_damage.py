@@ -49,7 +49,7 @@ def test_a_flipped_bit_in_an_earlier_result_is_found(small, tmp_path, place):
 def test_a_flipped_bit_in_a_shard_or_a_model_of_emr_is_found(whole, trained, tmp_path):
     for folder in (whole["ties"], whole["emr"] / "b"):
         copied = shutil.copytree(folder, tmp_path / folder.name)
-        merge_checkpoints({"m": copied}, tmp_path / "sound")
+        merge_checkpoints({"m": copied}, tmp_path / "sound", overwrite=True)
         content = bytearray((copied / SHARDS[1]).read_bytes())
         content[len(content) // 2] ^= 16
         (copied / SHARDS[1]).write_bytes(content)
@@ -71,7 +71,7 @@ def test_what_is_no_number_is_refused_by_its_tensor(small, tmp_path, method, ten
     damaged.view(-1)[1] = bad
     rewrite(small["b"], **{tensor: damaged})
     with pytest.raises(ValueError, match=f"'{tensor}'"):
-        merge_checkpoints(models, out, method, base=small["base"], **QUICK.get(method, {}))
+        merge_checkpoints(models, out, method, base=small["base"], overwrite=True, **QUICK.get(method, {}))
     assert hashes(out) == ({} if method == "emr" else before)
 
 

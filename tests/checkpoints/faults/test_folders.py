@@ -77,7 +77,7 @@ def test_what_others_put_there_meanwhile_is_not_lost(small, tmp_path, monkeypatc
 
 def test_an_earlier_result_is_replaced_whole(trained, whole, tmp_path):
     out = Path(shutil.copytree(whole["ties"], tmp_path / "out"))
-    merge_checkpoints({"a": trained["a"]}, out)
+    merge_checkpoints({"a": trained["a"]}, out, overwrite=True)
     assert names(out) == ["README.md", "config.json", "model.safetensors", "osrm_peft.json"]
     merge_checkpoints(out=out, **arguments(trained, "emr"))
     assert names(out) == names(whole["emr"])
@@ -95,7 +95,7 @@ def test_an_empty_folder_and_a_new_one_are_filled(small, tmp_path):
 def test_a_result_can_be_merged_into_its_own_folder(small, tmp_path):
     out = merge_checkpoints({name: small[name] for name in "ab"}, tmp_path / "out")
     expected = merge_checkpoints({"out": out, "b": small["b"]}, tmp_path / "expected")
-    again = merge_checkpoints({"out": out, "b": small["b"]}, out)
+    again = merge_checkpoints({"out": out, "b": small["b"]}, out, overwrite=True)
     assert weights_of(again) == weights_of(expected)
 
 

@@ -189,7 +189,7 @@ def test_a_folder_of_ours_is_replaced_and_one_of_others_is_not(folders, tmp_path
     adapters = folders()
     merged = merge_adapters(adapters, "emr")
     merged.save_pretrained(tmp_path / "out")
-    merge_adapters({"t1": adapters["t1"]}, "emr").save_pretrained(tmp_path / "out")
+    merge_adapters({"t1": adapters["t1"]}, "emr").save_pretrained(tmp_path / "out", overwrite=True)
     assert list(EMRAdapter.from_pretrained(tmp_path / "out").tasks) == ["t1"]
     merge_adapters(adapters, "ties").save_pretrained(tmp_path / "ties")
     for taken in (tmp_path / "ties", adapters["t1"]):
