@@ -191,7 +191,7 @@ def test_features_from_flags_and_a_trained_adapter_projected_with_them(tmp_path,
     given = ["project", tmp_path / "adapter", "--features", tweets, "--out", tmp_path / "out"]
     own = ["--in-task", tmp_path / "sms_spam.features.safetensors", "--min-effect-kept", 0.9]
     means = r"energy kept [\d.]+, out of task kept [\d.e-]+"
-    for options, more in (([], ""), (own, r", in task kept ([\d.]+), protected [\d.]+")):
+    for options, more in (([], ""), ([*own, "--overwrite"], r", in task kept ([\d.]+), protected [\d.]+")):
         printed = call(*given, *options)
         line = (
             rf"wrote {tmp_path}/out: means over {len(features.layers)} layers: {means}{more}; least energy kept [\d.]+"
@@ -200,6 +200,7 @@ def test_features_from_flags_and_a_trained_adapter_projected_with_them(tmp_path,
         assert found, printed
         manifest = json.loads((tmp_path / "out/osrm_peft.json").read_text())
         assert manifest["projected"]["min_effect_kept"] == (0.9 if options else None)
+        assert "holds another result (projected {" in call(*given, "--seed", 1, code=2)
     assert float(found[1]) >= 0.9
     assert [one["task"] for one in manifest["projected"]["out_of_task"]] == ["tweets"]
     assert manifest["projected"]["in_task"]["task"] == "sms_spam"

@@ -138,7 +138,9 @@ def test_auto_peft_loads_our_results_and_never_another_folder_of_the_name(tmp_pa
     monkeypatch.chdir(tmp_path / "one")
     for seed in (1, 2):
         edit(tmp_path / f"t{seed}", base_model_name_or_path="final")
-    merge_adapters({f"t{seed}": tmp_path / f"t{seed}" for seed in (1, 2)}, "average").save_pretrained(tmp_path / "out")
+    merge_adapters({f"t{seed}": tmp_path / f"t{seed}" for seed in (1, 2)}, "average").save_pretrained(
+        tmp_path / "out", overwrite=True
+    )
     monkeypatch.chdir(tmp_path / "two")
     torch.testing.assert_close(outputs(AutoPeftModelForCausalLM.from_pretrained(tmp_path / "out").eval()), expected)
     assert located("final") == str(tmp_path / "two/final") and located("gpt2") == "gpt2" and located(None) is None
@@ -174,7 +176,7 @@ def test_auto_peft_loads_results_without_a_task_type(model, tmp_path):
     sources = {f"t{seed}": tmp_path / f"t{seed}" for seed in (1, 2)}
     for adapters in (sources, sources | {"t2": live}):
         merged = merge_adapters(adapters, "average", base_model=str(tmp_path / "base"))
-        merged.save_pretrained(tmp_path / "out")
+        merged.save_pretrained(tmp_path / "out", overwrite=True)
         found = AutoPeftModel.from_pretrained(tmp_path / "out").eval()
         torch.testing.assert_close(outputs(found), outputs(merged.load(noisy(model, 0))))
         assert json.loads((tmp_path / "out/adapter_config.json").read_text())["auto_mapping"]
