@@ -122,10 +122,10 @@ def test_a_policy_for_modules_is_a_flag_and_a_field_of_recipes(with_modules, tmp
     out, config = tmp_path / "out", recipe_file(tmp_path, f"adapters: {with_modules}\nmodules: tweets\n")
     call("merge", *with_modules.values(), "--out", out)
     assert torch.allclose(load_adapter(out).modules[POOLER], sum(own.values()) / 2)
-    call("merge", "-c", config, "--out", out)
+    call("merge", "-c", config, "--out", out, "--overwrite")
     assert torch.equal(load_adapter(out).modules[POOLER], own["tweets"])
     assert "modules: tweets" in (out / "README.md").read_text()  # the recipe in the card makes it again
-    call("merge", "-c", config, "--out", out, "--modules", "per_task")
+    call("merge", "-c", config, "--out", out, "--overwrite", "--modules", "per_task")
     assert not load_adapter(out).modules
     assert torch.equal(load_adapter(out, task="sms_spam").modules[POOLER], own["sms_spam"])
     text = call("merge", "-c", config, "--out", out, "--modules", "error", code=2)
@@ -180,7 +180,7 @@ def test_interference_and_weights_from_features(adapters, tmp_path, call):
     call("merge", *adapters.values(), "--out", out, "-m", "task_arithmetic", "--weights", "features", *given)
     files = {task: tmp_path / f"{task}.safetensors" for task in adapters}
     assert close(out, merge_adapters(adapters, "task_arithmetic", weights=LeastSquares(files)).deltas())
-    call("merge", *adapters.values(), "--out", out, "-m", "ties", "--scale", "features", *given)
+    call("merge", *adapters.values(), "--out", out, "--overwrite", "-m", "ties", "--scale", "features", *given)
     assert "scale" in next(iter(json.loads((out / "osrm_peft.json").read_text())["report"].values()))
     assert "missing sms_spam" in call(
         "merge", *adapters.values(), "--weights", "features", "-m", "concat", given[0], code=2

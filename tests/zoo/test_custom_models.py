@@ -114,7 +114,7 @@ def test_an_adapter_is_what_stock_peft_loads(kind, tmp_path):
     for sources in ({task: tmp_path / task for task in live}, live):
         merged = merge_adapters(sources, "average", base_model="tiny/base")
         close(weights(merged.load(made(kind))), mean)
-        merged.save_pretrained(tmp_path / "merged")
+        merged.save_pretrained(tmp_path / "merged", overwrite=True)
         close(weights(stock(kind, tmp_path / "merged")), mean)
         further = merge_adapters({"merged": tmp_path / "merged"}, "average")  # a merge is an adapter
         close(weights(further.load(made(kind))), mean)
