@@ -62,7 +62,7 @@ class Blocks:
         """Yield (rows, width) blocks of the result in its dtype, a list with one tensor for each folder."""
         dtype = self.plan.dtypes[name]
         if not dtype.is_floating_point:
-            yield [self._same(name)] * (len(self.plan.models) if self.plan.method.per_task else 1)
+            yield [self._same(name)] * len(self.plan.folders)
             return
         if self._pool is None:
             for rows in self._rows(name):

@@ -99,7 +99,7 @@ def execute(
     check_replaceable(out, "checkpoint", plan.manifest(), overwrite)
     partial = out.with_name(f".{out.name}.merging")
     if not partial.exists():  # else a part of the result may be written already
-        check_space(out, (len(plan.models) if plan.method.per_task else 1) * plan.size_of(list(plan.shapes)))
+        check_space(out, len(plan.folders) * plan.size_of(list(plan.shapes)))
     with alone_in(partial):
         state = _state(partial, plan, resume, overwrite)
         return _execute(plan, out, partial, state, overwrite, verify, progress)
@@ -155,8 +155,9 @@ def _execute(
     checksums = {file: sums[0] for file, sums in state["crc32"].items()} if folders == [""] else {}
     written = {path.relative_to(partial).as_posix() for path in partial.rglob("*") if path.is_file()} - {STATE}
     written |= {MANIFEST, "README.md"}
-    write_manifest(partial, plan.manifest() | {"crc32": checksums, "files": sorted(written)})
-    check_replaceable(out, "checkpoint", plan.manifest(), overwrite)  # the place may have changed meanwhile
+    made = plan.manifest()
+    write_manifest(partial, made | {"crc32": checksums, "files": sorted(written)})
+    check_replaceable(out, "checkpoint", made, overwrite)  # the place may have changed meanwhile
     (partial / STATE).unlink()
     with alone_in(out) if out.is_dir() else nullcontext():  # the earlier result, until it is removed
         put_in_place(partial, out)

@@ -61,7 +61,7 @@ def initialize_osrm_weights(
     _check_layers(layers, adapter_name, config)
     for layer in layers.values():
         check_writable(layer.lora_A[adapter_name].weight)
-    features = _Features(config, model, adapter_name)
+    features = _Features(config, model, adapter_name, layers)
     sampled = sampled_weights(model, *processes.broadcast_from_main(partial(features.load, out_of_task, in_task)))
     provenance = processes.broadcast_from_main(partial(features.check, tokenizer, sampled))
     # One broadcast a layer: of a large model all layers take longer than a process group waits.
@@ -82,9 +82,8 @@ def initialize_osrm_weights(
 class _Features:
     """The features of one choice of A. The main process alone loads them, checks them and chooses."""
 
-    def __init__(self, config: OSRMLoraConfig, model: PeftModel, adapter_name: str) -> None:
-        self.config, self.model, self.adapter_name = config, model, adapter_name
-        self.layers = lora_layers(model, adapter_name)
+    def __init__(self, config: OSRMLoraConfig, model: PeftModel, adapter_name: str, layers: dict[str, Any]) -> None:
+        self.config, self.model, self.adapter_name, self.layers = config, model, adapter_name, layers
         self.own: TaskFeatures | None = None
         self.others = OtherTasks([])
 
@@ -187,17 +186,17 @@ def _check_features(config: OSRMLoraConfig, others: list[TaskFeatures], own: Tas
             "OSRMLoraConfig(in_task=FILE), or null_space='random', protect_energy=None, objective='least_energy' for "
             "the paper's choice"
         )
-    for features in [*others, *([own] if own else [])]:
-        if features.statistic != config.statistic:
-            raise ValueError(
-                f"the features of task {features.task!r} hold the statistic {features.statistic!r}, the config asks "
-                f"for {config.statistic!r}: collect them again, or set statistic={features.statistic!r}"
-            )
-        if features.reference != config.reference:
-            raise ValueError(
-                f"the features of task {features.task!r} were collected with reference={features.reference}, "
-                f"the config has reference={config.reference}: the two must agree"
-            )
+    features = others[0]  # the others and the own ones are alike
+    if features.statistic != config.statistic:
+        raise ValueError(
+            f"the features of task {features.task!r} hold the statistic {features.statistic!r}, the config asks "
+            f"for {config.statistic!r}: collect them again, or set statistic={features.statistic!r}"
+        )
+    if features.reference != config.reference:
+        raise ValueError(
+            f"the features of task {features.task!r} were collected with reference={features.reference}, "
+            f"the config has reference={config.reference}: the two must agree"
+        )
 
 
 def _check_layers(layers: dict[str, Any], adapter_name: str, config: OSRMLoraConfig) -> None:
