@@ -175,7 +175,7 @@ class LoraAdapter:
         model = self.load_base_model(base) if isinstance(base, str) else base
         if isinstance(model, PeftModel) or any(isinstance(module, BaseTunerLayer) for module in model.modules()):
             raise TypeError("the base model carries an adapter already: pass the model without it (`.unload()`)")
-        adapter = self._named_as_in(model)
+        adapter = self.named_as_in(model)
         adapter._check_fits(model)
         config = adapter.peft_config()
         config.base_model_name_or_path = None  # PEFT fills in this model's, and would warn of another
@@ -204,7 +204,7 @@ class LoraAdapter:
         modules, copies = (_renamed(part, new) for part in (self.modules, self.copies))
         return replace(self, factors=factors, layouts=layouts, heads=heads, modules=modules, copies=copies, placed=True)
 
-    def _named_as_in(self, model: PreTrainedModel) -> "LoraAdapter":
+    def named_as_in(self, model: PreTrainedModel) -> "LoraAdapter":
         """The same adapter with its layers' names in this model (in this version of transformers)."""
         actual = {base_name(name): name for name, _ in model.named_modules()}
         actual |= {base_name(name): name for name in tensors_of(model)}

@@ -83,6 +83,16 @@ def predict(
 
 def score(task: Task, logits: Tensor) -> float:
     """The task's metric of (N, C) logits against its validation labels."""
+    predictions, references = predicted(task, logits), task.validation["label"]
+    return float(_metric(task.metric).compute(predictions=predictions.tolist(), references=list(references))["score"])
+
+
+def predicted(task: Task, logits: Tensor) -> Tensor:
+    """(N,) the classes, or numbers for a regression, that (N, C) logits say.
+
+    Raises:
+        ValueError: the head's width is not the task's, or a logit is NaN.
+    """
     if logits.shape[1] != task.num_labels:
         raise ValueError(
             f"the model's head has {logits.shape[1]} outputs, task {task.name!r} needs {task.num_labels}: "
@@ -90,9 +100,7 @@ def score(task: Task, logits: Tensor) -> float:
         )
     if logits.isnan().any():
         raise ValueError(f"the model's predictions on task {task.name!r} are NaN: is the adapter or its scale sound?")
-    predictions = logits[:, 0] if task.num_labels == 1 else logits.argmax(1)
-    references = task.validation["label"]
-    return float(_metric(task.metric).compute(predictions=predictions.tolist(), references=list(references))["score"])
+    return logits[:, 0] if task.num_labels == 1 else logits.argmax(1)
 
 
 @cache

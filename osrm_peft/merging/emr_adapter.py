@@ -14,8 +14,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from osrm_peft.adapters.factors import TensorsOnDemand
 from osrm_peft.adapters.keys import outermost
-from osrm_peft.adapters.lora_adapter import HEADS, LoraAdapter, load_head, save_head, tensors_of
+from osrm_peft.adapters.live import weights_in, write, written
+from osrm_peft.adapters.lora_adapter import HEADS, LoraAdapter, load_head, save_head
 from osrm_peft.checks import number
 from osrm_peft.hub.card import write_manifest
 from osrm_peft.hub.push import Pushable
@@ -24,7 +26,6 @@ from osrm_peft.io.json import parse_json
 from osrm_peft.io.manifest import new_folder, read_manifest
 from osrm_peft.merging.inputs import check_names
 from osrm_peft.merging.lowrank import compress_matrix
-from osrm_peft.models.layers import as_weight, weight_shape
 
 MASKS = "emr.safetensors"
 
@@ -90,13 +91,8 @@ class EMRAdapter(Pushable):
         Raises:
             ValueError: no such task, or `model` lacks a layer or has another shape. Nothing was changed then.
         """
-        changed = self._weights_of(task, model)
-        before = {parameter: parameter.detach().clone() for parameter in changed}
-        try:
-            _write(changed)
+        with written(self._weights_of(task, model)):
             yield model
-        finally:
-            _write(before)
 
     def load(self, base: PreTrainedModel | str, task: str) -> PreTrainedModel:
         """`base` with this task's weights and head written into it for good.
@@ -110,7 +106,7 @@ class EMRAdapter(Pushable):
         """
         self._place(task)
         model = self.tasks[task].load_base_model(base) if isinstance(base, str) else base
-        _write(self._weights_of(task, model))
+        write(self._weights_of(task, model))
         return model
 
     def adapter(self, task: str, rank: int | None = None) -> LoraAdapter:
@@ -179,51 +175,7 @@ class EMRAdapter(Pushable):
 
     def _weights_of(self, task: str, model: PreTrainedModel) -> dict[Tensor, Tensor]:
         """{parameter: its value for this task}, checked against the model."""
-        place, modules, parameters = self._place(task), dict(model.named_modules()), tensors_of(model)
-        values: dict[Any, Tensor] = {}
-        deltas: dict[Any, Tensor] = {}
-        for name, layer in self.layers.items():
-            found = weight_shape(modules[name]) if name in modules else None
-            if found != tuple(layer.unified.shape):
-                raise ValueError(
-                    f"{type(model).__name__} has {found or 'no such layer'} at {name!r}, the merge "
-                    f"{tuple(layer.unified.shape)}: pass the base model {self.manifest.get('base_model')}, "
-                    "without adapter"
-                )
-            weight: Any = modules[name].weight
-            delta = as_weight(modules[name], self.scale * self.scales[task] * layer.masked(place))
-            sharing = {other for other, module in modules.items() if getattr(module, "weight", None) is weight}
-            first = deltas.setdefault(weight, delta)
-            if sharing - set(self.layers) or float((first - delta).norm()) > 1e-4 * float(delta.norm()):
-                raise ValueError(
-                    f"layer {name!r} shares its weight with {', '.join(sorted(sharing - {name}))}, which this task "
-                    "does not change alike: one weight cannot hold both; use .adapter(task), whose layers are apart"
-                )
-            values[weight] = weight.detach().float() + delta.to(weight.device)
-        one = self.tasks[task]
-        for name, tensor in {**one.copies, **one.heads, **one.modules}.items():
-            actual = tuple(parameters[name].shape) if name in parameters else None
-            if actual != tuple(tensor.shape):
-                remedy = f"load the base model with num_labels={len(tensor)}"
-                if name not in one.heads:
-                    remedy = f"call model.resize_token_embeddings({len(tensor)}) if it has new tokens"
-                what = "head" if name in one.heads else "module"
-                raise ValueError(
-                    f"the {what} {name!r} has shape {tuple(tensor.shape)}, the model's is {actual}: {remedy}"
-                )
-            sharing = {other for other, shared in parameters.items() if shared is parameters[name]} - {name}
-            alike = {other for other in sharing & {*one.modules} if torch.equal(one.modules[other], tensor)}
-            if name in one.modules and sharing - alike:
-                raise ValueError(
-                    f"the module {name!r} shares its weight with {', '.join(sorted(sharing - alike))}, which this task "
-                    "has not trained alike: one weight cannot hold both; use .adapter(task), whose modules are apart"
-                )
-            under = deltas.get(parameters[name]) if name in one.copies else None  # a base weight that is adapted, too
-            values[parameters[name]] = tensor if under is None else tensor.float() + under.to(tensor.device)
-        return values
-
-
-@torch.no_grad()
-def _write(values: Mapping[Tensor, Tensor]) -> None:
-    for parameter, value in values.items():
-        parameter.copy_(value)
+        place, scale = self._place(task), self.scale * self.scales[task]
+        shapes = {name: tuple(layer.unified.shape) for name, layer in self.layers.items()}
+        deltas = TensorsOnDemand(shapes, lambda name: scale * self.layers[name].masked(place))
+        return weights_in(model, deltas, self.tasks[task], "use .adapter(task), whose layers and modules are apart")

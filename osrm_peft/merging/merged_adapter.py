@@ -1,6 +1,9 @@
 """MergedAdapter: a shared LoRA and the tasks' heads; rescaled, saved, or loaded onto a base model."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from osrm_peft.adapters.factors import Factors
+from osrm_peft.adapters.live import applied_to
 from osrm_peft.adapters.lora_adapter import HEADS, LoraAdapter, save_head
 from osrm_peft.checks import number
 from osrm_peft.hub.card import write_manifest
@@ -73,11 +77,11 @@ class MergedAdapter(Pushable):
 
     def deltas(self) -> dict[str, Tensor]:
         """{layer: (o, n) merged task vector}, float64: what is added to the base weights."""
-        return {name: found.factors.B.double() @ found.factors.A.double() for name, found in self._found().items()}
+        return {name: found.factors.B.double() @ found.factors.A.double() for name, found in self._found.items()}
 
     def energy_kept(self) -> dict[str, float]:
         """{layer: share of the merged task vector's squared norm that `rank` keeps}; 1 where it is exact."""
-        return {name: found.energy_kept for name, found in self._found().items()}
+        return {name: found.energy_kept for name, found in self._found.items()}
 
     def for_task(self, task: str | None) -> LoraAdapter:
         """One ordinary adapter: the shared LoRA with this task's head (None: without any).
@@ -85,7 +89,7 @@ class MergedAdapter(Pushable):
         Raises:
             ValueError: no such task; lists those there are.
         """
-        return self._adapter(task, self._found())
+        return self._adapter(task, self._found)
 
     def load(self, base: PreTrainedModel | str, task: str | None = None) -> PeftModel:
         """A PeftModel of `base` with the shared LoRA and this task's head, in eval mode.
@@ -97,13 +101,23 @@ class MergedAdapter(Pushable):
         """
         return self.for_task(task).attach(base)
 
+    @contextmanager
+    def applied_to(self, model: PreTrainedModel, task: str | None = None) -> Iterator[PreTrainedModel]:
+        """Inside the block the live base `model` is the merge with this task's head; then it is as before, exactly.
+
+        Raises:
+            ValueError: no such task, or `model` lacks a layer or has another shape. Nothing was changed then.
+        """
+        with applied_to(self.for_task(task), model):
+            yield model
+
     def save_pretrained(self, folder: str | Path, *, overwrite: bool = False) -> None:
         """Write the shared adapter, `heads/<task>.safetensors`, the manifest `osrm_peft.json` and card, all or nothing.
 
         Raises:
             FileExistsError: the folder holds something that is not ours, or another result (without `overwrite`).
         """
-        found = self._found()
+        found = self._found
         with new_folder(folder, "merged", self.manifest, overwrite) as partial:
             shared = self._adapter(None, found)
             shared.save_pretrained(partial)
@@ -116,6 +130,7 @@ class MergedAdapter(Pushable):
                 manifest["serving"] = least_energy(found.values(), [rank for rank in SERVING if rank <= shared.rank])
             write_manifest(partial, manifest)
 
+    @cached_property
     def _found(self) -> dict[str, Compressed]:
         return {name: layer.at(self.scale, self.rank) for name, layer in self.layers.items()}
 

@@ -1,0 +1,1 @@
+"""Which merge to ship: candidates merged, scored on held-out rows, and ranked."""
