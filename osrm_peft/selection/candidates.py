@@ -67,6 +67,10 @@ class Candidate:
         """Whether the result differs by task, so that it is ranked apart."""
         return METHODS[self.fields["method"]].per_task
 
+    def of_rank(self, rank: Any) -> "Candidate":
+        """The same candidate with this rank, unless it names one."""
+        return replace(self, fields={"rank": rank, **self.fields})
+
     def request(self, adapters: Any, files: Mapping[str, Any]) -> MergeRequest:
         """The request that merges these adapters.
 

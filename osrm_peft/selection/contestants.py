@@ -20,7 +20,7 @@ from osrm_peft.evaluation.evaluate import predict, predicted
 from osrm_peft.io.places import new_file
 from osrm_peft.merging.emr_adapter import EMRAdapter
 from osrm_peft.merging.merged_adapter import MergedAdapter
-from osrm_peft.selection.rows import Rows, labels
+from osrm_peft.selection.split import Split, labels
 from osrm_peft.tasks.task import Task, tokenize
 
 
@@ -108,7 +108,7 @@ class Scorer:
 
     def __init__(
         self,
-        rows: Mapping[str, Rows],
+        rows: Mapping[str, Split],
         live: LiveBase,
         tokenizer: Any,
         *,

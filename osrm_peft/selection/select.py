@@ -24,9 +24,10 @@ from osrm_peft.models.loading import load_tokenizer
 from osrm_peft.models.packaged import resolve_model
 from osrm_peft.selection.candidates import Candidate, default_candidates, expand, read_candidates
 from osrm_peft.selection.contestants import Alone, Contestant, Merge, Scorer
+from osrm_peft.selection.folder import SelectionFolder
 from osrm_peft.selection.race import FACTOR, rounds, survivors
-from osrm_peft.selection.rows import Rows, fingerprint
 from osrm_peft.selection.selection import Estimate, Line, Selection, kept_of, value_of
+from osrm_peft.selection.split import Split, fingerprint
 from osrm_peft.tasks.task import Task
 
 Rule = Literal["mean", "relative", "worst"]
@@ -48,8 +49,10 @@ def select_merge(
     fisher: Statistics | None = None,
     max_length: int = 128,
     seed: int = 0,
+    rank: int | Literal["serving"] | None = None,
     halving: bool = True,
-    cache: str | Path | None = None,
+    out: str | Path | None = None,
+    overwrite: bool = False,
     progress: bool = False,
 ) -> Selection:
     """Choose a merge of these adapters by its scores on held-out rows of every task.
@@ -74,17 +77,25 @@ def select_merge(
         features, gram, fisher: {task: file or object} for weights and λ by features, RegMean and Fisher merging.
         max_length: tokens a row is cut to.
         seed: of the order of rows and of the resamples.
+        rank: of the candidates that do not name one, see `merge_adapters`.
         halving: False scores every candidate on all rows.
-        cache: folder that keeps predictions, so that an interrupted selection goes on; not for live adapters.
+        out: folder for `selection.json`, `selection.md`, the best merge (`winner`), the best whose result differs by
+            task (`best_per_task`), and the predictions (`cache`), by which an interrupted selection goes on where it
+            stopped; predictions of live adapters, or of a `score` of yours, are not kept.
+        overwrite: replace another selection in `out`.
         progress: show a bar over rows with the time that is left.
 
     Raises:
+        FileExistsError: `out` holds something else, or another selection (without `overwrite`).
         ValueError: from the checks of each merge, before any is made; other tasks than adapters; too few rows.
     """
     choice("rule", rule, get_args(Rule))
+    integer("seed", seed, 0)
     files = {"features": features, "gram": gram, "fisher": fisher, "base_model": base_model}
-    field = _Field.of(adapters, candidates, files, tasks, rows, integer("seed", seed, 0))
-    field.read(None if cache is None else Path(cache), max_length, score)
+    settings = {"rule": rule, "rows": rows, "max_length": max_length, "seed": seed, "halving": halving}
+    field = _Field.of(adapters, _candidates(candidates, len(adapters), files, rank), files, tasks, rows, seed)
+    folder = None if out is None else SelectionFolder(out, field.made() | {"settings": settings}, overwrite)
+    field.read(None if folder is None else folder.cache, max_length, score)
     scorer = Scorer(
         field.rows, LiveBase(field.base), load_tokenizer(field.base), max_length=max_length, seed=seed, score=score
     )
@@ -93,8 +104,18 @@ def select_merge(
         scorer.step = lambda what, count: (bar.set_postfix_str(what[:60]), bar.update(count))  # type: ignore[assignment]
         ranked, apart = (race.run(group) for group in race.groups)
         test = race.test(ranked, apart)
-    settings = {"rows": rows, "max_length": max_length, "seed": seed, "halving": halving}
-    return race.selection(ranked, apart, test, field.made() | {"settings": settings})
+    selection = race.selection(ranked, apart, test, field.made() | {"settings": settings})
+    if folder is not None:
+        folder.write(selection)
+    return selection
+
+
+def _candidates(given: Any, adapters: int, files: Mapping[str, Any], rank: Any) -> list[Candidate]:
+    if given is None:
+        found = default_candidates(adapters, files)
+    else:
+        found = read_candidates(given) if isinstance(given, (str, Path)) else expand(given)
+    return [one if rank is None or one.per_task else one.of_rank(rank) for one in found]
 
 
 class _Merges:
@@ -137,7 +158,7 @@ class _Field:
 
     inputs: Inputs
     base: str
-    rows: dict[str, Rows]
+    rows: dict[str, Split]
     candidates: list[Candidate]
     contestants: list[Contestant]
     alone: Contestant
@@ -145,14 +166,16 @@ class _Field:
 
     @classmethod
     def of(
-        cls, adapters: Adapters, given: Any, files: Mapping[str, Any], tasks: Mapping[str, Task], rows: Any, seed: int
+        cls,
+        adapters: Adapters,
+        candidates: list[Candidate],
+        files: Mapping[str, Any],
+        tasks: Mapping[str, Task],
+        rows: Any,
+        seed: int,
     ) -> "_Field":
         if set(tasks) != set(check_names(adapters)):
             raise ValueError(f"tasks {sorted(tasks)} for adapters {sorted(adapters)}: give each adapter its task")
-        if given is None:
-            candidates = default_candidates(len(adapters), files)
-        else:
-            candidates = read_candidates(given) if isinstance(given, (str, Path)) else expand(given)
         inputs = gather(adapters, base_model=files.get("base_model"), heads="per_task")
         if inputs.base is None:
             raise ValueError("the adapters name no base model: give base_model=, its Hub id or folder")
@@ -168,7 +191,7 @@ class _Field:
             contestants.append(Contestant(candidate.name, entry, about))
         alone = Contestant("individual adapters", Alone(inputs.adapters), "individual")
         bare = Contestant("base under the heads", Alone(inputs.adapters, bare=True), "base")
-        split = {name: Rows.of(tasks[name], rows, seed) for name in inputs.adapters}
+        split = {name: Split.of(tasks[name], rows, seed) for name in inputs.adapters}
         return cls(inputs, inputs.base, split, candidates, contestants, alone, bare)
 
     def read(self, cache: Path | None, max_length: int, score: Score | None) -> None:

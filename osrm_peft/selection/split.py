@@ -14,7 +14,7 @@ from osrm_peft.tasks.task import Task
 
 
 @dataclass(frozen=True)
-class Rows:
+class Split:
     """One task's rows for a selection.
 
     Attributes:
@@ -28,7 +28,7 @@ class Rows:
     own_test: bool
 
     @classmethod
-    def of(cls, task: Task, rows: int | None, seed: int) -> "Rows":
+    def of(cls, task: Task, rows: int | None, seed: int) -> "Split":
         """Shuffle a task's validation rows and cut them.
 
         A task with test rows chooses on its validation rows. Any other keeps half of its validation rows for the test.

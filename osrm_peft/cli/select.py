@@ -1,0 +1,77 @@
+"""The command around choosing a merge: select."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from osrm_peft.cli.app import app, console, pairs, say, sources
+from osrm_peft.io.yaml import parse_yaml
+
+if TYPE_CHECKING:
+    from osrm_peft.selection.selection import Selection
+
+
+@app.command()
+def select(
+    adapters: Annotated[list[str], typer.Argument(help="Adapters, as TASK=FOLDER or TASK=user/name (or just FOLDER).")],
+    suite: Annotated[
+        str, typer.Option(help="Whose rows score them: packaged, glue, files:FOLDER, or a recipe's YAML.")
+    ],
+    candidates: Annotated[
+        Path | None, typer.Option(help="YAML list of merges; a list of values is a sweep. Default: our best methods.")
+    ] = None,
+    score: Annotated[
+        str | None,
+        typer.Option(help="A command that prints a score, with {model}, {task} and {rows}. Default: the metric."),
+    ] = None,
+    rule: Annotated[
+        Literal["mean", "relative", "worst"],
+        typer.Option(help="Mean over tasks; mean of score / individual score; or the least of these."),
+    ] = "mean",
+    rows: Annotated[int, typer.Option(help="Rows a task to choose on, at most; as many are kept for the test.")] = 512,
+    rank: Annotated[str | None, typer.Option(help="Largest rank of the result, or serving. Default: exact.")] = None,
+    features: Annotated[list[str] | None, typer.Option(help="TASK=FILE, for weights by features; repeat it.")] = None,
+    gram: Annotated[list[str] | None, typer.Option(help="TASK=FILE, for regmean; repeat it.")] = None,
+    fisher: Annotated[list[str] | None, typer.Option(help="TASK=FILE, for fisher; repeat it.")] = None,
+    base_model: Annotated[
+        str | None, typer.Option(help="The base model, where the adapters name it differently.")
+    ] = None,
+    max_length: Annotated[int | None, typer.Option(help="Tokens a row is cut to. Default: as in training.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the order of rows and of the resamples.")] = 0,
+    all_rows: Annotated[bool, typer.Option("--all-rows", help="Score every candidate on all rows.")] = False,
+    out: Annotated[Path, typer.Option(help="Folder of the ranked table and the winner.")] = Path("results/selection"),
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace another selection of ours.")] = False,
+) -> None:
+    """Which merge to ship: merge by many methods and scales, score on held-out rows, rank, keep the winner.
+
+    An interrupted selection goes on where it stopped. Half of the validation rows, or the tasks' own test rows, have no
+    say in the choice; the last lines are of these.
+    """
+    from osrm_peft.evaluation.inputs import trained_length
+    from osrm_peft.models.loading import load_tokenizer
+    from osrm_peft.selection.command import CommandScore
+    from osrm_peft.selection.select import select_merge
+    from osrm_peft.tasks.suites import load_task
+    from osrm_peft.training.recipe import suite_of
+
+    named = sources(adapters)
+    found, length = suite_of(suite), max_length or trained_length(named.values())
+    command: Any = None
+    if score is not None:
+        command = CommandScore(score, load_tokenizer(base_model or trained_base(named)))
+    selection = select_merge(
+        named, candidates, command, tasks={name: load_task(found, name) for name in named}, base_model=base_model,
+        rule=rule, rows=rows, features=pairs(features) or None, gram=pairs(gram) or None, fisher=pairs(fisher) or None,
+        max_length=length, seed=seed, rank=None if rank is None else parse_yaml(rank), halving=not all_rows, out=out,
+        overwrite=overwrite, progress=True,
+    )  # fmt: skip
+    show(selection, out)
+
+
+def show(selection: "Selection", out: Path) -> None:
+    """Print the tables, the answer, and where it lies."""
+    for table in selection.terminal():
+        console.print(table)
+    say(selection.verdict())
+    say(f"wrote {out}/selection.json, {out}/selection.md and {out}/winner")
