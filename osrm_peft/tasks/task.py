@@ -17,7 +17,10 @@ class Task:
         num_labels: number of classes; 1 means regression.
         metric: `"accuracy"`, `"matthews"` or `"pearson_spearman"` (the mean of the two correlations).
         train: rows to learn from (and to collect features from).
-        validation: rows to report on; no text is in both splits.
+        validation: rows to choose by, or to report on; no text is in two splits.
+        test: rows kept apart from every choice; None: no such rows.
+        label_names: class i's name in the user's data; None for numbers 0 … K−1 and for regression.
+        data: where the rows are from (the fields of `TaskData`), for the manifest; None for the suites with a name.
     """
 
     name: str
@@ -25,9 +28,15 @@ class Task:
     metric: str
     train: Dataset
     validation: Dataset
+    test: Dataset | None = None
+    label_names: tuple[str, ...] | None = None
+    data: dict[str, Any] | None = None
 
     def sample(self, *, train: int | None = None, validation: int | None = None, seed: int = 0) -> "Task":
-        """The same task on a seeded sample of at most `train` and `validation` rows (None keeps all)."""
+        """The same task on a seeded sample of at most `train` and `validation` rows (None keeps all).
+
+        Test rows are all kept.
+        """
         return replace(
             self,
             train=_sample(self.train, train, seed),
