@@ -28,7 +28,7 @@ from osrm_peft.adapters.keys import (
 from osrm_peft.adapters.layouts import model_of
 from osrm_peft.adapters.lora_adapter import HEADS, TARGETS, WEIGHTS, LoraAdapter, load_head
 from osrm_peft.hub.sources import local_folder, pinned
-from osrm_peft.io.manifest import MANIFEST, read_manifest
+from osrm_peft.io.manifest import MANIFEST, label_names_in, read_manifest
 from osrm_peft.io.tensors import DTYPES, Header, tensor_headers, tensor_reader
 from osrm_peft.models.layers import all_lora_layers, base_of, check_unmerged, unwrapped
 
@@ -78,7 +78,9 @@ def load_adapter(
     except (SafetensorError, json.JSONDecodeError, UnicodeDecodeError, KeyError) as error:
         raise ValueError(f"{source} is damaged: {type(error).__name__}: {error}") from error
     adapter.source, adapter.folder = pinned(str(source), folder), folder
-    adapter.weight_hash = _weight_hash(read_manifest(folder).get("osrm"), str(folder / MANIFEST))
+    manifest = read_manifest(folder)
+    adapter.weight_hash = _weight_hash(manifest.get("osrm"), str(folder / MANIFEST))
+    adapter.label_names = label_names_in(manifest, task)
     return adapter
 
 

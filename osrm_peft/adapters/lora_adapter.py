@@ -61,6 +61,7 @@ class LoraAdapter:
             rows; loading the adapter restores them.
         weight_hash: hash of the base model's adapted layers (`fingerprint.weight_hash`), if OSRM's manifest has it.
         folder: the adapter's folder on this machine, in which a tokenizer may lie.
+        label_names: the names of the task's classes, from our manifest; None without.
         placed: the layers were renamed (`renamed`), so a merge takes their names as they are.
     """
 
@@ -76,6 +77,7 @@ class LoraAdapter:
     copies: Mapping[str, Tensor] = field(default_factory=dict)
     weight_hash: str | None = None
     folder: Path | None = None
+    label_names: tuple[str, ...] | None = None
     placed: bool = False
 
     @property
@@ -260,7 +262,9 @@ class LoraAdapter:
         task_type = self.config.get("task_type")
         if self.heads and task_type == "SEQ_CLS":
             shapes = {key: tuple(tensor.shape) for key, tensor in self.heads.items()}
-            return load_base(name, head_width(name, shapes))  # ours replaces the head
+            width = head_width(name, shapes)
+            names = self.label_names if self.label_names and len(self.label_names) == width else None
+            return load_base(name, width, label_names=names)  # ours replaces the head
         if task_type == "CAUSAL_LM":
             return AutoModelForCausalLM.from_pretrained(resolve_model(name))
         raise ValueError(

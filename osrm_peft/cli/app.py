@@ -72,7 +72,7 @@ def escape_messages() -> None:
 
 ConfigOption = Annotated[Path, typer.Option("--config", "-c", help="A recipe, see recipes/configs/.")]
 TaskOption = Annotated[list[str] | None, typer.Option("--task", "-t", help="A task; repeat it. Default: all.")]
-SuiteOption = Annotated[str, typer.Option(help="packaged, glue, or jsonl:FOLDER.")]
+SuiteOption = Annotated[str, typer.Option(help="packaged, glue, or files:FOLDER.")]
 
 
 def chosen(tasks: list[str] | None, known: list[str]) -> list[str]:

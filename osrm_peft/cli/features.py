@@ -25,7 +25,7 @@ def features(
     config: Annotated[Path | None, typer.Option("--config", "-c", help="A recipe; flags go before it.")] = None,
     task: TaskOption = None,
     model: Annotated[str | None, typer.Option(help="Pre-trained model: Hub id, folder, or packaged.")] = None,
-    suite: Annotated[str | None, typer.Option(help="packaged, glue, or jsonl:FOLDER.")] = None,
+    suite: Annotated[str | None, typer.Option(help="packaged, glue, or files:FOLDER.")] = None,
     target: Annotated[list[str] | None, typer.Option(help="A target module; repeat it. Default: PEFT's.")] = None,
     statistic: Annotated[str | None, typer.Option(help="mean, sample or token.")] = None,
     num_samples: Annotated[int | None, typer.Option("--num-samples", "-k", help="Samples a task.")] = None,

@@ -12,7 +12,7 @@ from jinja2 import Environment, PackageLoader, TemplateError
 
 from osrm_peft.hub.privacy import public, public_name
 from osrm_peft.io.json import write_json
-from osrm_peft.io.manifest import MANIFEST, read_manifest
+from osrm_peft.io.manifest import MANIFEST, label_names_in, read_manifest
 from osrm_peft.io.places import check_file, new_file
 
 OSRM = "OSRM (Zhang & Zhou, ACL 2025), arXiv:2505.22934"
@@ -114,6 +114,9 @@ def _model_card(manifest: Mapping[str, Any]) -> ModelCard:
     inputs, task_type = list(about.get("inputs") or {}), about.get("task_type")
     auto = _PIPELINES.get(str(task_type), ("", "AutoModel"))[1]
     labels = f", num_labels={int(about['num_labels'])}" if about.get("num_labels") and task_type == "SEQ_CLS" else ""
+    label_names = label_names_in(about)
+    if labels and label_names and len(label_names) == about["num_labels"]:
+        labels += f", id2label={dict(enumerate(label_names))!r}"
     name = base if base and base != "packaged" else "BASE_MODEL"
     repo = about.get("repo_id") or REPO
     files = list(about.get("files") or {}) if about.get("kind") == "features" else []
@@ -230,6 +233,10 @@ def _weight(weights: Any, task: str) -> object:
 def _facts(about: dict[str, Any]) -> Iterator[tuple[str, object]]:
     """(fact, value) lines that say how the result was made."""
     yield from ((name, about[key]) for key, name in _FACTS.items() if about.get(key) is not None)
+    named = about.get("label_names") or []
+    for task, names in named.items() if isinstance(named, dict) else [(None, named)] if named else []:
+        listed = ", ".join(f"{label} {name}" for label, name in enumerate(names[:20]))
+        yield "labels" + (f" of {task}" if task else ""), listed + (" and more" if len(names) > 20 else "")
     yield from ((f"option {name}", value) for name, value in (about.get("options") or {}).items())
     fates = about.get("modules") or {}
     for fate in dict.fromkeys(fates.values()):

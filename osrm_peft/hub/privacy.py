@@ -29,10 +29,16 @@ def is_local(model: str) -> bool:
 def public(value: Any) -> Any:
     """Copy of a manifest, or a part of it, with each path that begins with a root, `~` or `.` cut to its last part."""
     if isinstance(value, dict):
-        return {public(key): _public_command(one) if key == "command" else public(one) for key, one in value.items()}
+        return {public(key): _public_field(key, one) for key, one in value.items()}
     if isinstance(value, (list, tuple)):
         return [public(one) for one in value]
     return _without_folders(value) if isinstance(value, str) else value
+
+
+def _public_field(name: Any, value: Any) -> Any:
+    if name == "label_names":  # such as /r/news: no folder
+        return value
+    return _public_command(value) if name == "command" else public(value)
 
 
 def _without_folders(text: str) -> str:

@@ -1,6 +1,7 @@
 """JSON files: any fault is a ValueError, and a file is written whole or not at all."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +26,17 @@ def read_object(path: Path) -> dict[str, Any]:
     return content
 
 
-def parse_json(text: str | bytes) -> Any:
+def parse_json(text: str | bytes, pairs: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
     """The value of a JSON text.
+
+    Args:
+        pairs: makes an object of its names and values (json's `object_pairs_hook`); None: a dict.
 
     Raises:
         ValueError: the text is no JSON, or too deeply nested.
     """
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=pairs)
     except RecursionError as error:
         raise ValueError("too deeply nested") from error
 

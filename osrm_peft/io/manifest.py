@@ -25,7 +25,7 @@ CONTENTS = {
 _FIELDS = {
     "kind": str, "base_model": str, "task": str, "task_type": str, "method": str, "inputs": dict, "options": dict,
     "files": list | dict, "scores": list, "log": list, "versions": dict, "energy_kept": dict, "serving": dict,
-    "scale": int | float, "num_labels": int, "crc32": dict,
+    "scale": int | float, "num_labels": int, "crc32": dict, "label_names": list | dict, "data": dict,
 }  # fmt: skip
 
 # Fields of a manifest that say how a result was made, besides its inputs
@@ -145,6 +145,13 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     return content
 
 
+def label_names_in(manifest: Mapping[str, Any], task: str | None = None) -> tuple[str, ...] | None:
+    """The names of an adapter's classes in its manifest, or in a merge's manifest those of a task; None without."""
+    found = manifest.get("label_names")
+    names = found.get(task) if isinstance(found, dict) else found
+    return tuple(names) if names else None
+
+
 def check_manifest(content: Mapping[str, Any]) -> None:
     """Check that each field of a manifest has the type that we write.
 
@@ -154,6 +161,10 @@ def check_manifest(content: Mapping[str, Any]) -> None:
     for name, kinds in _FIELDS.items():
         if content.get(name) is not None:
             checks.kind(name, content[name], kinds)
+    label_names = content.get("label_names") or []
+    for names in label_names.values() if isinstance(label_names, dict) else [label_names]:  # of a merge, by task
+        for one in checks.kind("label_names", names, list):
+            checks.kind("a name among label_names", one, str)
     for task, one in (content.get("inputs") or {}).items():
         checks.kind(f"inputs of {task!r}", one, dict)
     if isinstance(content.get("files"), list):

@@ -23,7 +23,7 @@ from osrm_peft.hub.card import write_manifest
 from osrm_peft.hub.push import Pushable
 from osrm_peft.hub.sources import local_folder
 from osrm_peft.io.json import parse_json
-from osrm_peft.io.manifest import new_folder, read_manifest
+from osrm_peft.io.manifest import label_names_in, new_folder, read_manifest
 from osrm_peft.merging.inputs import check_names
 from osrm_peft.merging.lowrank import compress_matrix
 
@@ -163,6 +163,7 @@ class EMRAdapter(Pushable):
             for name in check_names(dict.fromkeys(names)):  # none of them leads out of the folder
                 config = {"base_model_name_or_path": manifest.get("base_model"), "target_modules": outermost(layers)}
                 bare = LoraAdapter({}, {}, config, dtype, source=str(folder), layouts=layouts)
+                bare.label_names = label_names_in(manifest, name)
                 tasks[name] = load_head(bare, folder / HEADS / f"{name}.safetensors", layers)
             return cls(layers, scales, float(manifest["scale"]), tasks, manifest)
         except (SafetensorError, ValueError, LookupError, OSError, TypeError, AttributeError, StopIteration) as error:

@@ -139,6 +139,7 @@ class MergedAdapter(Pushable):
             raise ValueError(f"no task {task!r} was merged, only {', '.join(self.tasks)}")
         one = next(iter(self.tasks.values())) if task is None else self.tasks[task]
         own: dict[str, Any] = {} if task is None else {"heads": one.heads, "modules": one.modules, "copies": one.copies}
+        names = None if task is None else one.label_names
         modules = {**self.modules, **own.get("modules", {})}
         copies = {name: one for name, one in {**self.copies, **own.get("copies", {})}.items() if name not in modules}
         return replace(
@@ -151,4 +152,5 @@ class MergedAdapter(Pushable):
             source="merge",
             sha256=None,
             padded=self.padded,
+            label_names=names,
         ).apart(name for other in self.tasks.values() for name in (*other.heads, *other.modules))

@@ -86,6 +86,7 @@ class MergePlan:
         tasks = list(self.inputs.adapters)
         by_layer = {layer: weight.tolist() for layer, weight in self.weights.items()}
         first = next(iter(by_layer.values()))
+        label_names = {task: list(one.label_names) for task, one in self.inputs.adapters.items() if one.label_names}
         same = all(weight == first for weight in by_layer.values())
         weights = {
             task: first[t] if same else {layer: weight[t] for layer, weight in by_layer.items()}
@@ -112,6 +113,7 @@ class MergePlan:
             "versions": versions(),
             **self.sources,
             **({"modules": self.fates} if self.fates else {}),
+            **({"label_names": label_names} if label_names else {}),
             **({"seed": self.seed} if self.method.prepare else {}),
             **({"scale_of_layers": "chosen by features, see report"} if self.chooses_scale else {}),
         }

@@ -3,6 +3,7 @@
 import copy
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,7 +20,9 @@ from osrm_peft.models.packaged import resolve_model
 logger = logging.getLogger(__name__)
 
 
-def load_base(model: str, num_labels: int | None, device_map: str | None = None) -> PreTrainedModel:
+def load_base(
+    model: str, num_labels: int | None, device_map: str | None = None, label_names: Sequence[str] | None = None
+) -> PreTrainedModel:
     """A pre-trained model with a fresh classification head (`num_labels=1`: regression), in its checkpoint's dtype.
 
     Args:
@@ -27,8 +30,12 @@ def load_base(model: str, num_labels: int | None, device_map: str | None = None)
         num_labels: width of the head; None: the width in the model's config. torch's global generator draws the head:
             seed it first.
         device_map: `"auto"` spreads a model over the GPUs of this machine, and over its memory if these are too small.
+        label_names: the names of the classes, for the model's config; a pipeline answers with them.
     """
-    labels = {} if num_labels is None else {"num_labels": num_labels}
+    labels: dict[str, Any] = {} if num_labels is None else {"num_labels": num_labels}
+    if label_names is not None:
+        labels["id2label"] = dict(enumerate(label_names))
+        labels["label2id"] = {name: label for label, name in enumerate(label_names)}
     base = AutoModelForSequenceClassification.from_pretrained(
         resolve_model(model), **labels, ignore_mismatched_sizes=True, device_map=device_map
     )

@@ -77,7 +77,7 @@ class Projection(Pushable):
         known = Path(source).is_dir() or "@" in source
         origin = read_manifest(local_folder(source, [MANIFEST])) if known else {}
         described: dict[str, Any] = {
-            key: origin[key] for key in ("task", "num_labels", "metric", "seed") if key in origin
+            key: origin[key] for key in ("task", "num_labels", "label_names", "metric", "seed", "data") if key in origin
         }
         layers = {name: asdict(layer) for name, layer in self.layers.items()}
         manifest = {"kind": "adapter", "base_model": self.adapter.base_model, **described}

@@ -1,40 +1,50 @@
-"""Suites of tasks: packaged, GLUE, and folders of JSON lines."""
+"""Suites of tasks: packaged, GLUE, and the user's own files."""
 
 import csv
 import hashlib
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, load_dataset
 
-from osrm_peft.checks import number, task_names
+from osrm_peft.checks import number, shown, task_names
 from osrm_peft.io.json import parse_json
 from osrm_peft.models.packaged import packaged_file
+from osrm_peft.tasks.files import TaskData, tasks_in
 from osrm_peft.tasks.task import Task
 
+Suite = str | Mapping[str, TaskData]
 
-def list_tasks(suite: str) -> list[str]:
-    """Names of the tasks of `suite`: `"packaged"`, `"glue"` or `"jsonl:FOLDER"`.
+
+def list_tasks(suite: Suite) -> list[str]:
+    """Names of the tasks of `suite`: `"packaged"`, `"glue"`, `"files:FOLDER"`, or a mapping {task: TaskData}.
+
+    `"jsonl:FOLDER"` is the earlier name of folders `<task>/` with train.jsonl and validation.jsonl, whose columns are
+    sentence1, sentence2 and label.
 
     Raises:
         ValueError: unknown suite, or a folder that holds no task.
     """
+    if not isinstance(suite, str):
+        return task_names(suite)
     if suite == "packaged":
         return list(_PACKAGED)
     if suite == "glue":
         return list(_GLUE)
+    if suite.startswith("files:"):
+        return list(tasks_in(suite.removeprefix("files:")))
     if suite.startswith("jsonl:"):
         folder = Path(suite.removeprefix("jsonl:"))
         names = task_names(sorted(path.parent.name for path in folder.glob("*/train.jsonl")))
         if not names:
             raise ValueError(f"no task in {folder}: expected {folder}/<task>/train.jsonl and validation.jsonl")
         return names
-    raise ValueError(f"unknown suite {suite!r}: choose 'packaged', 'glue' or 'jsonl:FOLDER'")
+    raise ValueError(f"unknown suite {suite!r}: choose 'packaged', 'glue' or 'files:FOLDER'")
 
 
-def load_task(suite: str, name: str) -> Task:
+def load_task(suite: Suite, name: str) -> Task:
     """Read one task of a suite (see `list_tasks`). GLUE comes from the Hub's `nyu-mll/glue`.
 
     Raises:
@@ -42,11 +52,15 @@ def load_task(suite: str, name: str) -> Task:
     """
     known = list_tasks(suite)
     if name not in known:
-        raise ValueError(f"unknown task {name!r} in suite {suite!r}: choose from {', '.join(known)}")
+        raise ValueError(f"unknown task {name!r} in suite {shown(suite)}: choose from {', '.join(known)}")
+    if not isinstance(suite, str):
+        return suite[name].load(name)
     if suite == "packaged":
         return _load_packaged(name)
     if suite == "glue":
         return _load_glue(name)
+    if suite.startswith("files:"):
+        return tasks_in(suite.removeprefix("files:"))[name].load(name)
     return _load_jsonl(Path(suite.removeprefix("jsonl:")) / name)
 
 

@@ -33,7 +33,7 @@ class Recipe:
 
     Attributes:
         model: Hub id, folder, or `"packaged"`.
-        suite: `"packaged"`, `"glue"` or `"jsonl:FOLDER"`.
+        suite: `"packaged"`, `"glue"` or `"files:FOLDER"`.
         tasks: which tasks of the suite; None: all. The *other* tasks of this list are the out-of-task ones.
         lora: LoraConfig fields over the paper's (r = 8, alpha = 16); `target_modules` among them.
         osrm: OSRMLoraConfig fields, or None for plain LoRA. The features files default to those in `features`.

@@ -123,7 +123,9 @@ def _trainer(
     # ZeRO-3 wants one dtype: PEFT then leaves the adapter in the base's, and DeepSpeed trains its own float32 copy.
     zero3 = args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3
     peft_model = get_peft_model(
-        load_base(model, task.num_labels), copy.deepcopy(lora), autocast_adapter_dtype=not zero3
+        load_base(model, task.num_labels, label_names=task.label_names),
+        copy.deepcopy(lora),
+        autocast_adapter_dtype=not zero3,
     )
     trainer = Trainer(
         peft_model,
@@ -152,6 +154,8 @@ def _save(model: PeftModel, weights: dict[str, Tensor], task: Task, output_dir: 
             "num_labels": task.num_labels,
             "metric": task.metric,
             "train_rows": len(task.train),
+            **({"label_names": list(task.label_names)} if task.label_names else {}),
+            **({"data": task.data} if task.data else {}),
             **made,
             "command": command(),
             "versions": versions(),

@@ -206,10 +206,12 @@ def test_numbers_of_yaml_1_2(text):
 
 MANIFESTS = {
     "merged": {"kind": "merged", "base_model": "b", "method": "ties", "scale": 1.0, "inputs": {"a": {"source": "s"}},
-               "options": {}, "weights": {"a": 1}, "energy_kept": {"l": 1.0}, "written_rank": 2, "space": "auto"},
+               "options": {}, "weights": {"a": 1}, "energy_kept": {"l": 1.0}, "written_rank": 2, "space": "auto",
+               "label_names": {"a": ["no", "yes"]}},
     "checkpoint": {"kind": "checkpoint", "method": "ties", "scale": 1.0, "inputs": {"a": {"source": "s"}},
                    "files": ["model.safetensors"]},
     "adapter": {"kind": "adapter", "task": "tweets", "base_model": "b", "osrm": {"initialized": True, "settings": {}},
+                "label_names": ["no", "yes"], "data": {"train": "tweets.csv"},
                 "log": [{"step": 1, "osrm/drift": 0.1}], "scores": [{"task": "t", "metric": "accuracy", "value": 1}]},
 }  # fmt: skip
 
