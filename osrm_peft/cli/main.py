@@ -15,6 +15,7 @@ from osrm_peft.checks import is_fault
 from osrm_peft.cli import checkpoints, features, merge, report  # noqa: F401 (their commands)
 from osrm_peft.cli.app import (
     ConfigOption,
+    JsonOption,
     SuiteOption,
     TaskOption,
     app,
@@ -22,8 +23,11 @@ from osrm_peft.cli.app import (
     console,
     escape_messages,
     one_line,
+    progress,
     say,
+    show,
     values,
+    wrote,
 )
 
 if TYPE_CHECKING:
@@ -50,7 +54,7 @@ def train(
         if read_manifest(out / name).get("kind") == "adapter" and not overwrite:
             say(f"{out / name} is there already (--overwrite makes it anew)")
             continue
-        say(f"wrote {recipe.train(name, out / name, overwrite=overwrite)}")
+        wrote(recipe.train(name, out / name, overwrite=overwrite, progress=progress()))
 
 
 @app.command()
@@ -58,7 +62,7 @@ def evaluate(
     adapter: Annotated[str, typer.Argument(help="A merged folder, or one adapter's folder or Hub id.")],
     suite: SuiteOption = "packaged",
     task: TaskOption = None,
-    model: Annotated[str | None, typer.Option(help="Base model. Default: the one the adapter names.")] = None,
+    model: Annotated[str | None, typer.Option("--base-model", help="Default: the one the adapter names.")] = None,
     rows: Annotated[int | None, typer.Option(help="Validation rows a task. Default: all.")] = None,
     max_length: int = 128,
     out: Annotated[Path | None, typer.Option(help="Write the scores to this JSON file.")] = None,
@@ -212,12 +216,11 @@ def demo(
     try:
         run_demo(out, seeds=range(42, 42 + seeds), osrm=OSRM | values(osrm), console=console)
     except KeyboardInterrupt:
-        say(f"interrupted; what is finished lies in {out}: run the same command to go on")
-        raise typer.Exit(130) from None
+        raise KeyboardInterrupt(f"what is finished lies in {out}: run the same command to go on") from None
 
 
 @app.command()
-def env() -> None:
+def env(as_json: JsonOption = False) -> None:
     """Print versions and machine, for an issue. No path, name of a user or address is among them."""
     import os
     import platform
@@ -239,8 +242,7 @@ def env() -> None:
         "CPUs": f"{os.cpu_count()}, {torch.get_num_threads()} threads for torch",
         "GPUs": ", ".join(torch.cuda.get_device_name(place) for place in range(cuda)) or "none",
     }
-    for name, value in facts.items():
-        say(f"- {name}: {value}")
+    show(facts, lambda facts: [f"- {name}: {value}" for name, value in facts.items()])
 
 
 def main() -> None:
