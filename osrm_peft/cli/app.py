@@ -15,9 +15,11 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console, ConsoleOptions, ConsoleRenderable, RenderHook
 from rich.segment import Segment
+from rich.text import Text
 from typer.core import TyperGroup
 
 from osrm_peft.checks import printable
+from osrm_peft.cli.words import in_words
 
 # The commands in the order in which a user needs them, as `osrm-peft --help` groups them.
 PANELS = {
@@ -146,7 +148,7 @@ class _Formatter(logging.Formatter):
     """Messages on one line each, with nothing that a terminal would obey."""
 
     def format(self, record: logging.LogRecord) -> str:
-        return one_line(super().format(record))
+        return one_line(as_typed(super().format(record)))
 
 
 def one_line(text: object) -> str:
@@ -160,7 +162,19 @@ def escape_messages() -> None:
         sys.stdout.reconfigure(errors="backslashreplace")  # where a terminal or pipe has no λ
     if logging.lastResort is not None:
         logging.lastResort.setFormatter(_Formatter())
-    warnings.formatwarning = lambda *arguments, **named: printable(_format_warning(*arguments, **named))
+    warnings.formatwarning = _one_warning
+
+
+def _one_warning(message: Any, category: Any, filename: str, *arguments: Any, **named: Any) -> str:
+    """Our warnings in one line, in the words of the command; those of others as they are."""
+    if Path(filename).is_relative_to(Path(__file__).parents[1]):
+        return f"warning: {one_line(as_typed(str(message)))}\n"
+    return printable(_format_warning(message, category, filename, *arguments, **named))
+
+
+def as_typed(text: str) -> str:
+    """A message of the library in the words of the command that runs."""
+    return in_words(text, typer.main.get_command(app), sys.argv[1:])
 
 
 ConfigOption = Annotated[Path, typer.Option("--config", "-c", help="A recipe, see recipes/configs/.")]
@@ -236,7 +250,7 @@ def show(facts: Any, tables: Callable[[Any], Iterable[Any]]) -> None:
         console.out(json.dumps(_finite(facts), indent=2), highlight=False)
     else:
         for table in tables(facts):
-            console.print(table, **({"markup": False, "highlight": False} if isinstance(table, str) else {}))
+            console.print(Text(table) if isinstance(table, str) else table)
 
 
 def _finite(value: Any) -> Any:

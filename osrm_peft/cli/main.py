@@ -19,6 +19,7 @@ from osrm_peft.cli.app import (
     SuiteOption,
     TaskOption,
     app,
+    as_typed,
     chosen,
     console,
     escape_messages,
@@ -245,8 +246,11 @@ def env(as_json: JsonOption = False) -> None:
     show(facts, lambda facts: [f"- {name}: {value}" for name, value in facts.items()])
 
 
+_REPORT = "this is a fault in osrm_peft: please report it, with what `osrm-peft env` prints"
+
+
 def main() -> None:
-    """Run the command; an error is one line, not a traceback."""
+    """Run the command; an error is one line, not a traceback. Exit codes: docs/reference/cli.md."""
     escape_messages()
     try:
         app()
@@ -254,20 +258,31 @@ def main() -> None:
         if not is_fault(error):
             raise
         Console(stderr=True).print(f"[bold red]error:[/bold red] {escape(told(error))}", soft_wrap=True)
-        sys.exit(2)
+        sys.exit(2 if _is_mistake(error) or _is_out_of_memory(error) else 1)
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    words = "out of memory|can't allocate memory|not enough memory"
+    return isinstance(error, MemoryError) or bool(re.search(words, str(error)))
+
+
+def _is_mistake(error: BaseException) -> bool:
+    """Whether the error is of what was asked for, or of the machine, and not a fault in us."""
+    foreseen = isinstance(error, ValueError | TypeError | OSError | ImportError)
+    return foreseen and type(error).__name__ != "LinAlgError"
 
 
 def told(error: BaseException) -> str:
     """The error on one line, with the way out; an error that no check foresaw also names the command and our line."""
     text = one_line(error) or type(error).__name__
-    if isinstance(error, MemoryError) or re.search("out of memory|can't allocate memory|not enough memory", text):
+    if _is_out_of_memory(error):
         return f"{_command()}: out of memory ({text[:200]}): free some, or ask for less (fewer rows, a lower rank)"
-    if isinstance(error, ValueError | TypeError | OSError) and type(error).__name__ != "LinAlgError":
-        return text
+    if _is_mistake(error):
+        return as_typed(text)
     package = Path(__file__).parents[1]
     ours = [line for line in traceback.extract_tb(error.__traceback__) if Path(line.filename).is_relative_to(package)]
     place = f" at {Path(ours[-1].filename).relative_to(package)}:{ours[-1].lineno}" if ours else ""
-    return f"{_command()}: {type(error).__name__}{place}: {text[:500]}"
+    return f"{_command()}: {type(error).__name__}{place}: {text[:500]}; {_REPORT}"
 
 
 def _command() -> str:
