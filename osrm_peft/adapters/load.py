@@ -78,7 +78,9 @@ def load_adapter(
     except (SafetensorError, json.JSONDecodeError, UnicodeDecodeError, KeyError) as error:
         raise ValueError(f"{source} is damaged: {type(error).__name__}: {error}") from error
     adapter.source, adapter.folder = pinned(str(source), folder), folder
-    adapter.weight_hash = _weight_hash(read_manifest(folder).get("osrm"), str(folder / MANIFEST))
+    osrm = read_manifest(folder).get("osrm")
+    adapter.weight_hash = _weight_hash(osrm, str(folder / MANIFEST))
+    adapter.initialized = bool(osrm["initialized"]) if isinstance(osrm, Mapping) and "initialized" in osrm else None
     return adapter
 
 
@@ -136,7 +138,9 @@ def _of_model(model: PeftModel, adapter_name: str | None) -> LoraAdapter:
     if adapter.copies:  # they would hold the merged weights
         check_unmerged(all_lora_layers(model))
     adapter.factors = dict(adapter.factors)
-    adapter.weight_hash = _weight_hash({"provenance": getattr(config, "provenance", None)}, adapter.source)
+    provenance = getattr(config, "provenance", None)  # of an OSRMLoraConfig
+    adapter.weight_hash = _weight_hash({"provenance": provenance}, adapter.source)
+    adapter.initialized = None if provenance is None else bool(provenance)
     return adapter
 
 

@@ -19,6 +19,7 @@ from osrm_peft.checkpoints.shapes import BASE, OUTPUT_DTYPES, is_matrix, result_
 from osrm_peft.checkpoints.text import Text, choose_text
 from osrm_peft.checks import choice, integer, number, size_in_bytes
 from osrm_peft.io.manifest import MANIFEST, command, versions
+from osrm_peft.merging import advice
 from osrm_peft.merging.inputs import check_names
 from osrm_peft.merging.methods.registry import METHODS, Method, get_method
 from osrm_peft.merging.weights import Weights, weights_by_layer, weights_by_task
@@ -215,7 +216,8 @@ def _check_configs(every: Mapping[str, ModelFiles], aligned: Names) -> None:
 
 
 def _warn(plan: CheckpointPlan, aligned: Names) -> None:
-    """Log what a user may not expect: tensors left out, or averaged instead of merged."""
+    """Say what a user may not expect: tensors left out, or averaged instead of merged; and of the method and scale."""
+    advice.warn(advice.of_method(plan.method, len(plan.models), plan.scale))
     for name, tensors in aligned.left_out.items():
         logger.warning("of %r %s left out, which no model loads", name, _listed(tensors))
     several = [name for name in plan.averaged if len(plan.shapes[name]) > 2]

@@ -6,15 +6,14 @@ from typing import Annotated, Literal
 import typer
 
 from osrm_peft.cli.app import JsonOption, app, progress, say, show, sources, values, wrote
+from osrm_peft.cli.methods import FULL_MODELS, listed
 
 
-@app.command("merge-checkpoints")
+@app.command("merge-checkpoints", epilog=listed(FULL_MODELS))
 def merge_checkpoints(
     models: Annotated[list[str], typer.Argument(help="Models, as NAME=FOLDER or NAME=user/name (or just FOLDER).")],
     out: Annotated[Path, typer.Option(help="Folder of the merged model.")],
-    method: Annotated[
-        str, typer.Option("--method", "-m", help="average, task_arithmetic, ties, dare, dare_ties, lore, tsv, iso, emr")
-    ] = "average",
+    method: Annotated[str, typer.Option("--method", "-m", help="One of those listed below.")] = "average",
     base: Annotated[
         str | None, typer.Option("--base-model", help="The model they were trained from. average, lore: none needed.")
     ] = None,

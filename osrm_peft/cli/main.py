@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from osrm_peft.checks import is_fault
-from osrm_peft.cli import checkpoints, features, merge, report  # noqa: F401 (their commands)
+from osrm_peft.cli import checkpoints, features, merge, methods, report  # noqa: F401 (their commands)
 from osrm_peft.cli.app import (
     ConfigOption,
     JsonOption,

@@ -20,6 +20,7 @@ from osrm_peft.cli.app import (
     values,
     wrote,
 )
+from osrm_peft.cli.methods import OPTIONS, listed
 from osrm_peft.io.yaml import parse_yaml
 
 if TYPE_CHECKING:
@@ -37,13 +38,13 @@ _WRITTEN = ("written_rank", "energy_kept", "serving")  # fields of a manifest
 FeaturesOption = Annotated[list[str] | None, typer.Option(help="TASK=FILE of the pre-trained model; repeat it.")]
 
 
-@app.command()
+@app.command(epilog=listed(OPTIONS))
 def merge(
     adapters: AdaptersArgument = None,
     out: Annotated[Path, typer.Option(help="Folder of the merged adapter.")] = Path("results/merged"),
     config: Annotated[Path | None, typer.Option("--config", "-c", help="A merge recipe; flags go before it.")] = None,
     method: Annotated[
-        str | None, typer.Option("--method", "-m", help="See the README's table. Default: average.")
+        str | None, typer.Option("--method", "-m", help="One of those listed below. Default: average.")
     ] = None,
     weight: Annotated[list[str] | None, typer.Option(help="TASK=NUMBER; repeat it.")] = None,
     weights: Annotated[str | None, typer.Option(help="features or features_global: chosen by --features.")] = None,
@@ -131,7 +132,9 @@ def _check_folders(plan: "MergePlan", folders: list[tuple[Any, Path]], out: Path
 
 def _show(plan: "MergePlan", folders: list[tuple[Any, Path]]) -> None:
     from osrm_peft.cli.tables import plan_facts, plan_tables
+    from osrm_peft.merging import advice
 
+    advice.warn([*advice.of_plan(plan), *advice.of_result(plan)])
     places = [{"folder": str(folder), "scale": scale if len(folders) > 1 else plan.scale} for scale, folder in folders]
     lines = [f"would write {one['folder']}" + f" at λ = {one['scale']!r}" * (len(places) > 1) for one in places]
     show(plan_facts(plan) | {"would_write": places}, lambda facts: [*plan_tables(facts), *lines])
