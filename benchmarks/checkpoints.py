@@ -134,7 +134,7 @@ def _run(*command: object) -> None:
 
 def _command(models: dict[str, Path], base: Path, out: Path, ours: dict[str, Any]) -> list[object]:
     scale = ["--scale", ours["scale"]] if "scale" in ours else []
-    command = [sys.executable, "-m", "osrm_peft", "merge-checkpoints", *models.values(), "--base", base]
+    command = [sys.executable, "-m", "osrm_peft", "merge-checkpoints", *models.values(), "--base-model", base]
     return [*command, "--out", out, "--overwrite", "--method", ours["method"], *scale]
 
 

@@ -1,6 +1,5 @@
 """Sphinx: Markdown pages by MyST, the API from docstrings; commands and methods from the program itself."""
 
-import inspect
 import os
 import re
 from importlib import metadata
@@ -68,25 +67,21 @@ def _text(help_text: str | None) -> str:
 
 def methods() -> str:
     """Markdown table of the registered methods: λ, options, spaces, needs, paper, what they compute."""
+    from osrm_peft.cli.methods import method_facts
     from osrm_peft.merging import METHODS
 
     lines = ["| method | λ | options | spaces | needs | full models | what it computes, and its paper |"]
     lines.append("|---|--:|---|---|---|---|---|")
-    for name, method in METHODS.items():
-        options = ", ".join(f"`{option}` ({value})" for option, value in method.options.items())
-        spaces = ", ".join(f"`{space}`" for space in (("core",) if method.commutes else ()) + method.spaces)
-        spaces = ", ".join(dict.fromkeys(spaces.split(", ")))
-        needs = {"gram": "`collect_gram`", "fisher": "`collect_fisher`"}.get(method.needs or "", "")
-        full = "no" if method.needs or method.spaces == ("factors",) else "without base" if method.baseless else "yes"
-        computes = " Then: ".join(_first_lines(fn) for fn in (method.prepare, method.fn) if fn is not None)
+    for one in map(method_facts, METHODS.values()):
+        options = ", ".join(f"`{option}` ({value})" for option, value in one["options"].items())
+        spaces = ", ".join(f"`{space}`" for space in one["spaces"])
+        needs = f"`collect_{one['needs']}`" if one["needs"] else ""
+        first = [text.split("\n\n")[0].replace("\n", " ").replace("|", "\\|") for text in one["documentation"]]
         lines.append(
-            f"| `{name}` | {method.scale:g} | {options} | {spaces} | {needs} | {full} | {computes} {method.paper} |"
+            f"| `{one['name']}` | {one['scale']:g} | {options} | {spaces} | {needs} | {one['full_models']} | "
+            f"{' Then: '.join(first)} {one['paper']} |"
         )
     return "\n".join(lines)
-
-
-def _first_lines(fn) -> str:
-    return (inspect.getdoc(fn) or "").split("\n\n")[0].replace("\n", " ").replace("|", "\\|")
 
 
 def _generated(app, docname: str, source: list[str]) -> None:

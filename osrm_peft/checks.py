@@ -52,6 +52,21 @@ def integer(name: str, value: Any, least: int, most: int = LARGEST) -> int:
     return value
 
 
+def size_in_bytes(name: str, value: Any) -> int:
+    """`value`, a number of bytes or a text such as `"5GB"` (5·10⁹) or `"2GiB"` (2·2³⁰), as a number of bytes.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    found = re.fullmatch(r"(\d{1,18}(?:\.\d{1,18})?) ?(?:([kKMGT])(i?)B|B)?", value) if isinstance(value, str) else None
+    if found is None and (not isinstance(value, Integral) or isinstance(value, bool)):
+        raise ValueError(f"{name}={shown(value)} must be a size: 5GB, 500MB, 2GiB, or a number of bytes")
+    if found is None:
+        return int(value)
+    power = " KMGT".index((found[2] or " ").upper())
+    return int(float(found[1]) * (1024 if found[3] else 1000) ** power) if power else int(float(found[1]))
+
+
 def number(name: str, value: Any, least: float = -math.inf, most: float = math.inf, *, open_low: bool = False) -> float:
     """`value` as a finite float in [least, most], or in (least, most] with `open_low`.
 

@@ -79,8 +79,10 @@ def load_adapter(
         raise ValueError(f"{source} is damaged: {type(error).__name__}: {error}") from error
     adapter.source, adapter.folder = pinned(str(source), folder), folder
     manifest = read_manifest(folder)
-    adapter.weight_hash = _weight_hash(manifest.get("osrm"), str(folder / MANIFEST))
+    osrm = manifest.get("osrm")
+    adapter.weight_hash = _weight_hash(osrm, str(folder / MANIFEST))
     adapter.label_names = label_names_in(manifest, task)
+    adapter.initialized = bool(osrm["initialized"]) if isinstance(osrm, Mapping) and "initialized" in osrm else None
     return adapter
 
 
@@ -138,7 +140,9 @@ def _of_model(model: PeftModel, adapter_name: str | None) -> LoraAdapter:
     if adapter.copies:  # they would hold the merged weights
         check_unmerged(all_lora_layers(model))
     adapter.factors = dict(adapter.factors)
-    adapter.weight_hash = _weight_hash({"provenance": getattr(config, "provenance", None)}, adapter.source)
+    provenance = getattr(config, "provenance", None)  # of an OSRMLoraConfig
+    adapter.weight_hash = _weight_hash({"provenance": provenance}, adapter.source)
+    adapter.initialized = None if provenance is None else bool(provenance)
     return adapter
 
 

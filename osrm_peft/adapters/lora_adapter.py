@@ -60,6 +60,7 @@ class LoraAdapter:
         copies: {parameter name: tensor} of frozen base weights that PEFT put into the file, as the vocabulary has new
             rows; loading the adapter restores them.
         weight_hash: hash of the base model's adapted layers (`fingerprint.weight_hash`), if OSRM's manifest has it.
+        initialized: whether OSRM has chosen A, of an adapter that was made with an OSRMLoraConfig; None: it was not.
         folder: the adapter's folder on this machine, in which a tokenizer may lie.
         label_names: the names of the task's classes, from our manifest; None without.
         placed: the layers were renamed (`renamed`), so a merge takes their names as they are.
@@ -76,6 +77,7 @@ class LoraAdapter:
     modules: Mapping[str, Tensor] = field(default_factory=dict)
     copies: Mapping[str, Tensor] = field(default_factory=dict)
     weight_hash: str | None = None
+    initialized: bool | None = None
     folder: Path | None = None
     label_names: tuple[str, ...] | None = None
     placed: bool = False

@@ -38,7 +38,7 @@ def merge_checkpoints(
     vocab: Vocab = "error",
     tokenizer: str | None = None,
     dtype: OutputDtype | None = None,
-    shard_size: int = 5 * 10**9,
+    shard_size: int | str = "5GB",
     seed: int = 0,
     resume: bool = False,
     overwrite: bool = False,
@@ -66,7 +66,7 @@ def merge_checkpoints(
         tokenizer: the model (or `"base"`) whose tokenizer, chat template, special tokens (in config.json, too),
             generation and processor settings the result has. None: the models', where they agree; else the base's.
         dtype: of the result; None: the models' own, if it is the same.
-        shard_size: bytes of a weight file, at most.
+        shard_size: of a weight file, at most: bytes, or `"5GB"` (5·10⁹), `"500MB"`, `"2GiB"` (2·2³⁰).
         seed: of the methods that draw.
         resume: go on with an interrupted merge of the same inputs and options: finished weight files are kept.
         overwrite: replace another result, or what an interrupted merge has finished.

@@ -17,8 +17,9 @@ from osrm_peft.checkpoints.names import Names, align
 from osrm_peft.checkpoints.settings import vocabulary_size, with_ids, with_rows
 from osrm_peft.checkpoints.shapes import BASE, OUTPUT_DTYPES, is_matrix, result_dtypes, result_shapes
 from osrm_peft.checkpoints.text import Text, choose_text
-from osrm_peft.checks import choice, integer, number
+from osrm_peft.checks import choice, integer, number, size_in_bytes
 from osrm_peft.io.manifest import MANIFEST, command, versions
+from osrm_peft.merging import advice
 from osrm_peft.merging.inputs import check_names
 from osrm_peft.merging.methods.registry import METHODS, Method, get_method
 from osrm_peft.merging.weights import Weights, weights_by_layer, weights_by_task
@@ -133,7 +134,7 @@ def plan_checkpoints(
     vocab: str,
     tokenizer: str | None,
     dtype: str | None,
-    shard_size: int,
+    shard_size: int | str,
     seed: int,
     **options: Any,
 ) -> CheckpointPlan:
@@ -143,7 +144,8 @@ def plan_checkpoints(
     choice("vocab", vocab, get_args(Vocab))
     if dtype is not None:
         choice("dtype", dtype, OUTPUT_DTYPES)
-    shard_size, seed, names = integer("shard_size", shard_size, 2**20), integer("seed", seed, 0), check_names(models)
+    shard_size = integer("shard_size", size_in_bytes("shard_size", shard_size), 2**20)
+    seed, names = integer("seed", seed, 0), check_names(models)
     taken = [name for name in names if name in _RESERVED or (name == BASE and base is not None)]
     if taken:
         raise ValueError(f"a model cannot be called {taken[0]!r}, which is a name in the result: give it another")
@@ -214,7 +216,8 @@ def _check_configs(every: Mapping[str, ModelFiles], aligned: Names) -> None:
 
 
 def _warn(plan: CheckpointPlan, aligned: Names) -> None:
-    """Log what a user may not expect: tensors left out, or averaged instead of merged."""
+    """Say what a user may not expect: tensors left out, or averaged instead of merged; and of the method and scale."""
+    advice.warn(advice.of_method(plan.method, len(plan.models), plan.scale))
     for name, tensors in aligned.left_out.items():
         logger.warning("of %r %s left out, which no model loads", name, _listed(tensors))
     several = [name for name in plan.averaged if len(plan.shapes[name]) > 2]

@@ -1,29 +1,123 @@
 """What the commands of `osrm-peft` share: the app, the console, options, and NAME=VALUE texts."""
 
 import io
+import json
 import logging
+import math
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console, ConsoleOptions, ConsoleRenderable, RenderHook
 from rich.segment import Segment
+from rich.text import Text
+from typer.core import TyperGroup
 
 from osrm_peft.checks import printable
+from osrm_peft.cli.words import in_words
+
+# The commands in the order in which a user needs them, as `osrm-peft --help` groups them.
+PANELS = {
+    "From data to a merge": ("init", "check", "run", "demo"),
+    "Adapters": ("features", "train", "project", "inspect"),
+    "Merge": ("interference", "methods", "statistics", "merge", "merge-checkpoints", "select"),
+    "Results": ("evaluate", "report", "push"),
+    "This installation": ("env",),
+}
+
+
+@dataclass
+class Session:
+    """What the options before the command ask for, and what the command has done.
+
+    Attributes:
+        quiet: no messages and no progress bars.
+        json: the command prints one JSON document; messages go to stderr.
+        written: what is finished.
+    """
+
+    quiet: bool = False
+    json: bool = False
+    written: list[str] = field(default_factory=list)
+
+
+session = Session()
+
+
+class Commands(TyperGroup):
+    """The commands in panels; `--quiet` may stand anywhere, and an interrupt of any command is one line."""
+
+    def __init__(self, **named: Any) -> None:
+        super().__init__(**named)
+        panels = {name: panel for panel, names in PANELS.items() for name in names}
+        order = [*panels, *self.commands]
+        self.commands = dict(sorted(self.commands.items(), key=lambda one: order.index(one[0])))
+        for name, command in self.commands.items():
+            command.rich_help_panel = panels.get(name, "Other")  # type: ignore[attr-defined]
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Put `--quiet` before the command."""
+        end = args.index("--") if "--" in args else len(args)
+        quiet = ["--quiet"] if "--quiet" in args[:end] else []
+        return super().parse_args(ctx, [*quiet, *(one for one in args[:end] if one != "--quiet"), *args[end:]])
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command. An interrupt's own text says what is kept."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as interrupt:
+            done = [f"finished: {', '.join(session.written)}"] if session.written else []
+            text = "; ".join(["interrupted", *done, *filter(None, map(str, interrupt.args))])
+            messages.print(one_line(text), markup=False, highlight=False)
+            raise typer.Exit(130) from None
+
 
 app = typer.Typer(
+    cls=Commands,
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     help="Train LoRA adapters so that they can be merged (OSRM), and merge them (LoRE-Merging and the baselines).",
 )
-console = Console(  # soft: a path is one word, to copy; of several processes the first prints
-    soft_wrap=True, width=None if sys.stdout and sys.stdout.isatty() else 120, quiet=os.environ.get("RANK", "0") != "0"
+_SECOND = os.environ.get("RANK", "0") != "0"  # of several processes the first prints
+console = Console(  # soft: a path is one word, to copy
+    soft_wrap=True, width=None if sys.stdout and sys.stdout.isatty() else 120, quiet=_SECOND, emoji=False
 )
+messages = Console(stderr=True, soft_wrap=True, quiet=_SECOND, emoji=False)
+
+
+def _print_versions(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        names = ("osrm_peft", "torch", "transformers", "peft")
+        console.print(", ".join(f"{name} {version(name)}" for name in names), highlight=False)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_print_versions, help="Versions on one line.")
+    ] = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", help="No messages and no progress bars; also after the command.")
+    ] = False,
+) -> None:
+    session.quiet, session.json, session.written = quiet, False, []
+    if quiet:  # the bars of libraries, which read this when they are imported
+        os.environ |= dict.fromkeys(
+            ("TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS"), "1"
+        )
+
+
+def _begin_json(asked: bool) -> bool:
+    session.json = asked
+    return asked
 
 
 class _Printable(RenderHook):
@@ -44,6 +138,7 @@ class _Escaped:
 
 
 console.push_render_hook(_Printable())
+messages.push_render_hook(_Printable())
 
 
 _format_warning = warnings.formatwarning
@@ -53,7 +148,7 @@ class _Formatter(logging.Formatter):
     """Messages on one line each, with nothing that a terminal would obey."""
 
     def format(self, record: logging.LogRecord) -> str:
-        return one_line(super().format(record))
+        return one_line(as_typed(super().format(record)))
 
 
 def one_line(text: object) -> str:
@@ -67,12 +162,27 @@ def escape_messages() -> None:
         sys.stdout.reconfigure(errors="backslashreplace")  # where a terminal or pipe has no λ
     if logging.lastResort is not None:
         logging.lastResort.setFormatter(_Formatter())
-    warnings.formatwarning = lambda *arguments, **named: printable(_format_warning(*arguments, **named))
+    warnings.formatwarning = _one_warning
+
+
+def _one_warning(message: Any, category: Any, filename: str, *arguments: Any, **named: Any) -> str:
+    """Our warnings in one line, in the words of the command; those of others as they are."""
+    if Path(filename).is_relative_to(Path(__file__).parents[1]):
+        return f"warning: {one_line(as_typed(str(message)))}\n"
+    return printable(_format_warning(message, category, filename, *arguments, **named))
+
+
+def as_typed(text: str) -> str:
+    """A message of the library in the words of the command that runs."""
+    return in_words(text, typer.main.get_command(app), sys.argv[1:])
 
 
 ConfigOption = Annotated[Path, typer.Option("--config", "-c", help="A recipe, see recipes/configs/.")]
 TaskOption = Annotated[list[str] | None, typer.Option("--task", "-t", help="A task; repeat it. Default: all.")]
-SuiteOption = Annotated[str, typer.Option(help="packaged, glue, or files:FOLDER.")]
+JsonOption = Annotated[
+    bool, typer.Option("--json", callback=_begin_json, help="One JSON document instead of tables, numbers unrounded.")
+]
+SuiteOption = Annotated[str, typer.Option(help="packaged, glue, or files:FOLDER, or a recipe's YAML.")]
 
 
 def chosen(tasks: list[str] | None, known: list[str]) -> list[str]:
@@ -123,5 +233,37 @@ def sources(adapters: list[str] | None) -> dict[str, str]:
 
 
 def say(text: str) -> None:
-    """Print a line as it is."""
-    console.print(text, markup=False, highlight=False)  # a path may hold brackets
+    """Print a message as it is: on stderr beside a JSON document, and not at all with `--quiet`."""
+    if not session.quiet:
+        (messages if session.json else console).print(text, markup=False, highlight=False)  # a path may hold brackets
+
+
+def wrote(path: Any, about: str = "") -> None:
+    """Say that `path` is written, and remember it for an interrupt."""
+    session.written.append(str(path))
+    say(f"wrote {path}{about}")
+
+
+def show(facts: Any, tables: Callable[[Any], Iterable[Any]]) -> None:
+    """Print what a command has found: the tables that `tables` makes of it, or with `--json` the facts themselves."""
+    if session.json:
+        console.out(json.dumps(_finite(facts), indent=2), highlight=False)
+    else:
+        for table in tables(facts):
+            console.print(Text(table) if isinstance(table, str) else table)
+
+
+def _finite(value: Any) -> Any:
+    """As JSON has it: None for numbers that are not finite, lists for tuples, text for what it does not know."""
+    if isinstance(value, dict):
+        return {str(name): _finite(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(one) for one in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if value is None or isinstance(value, str | int) else str(value)
+
+
+def progress() -> bool:
+    """Whether bars are to be shown."""
+    return not session.quiet

@@ -5,18 +5,17 @@ from typing import Annotated, Literal
 
 import typer
 
-from osrm_peft.cli.app import app, console, say, sources, values
+from osrm_peft.cli.app import JsonOption, app, progress, say, show, sources, values, wrote
+from osrm_peft.cli.methods import FULL_MODELS, listed
 
 
-@app.command("merge-checkpoints")
+@app.command("merge-checkpoints", epilog=listed(FULL_MODELS))
 def merge_checkpoints(
     models: Annotated[list[str], typer.Argument(help="Models, as NAME=FOLDER or NAME=user/name (or just FOLDER).")],
     out: Annotated[Path, typer.Option(help="Folder of the merged model.")],
-    method: Annotated[
-        str, typer.Option("--method", "-m", help="average, task_arithmetic, ties, dare, dare_ties, lore, tsv, iso, emr")
-    ] = "average",
+    method: Annotated[str, typer.Option("--method", "-m", help="One of those listed below.")] = "average",
     base: Annotated[
-        str | None, typer.Option(help="The model they were trained from. average, lore: none needed.")
+        str | None, typer.Option("--base-model", help="The model they were trained from. average, lore: none needed.")
     ] = None,
     weight: Annotated[list[str] | None, typer.Option(help="NAME=NUMBER; repeat it.")] = None,
     option: Annotated[list[str] | None, typer.Option("--option", "-o", help="NAME=VALUE of the method.")] = None,
@@ -35,15 +34,17 @@ def merge_checkpoints(
         Literal["float32", "bfloat16", "float16", "float64"] | None,
         typer.Option(help="Of the result. Default: the models'."),
     ] = None,
-    shard_size: Annotated[int, typer.Option(help="Bytes of a weight file, at most.")] = 5 * 10**9,
+    shard_size: Annotated[str, typer.Option(help="Of a weight file, at most: 500MB, 2GiB, or bytes.")] = "5GB",
     seed: Annotated[int, typer.Option(help="Of methods that draw (dare).")] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with this merge where it was interrupted.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace another result of ours.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, say what would be written.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Merge full models into one, from disk to disk; none is ever in memory as a whole."""
     from osrm_peft.checkpoints.merge import execute
     from osrm_peft.checkpoints.plan import plan_checkpoints
+    from osrm_peft.cli.tables import checkpoint_facts, checkpoint_lines
     from osrm_peft.io.manifest import check_replaceable
     from osrm_peft.io.places import check_space
 
@@ -53,15 +54,20 @@ def merge_checkpoints(
         vocab=vocab, tokenizer=tokenizer, dtype=dtype, shard_size=shard_size, seed=seed, **values(option),
     )  # fmt: skip
     check_replaceable(folder, "checkpoint", plan.manifest(), overwrite)
-    size = plan.size_of(list(plan.shapes)) / 2**30
-    if plan.text.line():
-        say(plan.text.line())
+    facts = checkpoint_facts(plan, out)
+    *before, size = checkpoint_lines(facts)
     if dry_run:
-        check_space(folder, plan.size_of(list(plan.shapes)))
-        say(f"would write {out}: {len(plan.shapes)} tensors, {size:.2f} GiB in {len(plan.shards)} files")
+        check_space(folder, facts["bytes"])
+        show(facts, lambda _: [*before, f"would write {out}: {size}"])
         return
-    execute(plan, folder, resume=resume, overwrite=overwrite, progress=True)
-    say(f"wrote {out}: {len(plan.shapes)} tensors, {size:.2f} GiB in {len(plan.shards)} files")
+    for line in before:
+        say(line)
+    try:
+        execute(plan, folder, resume=resume, overwrite=overwrite, progress=progress())
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("finished weight files are kept, --resume goes on with them") from None
+    wrote(out, f": {size}")
+    show(facts, lambda _: [])
 
 
 @app.command()
@@ -70,18 +76,20 @@ def inspect(
     spectrum: Annotated[
         bool, typer.Option("--spectrum", help="Singular values of the task vectors, also of full models.")
     ] = False,
-    base: Annotated[str | None, typer.Option(help="Full models' base. Default: their mean, as LoRE begins.")] = None,
+    base: Annotated[
+        str | None, typer.Option("--base-model", help="Full models' base. Default: their mean, as LoRE begins.")
+    ] = None,
     layer: Annotated[str, typer.Option(help="Which matrices: a pattern of their names.")] = "*",
     out: Annotated[Path, typer.Option(help="Folder for spectrum.json and .png.")] = Path("results/spectrum"),
+    as_json: JsonOption = False,
 ) -> None:
     """Show what adapters hold: layers, ranks, scales, norms, heads, base; or how task vectors' singular values fall."""
     named = sources(models)
     if not spectrum:
         from osrm_peft.adapters.load import load_adapter
-        from osrm_peft.cli.tables import adapter_tables
+        from osrm_peft.cli.tables import adapter_facts, adapter_tables
 
-        for table in adapter_tables({name: load_adapter(source) for name, source in named.items()}):
-            console.print(table)
+        show(adapter_facts({name: load_adapter(source) for name, source in named.items()}), adapter_tables)
         return
     from osrm_peft.evaluation.spectra import plot_spectra, spectra, spectra_table
     from osrm_peft.io.json import write_json
@@ -90,9 +98,10 @@ def inspect(
 
     for name in ("spectrum.json", "spectrum.png"):
         check_file(out / name)
-    found = spectra(named, base=base, layer=layer, progress=True)
+    found = spectra(named, base=base, layer=layer, progress=progress())
     settings = {"models": named, "base": base, "layer": layer}
-    write_json(out / "spectrum.json", {"singular_values": found, "settings": settings, "versions": versions()})
+    content = {"singular_values": found, "settings": settings, "versions": versions()}
+    write_json(out / "spectrum.json", content)
     plot_spectra(found, out / "spectrum.png")
-    console.print(spectra_table(found))
-    say(f"wrote {out}/spectrum.json and {out}/spectrum.png")
+    show(content, lambda _: [spectra_table(found)])
+    wrote(f"{out}/spectrum.json and {out}/spectrum.png")

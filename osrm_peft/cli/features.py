@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from osrm_peft.cli.app import TaskOption, app, chosen, console, say
+from osrm_peft.cli.app import JsonOption, TaskOption, app, chosen, progress, say, show, wrote
 
 if TYPE_CHECKING:  # the command's help need not wait for torch
     from osrm_peft.features.task_features import TaskFeatures
@@ -24,7 +24,9 @@ def features(
     context: typer.Context,
     config: Annotated[Path | None, typer.Option("--config", "-c", help="A recipe; flags go before it.")] = None,
     task: TaskOption = None,
-    model: Annotated[str | None, typer.Option(help="Pre-trained model: Hub id, folder, or packaged.")] = None,
+    model: Annotated[
+        str | None, typer.Option("--base-model", help="Pre-trained model: Hub id, folder, or packaged.")
+    ] = None,
     suite: Annotated[str | None, typer.Option(help="packaged, glue, or files:FOLDER.")] = None,
     target: Annotated[list[str] | None, typer.Option(help="A target module; repeat it. Default: PEFT's.")] = None,
     statistic: Annotated[str | None, typer.Option(help="mean, sample or token.")] = None,
@@ -68,9 +70,9 @@ def features(
             say(f"{path} is there already (--overwrite makes it anew)")
             continue
         base = recipe.base(distributed=True) if base is None else base
-        found = recipe.collect(name, base=base, group_size=group_size, distributed=True)
+        found = recipe.collect(name, base=base, group_size=group_size, progress=progress(), distributed=True)
         processes.broadcast_from_main(partial(found.save, path, getattr(torch, dtype)))
-        say(f"wrote {path}")
+        wrote(path)
 
 
 def _recipe(config: Path | None, target: list[str] | None, statistic: str | None, **flags: Any) -> "Recipe":
@@ -79,7 +81,7 @@ def _recipe(config: Path | None, target: list[str] | None, statistic: str | None
 
     given = {name: value for name, value in flags.items() if value is not None}
     if config is None and not {"model", "suite"} <= set(given):
-        raise ValueError("give a recipe (--config), or --model and --suite")
+        raise ValueError("give a recipe (--config), or --base-model and --suite")
     recipe = Recipe(**given) if config is None else replace(Recipe.from_yaml(config), **given)
     if target:
         recipe = replace(recipe, lora=recipe.lora | {"target_modules": target})
@@ -105,15 +107,17 @@ def _check_same(found: "TaskFeatures", recipe: "Recipe") -> None:
         )
 
 
-@features_app.command()
-def show(file: Annotated[str, typer.Argument(help="A features file, or a Hub repository with one.")]) -> None:
+@features_app.command("show")
+def _show(
+    file: Annotated[str, typer.Argument(help="A features file, or a Hub repository with one.")],
+    as_json: JsonOption = False,
+) -> None:
     """Show what a features file is of, what it holds, and what it reveals."""
-    from osrm_peft.cli.tables import features_tables
+    from osrm_peft.cli.tables import features_facts, features_tables
     from osrm_peft.features.file import features_file
     from osrm_peft.features.task_features import TaskFeatures
 
-    for table in features_tables(TaskFeatures.load(file), features_file(file)):
-        console.print(table)
+    show(features_facts(TaskFeatures.load(file), features_file(file)), features_tables)
 
 
 @app.command()
@@ -140,10 +144,10 @@ def project(
     check_replaceable(out, "adapter")
     projection = project_adapter(
         adapter, features, in_task=in_task, min_effect_kept=min_effect_kept, null_space=null_space,
-        protect_rank=protect_rank, protect_energy=protect_energy, seed=seed, progress=True,
+        protect_rank=protect_rank, protect_energy=protect_energy, seed=seed, progress=progress(),
     )  # fmt: skip
     projection.save_pretrained(out, overwrite=overwrite)
     mean = projection.mean()
     parts = [f"{name.replace('_', ' ')} {value:.3g}" for name, value in mean.items()]
     least = min(layer.energy_kept for layer in projection.layers.values())
-    say(f"wrote {out}: means over {len(projection.layers)} layers: {', '.join(parts)}; least energy kept {least:.3g}")
+    wrote(out, f": means over {len(projection.layers)} layers: {', '.join(parts)}; least energy kept {least:.3g}")

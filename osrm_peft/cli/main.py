@@ -12,18 +12,23 @@ from rich.console import Console
 from rich.markup import escape
 
 from osrm_peft.checks import is_fault
-from osrm_peft.cli import checkpoints, features, merge, report  # noqa: F401 (their commands)
+from osrm_peft.cli import checkpoints, features, merge, methods, report  # noqa: F401 (their commands)
 from osrm_peft.cli.app import (
     ConfigOption,
+    JsonOption,
     SuiteOption,
     TaskOption,
     app,
+    as_typed,
     chosen,
     console,
     escape_messages,
     one_line,
+    progress,
     say,
+    show,
     values,
+    wrote,
 )
 
 if TYPE_CHECKING:
@@ -50,7 +55,7 @@ def train(
         if read_manifest(out / name).get("kind") == "adapter" and not overwrite:
             say(f"{out / name} is there already (--overwrite makes it anew)")
             continue
-        say(f"wrote {recipe.train(name, out / name, overwrite=overwrite)}")
+        wrote(recipe.train(name, out / name, overwrite=overwrite, progress=progress()))
 
 
 @app.command()
@@ -58,7 +63,7 @@ def evaluate(
     adapter: Annotated[str, typer.Argument(help="A merged folder, or one adapter's folder or Hub id.")],
     suite: SuiteOption = "packaged",
     task: TaskOption = None,
-    model: Annotated[str | None, typer.Option(help="Base model. Default: the one the adapter names.")] = None,
+    model: Annotated[str | None, typer.Option("--base-model", help="Default: the one the adapter names.")] = None,
     rows: Annotated[int | None, typer.Option(help="Validation rows a task. Default: all.")] = None,
     max_length: int = 128,
     out: Annotated[Path | None, typer.Option(help="Write the scores to this JSON file.")] = None,
@@ -212,12 +217,11 @@ def demo(
     try:
         run_demo(out, seeds=range(42, 42 + seeds), osrm=OSRM | values(osrm), console=console)
     except KeyboardInterrupt:
-        say(f"interrupted; what is finished lies in {out}: run the same command to go on")
-        raise typer.Exit(130) from None
+        raise KeyboardInterrupt(f"what is finished lies in {out}: run the same command to go on") from None
 
 
 @app.command()
-def env() -> None:
+def env(as_json: JsonOption = False) -> None:
     """Print versions and machine, for an issue. No path, name of a user or address is among them."""
     import os
     import platform
@@ -239,12 +243,14 @@ def env() -> None:
         "CPUs": f"{os.cpu_count()}, {torch.get_num_threads()} threads for torch",
         "GPUs": ", ".join(torch.cuda.get_device_name(place) for place in range(cuda)) or "none",
     }
-    for name, value in facts.items():
-        say(f"- {name}: {value}")
+    show(facts, lambda facts: [f"- {name}: {value}" for name, value in facts.items()])
+
+
+_REPORT = "this is a fault in osrm_peft: please report it, with what `osrm-peft env` prints"
 
 
 def main() -> None:
-    """Run the command; an error is one line, not a traceback."""
+    """Run the command; an error is one line, not a traceback. Exit codes: docs/reference/cli.md."""
     escape_messages()
     try:
         app()
@@ -252,20 +258,31 @@ def main() -> None:
         if not is_fault(error):
             raise
         Console(stderr=True).print(f"[bold red]error:[/bold red] {escape(told(error))}", soft_wrap=True)
-        sys.exit(2)
+        sys.exit(2 if _is_mistake(error) or _is_out_of_memory(error) else 1)
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    words = "out of memory|can't allocate memory|not enough memory"
+    return isinstance(error, MemoryError) or bool(re.search(words, str(error)))
+
+
+def _is_mistake(error: BaseException) -> bool:
+    """Whether the error is of what was asked for, or of the machine, and not a fault in us."""
+    foreseen = isinstance(error, ValueError | TypeError | OSError | ImportError)
+    return foreseen and type(error).__name__ != "LinAlgError"
 
 
 def told(error: BaseException) -> str:
     """The error on one line, with the way out; an error that no check foresaw also names the command and our line."""
     text = one_line(error) or type(error).__name__
-    if isinstance(error, MemoryError) or re.search("out of memory|can't allocate memory|not enough memory", text):
+    if _is_out_of_memory(error):
         return f"{_command()}: out of memory ({text[:200]}): free some, or ask for less (fewer rows, a lower rank)"
-    if isinstance(error, ValueError | TypeError | OSError) and type(error).__name__ != "LinAlgError":
-        return text
+    if _is_mistake(error):
+        return as_typed(text)
     package = Path(__file__).parents[1]
     ours = [line for line in traceback.extract_tb(error.__traceback__) if Path(line.filename).is_relative_to(package)]
     place = f" at {Path(ours[-1].filename).relative_to(package)}:{ours[-1].lineno}" if ours else ""
-    return f"{_command()}: {type(error).__name__}{place}: {text[:500]}"
+    return f"{_command()}: {type(error).__name__}{place}: {text[:500]}; {_REPORT}"
 
 
 def _command() -> str:

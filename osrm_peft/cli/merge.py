@@ -6,7 +6,21 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from osrm_peft.cli.app import ConfigOption, TaskOption, app, chosen, console, pairs, say, sources, values
+from osrm_peft.cli.app import (
+    ConfigOption,
+    JsonOption,
+    TaskOption,
+    app,
+    chosen,
+    pairs,
+    progress,
+    say,
+    show,
+    sources,
+    values,
+    wrote,
+)
+from osrm_peft.cli.methods import OPTIONS, listed
 from osrm_peft.io.yaml import parse_yaml
 
 if TYPE_CHECKING:
@@ -20,16 +34,17 @@ StatisticsOption = Annotated[list[str] | None, typer.Option(help="TASK=FILE for 
 SpaceOption = Annotated[
     Literal["auto", "weight", "core", "knots"] | None, typer.Option(help="Where the method runs. Default: auto.")
 ]
+_WRITTEN = ("written_rank", "energy_kept", "serving")  # fields of a manifest
 FeaturesOption = Annotated[list[str] | None, typer.Option(help="TASK=FILE of the pre-trained model; repeat it.")]
 
 
-@app.command()
+@app.command(epilog=listed(OPTIONS))
 def merge(
     adapters: AdaptersArgument = None,
     out: Annotated[Path, typer.Option(help="Folder of the merged adapter.")] = Path("results/merged"),
     config: Annotated[Path | None, typer.Option("--config", "-c", help="A merge recipe; flags go before it.")] = None,
     method: Annotated[
-        str | None, typer.Option("--method", "-m", help="See the README's table. Default: average.")
+        str | None, typer.Option("--method", "-m", help="One of those listed below. Default: average.")
     ] = None,
     weight: Annotated[list[str] | None, typer.Option(help="TASK=NUMBER; repeat it.")] = None,
     weights: Annotated[str | None, typer.Option(help="features or features_global: chosen by --features.")] = None,
@@ -52,6 +67,7 @@ def merge(
     seed: Annotated[int | None, typer.Option(help="Of methods that draw (dare).")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace another result of ours.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, say what would be merged.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Merge LoRA adapters into one, with each task's head beside it. The base model is not read."""
     from osrm_peft.merging.plan import plan_merge
@@ -115,12 +131,13 @@ def _check_folders(plan: "MergePlan", folders: list[tuple[Any, Path]], out: Path
 
 
 def _show(plan: "MergePlan", folders: list[tuple[Any, Path]]) -> None:
-    from osrm_peft.cli.tables import plan_tables
+    from osrm_peft.cli.tables import plan_facts, plan_tables
+    from osrm_peft.merging import advice
 
-    for table in plan_tables(plan):
-        console.print(table)
-    for scale, folder in folders:
-        say(f"would write {folder}" + (f" at λ = {scale!r}" if len(folders) > 1 else ""))
+    advice.warn([*advice.of_plan(plan), *advice.of_result(plan)])
+    places = [{"folder": str(folder), "scale": scale if len(folders) > 1 else plan.scale} for scale, folder in folders]
+    lines = [f"would write {one['folder']}" + f" at λ = {one['scale']!r}" * (len(places) > 1) for one in places]
+    show(plan_facts(plan) | {"would_write": places}, lambda facts: [*plan_tables(facts), *lines])
 
 
 def _write(plan: "MergePlan", folders: list[tuple[Any, Path]], overwrite: bool) -> None:
@@ -130,18 +147,22 @@ def _write(plan: "MergePlan", folders: list[tuple[Any, Path]], overwrite: bool) 
     from osrm_peft.merging.merge import execute
 
     processes = start()
-    merged = execute(plan, processes, progress=True)
+    merged = execute(plan, processes, progress=progress())
+    facts = []
     for scale, folder in folders if processes.is_main_process else ():
         scaled = merged if len(folders) == 1 else merged.at_scale(scale)
         scaled.save_pretrained(folder, overwrite=overwrite)
         if isinstance(scaled, EMRAdapter):
-            say(f"wrote {folder}: one shared vector, masks and scales of {len(scaled.tasks)} tasks")
+            wrote(folder, f": one shared vector, masks and scales of {len(scaled.tasks)} tasks")
+            facts.append({"folder": str(folder), "scale": scaled.scale, "tasks": list(scaled.tasks)})
             continue
         written = read_manifest(folder)
         kept = min(written["energy_kept"].values())
-        say(f"wrote {folder}: rank {written['written_rank']}, energy kept per layer at least {kept:.4f}")
+        facts.append({"folder": str(folder)} | {name: written.get(name) for name in ("scale", *_WRITTEN)})
+        wrote(folder, f": rank {written['written_rank']}, energy kept per layer at least {kept:.4f}")
         for one_rank, energy in written.get("serving", {}).items():
             say(f"  at rank {one_rank} the worst layer keeps {energy:.4f} of its energy")
+    show({"written": facts}, lambda _: [])
 
 
 @app.command()
@@ -149,9 +170,11 @@ def interference(
     adapters: Annotated[list[str], typer.Argument(help="Adapters, as TASK=FOLDER or just FOLDER.")],
     features: FeaturesOption = None,
     base: Annotated[
-        str | None, typer.Option(help="Pre-trained model to compare with. Default: each task's own adapter.")
+        str | None,
+        typer.Option("--base-model", help="Pre-trained model to compare with. Default: each task's own adapter."),
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder for interference.json and .png.")] = Path("results/interference"),
+    as_json: JsonOption = False,
 ) -> None:
     """Before merging: how strongly each adapter acts on the other tasks' features."""
     from osrm_peft.evaluation.interference import interference as measure
@@ -166,12 +189,13 @@ def interference(
         check_file(out / name)
     named, files = sources(adapters), pairs(features)
     model = None if base is None else load_base(base, 2)
-    found = measure(named, files, base=model, progress=True)
+    found = measure(named, files, base=model, progress=progress())
     settings = {"adapters": named, "features": files, "base": base}
-    write_json(out / "interference.json", found.to_dict() | {"settings": settings, "versions": versions()})
+    content = found.to_dict() | {"settings": settings, "versions": versions()}
+    write_json(out / "interference.json", content)
     plot_interference({"adapters": found}, out / "interference.png")
-    console.print(interference_table(found))
-    say(f"wrote {out}/interference.json and {out}/interference.png")
+    show(content, lambda _: [interference_table(found)])
+    wrote(f"{out}/interference.json and {out}/interference.png")
 
 
 @app.command()
@@ -201,6 +225,8 @@ def statistics(
         if processes.broadcast_from_main(path.exists) and not overwrite:
             say(f"{path} is there already (--overwrite makes it anew)")
             continue
-        found = recipe.collect_statistics(kind, name, adapters / name, num_samples=rows, distributed=True)
+        found = recipe.collect_statistics(
+            kind, name, adapters / name, num_samples=rows, progress=progress(), distributed=True
+        )
         processes.broadcast_from_main(partial(found.save, path))
-        say(f"wrote {path}")
+        wrote(path)

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from osrm_peft.cli.app import app, say
+from osrm_peft.cli.app import app, wrote
 
 
 @app.command()
@@ -16,4 +16,4 @@ def report(
     """Browse results: one HTML page of scores, interference, spectra, drift and merged folders."""
     from osrm_peft.evaluation.page import write_report
 
-    say(f"wrote {out}: {write_report(results, out).summary()}")
+    wrote(out, f": {write_report(results, out).summary()}")

@@ -1,6 +1,6 @@
-"""Tables for a terminal of what lies in adapters, and of what a merge would do."""
+"""What adapters and features files hold, and what a merge would do: facts for JSON, and tables of them."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from rich.table import Table
 
 from osrm_peft.adapters.keys import shape_of_name
 from osrm_peft.adapters.lora_adapter import LoraAdapter, shape_in
+from osrm_peft.checkpoints.plan import CheckpointPlan
 from osrm_peft.features.task_features import TaskFeatures
 from osrm_peft.merging.plan import MergePlan
 from osrm_peft.osrm.spectrum import PooledMoment
@@ -18,49 +19,114 @@ from osrm_peft.osrm.spectrum import PooledMoment
 _KINDS: dict[Any, str] = {None: "linear", (): "embedding"}
 
 
-def adapter_tables(adapters: Mapping[str, LoraAdapter]) -> list[Table]:
+def adapter_facts(adapters: Mapping[str, LoraAdapter]) -> dict[str, Any]:
+    """What adapters hold: each in a line, groups of like layers, and groups of like parameters that are saved whole."""
+    return {
+        "adapters": {
+            name: {
+                "base_model": adapter.base_model,
+                "layers": len(adapter.shapes),
+                "ranks": sorted({rank for _, rank, _ in adapter.shapes.values()}),
+                "dtype": str(adapter.dtype).removeprefix("torch."),
+                "heads": {head: tuple(tensor.shape) for head, tensor in adapter.heads.items()},
+                "source": adapter.source,
+            }
+            for name, adapter in adapters.items()
+        },
+        "layers": [
+            {
+                "layers": module,
+                "number": len(names),
+                "shape": shape,
+                "kind": kind,
+                "adapters": {name: _of_layers(adapter, names) for name, adapter in adapters.items()},
+            }
+            for (module, shape, kind), names in _groups(adapters).items()
+        ],
+        "modules": list(_module_facts(adapters)),
+    }
+
+
+def adapter_tables(facts: Mapping[str, Any]) -> list[Table]:
     """One line an adapter, one line a group of like layers with each adapter's rank r and scale s, and modules."""
     summary = _table("Adapters", "adapter", "base model", "layers", "rank", "dtype", "heads", "source")
-    for name, adapter in adapters.items():
-        ranks = sorted({rank for _, rank, _ in adapter.shapes.values()})
-        heads = ", ".join(f"{head} {tuple(tensor.shape)}" for head, tensor in adapter.heads.items()) or "none"
-        dtype = str(adapter.dtype).removeprefix("torch.")
-        listed = ", ".join(map(str, ranks))
-        cells = [name, str(adapter.base_model), str(len(adapter.shapes)), listed, dtype, heads, adapter.source]
+    for name, one in facts["adapters"].items():
+        heads = ", ".join(f"{head} {shape}" for head, shape in one["heads"].items()) or "none"
+        ranks = ", ".join(map(str, one["ranks"]))
+        cells = [name, str(one["base_model"]), str(one["layers"]), ranks, one["dtype"], heads, one["source"]]
         summary.add_row(*map(escape, cells))
-    layers = _table("Layers", "layers", "number", "shape", "kind", *(f"{escape(name)}: r, s, ‖τ‖" for name in adapters))
-    for (module, shape, kind), names in _groups(adapters).items():
-        cells = [_cell(adapter, names) for adapter in adapters.values()]
-        layers.add_row(escape(module), str(len(names)), f"{shape[0]}×{shape[1]}", kind, *cells)
-    return [summary, layers, *_module_tables(adapters)]
+    named = [f"{escape(name)}: r, s, ‖τ‖" for name in facts["adapters"]]
+    layers = _table("Layers", "layers", "number", "shape", "kind", *named)
+    for group in facts["layers"]:
+        cells = [_cell(one, group["number"]) for one in group["adapters"].values()]
+        size = "×".join(map(str, group["shape"]))
+        layers.add_row(escape(group["layers"]), str(group["number"]), size, group["kind"], *cells)
+    modules = _table("Modules", "parameters", "number", *map(escape, facts["adapters"]))
+    for group in facts["modules"]:
+        cells = [", ".join(f"{kind} {'×'.join(map(str, shape))}" for kind, shape in one) or "absent"
+                 for one in group["adapters"].values()]  # fmt: skip
+        modules.add_row(escape(group["parameters"]), str(group["number"]), *cells)
+    return [summary, layers, *([modules] if facts["modules"] else [])]
 
 
-def plan_tables(plan: MergePlan) -> list[Table]:
+def plan_facts(plan: MergePlan) -> dict[str, Any]:
+    """A planned merge: its adapters, every choice made, and what it would write."""
+    made = plan.manifest()
+    return adapter_facts(plan.inputs.adapters) | {
+        "merge": {name: made[name] for name in ("method", "paper", "options", "space", "weights", "base_model")}
+        | {
+            "scale": "features" if plan.chooses_scale else plan.scale,
+            "layers": len(plan.inputs.shapes),
+            "rank": None if plan.method.per_task else max(map(plan.output_rank, plan.inputs.shapes)),
+            "bytes": plan.output_bytes(),
+            "dtype": str(plan.dtype).removeprefix("torch."),
+            "heads": [name for name, adapter in plan.inputs.adapters.items() if adapter.heads],
+            "modules": plan.fates,
+        }
+    }
+
+
+def plan_tables(facts: Mapping[str, Any]) -> list[Table]:
     """The adapters of a planned merge, and what it would write."""
-    shapes = plan.inputs.shapes
-    result = _table("The merge", "", "")
-    largest = max(map(plan.output_rank, shapes))
-    rank = "dense vector and 1-bit masks" if plan.method.per_task else f"at most {largest}"
-    scale = "chosen by features, a layer" if plan.chooses_scale else f"{plan.scale:g}"
-    weights = plan.weights_rule and f"chosen by {plan.weights_rule.word}"
-    options = ", ".join(f"{name}={value}" for name, value in plan.options.items()) or "none"
-    heads = [name for name, adapter in plan.inputs.adapters.items() if adapter.heads]
-    manifest_weights = plan.manifest()["weights"]
+    result, one = _table("The merge", "", ""), facts["merge"]
+    weights = one["weights"]
+    if isinstance(weights, str):
+        weights = f"chosen by {weights}"
+    else:
+        weights = ", ".join(f"{task} {_weight(value)}" for task, value in weights.items())
     for name, value in {
-        "method": f"{plan.method.name} ({plan.method.paper})",
-        "options": options,
-        "space": plan.space,
-        "weights": weights or ", ".join(f"{task} {_weight(value)}" for task, value in manifest_weights.items()),
-        "scale λ": scale,
-        "base model": str(plan.inputs.base),
-        "layers": str(len(shapes)),
-        "rank": rank,
-        "weights written": f"{decimal(plan.output_bytes())} in {str(plan.dtype).removeprefix('torch.')}",
-        "heads": f"one a task: {', '.join(heads)}" if heads else "none",
-        "modules": "; ".join(_of_each_fate(plan.fates)) or "none",
+        "method": f"{one['method']} ({one['paper']})",
+        "options": ", ".join(f"{option}={value}" for option, value in one["options"].items()) or "none",
+        "space": one["space"],
+        "weights": weights,
+        "scale λ": "chosen by features, a layer" if one["scale"] == "features" else f"{one['scale']:g}",
+        "base model": str(one["base_model"]),
+        "layers": str(one["layers"]),
+        "rank": "dense vector and 1-bit masks" if one["rank"] is None else f"at most {one['rank']}",
+        "weights written": f"{decimal(one['bytes'])} in {one['dtype']}",
+        "heads": f"one a task: {', '.join(one['heads'])}" if one["heads"] else "none",
+        "modules": "; ".join(_of_each_fate(one["modules"])) or "none",
     }.items():
         result.add_row(name, escape(value))
-    return [*adapter_tables(plan.inputs.adapters), result]
+    return [*adapter_tables(facts), result]
+
+
+def checkpoint_facts(plan: CheckpointPlan, out: Path) -> dict[str, Any]:
+    """A planned merge of full models: every choice made, and what it would write."""
+    made = plan.manifest()
+    return {name: made[name] for name in ("method", "paper", "options", "scale", "weights", "seed", "text")} | {
+        "folder": str(out),
+        "tensors": len(plan.shapes),
+        "bytes": plan.size_of(list(plan.shapes)),
+        "files": len(plan.shards),
+        "settings_of": plan.text.line(),
+    }
+
+
+def checkpoint_lines(facts: Mapping[str, Any]) -> list[str]:
+    """Whose tokenizer and settings the result has, if any; and its size."""
+    size = f"{facts['tensors']} tensors, {facts['bytes'] / 2**30:.2f} GiB in {facts['files']} files"
+    return [*filter(None, [facts["settings_of"]]), size]
 
 
 REVEALS = {
@@ -71,52 +137,70 @@ REVEALS = {
 }
 
 
-def features_tables(features: TaskFeatures, path: Path) -> list[Table]:
-    """Facts about a features file, and one line for each distinct input in it."""
-    result = _table(escape(f"Features of {features.task}"), "", "")
-    second = next(iter(features.layers.values())).second is not None
-    of = "the fine-tuned model (for RegMean)" if features.of_finetuned_model else "the pre-trained model"
-    for name, value in {
-        "file": f"{path} ({decimal(path.stat().st_size)})",
-        "base model": f"{features.base_model} (weights {features.weight_hash}); inputs of {of}",
-        "tokenizer": f"{features.tokenizer} ({features.tokenizer_hash})" if features.tokenizer_hash else "not recorded",
-        "statistic": features.statistic + (", padding counted in (reference)" if features.reference else ""),
-        "samples": f"{features.num_samples}, drawn with seed {features.seed}",
-        "reveals": REVEALS["token" if features.statistic == "sample" and second else features.statistic],
-    }.items():
-        result.add_row(name, escape(value))
-    inputs = _table("Inputs", "of layers", "width", "vectors", "E‖h‖²", "‖E h‖² of it")
+def features_facts(features: TaskFeatures, path: Path) -> dict[str, Any]:
+    """What a features file is of, and what it holds of each distinct input."""
     names: dict[str, list[str]] = {}
     for name, leader in features.same_input().items():
         names.setdefault(leader, []).append(name)
+    inputs = []
     for leader, sharing in names.items():
         moments = features.layers[leader]
-        energy, mean = float(PooledMoment.of([moments]).trace()), float(moments.mean().square().sum())
-        share = f"{mean / energy:.1%}" if energy else "–"
-        rest = [name.rpartition(".")[2] for name in sharing[1:]]
-        inputs.add_row(
-            escape(", ".join([leader, *rest])), str(moments.width), str(moments.count), f"{energy:.4g}", share
+        inputs.append(
+            {
+                "layers": sharing,
+                "width": moments.width,
+                "vectors": moments.count,
+                "energy": float(PooledMoment.of([moments]).trace()),
+                "energy_of_mean": float(moments.mean().square().sum()),
+            }
         )
+    second = next(iter(features.layers.values())).second is not None
+    known = ("task", "base_model", "weight_hash", "of_finetuned_model", "tokenizer", "tokenizer_hash", "statistic",
+             "reference", "num_samples", "seed")  # fmt: skip
+    return {name: getattr(features, name) for name in known} | {
+        "file": str(path),
+        "bytes": path.stat().st_size,
+        "reveals": REVEALS["token" if features.statistic == "sample" and second else features.statistic],
+        "inputs": inputs,
+    }
+
+
+def features_tables(facts: Mapping[str, Any]) -> list[Table]:
+    """Facts about a features file, and one line for each distinct input in it."""
+    result = _table(escape(f"Features of {facts['task']}"), "", "")
+    of = "the fine-tuned model (for RegMean)" if facts["of_finetuned_model"] else "the pre-trained model"
+    tokenizer = f"{facts['tokenizer']} ({facts['tokenizer_hash']})" if facts["tokenizer_hash"] else "not recorded"
+    for name, value in {
+        "file": f"{facts['file']} ({decimal(facts['bytes'])})",
+        "base model": f"{facts['base_model']} (weights {facts['weight_hash']}); inputs of {of}",
+        "tokenizer": tokenizer,
+        "statistic": facts["statistic"] + (", padding counted in (reference)" if facts["reference"] else ""),
+        "samples": f"{facts['num_samples']}, drawn with seed {facts['seed']}",
+        "reveals": facts["reveals"],
+    }.items():
+        result.add_row(name, escape(value))
+    inputs = _table("Inputs", "of layers", "width", "vectors", "E‖h‖²", "‖E h‖² of it")
+    for one in facts["inputs"]:
+        share = f"{one['energy_of_mean'] / one['energy']:.1%}" if one["energy"] else "–"
+        first, *rest = one["layers"]
+        layers = ", ".join([first, *(name.rpartition(".")[2] for name in rest)])
+        inputs.add_row(escape(layers), str(one["width"]), str(one["vectors"]), f"{one['energy']:.4g}", share)
     return [result, inputs]
 
 
-def _module_tables(adapters: Mapping[str, LoraAdapter]) -> list[Table]:
-    """One line a group of like parameters that are trained whole, or copies of base weights; no table without any."""
-    table = _table("Modules", "parameters", "number", *map(escape, adapters))
+def _module_facts(adapters: Mapping[str, LoraAdapter]) -> Iterator[dict[str, Any]]:
+    """One group of like parameters that are trained whole, or copies of base weights, after another."""
     names: dict[str, list[str]] = {}
     for name in sorted({name for one in adapters.values() for name in (*one.modules, *one.copies)}):
         names.setdefault(shape_of_name(name), []).append(name)
     for group, alike in names.items():
-        cells = []
-        for adapter in adapters.values():
+        found = {}
+        for task, adapter in adapters.items():
             parts = {"trained": adapter.modules, "copy": adapter.copies}
-            found = {
-                f"{kind} {'×'.join(map(str, shape_in(part, name)))}"
-                for kind, part in parts.items() for name in alike if name in part
-            }  # fmt: skip
-            cells.append(", ".join(sorted(found)) or "absent")
-        table.add_row(escape(group), str(len(alike)), *cells)
-    return [table] if names else []
+            found[task] = sorted(
+                {(kind, shape_in(part, name)) for kind, part in parts.items() for name in alike if name in part}
+            )
+        yield {"parameters": group, "number": len(alike), "adapters": found}
 
 
 def _of_each_fate(fates: Mapping[str, str]) -> Iterator[str]:
@@ -141,19 +225,26 @@ def _groups(adapters: Mapping[str, LoraAdapter]) -> dict[tuple[str, tuple[int, i
     return groups
 
 
-def _cell(adapter: LoraAdapter, names: list[str]) -> str:
-    """Ranks, scales and norms of one adapter over like layers, one number where they agree."""
+def _of_layers(adapter: LoraAdapter, names: list[str]) -> dict[str, Any] | None:
+    """Ranks, scales and norm of one adapter over like layers; None if it has none of them."""
     present = [adapter.factors[name] for name in names if name in adapter.shapes]
     if not present:
-        return "absent"
-    ranks, scales = {factors.rank for factors in present}, {round(factors.s, 4) for factors in present}
+        return None
     squares = [f.s**2 * float(((f.B.mT @ f.B) * (f.A @ f.A.mT)).sum()) for f in present]  # ‖s·B·A‖_F²
-    norm = sum(squares) ** 0.5
-    missing = "" if len(present) == len(names) else f" ({len(present)} of {len(names)})"
-    return f"{_span(ranks)}, {_span(scales)}, {norm:.3g}{missing}"
+    ranks, scales = sorted({f.rank for f in present}), sorted({f.s for f in present})
+    return {"number": len(present), "ranks": ranks, "scales": scales, "norm": sum(squares) ** 0.5}
 
 
-def _span(values: set) -> str:
+def _cell(one: Mapping[str, Any] | None, number: int) -> str:
+    """The same as text, one number where they agree."""
+    if one is None:
+        return "absent"
+    missing = "" if one["number"] == number else f" ({one['number']} of {number})"
+    scales = {round(scale, 4) for scale in one["scales"]}
+    return f"{_span(one['ranks'])}, {_span(scales)}, {one['norm']:.3g}{missing}"
+
+
+def _span(values: Collection[float]) -> str:
     return f"{min(values):g}" if len(values) == 1 else f"{min(values):g}…{max(values):g}"
 
 

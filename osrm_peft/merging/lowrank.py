@@ -86,6 +86,20 @@ def least_energy(found: Iterable[Compressed], ranks: Sequence[int]) -> dict[int,
     return least
 
 
+def squared_values(factors: Factors) -> Tensor | None:
+    """(k,) squared singular values of balanced factors, the largest first; None for those that are not balanced.
+
+    `compress` and `compress_matrix` return balanced ones, but for a wide matrix at full rank.
+    """
+    B, A = factors.B.double(), factors.A.double()
+    if len(A) > _WIDE:
+        return None
+    gram = B.mT @ B
+    if not torch.allclose(gram, torch.diag(gram.diagonal()), atol=1e-4 * float(gram.abs().max())):
+        return None
+    return (factors.s**2 * gram.diagonal() * A.square().sum(1)).sort(descending=True).values
+
+
 def column_basis(parts: list[Tensor]) -> Tensor:
     """(o, p) orthonormal basis of the columns of all `parts` (o, k_t): left singular vectors of the stack."""
     Q, R = torch.linalg.qr(torch.cat(parts, dim=1))  # first, so that the SVD is of a small matrix

@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 
 from osrm_peft.adapters.factors import Factors
 from osrm_peft.distributed import ALONE, Processes
+from osrm_peft.merging import advice
 from osrm_peft.merging.emr_adapter import EMRAdapter, EMRLayer
 from osrm_peft.merging.engine import Engine, rescalers
 from osrm_peft.merging.inputs import Adapters, HeadPolicy
@@ -100,6 +101,8 @@ def execute(plan: MergePlan, processes: Processes = ALONE, *, progress: bool = F
     """Merge as planned, one layer in memory at a time besides the result; each process merges its share of layers."""
     share = processes.share(list(plan.inputs.shapes))
     names = tqdm(share, desc=f"merge {plan.method.name}", disable=not progress or not processes.is_main_process)
+    if processes.is_main_process:
+        advice.warn(advice.of_plan(plan))
     engine = plan.engine()
     if plan.method.per_task:
         return _masked(plan, engine, names, processes)
@@ -117,6 +120,8 @@ def execute(plan: MergePlan, processes: Processes = ALONE, *, progress: bool = F
         logger.warning(
             "%s had not converged on %d of %d layers when it stopped", plan.method.name, len(stopped), len(layers)
         )
+    if processes.is_main_process:
+        advice.warn(advice.of_result(plan, layers))
     manifest = plan.manifest() | {"report": {name: report for name, report in reports.items() if report}}
     if plan.weights_rule is not None:
         tasks = list(plan.inputs.adapters)

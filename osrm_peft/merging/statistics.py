@@ -10,7 +10,9 @@ from osrm_peft.adapters.lora_adapter import LoraAdapter
 from osrm_peft.features.fisher import DiagonalFisher
 from osrm_peft.features.fit import Statistic, check_layers, check_one_base, check_pretrained
 from osrm_peft.features.task_features import TaskFeatures
+from osrm_peft.hub.privacy import public_name
 from osrm_peft.merging.inputs import Inputs
+from osrm_peft.models.identity import comparable
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +55,11 @@ def statistics_of(
             _check_statistic(task, statistic, adapter, collect)
         elif isinstance(statistic, TaskFeatures):
             check_pretrained(statistic)
+        _check_base(argument, task, statistic, inputs)
+        if statistic.task != task and statistic.task in inputs.adapters:
+            raise ValueError(
+                f"{argument} of {task!r} are those of {statistic.task!r}, which is merged, too: give each task its own"
+            )
         if statistic.task != task:
             logger.warning("%s of %r were collected as those of %r", argument, task, statistic.task)
         loaded[task] = _renamed(statistic, inputs, task)
@@ -71,8 +78,34 @@ def _renamed(statistic: Statistic, inputs: Inputs, task: str) -> Statistic:
     return replace(statistic, layers=renamed)
 
 
+def _check_base(argument: str, task: str, statistic: Statistic, inputs: Inputs) -> None:
+    """Refuse statistics on a base model with other weights than the adapter's; warn where the names alone differ."""
+    adapter = inputs.adapters[task]
+    hashes = getattr(statistic, "weight_hash", None), adapter.weight_hash  # Fisher information has none
+    if comparable(*hashes) and not inputs.renamed and set(statistic.layers) == set(adapter.shapes):
+        if hashes[0] != hashes[1]:
+            raise ValueError(
+                f"{argument} of {task!r} are of {statistic.base_model} ({hashes[0]}), its adapter is of "
+                f"{adapter.base_model} ({hashes[1]}): collect them on the adapter's base model"
+            )
+        return
+    names = [(public_name(name) or "").rpartition("/")[2] for name in (statistic.base_model, inputs.base)]
+    if all(names) and names[0] != names[1]:
+        logger.warning(
+            "%s of %r are of %s, the adapters of %s: if that is another model, collect them on the adapters' own",
+            argument, task, statistic.base_model, public_name(inputs.base),
+        )  # fmt: skip
+
+
 def _check_statistic(task: str, statistic: Statistic, adapter: LoraAdapter, collect: str) -> None:
     if None not in (statistic.adapter_sha256, adapter.sha256) and statistic.adapter_sha256 != adapter.sha256:
         raise ValueError(f"the statistics of {task!r} are of another adapter, or of it before a training: {collect}")
+    if isinstance(statistic, TaskFeatures) and not statistic.of_finetuned_model:
+        logger.warning(
+            "the statistics of %r are features of the pre-trained model, RegMean's are of the fine-tuned one: make "
+            "them with %s",
+            task,
+            collect,
+        )
     if isinstance(statistic, TaskFeatures) and (statistic.statistic == "mean" or statistic.reference):
         raise ValueError(f"the statistics of {task!r} hold one mean vector, no Gram matrix: make them with {collect}")

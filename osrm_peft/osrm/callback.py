@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import CallbackHandler
+from transformers.trainer_utils import get_last_checkpoint
 
 from osrm_peft.distributed import gather_parameter
 from osrm_peft.hub.card import write_manifest
+from osrm_peft.io.manifest import read_manifest
 from osrm_peft.models.layers import lora_layers, unwrapped
 from osrm_peft.osrm.config import OSRMLoraConfig
 from osrm_peft.osrm.initialize import initialize_osrm_weights, load_out_of_task
@@ -112,6 +114,13 @@ class OSRMCallback(TrainerCallback):
                 if out.input_of(name) not in kept:
                     kept[out.input_of(name)] = out.pool(name).float()
                 self.pools[name] = kept[out.input_of(name)]
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs) -> None:
+        """Going on from a checkpoint without the features: how A was chosen is in the checkpoint's manifest."""
+        config = getattr(unwrapped(model), "peft_config", {}).get(self.adapter_name)
+        last = get_last_checkpoint(args.output_dir) if self.missing is not None and state.global_step > 0 else None
+        if last is not None and isinstance(config, OSRMLoraConfig) and not config.provenance:
+            config.provenance = dict((read_manifest(last).get("osrm") or {}).get("provenance") or {})
 
     def on_step_begin(self, args, state, control, model=None, **kwargs) -> None:
         """Before the first step of a fresh run: is A still ours?"""

@@ -1,6 +1,7 @@
 """OSRMLoraConfig: a LoraConfig that also says from which features, and how, A is chosen."""
 
 import dataclasses
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
@@ -143,6 +144,12 @@ class OSRMLoraConfig(LoraConfig):
         """Write `adapter_config.json` (as PEFT does), the manifest `osrm_peft.json` and the card beside it."""
         for name in (CONFIG_NAME, MANIFEST, "README.md"):
             check_file(Path(save_directory) / name)
+        if not self.provenance:
+            warnings.warn(
+                f"{save_directory}: OSRM has not chosen A, so this is a plain LoRA adapter: give the Trainer "
+                "callbacks=[OSRMCallback()], or call initialize_osrm_weights(model) before training",
+                stacklevel=1,
+            )
         super().save_pretrained(save_directory, **kwargs)
         write_manifest(save_directory, self.manifest())
 

@@ -201,7 +201,7 @@ class Recipe:
         size = min(16, -(-k // processes))
         return DataLoader(tokenize(task.train, tokenizer, self.max_length), batch_size=size, collate_fn=collator)
 
-    def train(self, task: str, out: str | Path, *, overwrite: bool = False) -> Path:
+    def train(self, task: str, out: str | Path, *, overwrite: bool = False, progress: bool = True) -> Path:
         """Train one task's adapter (see `train_task`)."""
         check_fields("training in the recipe", self.training, TrainingArguments)
         return train_task(
@@ -213,6 +213,7 @@ class Recipe:
             max_length=self.max_length,
             seed=self.seed,
             overwrite=overwrite,
+            progress=progress,
         )
 
 

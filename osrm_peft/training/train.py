@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import (
     DataCollatorWithPadding,
     PrinterCallback,
+    ProgressCallback,
     Trainer,
     TrainerCallback,
     TrainingArguments,
@@ -21,6 +22,7 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint
 
+from osrm_peft.checks import printable
 from osrm_peft.distributed import gather_parameter
 from osrm_peft.hub.card import write_manifest
 from osrm_peft.io.json import read_object, write_json
@@ -56,6 +58,7 @@ def train_task(
     max_length: int = 128,
     seed: int = 42,
     overwrite: bool = False,
+    progress: bool = True,
 ) -> Path:
     """Train one adapter on one task and save it with its head as a stock PEFT adapter folder.
 
@@ -70,6 +73,7 @@ def train_task(
         max_length: tokens a row is cut to.
         seed: seeds the head, the order of rows and the dropout.
         overwrite: replace an earlier adapter in `output_dir`.
+        progress: show a bar, with the task's name and the loss.
 
     Returns:
         The adapter folder, with `osrm_peft.json` (how it was made, and the training log) in it.
@@ -85,7 +89,9 @@ def train_task(
     checkpoints = output_dir.with_name(output_dir.name + ".checkpoints")
     check_folder(checkpoints)
     fields = _training_fields(training or {})
-    args = TrainingArguments(output_dir=str(checkpoints), seed=seed, **fields)
+    args = TrainingArguments(
+        output_dir=str(checkpoints), seed=seed, **(fields if progress else fields | {"disable_tqdm": True})
+    )
     trainer = _trainer(task, args, lora, model, callbacks, max_length)
     peft_model: Any = trainer.model  # before an engine wraps it
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None)
@@ -137,7 +143,28 @@ def _trainer(
         callbacks=[*([OSRMCallback()] if isinstance(lora, OSRMLoraConfig) else []), *callbacks],
     )
     trainer.remove_callback(PrinterCallback)  # with disable_tqdm the Trainer prints every log; ours go to the manifest
+    if any(type(one) is ProgressCallback for one in trainer.callback_handler.callbacks):  # a notebook has another
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(_TaskBar(task.name))
     return trainer
+
+
+class _TaskBar(ProgressCallback):
+    """The Trainer's bar with the task's name before it and the last loss behind it, in the place of printed logs."""
+
+    def __init__(self, task: str) -> None:
+        super().__init__()
+        self.task = printable(task)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        super().on_train_begin(args, state, control, **kwargs)
+        if self.training_bar is not None:
+            self.training_bar.set_description(f"train {self.task}")
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        shown = {name: float(logs[name]) for name in ("loss", "eval_loss") if name in (logs or {})}
+        if self.training_bar is not None and shown:
+            self.training_bar.set_postfix({name: f"{value:.4f}" for name, value in shown.items()})
 
 
 def _save(model: PeftModel, weights: dict[str, Tensor], task: Task, output_dir: Path, made: dict[str, Any]) -> None:

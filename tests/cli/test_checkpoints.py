@@ -25,7 +25,15 @@ def models(tmp_path):
 
 
 def test_the_command_merges_what_it_said_it_would(models, call):
-    arguments = ["merge-checkpoints", models / "a", models / "b", "--base", models / "base", "--out", models / "out"]
+    arguments = [
+        "merge-checkpoints",
+        models / "a",
+        models / "b",
+        "--base-model",
+        models / "base",
+        "--out",
+        models / "out",
+    ]
     arguments += ["--method", "task_arithmetic", "--scale", "0.5", "--weight", "a=1", "--weight", "b=-1"]
     said = call(*arguments, "--dry-run")
     assert "would write" in said and not (models / "out").exists()
@@ -56,7 +64,7 @@ def test_spectra_are_singular_values_of_task_vectors(models, call):
             torch.tensor(found[name][query], dtype=torch.float64), expected, rtol=0, atol=1e-6 * float(expected[0])
         )
     arguments = ["inspect", models / "a", models / "b", "--spectrum", "--layer", "*query.weight", "--out", models / "s"]
-    said = call(*arguments, "--base", models / "base")
+    said = call(*arguments, "--base-model", models / "base")
     assert "a 2 16" in said.replace("│", " ") and (models / "s/spectrum.png").stat().st_size > 1000
     values = json.loads((models / "s/spectrum.json").read_text())["singular_values"]
     assert values["a"][query] == found["a"][query]

@@ -111,11 +111,14 @@ def test_scores_take_the_place_of_no_others_unless_told_to(tmp_path, call):
         (["merge", "[/red]zz", "--out", "o"], "error: '[/red]zz' is neither a folder"),
         (["train", "-c", "none.yaml"], "no recipe none.yaml"),
         (["evaluate", "none", "--suite", "x"], "'none' is neither a folder nor a Hub repository"),
-        (["features"], "error: give a recipe (--config), or --model and --suite"),
-        (["features", "--model", "packaged"], "error: give a recipe (--config), or --model and --suite"),
-        (["features", "--model", "m", "--suite", "s", "--dtype", "float16"], "error: unknown dtype 'float16': choose"),
+        (["features"], "error: give a recipe (--config), or --base-model and --suite"),
+        (["features", "--base-model", "packaged"], "error: give a recipe (--config), or --base-model and --suite"),
         (
-            ["features", "--model", "packaged", "--suite", "packaged", "-t", "x"],
+            ["features", "--base-model", "m", "--suite", "s", "--dtype", "float16"],
+            "error: unknown dtype 'float16': choose",
+        ),
+        (
+            ["features", "--base-model", "packaged", "--suite", "packaged", "-t", "x"],
             "error: unknown task x: the recipe has",
         ),
         (["features", "-c", "none.yaml"], "no recipe none.yaml"),
@@ -161,7 +164,16 @@ def test_recipe_tasks_default_to_the_suite(tmp_path):
 
 
 def test_features_from_flags_and_a_trained_adapter_projected_with_them(tmp_path, call):
-    flags = ["--model", "packaged", "--suite", "packaged", "--target", "key", "--target", "value"]  # not PEFT's default
+    flags = [
+        "--base-model",
+        "packaged",
+        "--suite",
+        "packaged",
+        "--target",
+        "key",
+        "--target",
+        "value",
+    ]  # not PEFT's default
     flags += ["--statistic", "mean", "-k", 4, "--max-length", 16, "--out", tmp_path]
     printed = call("features", *flags, "--task", "tweets", "--dtype", "bfloat16")
     assert printed == f"wrote {tmp_path}/tweets.features.safetensors"

@@ -74,7 +74,7 @@ def test_names_in_files_are_shown_and_not_obeyed(evil_adapter, tmp_path, monkeyp
            "--features", f"a={tmp_path}/x.features.safetensors")  # fmt: skip
     suite = task_folder(tmp_path)
     (tmp_path / "suite/t").rename(tmp_path / "suite/e\x1b[2Jvil")
-    assert "cannot be a file name" in called("features", "--model", "packaged", "--suite", suite)
+    assert "cannot be a file name" in called("features", "--base-model", "packaged", "--suite", suite)
     (tmp_path / "r.yaml").write_text(json.dumps({"model": EVIL, "suite": EVIL, "tasks": [3]}))
     called("features", "-c", tmp_path / "r.yaml")
     (tmp_path / "osrm_peft.json").write_text(json.dumps({"kind": EVIL, "task": EVIL, "base_model": EVIL, "inputs": 3}))
@@ -173,7 +173,7 @@ NUMBERS = [str(2**70), "1e400", str(-(2**70)), "9" * 5000]
 @pytest.mark.parametrize("number", NUMBERS, ids=lambda one: one[:12])
 @pytest.mark.parametrize(
     "command",
-    [("features", "--model", "packaged", "--suite", "packaged", "-t", "tweets", one)
+    [("features", "--base-model", "packaged", "--suite", "packaged", "-t", "tweets", one)
      for one in ("--num-samples", "--max-length", "--seed", "--group-size")]
     + [("merge", "ADAPTER", "-m", "dare", one) for one in ("--seed", "--scale", "--rank", "--weight")]
     + [("merge", "ADAPTER", "-m", "ties", "-o", "density="), ("merge", "ADAPTER", "-m", "lore", "-o", "iterations=")]

@@ -44,6 +44,13 @@ def check(
     number("tolerance", tolerance, 0)
 
 
+def note(inputs: int) -> str | None:
+    """What LoRE makes of two inputs."""
+    if inputs != 2:
+        return None
+    return "LoRE of two inputs is their average, whatever λ and the options: take a third input, or method='average'"
+
+
 @register(
     "lore",
     paper="LoRE-Merging (Liu et al., EMNLP Findings 2025), arXiv:2502.10749",
@@ -53,6 +60,7 @@ def check(
     spectral=True,
     full_rank=lambda options: options["combine"] == "ties",
     check=check,
+    note=note,
 )
 def lore(
     tau: Tensor,

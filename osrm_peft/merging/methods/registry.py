@@ -72,6 +72,7 @@ class Method:
         cut_by: cut_by(tau, weights) → (o, n) with the result's singular vectors: which of them a lower rank keeps, for
             a method whose result has equal singular values.
         per_task: fn returns (shared (o, n), masks (T, o, n)): a result that differs by task (EMR).
+        note: note(inputs): what to know of a merge of so many inputs, with a remedy; None: nothing.
         options: {name: default} of fn and prepare.
     """
 
@@ -94,6 +95,7 @@ class Method:
     full_rank: Callable[[Mapping[str, Any]], bool] = lambda options: False
     cut_by: Callable[[Tensor, Tensor], Tensor] | None = None
     per_task: bool = False
+    note: Callable[[int], str | None] = lambda inputs: None
     options: dict[str, Any] = field(default_factory=dict)
 
     @property

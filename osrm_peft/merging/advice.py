@@ -1,0 +1,108 @@
+"""What a user should know of a merge that is no error: each text has a remedy, and none is of the usual merge."""
+
+import warnings
+from collections.abc import Iterable, Mapping
+from itertools import combinations
+
+import torch
+
+from osrm_peft.adapters.factors import Factors
+from osrm_peft.merging.lowrank import squared_values
+from osrm_peft.merging.merged_adapter import MergedLayer
+from osrm_peft.merging.methods.registry import Method
+from osrm_peft.merging.plan import MergePlan
+
+_FAR = 4.0  # times the default scale, or a part of it
+_ALIKE = 0.9  # the least principal cosine of two A that count as one; two random A of rank 8 and width 384 have 0.03
+_LOOKED_AT = 5  # layers
+_RANK = 16  # of the remedy for full rank
+
+
+def warn(texts: Iterable[str]) -> None:
+    """One warning a text, which Python shows once."""
+    for text in texts:
+        warnings.warn(text, stacklevel=2)
+
+
+def of_plan(plan: MergePlan) -> list[str]:
+    """What a planned merge of adapters shows before any work."""
+    adapters = plan.inputs.adapters
+    found = of_method(plan.method, len(adapters), None if plan.chooses_scale or plan.weights_rule else plan.scale)
+    unset = [task for task, adapter in adapters.items() if adapter.initialized is False]
+    if unset:
+        found.append(
+            f"{_listed(unset)}: made with OSRMLoraConfig, but OSRM never chose A, so OSRM does nothing for this merge: "
+            "train anew with OSRMCallback() among the Trainer's callbacks"
+        )
+    return [*found, *_shared_a(plan)]
+
+
+def of_method(method: Method, inputs: int, scale: float | None) -> list[str]:
+    """What a method says of so many inputs and of a scale that was given."""
+    found = [method.note(inputs)]
+    if scale is not None and not method.scale / _FAR <= scale <= method.scale * _FAR:
+        found.append(
+            f"scale={scale:g} is far from {method.scale:g}, the default of {method.name}: leave it out if that is not "
+            "meant"
+        )
+    return [text for text in found if text]
+
+
+def of_result(plan: MergePlan, layers: Mapping[str, MergedLayer] | None = None) -> list[str]:
+    """What the size of a result shows; with its layers, also what a lower rank would keep."""
+    shapes = plan.inputs.shapes
+    widest, summed = max(map(plan.output_rank, shapes)), max(map(plan.inputs.rank_sum, shapes))
+    if plan.method.per_task or plan.rank is not None or plan.padded > 1 or widest <= max(_RANK, summed):
+        return []
+    kept = [_kept(layer) for layer in (layers or {}).values()]
+    known = [share for share in kept if share is not None]
+    energy = f" and keeps at least {min(known):.1%} of a layer's energy" if known and len(known) == len(kept) else ""
+    small = plan.output_bytes() * _RANK / widest
+    return [
+        f"the result has rank {widest}, {plan.output_bytes() / 1e6:.1f} MB (the adapters' ranks sum to {summed}): "
+        f"rank={_RANK} writes {small / 1e6:.1f} MB{energy}"
+    ]
+
+
+def _kept(layer: MergedLayer) -> float | None:
+    """The share of its squared norm that a layer keeps at rank 16; None where that is not known without an SVD."""
+    values = squared_values(layer.direction.factors) if layer.offset is None else None
+    if values is None:
+        return None
+    return float(values[:_RANK].sum() / values.sum()) if values.sum() > 0 else 1.0
+
+
+def _shared_a(plan: MergePlan) -> list[str]:
+    """Which adapters have A that span the same directions, judged by a few layers."""
+    names = list(plan.inputs.shapes)
+    layers = names[:: max(1, -(-len(names) // _LOOKED_AT))]
+    votes: dict[tuple[str, str], list[bool]] = {}
+    for layer in layers:
+        bases = {task: _row_basis(f) for task, f in zip(plan.inputs.adapters, plan.inputs.factors(layer), strict=True)}
+        for (one, Q), (other, P) in combinations(bases.items(), 2):
+            if Q is not None and P is not None and Q.shape[1] + P.shape[1] <= len(Q):  # else they must overlap
+                cosines = torch.linalg.svdvals(Q.mT @ P)
+                votes.setdefault((one, other), []).append(bool(cosines[-1] >= _ALIKE))
+    alike = [pair for pair, found in votes.items() if sum(found) > len(found) / 2]
+    tasks = [task for task in plan.inputs.adapters if any(task in pair for pair in alike)]
+    if not tasks:
+        return []
+    return [
+        f"{_listed(tasks)} share A: their A span the same directions of the inputs (principal cosines of at least "
+        f"{_ALIKE:g} in most of {len(layers)} layers), so nothing keeps the tasks apart. Sums and averages are safe: "
+        "they sum B. To keep tasks apart, train each with OSRM, or with a seed of its own"
+    ]
+
+
+def _row_basis(factors: Factors | None) -> torch.Tensor | None:
+    """(n, r) orthonormal basis of A's rows; None without the layer, or where A has a lower rank."""
+    if factors is None:
+        return None
+    Q, R = torch.linalg.qr(factors.A.double().mT)
+    size = R.diagonal().abs()
+    return Q if len(size) == factors.rank and bool((size > 1e-6 * size.max()).all()) else None
+
+
+def _listed(tasks: list[str]) -> str:
+    shown = ", ".join(map(repr, tasks[:8]))
+    return shown if len(tasks) <= 8 else f"{shown} and {len(tasks) - 8} more"
