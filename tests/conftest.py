@@ -25,6 +25,7 @@ MARKED = {
         "io/test_places.py",
         "merging/methods/test_svt.py::test_of_task_vectors_of_full_rank_no_copies",
         "tasks/test_glue.py",
+        "tasks/test_hub_data.py",
         "test_docs.py::test_every_python_block",
         "test_docs.py::test_a_users_file",
         "test_examples.py",

@@ -172,6 +172,19 @@ def _one_warning(message: Any, category: Any, filename: str, *arguments: Any, **
     return printable(_format_warning(message, category, filename, *arguments, **named))
 
 
+def quiet_libraries() -> None:
+    """What other libraries may print while a command runs: errors, and none of their bars; our own bars stay.
+
+    transformers reports each head that is not in a checkpoint, which training or the adapter fills; and it warns of its
+    own old names.
+    """
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning)
+
+
 def as_typed(text: str) -> str:
     """A message of the library in the words of the command that runs."""
     return in_words(text, typer.main.get_command(app), sys.argv[1:])

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from osrm_peft.cli.app import JsonOption, TaskOption, app, chosen, progress, say, show, wrote
+from osrm_peft.cli.app import JsonOption, TaskOption, app, chosen, progress, quiet_libraries, say, show, wrote
 
 if TYPE_CHECKING:  # the command's help need not wait for torch
     from osrm_peft.features.task_features import TaskFeatures
@@ -42,7 +42,6 @@ def features(
     if context.invoked_subcommand is not None:
         return
     import torch
-    import transformers
 
     from osrm_peft.checks import choice
     from osrm_peft.distributed import start
@@ -54,24 +53,46 @@ def features(
         config, target, statistic, model=model, suite=suite, num_samples=num_samples, max_length=max_length, seed=seed,
         features=None if out is None else str(out),
     )  # fmt: skip
-    transformers.logging.set_verbosity_error()  # it warns of the head, which features do not need
-    base, processes = None, start()
+    quiet_libraries()
 
     def there(path: Path) -> bool:
         if found := path.exists() and not overwrite:
             _check_same(TaskFeatures.load(path), recipe)
         return found
 
-    paths = {name: recipe.features_file(name) for name in chosen(task, recipe.task_names())}
-    for path in paths.values():
-        check_file(path)
-    for name, path in paths.items():
+    names, processes = chosen(task, recipe.task_names()), start()
+    for name in names:
+        check_file(recipe.features_file(name))
+    missing = []
+    for name in names:
+        path = recipe.features_file(name)
         if processes.broadcast_from_main(partial(there, path)):
             say(f"{path} is there already (--overwrite makes it anew)")
-            continue
-        base = recipe.base(distributed=True) if base is None else base
+        else:
+            missing.append(name)
+    _collect(recipe, missing, group_size, getattr(torch, dtype))
+
+
+def collect_missing(recipe: "Recipe", names: list[str]) -> None:
+    """Collect the features that training these tasks needs and that are not there yet; say so first."""
+    import torch
+
+    from osrm_peft.distributed import start
+
+    missing = start().broadcast_from_main(partial(recipe.missing_features, names))
+    if missing:
+        say(f"the features of {', '.join(missing)} are not there yet: collecting them first")
+        _collect(recipe, missing, None, torch.float32)
+
+
+def _collect(recipe: "Recipe", names: list[str], group_size: int | None, dtype: Any) -> None:
+    from osrm_peft.distributed import start
+
+    base, processes = recipe.base(distributed=True) if names else None, start()
+    for name in names:
+        path = recipe.features_file(name)
         found = recipe.collect(name, base=base, group_size=group_size, progress=progress(), distributed=True)
-        processes.broadcast_from_main(partial(found.save, path, getattr(torch, dtype)))
+        processes.broadcast_from_main(partial(found.save, path, dtype))
         wrote(path)
 
 

@@ -3,20 +3,18 @@
 import re
 import sys
 import traceback
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 
 from osrm_peft.checks import is_fault
-from osrm_peft.cli import checkpoints, features, merge, methods, report  # noqa: F401 (their commands)
+from osrm_peft.cli import checkpoints, evaluate, features, merge, methods, report, run, select  # noqa: F401 (commands)
 from osrm_peft.cli.app import (
     ConfigOption,
     JsonOption,
-    SuiteOption,
     TaskOption,
     app,
     as_typed,
@@ -25,161 +23,54 @@ from osrm_peft.cli.app import (
     escape_messages,
     one_line,
     progress,
+    quiet_libraries,
     say,
     show,
     values,
     wrote,
 )
+from osrm_peft.cli.features import collect_missing
 
 if TYPE_CHECKING:
-    from osrm_peft.tasks.task import Task
+    pass
 
 
 @app.command()
 def train(
     config: ConfigOption,
     task: TaskOption = None,
-    out: Annotated[Path, typer.Option(help="Folder for the adapters: OUT/<task>.")] = Path("results/adapters"),
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for the adapters: OUT/<task>. Default: adapters, in the recipe's out.")
+    ] = None,
     overwrite: bool = False,
 ) -> None:
-    """Train one adapter a task. Several processes: `accelerate launch … -m osrm_peft train`, the same options."""
+    """Train one adapter a task; features that are missing are collected first.
+
+    Several processes: `accelerate launch … -m osrm_peft train`, the same options.
+    """
     from osrm_peft.io.manifest import read_manifest
     from osrm_peft.io.places import check_folder
+    from osrm_peft.pipeline.steps import difference
     from osrm_peft.training.recipe import Recipe
 
     recipe = Recipe.from_yaml(config)
-    names = chosen(task, recipe.task_names())
+    names, out = chosen(task, recipe.task_names()), Path(recipe.out, "adapters") if out is None else out
     for name in names:
         check_folder(out / name)
+    quiet_libraries()
+    collect_missing(recipe, names)
     for name in names:
-        if read_manifest(out / name).get("kind") == "adapter" and not overwrite:
+        manifest = read_manifest(out / name)
+        if manifest.get("kind") == "adapter" and not overwrite:
+            before, now = manifest.get("made_from"), recipe.made_from(name)
+            if before is not None and before != now:
+                raise ValueError(
+                    f"{out / name} is there already, made from something else ({difference(before, now)}): --overwrite "
+                    "makes it anew, --out writes beside it"
+                )
             say(f"{out / name} is there already (--overwrite makes it anew)")
             continue
         wrote(recipe.train(name, out / name, overwrite=overwrite, progress=progress()))
-
-
-@app.command()
-def evaluate(
-    adapter: Annotated[str, typer.Argument(help="A merged folder, or one adapter's folder or Hub id.")],
-    suite: SuiteOption = "packaged",
-    task: TaskOption = None,
-    model: Annotated[str | None, typer.Option("--base-model", help="Default: the one the adapter names.")] = None,
-    rows: Annotated[int | None, typer.Option(help="Validation rows a task. Default: all.")] = None,
-    max_length: int = 128,
-    out: Annotated[Path | None, typer.Option(help="Write the scores to this JSON file.")] = None,
-    save: Annotated[bool, typer.Option("--save", help="Put the scores into the folder's manifest and card.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace scores on other rows.")] = False,
-) -> None:
-    """Score an adapter on a suite's tasks: a merged one with each task's head, a single one on its own task.
-
-    Under `accelerate launch … -m osrm_peft` the processes share the rows.
-    """
-    from osrm_peft.distributed import local_device, start
-    from osrm_peft.evaluation.evaluate import evaluate_task
-    from osrm_peft.evaluation.tables import MultiTaskTable, Score
-    from osrm_peft.hub.card import check_own_files, model_card, record_scores
-    from osrm_peft.hub.sources import local_folder
-    from osrm_peft.io.json import write_json
-    from osrm_peft.io.manifest import MANIFEST, read_manifest, versions
-    from osrm_peft.io.places import check_file
-    from osrm_peft.models.loading import load_tokenizer
-    from osrm_peft.tasks.suites import load_task
-
-    settings = {"adapter": adapter, "suite": suite, "model": model, "rows": rows, "max_length": max_length}
-    if out is not None:
-        _check_scores_file(check_file(out), settings, overwrite)
-    folder = local_folder(adapter, ["*.json", "*.safetensors", "heads/*.safetensors"])
-    manifest = read_manifest(folder)
-    model_card(manifest)  # a damaged manifest shows here
-    merged = _is_merge(manifest)
-    load, names = _loader(folder, manifest, model), task or _tasks_of(manifest)
-    if names is None:
-        raise ValueError(f"{adapter} does not say which task it is for: name it with --task")
-    if save and (not manifest or not Path(adapter).is_dir()):
-        raise ValueError(f"--save writes the scores into a folder of ours, with {MANIFEST}; {adapter} is none")
-    tasks = {name: load_task(suite, name).sample(validation=rows) for name in names}
-    records = _records(tasks, suite)
-    if save:
-        check_own_files(folder)
-        _check_scores(manifest, records, adapter, overwrite)
-    scores, processes = [], start()
-    for record, (name, rows_of_task) in zip(records, tasks.items(), strict=True):
-        base, with_task = load(name)
-        tokenizer, with_task = load_tokenizer(base), with_task.to(local_device())
-        value = evaluate_task(with_task, rows_of_task, tokenizer, max_length=max_length, distributed=True)
-        method, scale = (str(manifest.get("method")), manifest.get("scale")) if merged else ("individual", None)
-        scores.append(Score(Path(adapter).name, method, scale, 0, name, value))
-        record["value"] = value
-    console.print(MultiTaskTable.of(scores).terminal(f"Scores in percent on {suite}"))
-    if save and processes.is_main_process:
-        record_scores(folder, records)
-    if out is not None and processes.is_main_process:
-        content = {"scores": {score.task: score.score for score in scores}, "settings": settings}
-        write_json(out, content | {"manifest": manifest, "versions": versions()})
-
-
-def _records(tasks: "dict[str, Task]", suite: str) -> list[dict[str, Any]]:
-    """What a manifest says of each task's score, but for its value."""
-    dataset = "nyu-mll/glue" if suite == "glue" else None
-    return [
-        {"task": name, "metric": task.metric, "split": "validation", "rows": len(task.validation), "dataset": dataset}
-        for name, task in tasks.items()
-    ]
-
-
-def _check_scores_file(out: Path, settings: dict[str, Any], overwrite: bool) -> None:
-    """Refuse a file that holds anything but scores of the same evaluation."""
-    from osrm_peft.io.json import read_object
-
-    if out.exists() and not overwrite:
-        earlier = read_object(out).get("settings")
-        if earlier != settings:
-            what = f"scores of another evaluation ({earlier})" if isinstance(earlier, dict) else "no scores of ours"
-            raise FileExistsError(f"{out} holds {what}: name another file, or replace it with --overwrite")
-
-
-def _check_scores(manifest: dict[str, Any], records: list[dict[str, Any]], folder: str, overwrite: bool) -> None:
-    """Refuse to put scores in the place of others, which are on other rows or by another metric."""
-    earlier = {score["task"]: score for score in manifest.get("scores") or []}
-    for record in records if not overwrite else ():
-        score = earlier.get(record["task"], record)
-        differ = [name for name in ("metric", "split", "rows", "dataset") if score.get(name) != record[name]]
-        if differ:
-            before, now = score.get(differ[0]), record[differ[0]]
-            raise FileExistsError(
-                f"{folder} has a score of {record['task']!r} with {differ[0]}={before!r}, this one has {now!r}: "
-                "--overwrite puts it in its place"
-            )
-
-
-def _is_merge(manifest: dict[str, Any]) -> bool:
-    """Whether the folder of this manifest holds a merge, with a head for each task."""
-    return manifest.get("kind") in ("merged", "emr") and isinstance(manifest.get("inputs"), dict)
-
-
-def _tasks_of(manifest: dict[str, Any]) -> list[str] | None:
-    """The tasks that a manifest names; None for none."""
-    if _is_merge(manifest):
-        return list(manifest["inputs"])
-    return [manifest["task"]] if "task" in manifest else None
-
-
-def _loader(folder: Path, manifest: dict[str, Any], model: str | None) -> Callable[[str], tuple[str, Any]]:
-    """The function from a task to (name of the base model, the model with the adapter and the task's head)."""
-    from osrm_peft.adapters.load import load_adapter
-    from osrm_peft.merging.emr_adapter import EMRAdapter
-
-    masked = EMRAdapter.from_pretrained(folder) if manifest.get("kind") == "emr" else None
-
-    def load(task: str) -> tuple[str, Any]:
-        base = model or manifest.get("base_model")
-        if masked is not None:
-            return base or "", masked.load(base or "", task)
-        adapter = load_adapter(folder, task=task if _is_merge(manifest) else None)
-        base = base or adapter.base_model or ""
-        return base, adapter.attach(base)
-
-    return load
 
 
 @app.command()
@@ -205,15 +96,9 @@ def demo(
     osrm: Annotated[list[str] | None, typer.Option(help="NAME=VALUE of OSRMLoraConfig, for the OSRM adapters.")] = None,
 ) -> None:
     """Everything once, on a real small model and six real tasks that need no network."""
-    import warnings
-
-    import transformers
-
     from osrm_peft.demo.run import OSRM, run_demo
 
-    warnings.filterwarnings("ignore", category=FutureWarning)  # transformers' own, about its own names
-    transformers.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+    quiet_libraries()
     try:
         run_demo(out, seeds=range(42, 42 + seeds), osrm=OSRM | values(osrm), console=console)
     except KeyboardInterrupt:

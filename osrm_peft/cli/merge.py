@@ -14,6 +14,7 @@ from osrm_peft.cli.app import (
     chosen,
     pairs,
     progress,
+    quiet_libraries,
     say,
     show,
     sources,
@@ -188,6 +189,7 @@ def interference(
     for name in ("interference.json", "interference.png"):
         check_file(out / name)
     named, files = sources(adapters), pairs(features)
+    quiet_libraries()
     model = None if base is None else load_base(base, 2)
     found = measure(named, files, base=model, progress=progress())
     settings = {"adapters": named, "features": files, "base": base}
@@ -217,6 +219,7 @@ def statistics(
     from osrm_peft.training.recipe import STATISTIC_KINDS, Recipe
 
     choice("kind", kind, STATISTIC_KINDS)
+    quiet_libraries()
     recipe, processes = Recipe.from_yaml(config), start()
     paths = {name: out / f"{name}.{kind}.safetensors" for name in chosen(task, recipe.task_names())}
     for path in paths.values():

@@ -5,11 +5,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from osrm_peft.cli.app import app, console, pairs, say, sources
+from osrm_peft.cli.app import JsonOption, app, pairs, progress, quiet_libraries, say, show, sources, wrote
 from osrm_peft.io.yaml import parse_yaml
 
 if TYPE_CHECKING:
     from osrm_peft.selection.selection import Selection
+
+_SUITE = "Whose rows score them: packaged, glue, files:FOLDER, or a recipe's YAML. Default: the data of their training."
+_SCORE = "A command that prints a score; it gets {model}, {task} and {rows}. Default: each task's metric."
 
 
 @app.command()
@@ -21,10 +24,7 @@ def select(
     candidates: Annotated[
         Path | None, typer.Option(help="YAML list of merges; a list of values is a sweep. Default: our best methods.")
     ] = None,
-    score: Annotated[
-        str | None,
-        typer.Option(help="A command that prints a score, with {model}, {task} and {rows}. Default: the metric."),
-    ] = None,
+    score: Annotated[str | None, typer.Option(help=_SCORE)] = None,
     rule: Annotated[
         Literal["mean", "relative", "worst"],
         typer.Option(help="Mean over tasks; mean of score / individual score; or the least of these."),
@@ -42,36 +42,41 @@ def select(
     all_rows: Annotated[bool, typer.Option("--all-rows", help="Score every candidate on all rows.")] = False,
     out: Annotated[Path, typer.Option(help="Folder of the ranked table and the winner.")] = Path("results/selection"),
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace another selection of ours.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Which merge to ship: merge by many methods and scales, score on held-out rows, rank, keep the winner.
 
     An interrupted selection goes on where it stopped. Half of the validation rows, or the tasks' own test rows, have no
     say in the choice; the last lines are of these.
     """
-    from osrm_peft.evaluation.inputs import trained_length
+    from osrm_peft.evaluation.subjects import subjects, trained_length
     from osrm_peft.models.loading import load_tokenizer
     from osrm_peft.selection.command import CommandScore
     from osrm_peft.selection.select import select_merge
     from osrm_peft.tasks.suites import load_task
     from osrm_peft.training.recipe import suite_of
 
+    quiet_libraries()
     named = sources(adapters)
-    found, length = suite_of(suite), max_length or trained_length(named.values())
+    rows_of = dict.fromkeys(named, suite_of(suite)) if suite else {}
     command: Any = None
-    if score is not None:
-        command = CommandScore(score, load_tokenizer(base_model or trained_base(named)))
+    for name, source in named.items():
+        one = subjects(source, base_model)[0]
+        rows_of.setdefault(name, one.suite or "packaged")
+        if score is not None and command is None:
+            command = CommandScore(score, load_tokenizer(base_model or one.manifest["base_model"]))
     selection = select_merge(
-        named, candidates, command, tasks={name: load_task(found, name) for name in named}, base_model=base_model,
-        rule=rule, rows=rows, features=pairs(features) or None, gram=pairs(gram) or None, fisher=pairs(fisher) or None,
-        max_length=length, seed=seed, rank=None if rank is None else parse_yaml(rank), halving=not all_rows, out=out,
-        overwrite=overwrite, progress=True,
+        named, candidates, command, tasks={name: load_task(found, name) for name, found in rows_of.items()},
+        base_model=base_model, rule=rule, rows=rows, features=pairs(features) or None, gram=pairs(gram) or None,
+        fisher=pairs(fisher) or None, max_length=max_length or trained_length(named.values()), seed=seed,
+        rank=None if rank is None else parse_yaml(rank), halving=not all_rows, out=out, overwrite=overwrite,
+        progress=progress(),
     )  # fmt: skip
-    show(selection, out)
+    print_selection(selection, out)
 
 
-def show(selection: "Selection", out: Path) -> None:
+def print_selection(selection: "Selection", out: Path) -> None:
     """Print the tables, the answer, and where it lies."""
-    for table in selection.terminal():
-        console.print(table)
+    show(selection.to_dict(), lambda facts: selection.terminal())
     say(selection.verdict())
-    say(f"wrote {out}/selection.json, {out}/selection.md and {out}/winner")
+    wrote(out / "selection.json", f", {out / 'selection.md'}, {out / 'winner'}")

@@ -253,3 +253,16 @@ def _table(title: str, *columns: str) -> Table:
     for column in columns:
         table.add_column(column, overflow="fold")
     return table
+
+
+def task_table(facts: Mapping[str, Mapping[str, Any]]) -> Table:
+    """One line a task: its files and columns, rows, labels, metric and lengths as they were guessed."""
+    table = _table("Tasks", "task", "text", "label", "rows", "labels", "metric", "words: median, 95 %, most")
+    for name, fact in facts.items():
+        data, text = fact["data"], fact["data"]["text"]
+        rows = ", ".join(f"{count} {split}" for split, count in fact["rows"].items())
+        labels = ", ".join(f"{label} {count}" for label, count in fact["labels"].items()) or "numbers"
+        words = ", ".join(map(str, fact["words"]))
+        columns = text if isinstance(text, str) else " + ".join(text)
+        table.add_row(*map(escape, (name, columns, str(data["label"]), rows, labels[:200], fact["metric"], words)))
+    return table

@@ -1,5 +1,6 @@
 """Safetensors files, read and written one tensor at a time: a file may be larger than memory."""
 
+import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
@@ -49,6 +50,16 @@ def _read(path: Path, first: tuple[int, int, int], key: str) -> Tensor:
         raise ValueError(f"{path} was changed after it was loaded: load it again")
     with safe_open(path, framework="pt") as file:
         return file.get_tensor(key).clone()
+
+
+def data_sha256(path: str | Path) -> str:
+    """The hash of the tensors of a safetensors file: its header has the same content in more than one order."""
+    digest = hashlib.sha256()
+    with Path(path).open("rb") as file:
+        file.seek(8 + int.from_bytes(file.read(8), "little"))
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def file_head(

@@ -58,6 +58,28 @@ def _parsed(text: str, name: str) -> Any:
         raise ValueError(f"{name} is not YAML: {' '.join(str(error).split())}") from error
 
 
+def compose_yaml(text: str) -> Any:
+    """The nodes of a YAML text, which know their lines.
+
+    Raises:
+        yaml.YAMLError: the text is no YAML.
+    """
+    return yaml.compose(text, Loader=_Loader)
+
+
+def value_of(node: Any) -> Any:
+    """The value of a node of `compose_yaml`.
+
+    Raises:
+        yaml.YAMLError, ValueError: a value that cannot be, such as a date of 13 months, or a key that is there twice.
+    """
+    loader = _Loader("")
+    try:
+        return loader.construct_document(node)
+    finally:
+        loader.dispose()
+
+
 def fields_from_yaml(path: str | Path, cls: type, kind: str, required: tuple[str, ...] = ()) -> dict[str, Any]:
     """The content of a YAML file that has the fields of dataclass `cls` as keys.
 
@@ -91,36 +113,37 @@ def check_fields(name: str, given: Mapping[str, Any], cls: type, free: Iterable[
     Raises:
         ValueError: names the field and its value.
     """
-    known = _hints(cls)
+    known = hints(cls)
     for field, value in given.items():
         if field not in known:
             raise ValueError(f"{name} has {shown(field)}, which {cls.__name__} does not know")
-        if field not in free and not _fits(value, known[field]):
+        if field not in free and not fits(value, known[field]):
             wanted = getattr(known[field], "__name__", str(known[field]).replace("typing.", ""))
             raise ValueError(f"{name}: {field}={shown(value)} must be {wanted}, not {type(value).__name__}")
 
 
 @cache
-def _hints(cls: type) -> dict[str, Any]:
-    hints = get_type_hints(cls)
-    return {field.name: hints[field.name] for field in dataclasses.fields(cls) if field.init}
+def hints(cls: type) -> dict[str, Any]:
+    """{field: its type} of a dataclass, without those that its constructor does not take."""
+    known = get_type_hints(cls)
+    return {field.name: known[field.name] for field in dataclasses.fields(cls) if field.init}
 
 
-def _fits(value: Any, hint: Any) -> bool:
+def fits(value: Any, hint: Any) -> bool:
     """Whether a value from YAML is of this type; numbers are finite, and whole numbers have at most 64 bits."""
     origin, of = get_origin(hint), get_args(hint)
     if hint is Any:
         return True
     if origin in (Union, UnionType):
-        return any(_fits(value, one) for one in of)
+        return any(fits(value, one) for one in of)
     if origin is Literal:
         return any(value == one and type(value) is type(one) for one in of)
     if origin is dict or hint is dict:
         pairs = value.items() if isinstance(value, Mapping) else [(None, None)]
-        return isinstance(value, Mapping) and (not of or all(_fits(a, of[0]) and _fits(b, of[1]) for a, b in pairs))
+        return isinstance(value, Mapping) and (not of or all(fits(a, of[0]) and fits(b, of[1]) for a, b in pairs))
     if origin in (list, tuple) or hint in (list, tuple):
         inner = of[0] if of else Any
-        return isinstance(value, (list, tuple)) and all(_fits(one, inner) for one in value)
+        return isinstance(value, (list, tuple)) and all(fits(one, inner) for one in value)
     if hint in (int, float):
         whole = isinstance(value, int) and not isinstance(value, bool) and abs(value) <= LARGEST
         return whole or (hint is float and isinstance(value, float) and math.isfinite(value))

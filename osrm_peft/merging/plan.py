@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from osrm_peft.adapters.lora_adapter import LoraAdapter
 from osrm_peft.checks import choice, integer, number
 from osrm_peft.features.fisher import DiagonalFisher
 from osrm_peft.features.task_features import TaskFeatures
 from osrm_peft.hub.sources import local_folder, pinned
-from osrm_peft.io.manifest import MANIFEST, command, versions
+from osrm_peft.io.manifest import MANIFEST, command, read_manifest, versions
 from osrm_peft.merging.engine import Engine
 from osrm_peft.merging.inputs import Inputs, check_names, gather
 from osrm_peft.merging.lowrank import SERVING
@@ -114,6 +115,7 @@ class MergePlan:
             **self.sources,
             **({"modules": self.fates} if self.fates else {}),
             **({"label_names": label_names} if label_names else {}),
+            **_of_training(self.inputs.adapters),
             **({"seed": self.seed} if self.method.prepare else {}),
             **({"scale_of_layers": "chosen by features, see report"} if self.chooses_scale else {}),
         }
@@ -177,6 +179,14 @@ def plan_merge(request: MergeRequest) -> MergePlan:
     exact = max(map(plan.output_rank, inputs.shapes))
     legal = next((one for one in SERVING if one >= exact), SERVING[-1])
     return replace(plan, padded=legal, rank=legal if legal < exact else None)
+
+
+def _of_training(adapters: Mapping[str, LoraAdapter]) -> dict[str, Any]:
+    """What the adapters' manifests say of their training: how long a row may be, and what a task's data was."""
+    found = {task: read_manifest(one.folder) for task, one in adapters.items() if one.folder is not None}
+    lengths = [about["max_length"] for about in found.values() if isinstance(about.get("max_length"), int)]
+    data = {task: about["data"] for task, about in found.items() if about.get("data")}
+    return {**({"max_length": max(lengths)} if lengths else {}), **({"data": data} if data else {})}
 
 
 def _read(method: Method, request: MergeRequest, inputs: Inputs) -> tuple[Any, Any, dict[str, dict[str, str]]]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 
 FACTOR = 3  # a round has this many times the rows of the one before it, and a third of the candidates
-FEWEST = 32  # rows of a task in the first round: with fewer, luck decides
+FEWEST = 24  # rows of a task in the first round: with fewer, luck decides
 
 
 def rounds(candidates: int, rows: int) -> list[float]:

@@ -27,8 +27,8 @@ from osrm_peft.selection.contestants import Alone, Contestant, Merge, Scorer
 from osrm_peft.selection.folder import SelectionFolder
 from osrm_peft.selection.race import FACTOR, rounds, survivors
 from osrm_peft.selection.selection import Estimate, Line, Selection, kept_of, value_of
-from osrm_peft.selection.split import Split, fingerprint
-from osrm_peft.tasks.task import Task
+from osrm_peft.selection.split import Split
+from osrm_peft.tasks.task import Task, fingerprint
 
 Rule = Literal["mean", "relative", "worst"]
 Score = Callable[[PreTrainedModel, Task], float]

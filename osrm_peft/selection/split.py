@@ -1,12 +1,9 @@
 """The rows that choose, and the rows that have no say in the choice and are scored last."""
 
-import hashlib
-import json
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from datasets import Dataset
 
 from osrm_peft.checks import integer
 from osrm_peft.seeding import task_generator
@@ -60,12 +57,6 @@ class Split:
 def labels(task: Task) -> np.ndarray:
     """(N,) labels of a task's validation rows."""
     return np.asarray(task.validation["label"], dtype=np.float64)
-
-
-def fingerprint(rows: Dataset) -> str:
-    """A hash of texts and labels."""
-    content = [rows[column] for column in ("sentence1", "sentence2", "label")]
-    return hashlib.sha256(json.dumps([list(column) for column in content]).encode("utf-8", "replace")).hexdigest()[:16]
 
 
 def _shuffled(count: int, name: str, seed: int) -> list[int]:

@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 REGRESSION = "pearson_spearman"
 MOST_CLASSES = 1000
-_NUMBER = re.compile(r"-?(0|[1-9]\d*)(\.\d+)?([eE][-+]?\d+)?")  # 007 and 1,5 are none
+_NUMBER = re.compile(r"-?(0|[1-9]\d*)(\.\d+)?([eE][-+]?\d+)?", re.ASCII)  # 007 and 1,5 are none
 _PAIRS = (
     ("sentence1", "sentence2"), ("premise", "hypothesis"), ("question1", "question2"), ("question", "sentence"),
     ("text1", "text2"), ("text_a", "text_b"), ("sentence_a", "sentence_b"),
@@ -64,6 +64,11 @@ def find_columns(rows: Rows, text: Sequence[str] | None, label: str | None) -> t
     check_columns(rows, [*(text or ()), *(() if label is None else (label,))])
     found = label or _label_column(rows, text)
     texts = list(text) if text else _text_columns(rows, found)
+    if label is None and found in map(str, rows.values(found)):
+        raise ValueError(
+            f"{rows.source}: the label {found!r} stands in the first line, as if it were a row: begin the file with a "
+            "line of names, such as text,label"
+        )
     if found in texts:
         raise ValueError(f"{rows.source}: column {found!r} is text and label; it has {_listed(rows)}")
     if not (text and label):
@@ -178,8 +183,13 @@ def label_key(value: Any, place: str) -> str | None:
     _check_unicode(value, place)
     text = value.strip()
     if len(text) < 300 and _NUMBER.fullmatch(text):
-        return _number(int(text) if text.lstrip("-").isdigit() else float(text), place)
+        return _number(int(text) if is_whole(text) else float(text), place)
     return text.lower() if text in ("True", "False", "TRUE", "FALSE") else text
+
+
+def is_whole(label: str) -> bool:
+    """Whether a label's text is a whole number."""
+    return bool(re.fullmatch(r"-?(0|[1-9]\d*)", label, re.ASCII))
 
 
 def _number(value: Any, place: str) -> str | None:
@@ -244,6 +254,6 @@ def classes_of(found: Sequence[Example], labels: Sequence[str] | None, source: s
             f"{source} has {len(values)} different labels in {len(found)} rows, such as {shown(found[0].label)}: the "
             f"label looks like text or an id; name the column with label:, or for numbers write metric: {REGRESSION}"
         )
-    if all(re.fullmatch(r"-?(0|[1-9]\d*)", value) for value in values):
+    if all(map(is_whole, values)):
         return sorted(values, key=int)
     return sorted(values)

@@ -19,6 +19,7 @@ from osrm_peft.tasks.columns import (
     examples,
     find_columns,
     is_regression,
+    is_whole,
     label_key,
 )
 from osrm_peft.tasks.rows import FORMATS, Rows, is_hub, read_file, read_hub
@@ -190,10 +191,10 @@ class _Loaded:
         every = [one for found in splits.values() for one in found]
         regression = is_regression(every, data.metric, named)
         splits = _without_overlap(splits, train.source)
+        classes = None if regression else classes_of(splits["train"], named, train.source)
         if "validation" not in splits:
             wanted = [split for split in SPLITS[1:] if split not in splits]
             splits |= _shares(splits["train"], wanted, train.source, regression)
-        classes = None if regression else classes_of(splits["train"], named, train.source)
         for split, found in splits.items() if classes is not None else ():
             _check_labels(found, split, classes or [], named)
         metric = data.metric or (REGRESSION if regression else "accuracy")
@@ -212,7 +213,7 @@ class _Loaded:
             columns = {"sentence1": [one.first for one in found], "sentence2": [one.second for one in found]}
             tables[split] = Dataset.from_dict(columns | {"label": labels})
         names = tuple(index) if index and list(index) != list(map(str, index.values())) else None
-        if names and self.by_number and all(one.lstrip("-").isdigit() for one in names):
+        if names and self.by_number and all(map(is_whole, names)):
             mapped = ", ".join(f"{label} → {number}" for label, number in index.items())
             logger.warning("%s: labels are not 0 … K−1, so they are numbered anew: %s", self.data.train, mapped)
         train, validation, test = (tables.get(split) for split in SPLITS)

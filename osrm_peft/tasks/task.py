@@ -1,5 +1,7 @@
 """A task: labelled texts in one shape (sentence1, sentence2, label), and its metric."""
 
+import hashlib
+import json
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -59,6 +61,12 @@ def tokenize(rows: Dataset, tokenizer, max_length: int) -> Dataset:
 
     # In memory and without the on-disk cache: the suites are small, and a cache outlives a changed tokenizer.
     return Dataset.from_dict(encode(rows[:]))
+
+
+def fingerprint(rows: Dataset) -> str:
+    """A hash of texts and labels."""
+    content = [rows[column] for column in ("sentence1", "sentence2", "label")]
+    return hashlib.sha256(json.dumps([list(column) for column in content]).encode("utf-8", "replace")).hexdigest()[:16]
 
 
 def _sample(rows: Dataset, count: int | None, seed: int) -> Dataset:

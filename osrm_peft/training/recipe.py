@@ -1,6 +1,8 @@
 """A recipe: everything that makes one suite's adapters, as one YAML file."""
 
 import dataclasses
+import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,11 +19,14 @@ from osrm_peft.distributed import Processes, local_device, shard_model
 from osrm_peft.features.collect import collect_features, collect_gram
 from osrm_peft.features.fisher import DiagonalFisher, collect_fisher
 from osrm_peft.features.task_features import TaskFeatures
+from osrm_peft.io.tensors import data_sha256
 from osrm_peft.io.yaml import check_fields, fields_from_yaml, named
 from osrm_peft.models.loading import load_base, load_tokenizer
 from osrm_peft.osrm.config import OSRMLoraConfig
-from osrm_peft.tasks.suites import list_tasks, load_task
-from osrm_peft.tasks.task import Task, tokenize
+from osrm_peft.tasks.files import SPLITS, TaskData
+from osrm_peft.tasks.rows import FORMATS
+from osrm_peft.tasks.suites import Suite, list_tasks, load_task
+from osrm_peft.tasks.task import Task, fingerprint, tokenize
 from osrm_peft.training.train import PAPER_LORA, train_task
 
 STATISTIC_KINDS = ("gram", "fisher")
@@ -29,12 +34,13 @@ STATISTIC_KINDS = ("gram", "fisher")
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to make the adapters of a suite.
+    """How to make adapters of several tasks, and what to make of them. Paths in its file are relative to the file.
 
     Attributes:
         model: Hub id, folder, or `"packaged"`.
-        suite: `"packaged"`, `"glue"` or `"files:FOLDER"`.
-        tasks: which tasks of the suite; None: all. The *other* tasks of this list are the out-of-task ones.
+        suite: `"packaged"`, `"glue"` or `"files:FOLDER"`; None with tasks of your own.
+        tasks: which tasks of the suite; None: all. Or your own, {task: fields of `TaskData`}. The *other* tasks are the
+            out-of-task ones.
         lora: LoraConfig fields over the paper's (r = 8, alpha = 16); `target_modules` among them.
         osrm: OSRMLoraConfig fields, or None for plain LoRA. The features files default to those in `features`.
         features: folder of the features files, `<task>.features.safetensors`.
@@ -43,11 +49,15 @@ class Recipe:
         max_length: tokens a row is cut to.
         train_rows, validation_rows: sample sizes; None: all rows.
         seed: draws the samples and the features' rows, seeds head and training.
+        out: folder of what `osrm-peft run` makes: features, adapters, statistics, selection, report.
+        statistics_rows: training rows a task for the statistics of RegMean, with which `run` tries it; 0: without it.
+        select: arguments of `select_merge` (candidates, rule, rows, rank, halving), for `run`.
+        push: {"repo": "user/name", "public": False}: where `run` pushes the merge that it has chosen; None: nowhere.
     """
 
     model: str
-    suite: str
-    tasks: list[str] | None = None
+    suite: str | None = None
+    tasks: list[str] | dict[str, dict[str, Any]] | None = None
     lora: dict[str, Any] = field(default_factory=dict)
     osrm: dict[str, Any] | None = None
     features: str = "results/features"
@@ -57,6 +67,10 @@ class Recipe:
     train_rows: int | None = None
     validation_rows: int | None = None
     seed: int = 42
+    out: str = "results"
+    statistics_rows: int = 200
+    select: dict[str, Any] = field(default_factory=dict)
+    push: dict[str, Any] | None = None
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> "Recipe":
@@ -66,22 +80,53 @@ class Recipe:
             FileNotFoundError: no such file.
             ValueError: not a mapping, an unknown key or a missing one; lists the keys.
         """
-        fields = fields_from_yaml(path, cls, "recipe", ("model", "suite"))
+        fields = fields_from_yaml(path, cls, "recipe", ("model",))
         with named(path):
-            return cls(**fields)
+            return cls(**{"features": cls.features, "out": cls.out} | fields).below(Path(path).parent)
+
+    def below(self, folder: Path) -> "Recipe":
+        """The same recipe with its paths relative to `folder`."""
+
+        def place(name: str) -> str:
+            return str(folder / name)
+
+        changes: dict[str, Any] = {"features": place(self.features), "out": place(self.out)}
+        if (folder / self.model).is_dir():
+            changes["model"] = place(self.model)
+        kind_of_suite, separator, files = (self.suite or "").partition(":")
+        if separator:
+            changes["suite"] = f"{kind_of_suite}:{place(files)}"
+        if isinstance(self.tasks, dict):
+            changes["tasks"] = {name: _placed(data, SPLITS, place) for name, data in self.tasks.items()}
+        if self.osrm:
+            changes["osrm"] = _placed(self.osrm, ("out_of_task", "in_task"), place)
+        changes["select"] = _placed(self.select, ("candidates",), place)
+        return replace(self, **changes)
 
     def __post_init__(self) -> None:
         for name, kinds in _KINDS.items():
             kind(name, getattr(self, name), kinds, " in the recipe")
-        for name, least, most in (("num_samples", 1, LARGEST), ("max_length", 4, LARGEST), ("seed", 0, SEEDS)):
+        for name, least, most in (
+            ("num_samples", 1, LARGEST),
+            ("max_length", 4, LARGEST),
+            ("seed", 0, SEEDS),
+            ("statistics_rows", 0, LARGEST),
+        ):
             integer(name, getattr(self, name), least, most)
         for name in ("train_rows", "validation_rows"):
             if getattr(self, name) is not None:
                 integer(name, getattr(self, name), 1)
         if self.tasks is not None and len(set(task_names(self.tasks))) < len(self.tasks):
             raise ValueError(f"tasks={shown(self.tasks)} names a task twice")
+        if (self.suite is None) is not isinstance(self.tasks, dict):
+            raise ValueError(
+                "give a suite (packaged, glue or files:FOLDER), whose tasks may be listed in tasks; or no suite and "
+                "your own tasks: tasks: {reviews: {train: reviews.csv}}"
+            )
+        self.source  # noqa: B018 (checks the fields of each task)
         lora = PAPER_LORA | self.lora
         check_fields("lora in the recipe", self.lora, LoraConfig, ("lora_alpha", "init_lora_weights"))
+        integer("lora in the recipe: r", lora["r"], 1)
         number("lora in the recipe: lora_alpha", lora["lora_alpha"])
         check_fields("osrm in the recipe", self.osrm or {}, OSRMLoraConfig, ("lora_alpha", "init_lora_weights"))
         known = {one.name for one in dataclasses.fields(TrainingArguments)}  # `train` refuses the others
@@ -91,9 +136,23 @@ class Recipe:
             LoraConfig(**lora)
             OSRMLoraConfig(**(lora | (self.osrm or {})))
 
+    @property
+    def source(self) -> Suite:
+        """The suite for `load_task`: its name, or the tasks' own data."""
+        if not isinstance(self.tasks, dict):
+            return str(self.suite)
+        found = {}
+        for name, fields in self.tasks.items():
+            with named(f"tasks in the recipe: {name}"):
+                if not isinstance(fields, dict) or "train" not in fields:
+                    raise ValueError(f"{shown(fields)} must map train, and more, to values: {{train: {name}.csv}}")
+                check_fields(name, fields, TaskData)
+                found[name] = TaskData(**fields)
+        return found
+
     def task_names(self) -> list[str]:
         """The tasks, checked against the suite."""
-        known = list_tasks(self.suite)
+        known = list_tasks(self.source)
         unknown = sorted(set(self.tasks or []) - set(known))
         if unknown:
             raise ValueError(
@@ -105,7 +164,7 @@ class Recipe:
         """One task, sampled as the recipe says."""
         if name not in self.task_names():
             raise ValueError(f"unknown task {name!r}: the recipe has {', '.join(self.task_names())}")
-        return load_task(self.suite, name).sample(
+        return load_task(self.source, name).sample(
             train=self.train_rows, validation=self.validation_rows, seed=self.seed
         )
 
@@ -123,6 +182,40 @@ class Recipe:
             "in_task": str(self.features_file(task)),
         }
         return OSRMLoraConfig(**(fields | files | self.osrm))
+
+    def made_from(self, task: str) -> dict[str, Any]:
+        """What the task's adapter is made from: two adapters that agree in it are one.
+
+        Raises:
+            FileNotFoundError: a features file is missing.
+        """
+        config = self.lora_config(task)
+        settings = config.osrm_settings() if isinstance(config, OSRMLoraConfig) else {}
+        files = [*(settings.pop("out_of_task", None) or []), settings.pop("in_task", None)]
+        made = {
+            "model": self.model,
+            "rows": fingerprint(self.task(task).train),
+            "lora": {name: value for name, value in config.to_dict().items() if value not in (None, {}, False)},
+            "osrm": settings or None,
+            "features": {Path(file).name: data_sha256(file)[:16] for file in files if file and Path(file).is_file()},
+            "training": self.training,
+            "max_length": self.max_length,
+            "seed": self.seed,
+        }
+        return json.loads(
+            json.dumps(made, default=lambda value: sorted(value) if isinstance(value, set) else str(value))
+        )
+
+    def missing_features(self, tasks: Sequence[str]) -> list[str]:
+        """The tasks of the recipe whose features files training these needs, and that are not there."""
+        wanted: list[str] = []
+        for task in tasks:
+            config = self.lora_config(task)
+            if isinstance(config, OSRMLoraConfig):
+                own = [config.in_task] if config.needs_own_features else []
+                wanted += [file for file in (*(config.out_of_task or []), *own) if file]
+        files = {str(self.features_file(name)): name for name in self.task_names()}
+        return [name for file, name in files.items() if file in wanted and not Path(file).exists()]
 
     def base(self, distributed: bool = False) -> nn.Module:
         """The pre-trained model to collect features on.
@@ -196,7 +289,7 @@ class Recipe:
     def _loader(self, name: str, k: int, padding: str = "longest", processes: int = 1) -> DataLoader:
         """Batches of k training rows of a task, with labels, as the model takes them; at least one for each process."""
         tokenizer = load_tokenizer(self.model)
-        task = load_task(self.suite, name).sample(train=k, seed=self.seed)
+        task = load_task(self.source, name).sample(train=k, seed=self.seed)
         collator = DataCollatorWithPadding(tokenizer, padding=padding, max_length=self.max_length)
         size = min(16, -(-k // processes))
         return DataLoader(tokenize(task.train, tokenizer, self.max_length), batch_size=size, collate_fn=collator)
@@ -212,17 +305,41 @@ class Recipe:
             training=self.training,
             max_length=self.max_length,
             seed=self.seed,
+            made_from=self.made_from(task),
             overwrite=overwrite,
             progress=progress,
         )
 
 
+def suite_of(name: str) -> Suite:
+    """The suite of this name; of a recipe's YAML file its tasks."""
+    if name.lower().endswith((".yaml", ".yml")):
+        return Recipe.from_yaml(name).source
+    return name
+
+
+def _placed(fields: dict[str, Any], names: Sequence[str], place: Callable[[str], str]) -> dict[str, Any]:
+    """The fields, with the paths among these as `place` puts them; a Hub dataset or the name of a split stays."""
+
+    def one(value: Any) -> Any:
+        if isinstance(value, list):
+            return [one(each) for each in value]
+        is_path = isinstance(value, str) and ":" not in value and Path(value).suffix.lower() in _PATHS
+        return place(value) if is_path else value
+
+    return {name: one(value) if name in names else value for name, value in fields.items()}
+
+
+_PATHS = (*FORMATS, ".safetensors", ".yaml", ".yml")
 _KINDS = {
     "model": str,
-    "suite": str,
-    "tasks": list | None,
+    "suite": str | None,
+    "tasks": list | dict | None,
     "lora": dict,
     "osrm": dict | None,
     "features": str,
     "training": dict,
+    "out": str,
+    "select": dict,
+    "push": dict | None,
 }

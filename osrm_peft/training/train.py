@@ -3,7 +3,7 @@
 import copy
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,7 @@ def train_task(
     callbacks: Sequence[TrainerCallback] = (),
     max_length: int = 128,
     seed: int = 42,
+    made_from: Mapping[str, Any] | None = None,
     overwrite: bool = False,
     progress: bool = True,
 ) -> Path:
@@ -72,6 +73,7 @@ def train_task(
         callbacks: more callbacks for the Trainer.
         max_length: tokens a row is cut to.
         seed: seeds the head, the order of rows and the dropout.
+        made_from: goes into the manifest, so that a recipe knows its adapter again.
         overwrite: replace an earlier adapter in `output_dir`.
         progress: show a bar, with the task's name and the loss.
 
@@ -98,6 +100,7 @@ def train_task(
     weights = whole_adapter(peft_model)
     if trainer.is_world_process_zero():
         made = {"base_model": model, "max_length": max_length, "seed": seed, "training": fields}
+        made |= {} if made_from is None else {"made_from": dict(made_from)}
         _save(peft_model, weights, task, output_dir, made | {"log": trainer.state.log_history})
         shutil.rmtree(checkpoints, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()

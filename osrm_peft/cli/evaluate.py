@@ -1,0 +1,137 @@
+"""The command that scores: evaluate."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from osrm_peft.cli.app import JsonOption, TaskOption, app, progress, quiet_libraries, say, show, wrote
+
+if TYPE_CHECKING:
+    from osrm_peft.evaluation.subjects import Subject
+    from osrm_peft.tasks.task import Task
+
+
+@app.command()
+def evaluate(
+    adapter: Annotated[str, typer.Argument(help="An adapter, a merge, a sweep's folder or a full model; or a Hub id.")],
+    suite: Annotated[
+        str | None,
+        typer.Option(
+            help="packaged, glue, files:FOLDER, or a recipe's YAML. Default: the data of its training, else packaged."
+        ),
+    ] = None,
+    task: TaskOption = None,
+    model: Annotated[str | None, typer.Option("--base-model", help="Default: the one the adapter names.")] = None,
+    rows: Annotated[int | None, typer.Option(help="Validation rows a task. Default: all.")] = None,
+    max_length: Annotated[
+        int | None, typer.Option(help="Tokens a row is cut to. Default: as in training, else 128.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the scores to this JSON file.")] = None,
+    save: Annotated[bool, typer.Option("--save", help="Put the scores into the folder's manifest and card.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace scores on other rows.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Score an adapter on its task, a merge with each task's head, every scale of a sweep, or a full model.
+
+    Under `accelerate launch … -m osrm_peft` the processes share the rows.
+    """
+    from osrm_peft.distributed import start
+    from osrm_peft.evaluation.subjects import LENGTH, subjects
+    from osrm_peft.evaluation.tables import MultiTaskTable, Score
+    from osrm_peft.hub.card import check_own_files, record_scores
+    from osrm_peft.io.json import write_json
+    from osrm_peft.io.manifest import MANIFEST, versions
+    from osrm_peft.io.places import check_file
+    from osrm_peft.training.recipe import suite_of
+
+    quiet_libraries()
+    settings = {"adapter": adapter, "suite": suite, "model": model, "rows": rows, "max_length": max_length}
+    if out is not None:
+        _check_scores_file(check_file(out), settings, overwrite)
+    found = subjects(adapter, model)
+    chosen = suite_of(suite) if suite is not None else found[0].suite or "packaged"
+    named = chosen if isinstance(chosen, str) else "own data"
+    tasks = _tasks(found[0], chosen, task, rows)
+    records = _records(tasks, named)
+    for subject in found if save else ():
+        if not subject.manifest or not Path(adapter).is_dir():
+            raise ValueError(f"--save writes the scores into a folder of ours, with {MANIFEST}; {adapter} is none")
+        check_own_files(subject.folder)
+        _check_scores(dict(subject.manifest), records, str(subject.folder), overwrite)
+    scores, processes = [], start()
+    for subject in found:
+        values = _values(subject, tasks, max_length or subject.max_length or LENGTH)
+        scale = subject.manifest.get("scale") if "method" in subject.manifest else None
+        scores += [Score(subject.name, subject.method, scale, 0, name, value) for name, value in values.items()]
+        if save and processes.is_main_process:
+            record_scores(subject.folder, [record | {"value": values[record["task"]]} for record in records])
+            say(f"put the scores into {subject.folder}")
+    table = MultiTaskTable.of(scores)
+    show(
+        [{"name": one.init, "task": one.task, "scale": one.scale, "score": one.score} for one in scores],
+        lambda facts: [table.terminal(f"Scores in percent on {named}")],
+    )
+    if out is not None and processes.is_main_process:
+        by_name = {one.name: {score.task: score.score for score in scores if score.init == one.name} for one in found}
+        content = {"scores": by_name[found[0].name] if len(found) == 1 else by_name, "settings": settings}
+        write_json(out, content | {"manifest": dict(found[0].manifest), "versions": versions()})
+        wrote(out)
+
+
+def _tasks(subject: "Subject", suite: Any, names: list[str] | None, rows: int | None) -> "dict[str, Task]":
+    from osrm_peft.tasks.suites import load_task
+
+    names = names or subject.tasks
+    if names is None:
+        raise ValueError(f"{subject.folder} does not say which task it is for: name it with --task")
+    return {name: load_task(suite, name).sample(validation=rows) for name in names}
+
+
+def _values(subject: "Subject", tasks: "dict[str, Task]", max_length: int) -> dict[str, float]:
+    """{task: score}."""
+    from osrm_peft.distributed import local_device
+    from osrm_peft.evaluation.evaluate import evaluate_task
+
+    values = {}
+    for name, task in tasks.items():
+        with_task, tokenizer = subject.load(name)
+        on_device: Any = with_task.to(local_device())  # type: ignore[arg-type]
+        values[name] = evaluate_task(
+            on_device, task, tokenizer, max_length=max_length, distributed=True, progress=progress()
+        )
+    return values
+
+
+def _records(tasks: "dict[str, Task]", suite: str) -> list[dict[str, Any]]:
+    """What a manifest says of each task's score, but for its value."""
+    dataset = "nyu-mll/glue" if suite == "glue" else None
+    return [
+        {"task": name, "metric": task.metric, "split": "validation", "rows": len(task.validation), "dataset": dataset}
+        for name, task in tasks.items()
+    ]
+
+
+def _check_scores_file(out: Path, settings: dict[str, Any], overwrite: bool) -> None:
+    """Refuse a file that holds anything but scores of the same evaluation."""
+    from osrm_peft.io.json import read_object
+
+    if out.exists() and not overwrite:
+        earlier = read_object(out).get("settings")
+        if earlier != settings:
+            what = f"scores of another evaluation ({earlier})" if isinstance(earlier, dict) else "no scores of ours"
+            raise FileExistsError(f"{out} holds {what}: name another file, or replace it with --overwrite")
+
+
+def _check_scores(manifest: dict[str, Any], records: list[dict[str, Any]], folder: str, overwrite: bool) -> None:
+    """Refuse to put scores in the place of others, which are on other rows or by another metric."""
+    earlier = {score["task"]: score for score in manifest.get("scores") or []}
+    for record in records if not overwrite else ():
+        score = earlier.get(record["task"], record)
+        differ = [name for name in ("metric", "split", "rows", "dataset") if score.get(name) != record[name]]
+        if differ:
+            before, now = score.get(differ[0]), record[differ[0]]
+            raise FileExistsError(
+                f"{folder} has a score of {record['task']!r} with {differ[0]}={before!r}, this one has {now!r}: "
+                "--overwrite puts it in its place"
+            )

@@ -1,0 +1,159 @@
+"""What can be scored: adapters, merges, sweeps and full models, each with its tasks, length and tokenizer."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
+
+from osrm_peft.adapters.load import load_adapter
+from osrm_peft.checkpoints.merge import load_merged_checkpoint
+from osrm_peft.hub.card import model_card
+from osrm_peft.hub.sources import local_folder
+from osrm_peft.io.manifest import read_manifest
+from osrm_peft.merging.emr_adapter import EMRAdapter
+from osrm_peft.models.loading import load_tokenizer
+from osrm_peft.tasks.files import TaskData
+from osrm_peft.tasks.suites import Suite
+
+LENGTH = 128  # tokens a row is cut to where nothing says how long the rows of the training were
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One thing to score.
+
+    Attributes:
+        name: for tables.
+        folder: where it lies on this machine.
+        manifest: ours; empty for what others wrote.
+        base_model: named by the user; None: what the files name.
+    """
+
+    name: str
+    folder: Path
+    manifest: Mapping[str, Any]
+    base_model: str | None = None
+
+    @property
+    def kind(self) -> str:
+        """`"adapter"`, `"merged"`, `"emr"` or `"checkpoint"`."""
+        known = self.manifest.get("kind")
+        if known in ("adapter", "merged", "emr", "checkpoint"):
+            return str(known)
+        return "adapter" if (self.folder / "adapter_config.json").is_file() else "checkpoint"
+
+    @property
+    def method(self) -> str:
+        """For tables: the merge's method, or `"individual"`."""
+        return str(self.manifest["method"]) if "method" in self.manifest else "individual"
+
+    @property
+    def tasks(self) -> list[str] | None:
+        """The tasks that the manifest names; None for none."""
+        if isinstance(self.manifest.get("inputs"), dict):
+            heads = {file.stem for file in (self.folder / "heads").glob("*.safetensors")}
+            names = list(self.manifest["inputs"])
+            return names if self.kind != "checkpoint" or heads >= set(names) else None
+        return [self.manifest["task"]] if "task" in self.manifest else None
+
+    @property
+    def max_length(self) -> int | None:
+        """Tokens a row was cut to in training, if the manifest says so."""
+        length = self.manifest.get("max_length")
+        return length if isinstance(length, int) else None
+
+    @property
+    def suite(self) -> Suite | None:
+        """The tasks' own data, if the manifest has it."""
+        data = self.manifest.get("data") or {}
+        own = data if self.kind != "adapter" else {str(self.manifest.get("task")): data} if data else {}
+        return {task: TaskData(**fields) for task, fields in own.items()} or None
+
+    @cached_property
+    def _masked(self) -> EMRAdapter:
+        return EMRAdapter.from_pretrained(self.folder)
+
+    def load(self, task: str) -> tuple[PreTrainedModel, Any]:
+        """(the model for this task in eval mode, its tokenizer).
+
+        Raises:
+            ValueError: no such task, a causal model (it has no head), or a base model without tokenizer.
+        """
+        if self.kind == "checkpoint":
+            return self._full_model(task), self._tokenizer(str(self.folder))
+        base = self.base_model or self.manifest.get("base_model")
+        if self.kind == "emr":
+            return self._masked.load(base or "", task), self._tokenizer(base or "")
+        adapter = load_adapter(self.folder, task=task if self.kind == "merged" and self.tasks else None)
+        base = base or adapter.base_model or ""
+        if adapter.config.get("task_type") == "CAUSAL_LM":
+            raise ValueError(_causal(self.name, task))
+        tokenizer = self._tokenizer(base)
+        return adapter.attach(base), tokenizer  # type: ignore[return-value]
+
+    def _full_model(self, task: str) -> PreTrainedModel:
+        classes = AutoConfig.from_pretrained(self.folder).architectures or []
+        if any("CausalLM" in name or "LMHead" in name for name in classes):
+            raise ValueError(_causal(self.name, task))
+        if (self.folder / "heads" / f"{task}.safetensors").is_file():
+            return load_merged_checkpoint(self.folder, task)
+        return AutoModelForSequenceClassification.from_pretrained(self.folder).eval()
+
+    def _tokenizer(self, base: str) -> Any:
+        try:
+            return load_tokenizer(base)
+        except (OSError, ValueError, KeyError) as error:
+            raise ValueError(
+                f"the model {base!r} has no tokenizer, so no row can be read: put its tokenizer files into the folder, "
+                f"or name another with base_model=NAME ({str(error)[:150]})"
+            ) from error
+
+
+def subjects(source: str, base_model: str | None = None) -> list[Subject]:
+    """What a folder or Hub id holds: one thing, or of a sweep one a scale, in the order of the scales.
+
+    Raises:
+        FileNotFoundError: no such folder or repository.
+        ValueError: nothing in it can be scored, or its manifest is damaged.
+    """
+    scales = sorted(Path(source).glob("scale_*/"), key=_scale) if Path(source).is_dir() else []
+    if scales and not read_manifest(source):
+        return [_subject(f"{Path(source).name}/{folder.name}", folder, base_model) for folder in scales]
+    folder = local_folder(source, ["*.json", "*.safetensors", "heads/*.safetensors", "tokenizer*", "vocab*", "*.txt"])
+    return [_subject(Path(source).name, folder, base_model)]
+
+
+def trained_length(sources: Iterable[str]) -> int:
+    """Tokens a row was cut to when these adapters were trained, the most of any; 128 where none says so."""
+    folders = [Path(source) for source in sources if Path(source).is_dir()]
+    lengths = [read_manifest(folder).get("max_length") for folder in folders]
+    return max((length for length in lengths if isinstance(length, int)), default=LENGTH)
+
+
+def _subject(name: str, folder: Path, base_model: str | None) -> Subject:
+    manifest = read_manifest(folder)
+    model_card(manifest)  # a damaged manifest shows here
+    known = ("adapter_config.json", "emr.safetensors", "config.json")
+    if not any((folder / file).is_file() for file in known):
+        raise ValueError(
+            f"{folder} holds no adapter, merge or model (none of {', '.join(known)}): name the folder of one, or of a "
+            "sweep's scale_* folders"
+        )
+    return Subject(name, folder, manifest, base_model)
+
+
+def _scale(folder: Path) -> float:
+    try:
+        return float(folder.name.removeprefix("scale_"))
+    except ValueError:
+        return float("inf")
+
+
+def _causal(name: str, task: str) -> str:
+    return (
+        f"{name} is a causal language model, which has no head for the classes of {task!r}: evaluate an adapter or "
+        "model for sequence classification"
+    )
