@@ -1,6 +1,7 @@
 """check_recipe: every mistake of a recipe at once, with its line, before anything is loaded."""
 
 import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
@@ -112,7 +113,10 @@ class _Checker:
         good = {name: value for name, value in good.items() if fits(value, hints(Recipe)[name])}
         for name in NESTED:
             if isinstance(content.get(name), Mapping):
+                before = len(self.found)
                 good[name] = self._nested(name, dict(content[name]))
+                if name == "push" and len(self.found) > before:
+                    del good[name]
         if isinstance(content.get("tasks"), Mapping):
             good["tasks"] = self._own_tasks(dict(content["tasks"]))
         recipe = self._recipe(good)
@@ -163,17 +167,20 @@ class _Checker:
                     good.pop("candidates", None)
         return good
 
-    def _training(self, given: dict[str, Any]) -> None:
+    def _training(self, good: dict[str, Any]) -> None:
         """What transformers says of the arguments: each alone, or, if each may be, all together."""
-        for names in (*([name] for name in given), list(given)):
-            key = f"training.{names[0]}" if len(names) == 1 else "training"
+        fixed = {"output_dir": "unused", "report_to": "none"}
+        for name, value in list(good.items()):
             try:
-                TrainingArguments(
-                    **{"output_dir": "unused", "report_to": "none", **{name: given[name] for name in names}}
-                )
+                TrainingArguments(**(fixed | {name: value}))
             except (ValueError, TypeError, ImportError) as error:
-                self.add(key, f"{shown(given[names[0]]) if len(names) == 1 else ''} {error}"[:400])
-                given.pop(names[0]) if len(names) == 1 else given.clear()
+                self.add(f"training.{name}", f"{shown(value)}: {str(error)[:300]}")
+                del good[name]
+        try:
+            TrainingArguments(**(fixed | good))
+        except (ValueError, TypeError, ImportError) as error:
+            self.add("training", str(error)[:300])
+            good.clear()
 
     def _own_tasks(self, given: dict[str, Any]) -> dict[str, Any]:
         good = {}
@@ -208,12 +215,13 @@ class _Checker:
             self.add("select" if "select" in good else "push", str(error))
         return recipe
 
-    def _named_in(self, text: str) -> str:
-        """The longest key of the recipe whose name an error mentions."""
-        names = [
-            key for key in self.lines if key.rpartition(".")[2] in text.replace("=", " ").replace(":", " ").split()
-        ]
-        return max(names, key=len, default="")
+    def _named_in(self, text: str, below: str = "") -> str:
+        """The key of the recipe, or of a part of it, that an error mentions first; else the part."""
+        for word in re.findall(r"[^\W\d]\w*", text):
+            keys = [key for key in self.lines if key.startswith(below) and key.rpartition(".")[2] == word]
+            if keys:
+                return min(keys, key=len)
+        return below
 
     def _tasks(self, recipe: Recipe) -> dict[str, Task]:
         """The tasks that can be read."""
@@ -248,7 +256,8 @@ class _Checker:
             self.add("model", f"{shown(recipe.model)} cannot be read, config or tokenizer: {str(error)[:300]}")
             return
         longest = getattr(config.get_text_config(), "max_position_embeddings", None)
-        if isinstance(longest, int) and recipe.max_length > longest:
+        told = any(mistake.key == "max_length" for mistake in self.found)
+        if isinstance(longest, int) and recipe.max_length > longest and not told:
             self.add("max_length", f"{recipe.max_length} tokens, and {recipe.model} takes at most {longest}")
         try:
             with torch.device("meta"):

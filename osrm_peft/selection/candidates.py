@@ -71,11 +71,12 @@ class Candidate:
         """The same candidate with this rank, unless it names one."""
         return replace(self, fields={"rank": rank, **self.fields})
 
-    def request(self, adapters: Any, files: Mapping[str, Any]) -> MergeRequest:
+    def request(self, adapters: Any, files: Mapping[str, Any], *, sweep: bool = False) -> MergeRequest:
         """The request that merges these adapters.
 
         Args:
             files: "features", "gram" and "fisher": {task: file} each, and "base_model", as far as there are any.
+            sweep: leave the scale at the method's default: the merge is to be had at several.
         """
         fields, features = dict(self.fields), files.get("features")
         by_features: dict[str, Any] = {"features": {}} if _by_features(fields) else {}
@@ -86,9 +87,12 @@ class Candidate:
             for name, rule in rules.items()
             if isinstance(rule, LeastSquares)
         }
-        changes |= {} if self.scale is None else {"scale": self.scale}
+        changes |= {} if self.scale is None or sweep else {"scale": self.scale}
         needs = METHODS[fields["method"]].needs
         statistics = None if needs is None else files.get(needs)
+        for kind, given in ((needs, statistics), ("features" if by_features else None, features)):
+            if kind is not None and adapters and not given:
+                raise ValueError(f"the candidate {self.name!r} needs {kind}={{task: file}}: give it, or leave it out")
         return replace(request, adapters=adapters, base_model=files.get("base_model"), statistics=statistics, **changes)
 
 

@@ -182,7 +182,7 @@ class _Field:
         plans: dict[str, MergePlan] = {}
         for candidate in candidates:
             if candidate.merge not in plans:
-                plans[candidate.merge] = plan_merge(candidate.request(inputs.adapters, files))
+                plans[candidate.merge] = plan_merge(candidate.request(inputs.adapters, files, sweep=True))
         merges, contestants = _Merges(plans), []
         for candidate in candidates:
             entry = Merge(partial(merges.at, candidate.merge, candidate.scale))
