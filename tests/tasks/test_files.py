@@ -164,7 +164,7 @@ def test_variants_of_csv(tmp_path, name):
     mark = {"semicolons": b";", "tabs": b"\t"}.get(name, b",")
     body = end.join(b'"12, %d"%s%s' % (n, mark, b"yes" if n % 2 else b"no") for n in range(20))
     (tmp_path / "v.csv").write_bytes(header % body)
-    task = TaskData(str(tmp_path / "v.csv")).load("v")
+    task = TaskData(str(tmp_path / "v.csv"), text="text", label="label").load("v")
     texts = [*task.train["sentence1"], *task.validation["sentence1"], *task.test["sentence1"]]
     assert sorted(texts) == sorted(f"12, {n}" for n in range(20)) and task.label_names == ("no", "yes")
 

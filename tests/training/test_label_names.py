@@ -82,6 +82,7 @@ def test_a_merge_keeps_each_task_s_names(root, tmp_path, method):
         expected = dict(enumerate(names or ("LABEL_0", "LABEL_1")))
         assert again.load(str(root / "base"), task).config.id2label == expected
         if method != "emr":
+            assert merged.for_task(task).label_names == names and merged.for_task(None).label_names is None
             loaded = load_adapter(tmp_path / "out", task=task)
             assert loaded.label_names == names and load_adapter(tmp_path / "out").label_names is None
             assert loaded.attach(str(root / "base")).config.id2label == expected
