@@ -83,8 +83,16 @@ def _shapes(make: Callable[..., nn.Module], config: PreTrainedConfig, num_labels
 
 
 def load_tokenizer(model: str):
-    """The model's tokenizer, with a padding token (the end-of-sequence token where the model has none)."""
+    """The model's tokenizer, with a padding token (the end-of-sequence token where the model has none).
+
+    Raises:
+        ValueError: the model has no tokenizer; transformers makes one without words where the files are missing.
+    """
     tokenizer = AutoTokenizer.from_pretrained(resolve_model(model))
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):
+        raise ValueError(
+            f"{model} has no tokenizer files: put them into its folder (tokenizer.json, or its vocabulary)"
+        )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

@@ -102,7 +102,9 @@ class Selection:
         text = f"Take {first.name}: {first.mean.percent()} over {len(self.tasks)} tasks"
         if first.kept is not None:
             text += f", {100 * first.kept.value:.0f} % of what the adapters learned"
-        text += f" (adapters alone {100 * self.individual.mean.value:.1f})."
+        text += f" (adapters alone {100 * self.individual.mean.value:.1f})"
+        tested = [line for line in self.test if line.name == first.name]
+        text += f"; {100 * tested[0].mean.value:.1f} on rows that had no say." if tested else "."
         rivals = [line for line in (self.ranked or self.apart)[1:] if line.rows == first.rows and line.behind]
         if rivals and rivals[0].behind is not None:
             high, points = rivals[0].behind.high, -100 * rivals[0].behind.value

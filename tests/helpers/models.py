@@ -47,6 +47,7 @@ def make_batch(rows=4, length=7, seed=0, pads=(0, 2, 3, 1), kind="bert"):
 
 IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2}
 TEXT = IDS | {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 24, "max_position_embeddings": 40}
+TEXT |= {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
 GPT2 = IDS | {"vocab_size": 50, "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 40}
 T5 = IDS | {"vocab_size": 50, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2}
 TWO = IDS | {"vocab_size": 50, "d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2}

@@ -17,10 +17,10 @@ from osrm_peft.models.fingerprint import input_embedding, weight_hash
 from osrm_peft.models.layers import target_layers
 from tests.helpers.models import GPT2, IDS, T5, TEXT, TWO
 
-TEXT |= {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "num_labels": 3}
+TEXT = TEXT | {"num_labels": 3}
 MOE = TEXT | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
 MOE |= {"shared_expert_intermediate_size": 12}
-TWO |= {"decoder_attention_heads": 2, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24, "max_position_embeddings": 40}
+TWO = TWO | {"decoder_attention_heads": 2, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24, "max_position_embeddings": 40}
 MELS = TWO | {"num_mel_bins": 8, "input_feat_per_channel": 8, "max_source_positions": 10, "max_target_positions": 16}
 WHISPER = MELS | {"begin_suppress_tokens": None, "suppress_tokens": None}
 S2T = MELS | {"conv_channels": 8, "conv_kernel_sizes": (3, 3), "num_conv_layers": 2, "max_source_positions": 40}

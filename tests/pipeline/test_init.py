@@ -52,7 +52,7 @@ def test_nothing_is_replaced_unasked_and_one_task_is_no_merge(tmp_path):
     csv_tasks(tmp_path / "one", tasks=("alone",))
     with pytest.raises(ValueError, match="holds one task, 'alone': a merge needs at least two"):
         write_recipe(tmp_path / "one", tmp_path / "r.yaml")
-    with pytest.raises(ValueError, match="no task in .*expected .*<task>.csv"):
+    with pytest.raises(ValueError, match=r"no task in .*expected .*<task>.csv"):
         write_recipe(tmp_path / "nothing", tmp_path / "r.yaml")
 
 

@@ -1,0 +1,159 @@
+"""A recipe is run: each step once, again when it has changed, and on after an interrupt."""
+
+import json
+
+import pytest
+import yaml
+
+from osrm_peft import load_adapter
+from osrm_peft.io.manifest import read_manifest
+from osrm_peft.pipeline.run import run_recipe
+from osrm_peft.training.recipe import Recipe
+from tests.helpers.suites import tiny_recipe
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory):
+    """(the recipe's file, what its run said, its answer)."""
+    path = tiny_recipe(tmp_path_factory.mktemp("run"))
+    said = []
+    return path, said, run_recipe(Recipe.from_yaml(path), say=said.append, progress=False)
+
+
+def again(path, **changes):
+    """What a run says, with other fields than the file's; without the counts."""
+    content = yaml.safe_load(path.read_text()) | changes
+    other = path.with_name("changed.yaml")
+    other.write_text(yaml.safe_dump(content))
+    said = []
+    run_recipe(Recipe.from_yaml(other), say=said.append, progress=False)
+    return {line.split("] ")[1].partition(": ")[0]: line.partition(": ")[2] for line in said if line.startswith("[")}
+
+
+def test_a_run_leaves_features_adapters_interference_the_choice_and_a_page(ran):
+    path, said, selection = ran
+    out = path.parent / "results"
+    assert {entry.name for entry in out.iterdir()} == {
+        "features", "adapters", "statistics", "interference", "selection", "report.html", "steps.json",
+    }  # fmt: skip
+    assert selection["verdict"] in said and selection["verdict"].startswith("Take ")
+    assert said[0] == "[1/12] features/colours: making it" and said[-1] == "[12/12] report.html: making it"
+    assert read_manifest(out / "adapters/sizes")["label_names"] == ["sizes-even", "sizes-odd"]
+    assert "initialized" in json.dumps(read_manifest(out / "adapters/sizes")["osrm"])
+    winner = load_adapter(out / "selection/winner", task="sizes")
+    assert winner.heads and winner.label_names == ("sizes-even", "sizes-odd")
+    page = (out / "report.html").read_text()
+    assert selection["ranked"][0]["name"].partition(",")[0] in page
+
+
+def test_a_second_run_makes_nothing_but_the_page(ran):
+    said = again(ran[0])
+    assert {name for name, text in said.items() if text != "is there already"} == {"report.html"}
+
+
+# (what changes in the recipe, the steps that are made anew, what is said of the first of them)
+CHANGES = {
+    "a choice": ({"select": {"rows": 12, "candidates": [{"method": "average"}]}}, {"selection"}, "select"),
+    "rank": (
+        {"lora": {"r": 3, "target_modules": ["query", "value"]}},
+        {"adapters", "statistics", "interference", "selection"},
+        "lora r was 2, is 3",
+    ),
+    "length": (
+        {"max_length": 5},
+        {"features", "adapters", "statistics", "interference", "selection"},
+        "max_length was 8, is 5",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_changed_recipe_remakes_what_it_touches_and_says_why(name, tmp_path):
+    change, touched, why = CHANGES[name]
+    path = tiny_recipe(tmp_path)
+    run_recipe(Recipe.from_yaml(path), say=lambda line: None, progress=False)
+    said = again(path, **change)
+    anew = {key.partition("/")[0] for key, text in said.items() if text.startswith("making it anew")}
+    assert anew == touched
+    first = next(text for text in said.values() if text.startswith("making it anew"))
+    assert why in first
+    if name == "rank":
+        assert load_adapter(path.parent / "results/adapters/sizes").rank == 3
+
+
+def test_changed_rows_of_one_task_remake_its_own_and_what_looked_at_them(tmp_path):
+    path = tiny_recipe(tmp_path, osrm=None)
+    run_recipe(Recipe.from_yaml(path), say=lambda line: None, progress=False)
+    table = tmp_path / "data/sizes.csv"
+    table.write_text(table.read_text().replace("w3 ", "w4 "))
+    said = again(path, osrm=None)
+    anew = {key for key, text in said.items() if text.startswith("making it anew")}
+    assert {"features/sizes", "adapters/sizes", "interference", "selection"} <= anew
+    assert not {"features/shapes", "adapters/shapes", "features/colours", "adapters/colours"} & anew
+
+
+def test_an_interrupted_run_goes_on(tmp_path, monkeypatch):
+    path = tiny_recipe(tmp_path)
+    trained = []
+    real = Recipe.train
+
+    def stop(self, name, *arguments, **named):
+        if trained:
+            raise KeyboardInterrupt
+        trained.append(name)
+        return real(self, name, *arguments, **named)
+
+    monkeypatch.setattr(Recipe, "train", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run_recipe(Recipe.from_yaml(path), say=lambda line: None, progress=False)
+    monkeypatch.setattr(Recipe, "train", real)
+    said = again(path)
+    assert said["features/sizes"] == said[f"adapters/{trained[0]}"] == "is there already"
+    assert said["adapters/sizes"] == "making it"
+
+
+def test_what_is_not_of_a_run_is_not_replaced(tmp_path):
+    path = tiny_recipe(tmp_path)
+    features = tmp_path / "results/features/shapes.features.safetensors"
+    features.parent.mkdir(parents=True)
+    features.write_bytes(b"mine")
+    with pytest.raises(FileExistsError, match="features/shapes exists, and no run of a recipe made it"):
+        run_recipe(Recipe.from_yaml(path), say=lambda line: None, progress=False)
+    assert features.read_bytes() == b"mine"
+
+
+def test_mistakes_are_told_before_any_work(tmp_path):
+    path = tiny_recipe(tmp_path)
+    for change, message in (
+        ({"select": {"rule": "best"}}, "select in the recipe: rule='best'"),
+        ({"select": {"candidates": [{"method": "tsvv"}]}}, "unknown merge method 'tsvv'"),
+        ({"push": {}}, "push in the recipe needs repo: user/name"),
+        ({"tasks": {"sizes": {"train": "data/sizes.csv"}}}, "one task, 'sizes': a merge needs at least two"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            again(path, **change)
+    assert not (tmp_path / "results").exists()
+
+
+def test_paths_are_relative_to_the_recipe(tmp_path, monkeypatch):
+    path = tiny_recipe(tmp_path / "a", features="f", out="o", select={"candidates": "c.yaml"})
+    monkeypatch.chdir(tmp_path)
+    recipe = Recipe.from_yaml("a/recipe.yaml")
+    assert (recipe.model, recipe.features, recipe.out) == ("a/model", "a/f", "a/o")
+    assert recipe.tasks["sizes"]["train"] == "a/data/sizes.csv" and recipe.select == {"candidates": "a/c.yaml"}
+    content = yaml.safe_load(path.read_text()) | {
+        "suite": "files:data",
+        "tasks": ["sizes"],
+        "osrm": {"in_task": "x.safetensors"},
+    }
+    path.write_text(yaml.safe_dump(content))
+    recipe = Recipe.from_yaml("a/recipe.yaml")
+    assert recipe.suite == "files:a/data" and recipe.osrm == {"in_task": "a/x.safetensors"}
+    content = content | {
+        "model": "org/name",
+        "suite": None,
+        "tasks": {"hub": {"train": "org/data.v2", "validation": "dev"}},
+    }
+    path.write_text(yaml.safe_dump(content))
+    recipe = Recipe.from_yaml("a/recipe.yaml")
+    assert recipe.model == "org/name" and recipe.tasks == {"hub": {"train": "org/data.v2", "validation": "dev"}}
