@@ -59,9 +59,7 @@ def merge(
         str | None,
         typer.Option(help="Modules trained whole (lm_head, …): average (default), per_task, error, or a task."),
     ] = None,
-    base_model: Annotated[
-        str | None, typer.Option(help="The base model, where the adapters name it differently.")
-    ] = None,
+    base_model: Annotated[str | None, typer.Option(help="Base model, where adapters name it differently.")] = None,
     statistics: StatisticsOption = None,
     features: FeaturesOption = None,
     seed: Annotated[int | None, typer.Option(help="Of methods that draw (dare).")] = None,
