@@ -212,6 +212,7 @@ def demo(
     from osrm_peft.demo.run import OSRM, run_demo
 
     warnings.filterwarnings("ignore", category=FutureWarning)  # transformers' own, about its own names
+    warnings.filterwarnings("ignore", module=r"osrm_peft\.merging")  # it merges with every method on purpose
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     try:

@@ -78,7 +78,7 @@ def places(tmp_path):
     for name, features in features_of(["a", "b"], layers=shapes)[0].items():
         features.save(tmp_path / f"{name}.safetensors")
         found[f"features of {name}"] = f"--features={name}={tmp_path}/{name}.safetensors"
-    return found | {"out": tmp_path / "out", "features": tmp_path / "a.safetensors"}
+    return found | {"out": tmp_path / "out", "file": tmp_path / "a.safetensors"}
 
 
 # --- help, versions, completion --------------------------------------------------------------------------------------
@@ -146,7 +146,7 @@ JSON = {
     "models": (["merge-checkpoints", "one", "two", "--out", "out", "--dry-run", "--shard-size", "2MiB"],
                lambda found: found["files"] == 1 and found["weights"] == {"one": {"*": 1.0}, "two": {"*": 1.0}}),
     "models merged": (["merge-checkpoints", "one", "two", "--out", "out"], lambda found: found["tensors"] > 10),
-    "features": (["features", "show", "features"], lambda found: found["statistic"] == "token"
+    "features": (["features", "show", "file"], lambda found: found["statistic"] == "token"
                  and found["inputs"][0]["energy"] != round(found["inputs"][0]["energy"], 6)),
     "env": (["env"], lambda found: found["torch"] and found["CPUs"]),
     "methods": (["methods"], lambda found: {one["name"] for one in found} == set(METHODS)),
@@ -215,7 +215,7 @@ def test_training_and_features_can_be_quiet_and_bars_name_the_task(tmp_path, mon
      ("inspect", "--base")],
 )  # fmt: skip
 def test_the_base_model_has_one_name_and_the_old_ones_lead_to_it(command, old, call):
-    assert re.search(f"No such option: {old} .*--base-model", call(command, "x", old, "y", code=2))
+    assert re.search(f"No such option: {old} .*--base-model", call(command, old, "y", code=2))
 
 
 def test_base_model_is_an_option_wherever_there_is_one():
@@ -251,23 +251,23 @@ def test_a_size_decides_the_number_of_files(places, call):
     assert "error: --shard-size 500 must be a whole number of at least 1048576" in call(*given, "500", code=2)
 
 
-# --- errors in the words of the command, exit codes --------------------------------------------------------------------
+# --- errors in the words of the command, exit codes ------------------------------------------------------------------
 
 WORDS = [
     (["merge-checkpoints", "one", "two", "-m", "ties", "--out", "out"], "give --base-model, or use average or lore"),
-    (["merge-checkpoints", "one", "two", "-m", "lore", "--weight", "one=2", "--out", "out"],
+    (["merge-checkpoints", "one", "two", "-m", "lore", "--weight", "one=2", "--weight", "two=1", "--out", "out"],
      "which lore has only with --base-model: leave weights out"),
     (["merge-checkpoints", "one", "two", "--heads", "zz*", "--out", "out"], "--heads 'zz*' matches no tensor"),
     (["merge-checkpoints", "one", "two", "--tokenizer", "x", "--out", "out"], "--tokenizer x names no input: choose"),
     (["merge", "a", "b", "--scale", "x", "--out", "out"], "--scale x must be a finite number"),
     (["merge", "a", "b", "--rank", "0", "--out", "out"], "--rank 0 must be a whole number of at least 1"),
     (["merge", "a", "b", "-m", "regmean", "--out", "out"], "needs --statistics TASK=FILE of every task, missing a, b"),
-    (["merge", "a", "b", "--weights", "features", "--out", "out"], "needs --features TASK=FILE of every task"),
+    (["merge", "a", "b", "-m", "concat", "--weights", "features", "--out", "out"], "needs --features TASK=FILE of every task"),
     (["merge", "a", "b", "features of a", "--out", "out"], "are for --weights features and --scale features: give"),
     (["merge", "a", "b", "-m", "ties", "--weights", "features", "--out", "out"], "give the rule to --scale, which"),
     (["merge", "a", "b", "-m", "svd", "--out", "out"], "'task_arithmetic' with --rank, which is the same"),
     (["merge", "a", "b", "-m", "concat", "--space", "core", "--out", "out"], "not 'core': leave --space auto"),
-    (["merge", "a", "b", "-m", "ties", "-o", "density=2", "--out", "out"], "error: density=2 must lie in [0, 1]"),
+    (["merge", "a", "b", "-m", "ties", "-o", "density=2", "--out", "out"], "error: density=2 must lie in (0, 1]"),
     (["merge", "a", "elsewhere", "--out", "out"], "say so with --base-model NAME"),
     (["merge", "a", "b", "-m", "tsv", "--out", "made"], "or replace it with --overwrite"),
     (["inspect", "--spectrum", "a", "--layer", "zz", "--out", "out"], "--layer zz matches no matrix"),
@@ -310,8 +310,8 @@ def test_warnings_are_one_line_in_the_words_of_the_command(tmp_path):
     command = [sys.executable, "-m", "osrm_peft", "--quiet", "merge", tmp_path / "tweets", tmp_path / "sms_spam"]
     command += ["--out", tmp_path / "out"]
     for flags, expected in (
-        (["-m", "lore"], ["warning: LoRE of two inputs is their average, whatever λ and the options: take a third input, "
-                          "or --method average"]),
+        (["-m", "lore"], ["warning: LoRE of two inputs is their average, whatever λ and the options: take a third "
+                          "input, or --method average"]),
         (["-m", "ties", "--overwrite"], [r"warning: the result has rank 384, .* MB \(the adapters' ranks sum to 4\): "
                                          r"--rank 16 writes .* MB and keeps at least .*% of a layer's energy"]),
         (["--overwrite"], []),

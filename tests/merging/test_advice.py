@@ -52,8 +52,8 @@ def test_full_rank_without_a_rank_says_its_size_and_what_rank_16_keeps():
     squares = [torch.linalg.svdvals(delta).square() for delta in merged.deltas().values()]
     share = min(float(one[:16].sum() / one.sum()) for one in squares)
     assert text == (
-        f"the result has rank 45, {full:.1f} MB (the adapters' ranks sum to 6): rank=16 writes {small:.1f} MB and keeps "
-        f"at least {share:.1%} of a layer's energy"
+        f"the result has rank 45, {full:.1f} MB (the adapters' ranks sum to 6): rank=16 writes {small:.1f} MB and "
+        f"keeps at least {share:.1%} of a layer's energy"
     )
     for arguments in ({"rank": 16}, {"rank": "serving"}, {"space": "core"}):
         assert said(adapters(), "ties", **arguments) == []
@@ -77,8 +77,8 @@ def test_adapters_that_share_a_are_named():
 
 @pytest.mark.parametrize(
     ("method", "scale", "warns"),
-    [("task_arithmetic", 1, False), ("task_arithmetic", 0.1, False), ("task_arithmetic", 1.5, True), ("tsv", 0.3, False),
-     ("tsv", 0.2, True), ("tsv", -1, True), ("tsv", 5, True), ("average", 0, True)],
+    [("task_arithmetic", 1, False), ("task_arithmetic", 0.1, False), ("task_arithmetic", 1.5, True),
+     ("tsv", 0.3, False), ("tsv", 0.2, True), ("tsv", -1, True), ("tsv", 5, True), ("average", 0, True)],
 )  # fmt: skip
 def test_a_scale_far_from_the_default_is_said(method, scale, warns):
     default = METHODS[method].scale
@@ -101,8 +101,8 @@ def test_an_adapter_that_osrm_never_initialised_is_named(tmp_path):
     assert {name: one.initialized for name, one in found.items()} == {"set": True, "unset": False, "plain": None}
     (text,) = said(found, "average")
     assert text == (
-        "'unset': made with OSRMLoraConfig, but OSRM never chose A, so OSRM does nothing for this merge: train anew with "
-        "OSRMCallback() among the Trainer's callbacks"
+        "'unset': made with OSRMLoraConfig, but OSRM never chose A, so OSRM does nothing for this merge: train anew "
+        "with OSRMCallback() among the Trainer's callbacks"
     )
 
 
