@@ -1,11 +1,13 @@
 """What people expect of any command: versions, completion, JSON, silence, exit codes, and messages in its own words."""
 
 import json
+import math
 import os
 import re
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import typer
@@ -14,7 +16,7 @@ from peft import LoraConfig, get_peft_model
 from osrm_peft.checkpoints.plan import CHECKPOINT_METHODS
 from osrm_peft.checks import size_in_bytes
 from osrm_peft.cli import main as cli
-from osrm_peft.cli.app import PANELS, session
+from osrm_peft.cli.app import PANELS, session, show
 from osrm_peft.cli.methods import FULL_MODELS, OPTIONS
 from osrm_peft.cli.words import in_words
 from osrm_peft.features.task_features import TaskFeatures
@@ -165,10 +167,11 @@ def test_json_is_one_document_and_nothing_else(name, places, monkeypatch, capfd)
     assert bool(writes) == ("wrote " in err)
 
 
-def test_what_is_not_finite_is_null(places, monkeypatch, capfd):
-    code, out, _ = typed(monkeypatch, capfd, "interference", places["a"], places["features of a"], "--out",
-                         places["out"], "--json")  # fmt: skip
-    assert code == 0 and json.loads(out, parse_constant=pytest.fail)["off_diagonal"] is None
+def test_what_json_lacks_is_null_a_list_or_text(monkeypatch, capsys):
+    monkeypatch.setattr(session, "json", True)
+    show({"n": [math.nan, math.inf, 0.1], "t": (1, True, None), 3: Path("[x]:bug:")}, pytest.fail)
+    found = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    assert found == {"n": [None, None, 0.1], "t": [1, True, None], "3": "[x]:bug:"}
 
 
 def test_an_error_beside_json_leaves_stdout_empty(monkeypatch, capfd):
@@ -299,6 +302,7 @@ def test_keys_of_a_recipe_and_python_code_keep_their_words(tmp_path, call):
         assert in_words(text, program, ["merge-checkpoints", "x"]) == text
     text = "name a new folder, or replace it with overwrite=True (--overwrite)"
     assert in_words(text, program, ["--quiet", "merge", "x"]) == "name a new folder, or replace it with --overwrite"
+    assert in_words("pass overwrite=True to go on", program, ["train"]) == "pass --overwrite to go on"
     assert in_words(text, program, ["push", "x"]) == text  # which has no such flag
     given = ["features", "show", "x"]
     assert in_words("seed=3", program, given) == "seed=3" and in_words("seed=3", program, given[:1]) == "--seed 3"
