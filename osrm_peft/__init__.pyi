@@ -25,10 +25,15 @@ from .osrm.config import OSRMLoraConfig as OSRMLoraConfig
 from .osrm.initialize import initialize_osrm_weights as initialize_osrm_weights
 from .osrm.project import Projection as Projection
 from .osrm.project import project_adapter as project_adapter
+from .pipeline.run import run_recipe as run_recipe
+from .selection.select import select_merge as select_merge
+from .selection.selection import Selection as Selection
+from .tasks.files import TaskData as TaskData
 from .tasks.suites import list_tasks as list_tasks
 from .tasks.suites import load_task as load_task
 from .tasks.task import Task as Task
 from .tasks.task import tokenize as tokenize
+from .training.recipe import Recipe as Recipe
 from .training.train import train_task as train_task
 
 __version__: str

@@ -58,7 +58,11 @@ def size_in_bytes(name: str, value: Any) -> int:
     Raises:
         ValueError: it is neither.
     """
-    found = re.fullmatch(r"(\d{1,18}(?:\.\d{1,18})?) ?(?:([kKMGT])(i?)B|B)?", value) if isinstance(value, str) else None
+    found = (
+        re.fullmatch(r"([0-9]{1,18}(?:\.[0-9]{1,9})?) ?(?:([kKMGT])(i?)B|B)?", value)
+        if isinstance(value, str)
+        else None
+    )
     if found is None and (not isinstance(value, Integral) or isinstance(value, bool)):
         raise ValueError(f"{name}={shown(value)} must be a size: 5GB, 500MB, 2GiB, or a number of bytes")
     if found is None:

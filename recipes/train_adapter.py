@@ -20,15 +20,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, required=True, help="a YAML of recipes/configs/")
     parser.add_argument("--task", action="append", help="a task; repeat it (default: all of the recipe)")
-    parser.add_argument("--out", type=Path, default=Path("results/adapters"), help="the adapters go to OUT/<task>")
+    parser.add_argument("--out", type=Path, help="OUT/<task> (default: adapters, in the recipe's out)")
     arguments = parser.parse_args()
 
     recipe = Recipe.from_yaml(arguments.config)
-    tasks = arguments.task or recipe.task_names()
+    tasks, out = arguments.task or recipe.task_names(), arguments.out or Path(recipe.out, "adapters")
     for task in tasks:
-        check_folder(arguments.out / task)
+        check_folder(out / task)
     for task in tasks:
-        folder = recipe.train(task, arguments.out / task)
+        folder = recipe.train(task, out / task)
         if os.environ.get("RANK", "0") == "0":
             print(f"wrote {folder}")
 

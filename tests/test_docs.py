@@ -117,7 +117,7 @@ def test_imports_point_up():
 LAYERS = [
     {"checks", "seeding", "distributed"}, {"io"}, {"hub"}, {"models"}, {"tasks", "features", "adapters"},
     {"osrm", "merging"},
-    {"training", "checkpoints"}, {"evaluation"}, {"demo"}, {"cli"}, {"__main__"},
+    {"training", "checkpoints"}, {"evaluation"}, {"selection"}, {"pipeline"}, {"demo"}, {"cli"}, {"__main__"},
 ]  # fmt: skip
 
 

@@ -22,7 +22,7 @@ def evaluate(
         ),
     ] = None,
     task: TaskOption = None,
-    model: Annotated[str | None, typer.Option("--base-model", help="Default: the one the adapter names.")] = None,
+    base_model: Annotated[str | None, typer.Option(help="Default: the one the adapter names.")] = None,
     rows: Annotated[int | None, typer.Option(help="Validation rows a task. Default: all.")] = None,
     max_length: Annotated[
         int | None, typer.Option(help="Tokens a row is cut to. Default: as in training, else 128.")
@@ -39,26 +39,21 @@ def evaluate(
     from osrm_peft.distributed import start
     from osrm_peft.evaluation.subjects import LENGTH, subjects
     from osrm_peft.evaluation.tables import MultiTaskTable, Score
-    from osrm_peft.hub.card import check_own_files, record_scores
-    from osrm_peft.io.json import write_json
-    from osrm_peft.io.manifest import MANIFEST, versions
+    from osrm_peft.hub.card import record_scores
     from osrm_peft.io.places import check_file
     from osrm_peft.training.recipe import suite_of
 
     quiet_libraries()
-    settings = {"adapter": adapter, "suite": suite, "model": model, "rows": rows, "max_length": max_length}
+    settings = {"adapter": adapter, "suite": suite, "model": base_model, "rows": rows, "max_length": max_length}
     if out is not None:
         _check_scores_file(check_file(out), settings, overwrite)
-    found = subjects(adapter, model)
+    found = subjects(adapter, base_model)
     chosen = suite_of(suite) if suite is not None else found[0].suite or "packaged"
     named = chosen if isinstance(chosen, str) else "own data"
     tasks = _tasks(found[0], chosen, task, rows)
     records = _records(tasks, named)
     for subject in found if save else ():
-        if not subject.manifest or not Path(adapter).is_dir():
-            raise ValueError(f"--save writes the scores into a folder of ours, with {MANIFEST}; {adapter} is none")
-        check_own_files(subject.folder)
-        _check_scores(dict(subject.manifest), records, str(subject.folder), overwrite)
+        _check_folder(subject, records, adapter, overwrite)
     scores, processes = [], start()
     for subject in found:
         values = _values(subject, tasks, max_length or subject.max_length or LENGTH)
@@ -73,10 +68,17 @@ def evaluate(
         lambda facts: [table.terminal(f"Scores in percent on {named}")],
     )
     if out is not None and processes.is_main_process:
-        by_name = {one.name: {score.task: score.score for score in scores if score.init == one.name} for one in found}
-        content = {"scores": by_name[found[0].name] if len(found) == 1 else by_name, "settings": settings}
-        write_json(out, content | {"manifest": dict(found[0].manifest), "versions": versions()})
-        wrote(out)
+        _write_scores(out, found, scores, settings)
+
+
+def _write_scores(out: Path, found: "list[Subject]", scores: list[Any], settings: dict[str, Any]) -> None:
+    from osrm_peft.io.json import write_json
+    from osrm_peft.io.manifest import versions
+
+    by_name = {one.name: {score.task: score.score for score in scores if score.init == one.name} for one in found}
+    content = {"scores": by_name[found[0].name] if len(found) == 1 else by_name, "settings": settings}
+    write_json(out, content | {"manifest": dict(found[0].manifest), "versions": versions()})
+    wrote(out)
 
 
 def _tasks(subject: "Subject", suite: Any, names: list[str] | None, rows: int | None) -> "dict[str, Task]":
@@ -86,6 +88,17 @@ def _tasks(subject: "Subject", suite: Any, names: list[str] | None, rows: int | 
     if names is None:
         raise ValueError(f"{subject.folder} does not say which task it is for: name it with --task")
     return {name: load_task(suite, name).sample(validation=rows) for name in names}
+
+
+def _check_folder(subject: "Subject", records: list[dict[str, Any]], source: str, overwrite: bool) -> None:
+    """Refuse a folder whose manifest cannot take these scores."""
+    from osrm_peft.hub.card import check_own_files
+    from osrm_peft.io.manifest import MANIFEST
+
+    if not subject.manifest or not Path(source).is_dir():
+        raise ValueError(f"--save writes the scores into a folder of ours, with {MANIFEST}; {source} is none")
+    check_own_files(subject.folder)
+    _check_scores(dict(subject.manifest), records, str(subject.folder), overwrite)
 
 
 def _values(subject: "Subject", tasks: "dict[str, Task]", max_length: int) -> dict[str, float]:

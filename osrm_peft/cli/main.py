@@ -96,9 +96,12 @@ def demo(
     osrm: Annotated[list[str] | None, typer.Option(help="NAME=VALUE of OSRMLoraConfig, for the OSRM adapters.")] = None,
 ) -> None:
     """Everything once, on a real small model and six real tasks that need no network."""
+    import warnings
+
     from osrm_peft.demo.run import OSRM, run_demo
 
     quiet_libraries()
+    warnings.filterwarnings("ignore", module=r"osrm_peft\.merging")  # it merges with every method on purpose
     try:
         run_demo(out, seeds=range(42, 42 + seeds), osrm=OSRM | values(osrm), console=console)
     except KeyboardInterrupt:

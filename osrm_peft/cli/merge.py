@@ -60,9 +60,7 @@ def merge(
         str | None,
         typer.Option(help="Modules trained whole (lm_head, …): average (default), per_task, error, or a task."),
     ] = None,
-    base_model: Annotated[
-        str | None, typer.Option(help="The base model, where the adapters name it differently.")
-    ] = None,
+    base_model: Annotated[str | None, typer.Option(help="Base model, where adapters name it differently.")] = None,
     statistics: StatisticsOption = None,
     features: FeaturesOption = None,
     seed: Annotated[int | None, typer.Option(help="Of methods that draw (dare).")] = None,
@@ -204,10 +202,14 @@ def interference(
 def statistics(
     config: ConfigOption,
     kind: Annotated[Literal["gram", "fisher"], typer.Option(help="gram is for regmean.")],
-    adapters: Annotated[Path, typer.Option(help="Folder of the adapters: ADAPTERS/<task>.")] = Path("results/adapters"),
-    out: Annotated[Path, typer.Option(help="Folder of the files: OUT/<task>.<kind>.safetensors.")] = Path(
-        "results/statistics"
-    ),
+    adapters: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the adapters: ADAPTERS/<task>. Default: adapters, in the recipe's out."),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder: OUT/<task>.<kind>.safetensors. Default: statistics, in the recipe's out."),
+    ] = None,
     task: TaskOption = None,
     rows: Annotated[int, typer.Option(min=1, help="Training rows a task.")] = 1000,
     overwrite: bool = False,
@@ -221,6 +223,8 @@ def statistics(
     choice("kind", kind, STATISTIC_KINDS)
     quiet_libraries()
     recipe, processes = Recipe.from_yaml(config), start()
+    adapters = Path(recipe.out, "adapters") if adapters is None else adapters
+    out = Path(recipe.out, "statistics") if out is None else out
     paths = {name: out / f"{name}.{kind}.safetensors" for name in chosen(task, recipe.task_names())}
     for path in paths.values():
         check_file(path)

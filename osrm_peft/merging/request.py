@@ -1,5 +1,6 @@
 """MergeRequest: the arguments of a merge in one object, for Python, YAML files and the command line."""
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from os import PathLike
@@ -54,6 +55,7 @@ class MergeRequest:
         read = fields_from_yaml(path, _Recipe, "merge recipe")
         with named(path):
             _check(read)
+            read |= {name: _placed(read[name], Path(path).parent) for name in _FILES if read.get(name)}
             options = {**(read.get("options") or {}), **(changes.get("options") or {})}
             return cls.from_fields(**(read | changes | {"options": options}))
 
@@ -97,6 +99,11 @@ class _Recipe(MergeRequest):
     """The keys of a merge recipe."""
 
     features: dict[str, str] | None = None
+
+
+def _placed(files: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Files and folders that lie where a recipe names them, relative to it; other names as they are (of the Hub)."""
+    return {task: os.path.normpath(folder / file) if (folder / file).exists() else file for task, file in files.items()}
 
 
 def _check(given: Mapping[str, Any]) -> None:

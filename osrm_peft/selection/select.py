@@ -59,21 +59,20 @@ def select_merge(
 
     Each candidate is merged once; candidates that differ in λ share a merge. All are scored on few rows, the best third
     (and those within one standard error of the best) on three times as many, the last on all: successive halving. The
-    base model is loaded once, and takes each task vector into its weights in turn. Half of the validation rows, or the
-    tasks' own test rows, have no say in the choice; the winner is scored on them last.
+    base model is loaded once, and takes each task vector into its weights. Half of the validation rows, or the tasks'
+    own test rows, have no say; the winner is scored on them last.
 
     Args:
         adapters: {task: folder, Hub id, live PeftModel or LoraAdapter}.
-        candidates: entries of merge recipes without files: `{"method": "ties", "options": {"density": [0.2, 0.4]},
-            "scale": [0.5, 1.0], "rank": 16}`, where a list is a sweep; or a YAML file of such entries. None: the best
-            methods of our tables over their scales, and those that need `features` or `gram` where these are given.
+        candidates: merge recipes without files, `{"method": "ties", "scale": [0.5, 1.0], "rank": 16}`, where a list is
+            a sweep; or a YAML file of them. None: our tables' best over their scales, as far as files are given.
         score: score(model, task) → higher is better, on `task.validation`; `model` is the base model with the adapter
             in its weights. None: the task's metric; only then are there error bars.
         tasks: {task: its rows}, the names as in `adapters`.
         base_model: the base model, where the adapters name it differently.
         rule: what ranks the candidates: `"mean"` over tasks, `"relative"` (the mean of score / individual score), or
             `"worst"` (the least of these).
-        rows: at most so many rows a task to choose on, and as many for the test; None: all.
+        rows: rows a task to choose on, at most, and as many for the test; None: all.
         features, gram, fisher: {task: file or object} for weights and λ by features, RegMean and Fisher merging.
         max_length: tokens a row is cut to.
         seed: of the order of rows and of the resamples.
@@ -90,21 +89,26 @@ def select_merge(
         ValueError: from the checks of each merge, before any is made; other tasks than adapters; too few rows.
     """
     choice("rule", rule, get_args(Rule))
-    integer("seed", seed, 0)
     files = {"features": features, "gram": gram, "fisher": fisher, "base_model": base_model}
+    found = _candidates(candidates, len(adapters), files, rank)
+    field = _Field.of(adapters, found, files, tasks, rows, integer("seed", seed, 0))
     settings = {"rule": rule, "rows": rows, "max_length": max_length, "seed": seed, "halving": halving}
-    field = _Field.of(adapters, _candidates(candidates, len(adapters), files, rank), files, tasks, rows, seed)
-    folder = None if out is None else SelectionFolder(out, field.made() | {"settings": settings}, overwrite)
-    field.read(None if folder is None else folder.cache, max_length, score)
-    scorer = Scorer(
-        field.rows, LiveBase(field.base), load_tokenizer(field.base), max_length=max_length, seed=seed, score=score
-    )
-    race = _Race(scorer, rule, field, halving)
-    with tqdm(total=race.work(), desc="select", unit="row", disable=not progress) as bar:
+    return _select(field, settings, score, out, overwrite, progress)
+
+
+def _select(field: "_Field", settings: dict[str, Any], score: Any, out: Any, overwrite: bool, bars: bool) -> Selection:
+    """Claim the folder, run the race, and write what it found."""
+    made = field.made() | {"settings": settings}
+    folder = None if out is None else SelectionFolder(out, made, overwrite)
+    field.read(None if folder is None else folder.cache, settings["max_length"], score)
+    live, tokenizer = LiveBase(field.base), load_tokenizer(field.base)
+    lengths = {name: settings[name] for name in ("max_length", "seed")}
+    scorer = Scorer(field.rows, live, tokenizer, score=score, **lengths)
+    race = _Race(scorer, settings["rule"], field, settings["halving"])
+    with tqdm(total=race.work(), desc="select", unit="row", disable=not bars) as bar:
         scorer.step = lambda what, count: (bar.set_postfix_str(what[:60]), bar.update(count))  # type: ignore[assignment]
         ranked, apart = (race.run(group) for group in race.groups)
-        test = race.test(ranked, apart)
-    selection = race.selection(ranked, apart, test, field.made() | {"settings": settings})
+        selection = race.selection(ranked, apart, race.test(ranked, apart), made)
     if folder is not None:
         folder.write(selection)
     return selection

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -88,7 +89,7 @@ class Recipe:
         """The same recipe with its paths relative to `folder`."""
 
         def place(name: str) -> str:
-            return str(folder / name)
+            return os.path.normpath(folder / name)
 
         changes: dict[str, Any] = {"features": place(self.features), "out": place(self.out)}
         if (folder / self.model).is_dir():

@@ -91,9 +91,8 @@ def train_task(
     checkpoints = output_dir.with_name(output_dir.name + ".checkpoints")
     check_folder(checkpoints)
     fields = _training_fields(training or {})
-    args = TrainingArguments(
-        output_dir=str(checkpoints), seed=seed, **(fields if progress else fields | {"disable_tqdm": True})
-    )
+    bar = {"disable_tqdm": not progress}  # by default it depends on how much transformers may print
+    args = TrainingArguments(output_dir=str(checkpoints), seed=seed, **(bar | fields))
     trainer = _trainer(task, args, lora, model, callbacks, max_length)
     peft_model: Any = trainer.model  # before an engine wraps it
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None)

@@ -1,5 +1,7 @@
 """Whole checkpoints: each method against the same method applied to whole tensors."""
 
+import warnings
+
 import pytest
 import torch
 from transformers import AutoModelForSequenceClassification
@@ -167,3 +169,14 @@ def test_tensors_of_every_shape_are_merged(tmp_path):
                 torch.testing.assert_close(out[name], (states["a"][name] + states["b"][name]) / 2)
     emr = merge_checkpoints(models, tmp_path / "emr", "emr", base=folders["base"])
     assert {name: tuple(tensor.shape) for name, tensor in tensors_of(emr / "b").items()} == shapes
+
+
+def test_lore_of_two_models_and_a_far_scale_are_said(three, base, tmp_path):
+    two = {name: three[name] for name in ("a", "b")}
+    with pytest.warns(UserWarning, match="LoRE of two inputs is their average"):
+        merge_checkpoints(two, tmp_path / "two", "lore", max_iterations=2)
+    with pytest.warns(UserWarning, match="scale=9 is far from 1, the default of ties: leave it out"):
+        merge_checkpoints(three, tmp_path / "far", "ties", base=base, scale=9)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", module=r"osrm_peft\.")
+        merge_checkpoints(three, tmp_path / "usual", "lore", max_iterations=2)

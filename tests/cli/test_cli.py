@@ -83,7 +83,7 @@ def test_scores_take_the_place_of_no_others_unless_told_to(tmp_path, call):
     before = (tmp_path / "out/osrm_peft.json").read_bytes(), (tmp_path / "scores.json").read_bytes()
     assert "scores.json holds scores of another evaluation" in call(*given, "--rows", 6, code=2)
     printed = call(*given[:-3], "--save", "--rows", 6, code=2)
-    assert "has a score of 'tweets' with rows=4, this one has 6: --overwrite puts it in its place" in printed
+    assert "has a score of 'tweets' with --rows 4, this one has 6: --overwrite puts it in its place" in printed
     (tmp_path / "theirs.json").write_text("{}")
     printed = call(*given[:4], "--out", tmp_path / "theirs.json", "--rows", 4, code=2)
     assert "theirs.json holds no scores of ours: name another file" in printed
@@ -104,7 +104,7 @@ def test_scores_take_the_place_of_no_others_unless_told_to(tmp_path, call):
         (["merge", "a=x", "--out", "o", "--weight", "a=1", "--weight", "a=2"], "a name is given twice"),
         (["merge", "a=x", "--out", "o", "--weight", "a=1", "--weights", "features"], "give --weight TASK=NUMBER or"),
         (["merge", "a=x", "--out", "o", "--scale", "1", "--scale", "1"], "a sweep needs different numbers"),
-        (["merge", "a=x", "--out", "o", "--scale", "1", "--scale", "x"], "scale='x' must be a finite number"),
+        (["merge", "a=x", "--out", "o", "--scale", "1", "--scale", "x"], "--scale x must be a finite number"),
         (["merge", "--out", "o"], "no adapters to merge"),
         (["merge", "-c", "none.yaml", "--out", "o"], "no merge recipe none.yaml"),
         (["inspect", "none"], "'none' is neither a folder nor a Hub repository"),
@@ -185,7 +185,7 @@ def test_features_from_flags_and_a_trained_adapter_projected_with_them(tmp_path,
     assert "is there already (--overwrite" in call("features", *flags, "--task", "tweets")
     assert {dtype for _, dtype in tensor_headers(tweets).values()} == {torch.bfloat16}
     asked = call("features", *flags, "--task", "tweets", "--statistic", "token", code=2)
-    assert "is there already, with statistic='mean' and not 'token': --overwrite makes it anew" in asked
+    assert "is there already, with --statistic mean and not 'token': --overwrite makes it anew" in asked
     call("features", *flags, "--task", "tweets", "--task", "sms_spam", "--overwrite", "--seed", 1)
     assert {dtype for _, dtype in tensor_headers(tweets).values()} == {torch.float32}
     features = TaskFeatures.load(tweets)

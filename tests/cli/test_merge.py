@@ -129,7 +129,7 @@ def test_a_policy_for_modules_is_a_flag_and_a_field_of_recipes(with_modules, tmp
     assert not load_adapter(out).modules
     assert torch.equal(load_adapter(out, task="sms_spam").modules[POOLER], own["sms_spam"])
     text = call("merge", "-c", config, "--out", out, "--modules", "error", code=2)
-    assert f"tweets, sms_spam trained bert.pooler.dense.bias, {POOLER} and modules='error'" in text
+    assert f"tweets, sms_spam trained bert.pooler.dense.bias, {POOLER} and --modules error" in text
     text = call("merge", *with_modules.values(), "--out", out, "--modules", "mean", code=2)
     assert "unknown modules policy 'mean': choose from average, per_task, error, tweets, sms_spam" in text
 
@@ -210,7 +210,7 @@ def test_brackets_and_equal_signs_in_names(tmp_path, call):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--scale", "[1]", "--scale", "2"], "scale=[1] must be a finite number"),
+        (["--scale", "[1]", "--scale", "2"], "--scale [1] must be a finite number"),
         (["-o", "method=ties"], "method in the merge recipe's options: write it beside them"),
         (["--features", "tweets=x", "--features", "tweets=y"], "a name is given twice"),
     ],

@@ -109,7 +109,7 @@ def test_ctrl_c_ends_the_command_with_a_word_on_how_to_go_on(tmp_path):
     running = subprocess.Popen(
         command,
         stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
+        stderr=subprocess.STDOUT,
         text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
     )

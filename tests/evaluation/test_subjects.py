@@ -65,8 +65,8 @@ def test_a_full_model_is_scored_with_the_head_of_each_task(trained, tmp_path, ca
         load_tokenizer(base).save_pretrained(tmp_path / task)
     merge_checkpoints(
         {task: tmp_path / task for task in ("shapes", "sizes")},
+        tmp_path / "full",
         "average",
-        out=tmp_path / "full",
         heads=["classifier.*"],
     )
     suite = f"files:{trained['sizes'].parents[1] / 'data'}"

@@ -242,8 +242,10 @@ def test_statistics_of_another_adapter_or_without_a_gram_are_refused(tmp_path, c
     features = {task: replace(one, of_finetuned_model=False, weight_hash=task) for task, one in made.items()}
     with pytest.raises(ValueError, match="features are of different base models"):
         merge_adapters(adapters, "concat", weights=LeastSquares(features))
-    merge_adapters(adapters, "regmean", statistics={"t1": made["t2"], "t2": made["t1"]})
-    assert "statistics of 't1' were collected as those of 't2'" in caplog.text
+    with pytest.raises(ValueError, match="statistics of 't1' are those of 't2', which is merged, too: give each"):
+        merge_adapters(adapters, "regmean", statistics={"t1": made["t2"], "t2": made["t1"]})
+    merge_adapters(adapters, "regmean", statistics=made | {"t2": replace(made["t2"], task="other")})
+    assert "statistics of 't2' were collected as those of 'other'" in caplog.text
 
 
 def test_a_float16_merge_keeps_entries_below_float16_s_smallest():

@@ -1,4 +1,5 @@
 import json
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -133,7 +134,12 @@ def test_a_run_goes_on_from_a_checkpoint_without_the_features(tmp_path, files):
     cut.train()
     gone = [str(tmp_path / "gone.safetensors")]
     resumed = make_trainer(tmp_path, gone, save_strategy="steps", save_steps=2)
-    resumed.train(resume_from_checkpoint=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*OSRM has not chosen A")  # it had, before the checkpoint
+        resumed.train(resume_from_checkpoint=True)
+        resumed.save_model(str(tmp_path / "saved"))
+    notes = json.loads((tmp_path / "saved/osrm_peft.json").read_text())["osrm"]
+    assert notes["initialized"] and [one["task"] for one in notes["provenance"]["out_of_task"]] == ["a", "b"]
     assert resumed.state.global_step == 6 and "osrm/drift" not in resumed.state.log_history[-2]
     with pytest.raises(FileNotFoundError, match=r"no features file .*gone.safetensors"):
         make_trainer(tmp_path / "fresh", gone).train()

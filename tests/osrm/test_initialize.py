@@ -163,7 +163,9 @@ def test_a_saved_adapter_is_stock_peft_with_our_notes_beside_it(others, tmp_path
     model = osrm_model(out_of_task=["features/a.safetensors"])
     model.peft_config["default"].base_model_name_or_path = base_folder
     initialize_osrm_weights(model, others)
-    model.save_pretrained(tmp_path)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*OSRM has not chosen A")
+        model.save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "adapter_config.json").read_text())
     assert set(saved) == set(LoraConfig().to_dict())
     manifest = json.loads((tmp_path / "osrm_peft.json").read_text())
@@ -180,7 +182,8 @@ def test_a_saved_adapter_is_stock_peft_with_our_notes_beside_it(others, tmp_path
 
 
 def test_an_adapter_that_was_never_initialised_says_so(tmp_path):
-    osrm_model().save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match=r"OSRM has not chosen A, so this is a plain LoRA adapter: give the Trainer"):
+        osrm_model().save_pretrained(tmp_path)
     assert json.loads((tmp_path / "osrm_peft.json").read_text())["osrm"]["initialized"] is False
 
 
