@@ -117,6 +117,9 @@ class _Checker:
                 good[name] = self._nested(name, dict(content[name]))
                 if name == "push" and len(self.found) > before:
                     del good[name]
+        for label, fields in (content["inits"] if isinstance(content.get("inits"), Mapping) else {}).items():
+            if isinstance(fields, Mapping):
+                good["inits"] = good["inits"] | {label: self._nested(f"inits.{label}", dict(fields), "osrm")}
         if isinstance(content.get("tasks"), Mapping):
             good["tasks"] = self._own_tasks(dict(content["tasks"]))
         recipe = self._recipe(good)
@@ -140,16 +143,17 @@ class _Checker:
                 good[name] = value
         return good
 
-    def _nested(self, key: str, given: dict[str, Any]) -> dict[str, Any]:
+    def _nested(self, key: str, given: dict[str, Any], part: str = "") -> dict[str, Any]:
         """The fields of a part that can be, each tried on its own."""
-        good = self._fields(key, given, NESTED[key], _FREE.get(key, ()))
+        part = part or key
+        good = self._fields(key, given, NESTED[part], _FREE.get(part, ()))
         for name, value in list(good.items()):
             try:
                 if key == "lora" and name == "r":
                     integer("r", value, 1)
                 elif key == "lora":
                     LoraConfig(**(PAPER_LORA | {name: value}))
-                elif key == "osrm":
+                elif part == "osrm":
                     OSRMLoraConfig(**(PAPER_LORA | {name: value}))
                 elif key == "push" and name == "repo":
                     validate_repo_id(value)

@@ -1,7 +1,9 @@
 """run_recipe: features, adapters, statistics, interference, the choice of a merge, the report; and a push."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from osrm_peft.checks import LARGEST, integer
@@ -14,10 +16,12 @@ from osrm_peft.io.manifest import MANIFEST, read_manifest, versions
 from osrm_peft.io.places import check_file, check_folder
 from osrm_peft.io.tensors import data_sha256
 from osrm_peft.io.yaml import check_fields
+from osrm_peft.merging.methods.registry import METHODS
 from osrm_peft.models.loading import load_base
+from osrm_peft.osrm.config import OSRMLoraConfig
 from osrm_peft.pipeline.steps import Steps
 from osrm_peft.selection.candidates import expand, read_candidates
-from osrm_peft.selection.folder import TABLE, WINNER
+from osrm_peft.selection.folder import PER_TASK, TABLE, WINNER
 from osrm_peft.selection.select import Rule, select_merge
 from osrm_peft.tasks.task import fingerprint
 from osrm_peft.training.recipe import Recipe
@@ -56,6 +60,9 @@ def check_steps(recipe: Recipe) -> None:
         read_candidates(fields.candidates)
     elif fields.candidates is not None:
         expand(fields.candidates)
+    for label in recipe.inits or {}:
+        if not _folder_of(label):
+            raise ValueError(f"inits in the recipe: {label!r} gives no name of a folder: use letters or digits")
     if recipe.push is not None:
         check_fields("push in the recipe", recipe.push, PushFields)
         if not recipe.push.get("repo"):
@@ -66,7 +73,8 @@ def run_recipe(recipe: Recipe, *, say: Callable[[str], None] = print, progress: 
     """Do all that a recipe asks for, into its `out`: each step once, and again when its recipe or inputs have changed.
 
     `features/`, `adapters/`, `statistics/`, `interference/`, `selection/` and `report.html`; then, with `push`, the
-    chosen merge goes to the Hub. An interrupted run goes on where it stopped.
+    chosen merge goes to the Hub. An interrupted run goes on where it stopped. With `inits`, adapters, statistics and
+    selection have a folder for each.
 
     Args:
         recipe: see `Recipe`.
@@ -74,7 +82,7 @@ def run_recipe(recipe: Recipe, *, say: Callable[[str], None] = print, progress: 
         progress: show bars.
 
     Returns:
-        The content of `selection.json`; its `verdict` is the answer.
+        The content of `selection.json`, of the best of the `inits`: `verdict` is the answer; and `folder`, the merge's.
 
     Raises:
         ValueError: a mistake in the recipe or the data, before any work.
@@ -82,37 +90,85 @@ def run_recipe(recipe: Recipe, *, say: Callable[[str], None] = print, progress: 
     """
     run = _Run(recipe, say, progress)
     run.collect_features()
-    run.train()
-    run.collect_statistics()
+    selections = {}
+    for init in run.inits:
+        run.train(init)
+        run.collect_statistics(init)
     run.measure_interference()
-    selection = run.select()
+    for init in run.inits:
+        selections[init.label] = run.select(init)
     run.report()
+    best = max(selections.values(), key=lambda one: _top(one)["value"]["value"])
+    if len(selections) > 1:
+        say(_compared(selections))
     if recipe.push is not None:
-        run.push()
-    return selection
+        run.push(Path(best["folder"]))
+    return best
+
+
+@dataclass
+class _Init:
+    """One way to set A, with the folders of what is made of it.
+
+    Attributes:
+        label: "" where the recipe has one way.
+        recipe: with its `osrm` fields.
+        adapters: {task: folder}.
+        statistics: {kind: {task: file}}.
+        selection: folder.
+    """
+
+    label: str
+    recipe: Recipe
+    adapters: dict[str, Path]
+    selection: Path
+    statistics: dict[str, dict[str, Path]] = field(default_factory=dict)
+
+    def name(self, kind: str, *more: str) -> str:
+        """The name of a step."""
+        return "/".join([kind, *([_folder_of(self.label)] if self.label else []), *more])
 
 
 class _Run:
     def __init__(self, recipe: Recipe, say: Callable[[str], None], progress: bool) -> None:
         check_steps(recipe)
         self.recipe, self.say, self.progress, self.out = recipe, say, progress, check_folder(recipe.out)
-        self.names = recipe.task_names()
-        if len(self.names) < 2:
-            raise ValueError(f"the recipe has one task, {self.names[0]!r}: a merge needs at least two")
-        self.tasks = {name: recipe.task(name) for name in self.names}
-        for name in self.names:
-            recipe.lora_config(name)
-            check_file(recipe.features_file(name))
-        check_file(self.out / "report.html")
-        grams = len(self.names) if recipe.statistics_rows else 0
-        self.steps = Steps(self.out, say, 2 * len(self.names) + grams + 3 + (recipe.push is not None))
-        self.adapters = {name: self.out / "adapters" / name for name in self.names}
-        self.features = {name: recipe.features_file(name) for name in self.names}
-        self.grams = {name: self.out / "statistics" / f"{name}.gram.safetensors" for name in self.names if grams}
+        names = recipe.task_names()
+        if len(names) < 2:
+            raise ValueError(f"the recipe has one task, {names[0]!r}: a merge needs at least two")
+        self.tasks = {name: recipe.task(name) for name in names}
+        self.features = {name: recipe.features_file(name) for name in names}
+        self.inits = list(self._inits())
+        for path in (*self.features.values(), self.out / "report.html"):
+            check_file(path)
+        files = sum(len(files) for init in self.inits for files in (init.adapters, *init.statistics.values()))
+        total = len(names) + files + 1 + len(self.inits) + 1 + (recipe.push is not None)
+        self.steps = Steps(self.out, say, total)
+
+    def _inits(self) -> Iterator[_Init]:
+        inits = self.recipe.inits or {"": self.recipe.osrm}
+        for label, osrm in inits.items():
+            recipe = replace(self.recipe, osrm=osrm, inits=None)
+            below = _folder_of(label) if label else ""
+            adapters = {name: self.out / "adapters" / below / name for name in self.tasks}
+            init = _Init(label, recipe, adapters, self.out / "selection" / below)
+            for kind in _statistics(recipe):
+                folder = self.out / "statistics" / below
+                init.statistics[kind] = {name: folder / f"{name}.{kind}.safetensors" for name in self.tasks}
+            for name in self.tasks:
+                recipe.lora_config(name)
+            yield init
 
     def collect_features(self) -> None:
         """One features file a task, on the pre-trained model, which is loaded once."""
-        base, recipe = None, self.recipe
+        configs = [init.recipe.lora_config(next(iter(self.tasks))) for init in self.inits]
+        looks = {(config.statistic, config.reference) for config in configs if isinstance(config, OSRMLoraConfig)}
+        if len(looks) > 1:
+            raise ValueError(
+                f"the inits look at different features, {sorted(looks)} (statistic, reference): give each a recipe"
+            )
+        base = None
+        recipe = next((init.recipe for init in self.inits if init.recipe.osrm is not None), self.inits[0].recipe)
         for name, path in self.features.items():
             config = recipe.lora_config(name)
             made_from = {
@@ -130,77 +186,114 @@ class _Run:
                 recipe.collect(name, base=base, progress=self.progress).save(path)
                 self.steps.done(f"features/{name}", made_from)
 
-    def train(self) -> None:
+    def train(self, init: _Init) -> None:
         """One adapter a task."""
-        for name, folder in self.adapters.items():
-            made_from = self.recipe.made_from(name)
+        for name, folder in init.adapters.items():
+            step, made_from = init.name("adapters", name), init.recipe.made_from(name)
             known = read_manifest(folder).get("made_from")
             if known is not None:  # also of an adapter that `osrm-peft train` made
-                self.steps.made[f"adapters/{name}"] = known
-            if self.steps.needs(f"adapters/{name}", made_from, (folder / MANIFEST).is_file()):
-                self.recipe.train(name, folder, overwrite=True, progress=self.progress)
-                self.steps.done(f"adapters/{name}", made_from)
+                self.steps.made[step] = known
+            if self.steps.needs(step, made_from, (folder / MANIFEST).is_file()):
+                init.recipe.train(name, folder, overwrite=True, progress=self.progress)
+                self.steps.done(step, made_from)
 
-    def collect_statistics(self) -> None:
-        """One file a task for RegMean, on the fine-tuned model."""
-        for name, path in self.grams.items():
-            made_from = {"adapter": self._adapter_hash(name), "rows": self.recipe.statistics_rows}
-            if self.steps.needs(f"statistics/{name}", made_from, path.exists()):
-                self.recipe.collect_statistics(
-                    "gram", name, self.adapters[name], num_samples=self.recipe.statistics_rows, progress=self.progress
-                ).save(path)
-                self.steps.done(f"statistics/{name}", made_from)
+    def collect_statistics(self, init: _Init) -> None:
+        """One file a task for RegMean and Fisher merging, on the fine-tuned model, as far as a candidate needs them."""
+        rows = self.recipe.statistics_rows
+        for kind, files in init.statistics.items():
+            for name, path in files.items():
+                adapter = init.adapters[name]
+                step, made_from = init.name("statistics", f"{name}.{kind}"), {"adapter": _hash(adapter), "rows": rows}
+                if self.steps.needs(step, made_from, path.exists()):
+                    init.recipe.collect_statistics(kind, name, adapter, num_samples=rows, progress=self.progress).save(
+                        path
+                    )
+                    self.steps.done(step, made_from)
 
     def measure_interference(self) -> None:
-        """How strongly each adapter acts on the other tasks' features."""
-        folder, made_from = self.out / "interference", self._hashes()
+        """How strongly each adapter acts on the other tasks' features; a panel for each init."""
+        folder = self.out / "interference"
+        made_from = {init.label or "adapters": self._hashes(init) for init in self.inits}
         if self.steps.needs("interference", made_from, (folder / "interference.json").is_file()):
-            base = load_base(self.recipe.model, 2)
-            found = interference(self.adapters, self.features, base=base, progress=self.progress)
-            write_json(folder / "interference.json", found.to_dict() | {"versions": versions()})
-            plot_interference({"adapters": found}, folder / "interference.png")
+            base, panels = load_base(self.recipe.model, 2), {}
+            for init in self.inits:
+                label = init.label or "adapters"
+                panels[label] = interference(init.adapters, self.features, base=base, progress=self.progress)
+            content = {"interference": {"": {label: one.to_dict() for label, one in panels.items()}}}
+            write_json(folder / "interference.json", content | {"versions": versions()})
+            plot_interference(panels, folder / "interference.png")
             self.steps.done("interference", made_from)
 
-    def select(self) -> dict[str, Any]:
-        """The merge to ship; the content of its `selection.json`."""
-        folder, fields = self.out / "selection", self.recipe.select
+    def select(self, init: _Init) -> dict[str, Any]:
+        """The merge to ship; the content of its `selection.json`, and its folder."""
+        step, fields = init.name("selection"), self.recipe.select
         rows = {name: [fingerprint(part) for part in (t.validation, t.test) if part] for name, t in self.tasks.items()}
-        made_from = self._hashes() | {"select": fields, "rows": rows, "max_length": self.recipe.max_length}
-        if self.steps.needs("selection", made_from, (folder / TABLE).is_file()):
-            arguments: Any = dict(fields)
+        files = {f"{kind}/{name}": path for kind, paths in init.statistics.items() for name, path in paths.items()}
+        statistics = {name: _hash(path) for name, path in files.items()}
+        made_from = self._hashes(init) | {"statistics": statistics, "select": fields, "rows": rows}
+        made_from["max_length"] = self.recipe.max_length
+        if self.steps.needs(step, made_from, (init.selection / TABLE).is_file()):
+            arguments: Any = {**fields, **init.statistics}
             selection = select_merge(
-                self.adapters, arguments.pop("candidates", None), tasks=self.tasks, base_model=self.recipe.model,
-                features=self.features, gram=self.grams or None, max_length=self.recipe.max_length,
-                seed=self.recipe.seed, out=folder, overwrite=True, progress=self.progress, **arguments,
+                init.adapters, arguments.pop("candidates", None), tasks=self.tasks, base_model=self.recipe.model,
+                features=self.features, max_length=self.recipe.max_length, seed=self.recipe.seed, out=init.selection,
+                overwrite=True, progress=self.progress, **arguments,
             )  # fmt: skip
-            self.steps.done("selection", made_from)
+            self.steps.done(step, made_from)
             self.say(selection.verdict())
-        return read_object(folder / TABLE)
+        found = [init.selection / name for name in (WINNER, PER_TASK)]
+        folder = next(one for one in found if one.is_dir())
+        return read_object(init.selection / TABLE) | {"folder": str(folder)}
 
     def report(self) -> None:
         """One page of everything, made anew each time."""
         self.steps.needs("report.html", {}, False)
         write_report([self.out], self.out / "report.html")
 
-    def push(self) -> None:
+    def push(self, folder: Path) -> None:
         """The chosen merge, on the Hub."""
         fields = PushFields(**(self.recipe.push or {}))
-        folder = self.out / "selection" / WINNER
-        made_from = {
-            "repo": fields.repo,
-            "public": fields.public,
-            "merge": data_sha256(next(folder.glob("*.safetensors"))),
-        }
+        made_from = {"repo": fields.repo, "public": fields.public, "merge": _hash(folder)}
         if self.steps.needs("push", made_from, self.steps.made.get("push") == made_from):
             address = push_to_hub(folder, fields.repo, private=not fields.public)
             self.steps.done("push", made_from)
             self.say(f"pushed {folder} to {address}")
 
-    def _hashes(self) -> dict[str, Any]:
-        features = {name: data_sha256(path)[:16] for name, path in self.features.items()}
-        grams = {name: data_sha256(path)[:16] for name, path in self.grams.items()}
-        adapters = {name: self._adapter_hash(name) for name in self.adapters}
-        return {"adapters": adapters, "features": features, "statistics": grams}
+    def _hashes(self, init: _Init) -> dict[str, Any]:
+        return {
+            "adapters": {name: _hash(folder) for name, folder in init.adapters.items()},
+            "features": {name: _hash(path) for name, path in self.features.items()},
+        }
 
-    def _adapter_hash(self, name: str) -> str:
-        return data_sha256(self.adapters[name] / "adapter_model.safetensors")[:16]
+
+def _statistics(recipe: Recipe) -> list[str]:
+    """The kinds of statistics that the candidates need; of the default candidates RegMean's."""
+    given = recipe.select.get("candidates")
+    if not recipe.statistics_rows:
+        return []
+    if given is None:
+        return ["gram"]
+    candidates = read_candidates(given) if isinstance(given, str) else expand(given)
+    needs = {METHODS[one.fields["method"]].needs for one in candidates}
+    return sorted(kind for kind in needs if kind is not None)
+
+
+def _hash(path: Path) -> str:
+    """Of the tensors in a file, or of the weights in a folder."""
+    return data_sha256(next(path.glob("*.safetensors")) if path.is_dir() else path)[:16]
+
+
+def _folder_of(label: str) -> str:
+    """The folder's name of an init: `"OSRM, the paper's"` → `"OSRM_the_paper_s"`."""
+    return re.sub(r"\W+", "_", label).strip("_")
+
+
+def _top(selection: dict[str, Any]) -> dict[str, Any]:
+    return (selection["ranked"] or selection["apart"])[0]
+
+
+def _compared(selections: dict[str, dict[str, Any]]) -> str:
+    """One sentence on the best merge of each init."""
+    best = sorted(selections.items(), key=lambda one: -_top(one[1])["value"]["value"])
+    parts = [f"{label}: {_top(one)['name']} {100 * _top(one)['mean']['value']:.1f}" for label, one in best]
+    return f"the best merge of each init, mean over tasks: {'; '.join(parts)}"

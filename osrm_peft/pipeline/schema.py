@@ -33,6 +33,8 @@ def recipe_schema() -> dict[str, Any]:
         properties[name] = _fields(cls, free=("lora_alpha", "init_lora_weights"))
         if nullable:
             properties[name] = {"anyOf": [properties[name], {"type": "null"}]}
+    inits = {"type": "object", "additionalProperties": properties["osrm"]}
+    properties["inits"] = {"anyOf": [inits, {"type": "null"}]}
     task = _fields(TaskData) | {"required": ["train"]}
     task["properties"]["metric"] = {"enum": [*METRICS, None]}
     names = {"type": "array", "items": {"type": "string"}, "uniqueItems": True}

@@ -44,6 +44,8 @@ class Recipe:
             out-of-task ones.
         lora: LoraConfig fields over the paper's (r = 8, alpha = 16); `target_modules` among them.
         osrm: OSRMLoraConfig fields, or None for plain LoRA. The features files default to those in `features`.
+        inits: {name: OSRMLoraConfig fields, or None for plain LoRA}, in the place of `osrm`: several ways to set A,
+            which `run` compares.
         features: folder of the features files, `<task>.features.safetensors`.
         num_samples: samples a task for its features.
         training: TrainingArguments fields over the paper's.
@@ -61,6 +63,7 @@ class Recipe:
     tasks: list[str] | dict[str, dict[str, Any]] | None = None
     lora: dict[str, Any] = field(default_factory=dict)
     osrm: dict[str, Any] | None = None
+    inits: dict[str, dict[str, Any] | None] | None = None
     features: str = "results/features"
     num_samples: int = 100
     training: dict[str, Any] = field(default_factory=dict)
@@ -136,6 +139,13 @@ class Recipe:
         with named("lora and osrm in the recipe"):
             LoraConfig(**lora)
             OSRMLoraConfig(**(lora | (self.osrm or {})))
+        if self.inits is not None and (self.osrm is not None or not self.inits):
+            raise ValueError("inits in the recipe stand in the place of osrm: name at least one, and leave osrm out")
+        for label, osrm in (self.inits or {}).items():
+            with named(f"inits in the recipe: {label}"):
+                kind("its fields", osrm, dict | None)
+                check_fields(str(label), osrm or {}, OSRMLoraConfig, ("lora_alpha", "init_lora_weights"))
+                OSRMLoraConfig(**(lora | (osrm or {})))
 
     @property
     def source(self) -> Suite:
@@ -338,6 +348,7 @@ _KINDS = {
     "tasks": list | dict | None,
     "lora": dict,
     "osrm": dict | None,
+    "inits": dict | None,
     "features": str,
     "training": dict,
     "out": str,

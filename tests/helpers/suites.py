@@ -15,7 +15,7 @@ def tiny_model(folder):
     folder.mkdir(parents=True, exist_ok=True)
     vocabulary = folder / "words.txt"
     vocabulary.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]))
-    make_base().save_pretrained(folder)
+    make_base(2).save_pretrained(folder)
     BertTokenizerFast(str(vocabulary), model_max_length=32).save_pretrained(folder)
     return folder
 
@@ -46,7 +46,7 @@ def tiny_recipe(folder, **changes):
         "training": {"max_steps": 3, "per_device_train_batch_size": 8, "learning_rate": 1e-2},
         "max_length": 8,
         "statistics_rows": 8,
-        "select": {"rows": 16, "candidates": [{"method": "average"}, {"method": "tsv", "scale": [0.5, 1.0]}]},
+        "select": {"rows": 16, "candidates": [{"method": "regmean"}, {"method": "tsv", "scale": [0.5, 1.0]}]},
     }
     (folder / "recipe.yaml").write_text(yaml.safe_dump(content | changes, sort_keys=False))
     return folder / "recipe.yaml"

@@ -46,6 +46,8 @@ MISTAKES = {
     "lora key": ({"lora.lora_alpa": 3}, "lora.lora_alpa", "lora_alpa", "did you mean 'lora_alpha'?"),
     "rank": ({"lora.r": -1}, "lora.r", "r: -1", "r=-1 must be a whole number of at least 1"),
     "layers": ({"lora.target_modules": ["qery"]}, "lora.target_modules", "target_modules", "match no layer of"),
+    "init": ({"osrm": None, "inits": {"x": {"statistic": "tokens"}}}, "inits.x.statistic", "statistic: tok", "'token'"),
+    "inits and osrm": ({"inits": {"x": None}}, "inits", "inits", "stand in the place of osrm"),
     "statistic": ({"osrm.statistic": "tokens"}, "osrm.statistic", "statistic", "'tokens': did you mean 'token'?"),
     "protect": ({"osrm.protect_energy": 3.0}, "osrm.protect_energy", "protect_energy", "3.0"),
     "training key": ({"training.learning_rte": 1.0}, "training.learning_rte", "learning_rte", "mean 'learning_rate'"),

@@ -157,3 +157,36 @@ def test_paths_are_relative_to_the_recipe(tmp_path, monkeypatch):
     path.write_text(yaml.safe_dump(content))
     recipe = Recipe.from_yaml("a/recipe.yaml")
     assert recipe.model == "org/name" and recipe.tasks == {"hub": {"train": "org/data.v2", "validation": "dev"}}
+
+
+def test_several_inits_are_compared_on_the_same_rows(tmp_path):
+    inits = {"plain LoRA": None, "OSRM, the paper's": {"null_space": "random", "protect_energy": None}}
+    path = tiny_recipe(tmp_path, osrm=None, inits=inits)
+    said = []
+    best = run_recipe(Recipe.from_yaml(path), say=said.append, progress=False)
+    out = tmp_path / "results"
+    assert {one.name for one in (out / "adapters").iterdir()} == {"plain_LoRA", "OSRM_the_paper_s"}
+    tables = {
+        name: json.loads((out / f"selection/{name}/selection.json").read_text())
+        for name in ("plain_LoRA", "OSRM_the_paper_s")
+    }
+    assert best["ranked"][0]["value"]["value"] == max(one["ranked"][0]["value"]["value"] for one in tables.values())
+    assert said[-1].startswith("the best merge of each init, mean over tasks: ") and "plain LoRA: " in said[-1]
+    assert read_manifest(out / "adapters/OSRM_the_paper_s/sizes")["osrm"]["initialized"]
+    assert "osrm" not in read_manifest(out / "adapters/plain_LoRA/sizes")
+    panels = json.loads((out / "interference/interference.json").read_text())["interference"][""]
+    assert set(panels) == set(inits)
+    assert set(again(path, inits=inits | {"third": {"objective": "ratio", "protect_energy": None}}, osrm=None)) > {
+        "adapters/third/sizes", "selection/third",
+    }  # fmt: skip
+    with pytest.raises(ValueError, match="the inits look at different features"):
+        again(path, inits={"a": {"statistic": "token"}, "b": {"statistic": "mean", "null_space": "random"}}, osrm=None)
+
+
+def test_statistics_are_those_that_a_candidate_needs(tmp_path):
+    path = tiny_recipe(tmp_path, select={"rows": 8, "candidates": [{"method": "regmean"}, {"method": "fisher"}]})
+    run_recipe(Recipe.from_yaml(path), say=lambda line: None, progress=False)
+    files = {file.name for file in (tmp_path / "results/statistics").iterdir()}
+    assert files == {
+        f"{task}.{kind}.safetensors" for task in ("colours", "shapes", "sizes") for kind in ("gram", "fisher")
+    }
