@@ -24,7 +24,7 @@ from rich.console import Console
 from transformers import TrainerCallback
 
 from osrm_peft import TaskFeatures, evaluate_task, load_adapter, merge_adapters, project_adapter
-from osrm_peft.demo.run import RECIPE as DEMO
+from osrm_peft.demo.run import demo_recipe
 from osrm_peft.evaluation.tables import markdown_table
 from osrm_peft.io.json import write_json
 from osrm_peft.io.manifest import versions
@@ -63,8 +63,11 @@ POST_HOC: dict[str, dict[str, Any]] = {  # the plain adapters, projected when th
 SEEDS, TUNING_SEED, RATES = (42, 43, 44), 41, (2e-3, 4e-3, 8e-3)
 TUNING_TASKS = ("questions", "movie_reviews", "product_reviews")  # six classes, two classes, regression
 HELD_OUT, GRAM_ROWS = 128, 100
+DEMO = demo_recipe()
 RECIPE = replace(
     DEMO,
+    inits=None,
+    validation_rows=120,
     # 96 steps a task. With the paper's warm-up of 6 % a rate of 4e-3 makes single adapters collapse.
     training=DEMO.training | {"per_device_train_batch_size": 8, "warmup_steps": 0.3},
     max_length=32,

@@ -93,17 +93,19 @@ def push(
 def demo(
     out: Annotated[Path, typer.Option(help="Results folder.")] = Path("results/demo"),
     seeds: Annotated[int, typer.Option(min=1, max=1000, help="Sets of adapters; more than one shows the spread.")] = 1,
-    osrm: Annotated[list[str] | None, typer.Option(help="NAME=VALUE of OSRMLoraConfig, for the OSRM adapters.")] = None,
+    osrm: Annotated[
+        list[str] | None, typer.Option(help="NAME=VALUE of OSRMLoraConfig, for one more kind of adapters; repeat it.")
+    ] = None,
 ) -> None:
     """Everything once, on a real small model and six real tasks that need no network."""
     import warnings
 
-    from osrm_peft.demo.run import OSRM, run_demo
+    from osrm_peft.demo.run import run_demo
 
     quiet_libraries()
     warnings.filterwarnings("ignore", module=r"osrm_peft\.merging")  # it merges with every method on purpose
     try:
-        run_demo(out, seeds=range(42, 42 + seeds), osrm=OSRM | values(osrm), console=console)
+        run_demo(out, seeds=range(42, 42 + seeds), osrm=values(osrm) or None, console=console, progress=progress())
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"what is finished lies in {out}: run the same command to go on") from None
 

@@ -1,64 +1,52 @@
-"""The demo's files: rows of scores, written as they are made, and the report."""
+"""The demo's table over seeds, and its report."""
 
 import json
 import platform
-from collections.abc import Sequence
-from dataclasses import asdict
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
-from osrm_peft.evaluation.interference import Interference
 from osrm_peft.evaluation.tables import MultiTaskTable, Score
-from osrm_peft.io.json import parse_json, write_json
 from osrm_peft.io.manifest import versions
 
-
-class Scores:
-    """The rows of scores of one seed, in a file that is complete after every row."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.scores = read_scores(path)
-
-    def has(self, init: str, method: str, scale: float | None) -> bool:
-        """Whether this row is finished."""
-        return any((score.init, score.method, score.scale) == (init, method, scale) for score in self.scores)
-
-    def add(self, init: str, method: str, scale: float | None, seed: int, values: dict[str, float]) -> None:
-        """Append a row, {task: score}, and write."""
-        self.scores += [Score(init, method, scale, seed, task, value) for task, value in values.items()]
-        write_json(self.path, [asdict(score) for score in self.scores])
+Selections = Mapping[int, Mapping[str, Mapping[str, Any]]]  # {seed: {init: the content of selection.json}}
 
 
-def read_scores(path: Path) -> list[Score]:
-    """The rows of a file that `Scores` wrote; none without a file."""
-    if not path.is_file():
-        return []
-    try:
-        return [Score(**row) for row in parse_json(path.read_text(encoding="utf-8"))]
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path} is damaged ({error}): remove it, and it is made again") from error
+def scores_of(selections: Selections) -> list[Score]:
+    """The scores of all merges, on the rows that choose: init by init, merges in the order of the recipe."""
+    first = next(iter(selections.values()))
+    scores = []
+    for init, selection in first.items():
+        for name in ("individual adapters", *selection["candidates"]):
+            scores += [one for seed, by in selections.items() for one in _row(init, by[init], name, seed)]
+    return scores
 
 
-def report(
-    table: MultiTaskTable,
-    default: MultiTaskTable,
-    measured: Sequence[dict[str, Interference]],
-    settings: dict[str, Any],
-    seeds: Sequence[int],
-) -> str:
-    """The Markdown report: tables, plots, settings and versions."""
+def _row(init: str, selection: Mapping[str, Any], name: str, seed: int) -> list[Score]:
+    lines = {line["name"]: line for line in (*selection["ranked"], *selection["apart"], selection["individual"])}
+    line = lines[name]
+    scale = (line["candidate"] or {}).get("scale")
+    method = "individual" if line["candidate"] is None else name.rpartition(", λ")[0]
+    method += ", λ by features" if line["candidate"] is not None and scale is None else ""
+    return [Score(init, method, scale, seed, task, found["value"]) for task, found in line["scores"].items()]
+
+
+def report(table: MultiTaskTable, default: MultiTaskTable, selections: Selections, settings: Mapping[str, Any]) -> str:
+    """The Markdown report: the answers, tables, plots, settings and versions."""
     made = ", ".join(f"{name} {version}" for name, version in versions().items())
-    listed = ", ".join(map(str, seeds))
-    by_seed = ", ".join(
-        f"{100 * m['plain LoRA'].off_diagonal():.3g} → {100 * m['OSRM'].off_diagonal():.3g}" for m in measured
+    seeds = list(selections)
+    answers = "\n".join(
+        f"* seed {seed}, {init}: {selection['verdict']}"
+        for seed, by_init in selections.items()
+        for init, selection in by_init.items()
     )
-    return f"""# Demo: plain-LoRA and OSRM adapters, merged
+    noise = "" if len(seeds) > 1 else " (one seed: differences of a few points are noise)"
+    return f"""# Demo: adapters by several choices of A, merged
 
-Scores in percent on {settings["recipe"]["validation_rows"] or "all"} validation rows a task; seed {listed}{
-        "" if len(seeds) > 1 else " (one seed: differences of a few points are noise)"
-    }. Metrics: accuracy (questions, movie_reviews),
-Matthews correlation (sms_spam), mean of Pearson and Spearman correlation (tweets, product_reviews, editorials).
+{answers}
+
+Scores in percent on the rows that choose; seed {", ".join(map(str, seeds))}{noise}.
+Metrics: accuracy (questions, movie_reviews), Matthews correlation (sms_spam), mean of Pearson and Spearman correlation
+(tweets, product_reviews, editorials).
 
 ## Each merge at its paper's scale
 
@@ -73,9 +61,9 @@ Matthews correlation (sms_spam), mean of Pearson and Spearman correlation (tweet
 ## Who acts on whose features
 
 E‖τ_j h_t‖² / E‖W₀ h_t‖² in percent: how strongly the adapter of the row acts on the features of the column's task,
-geometric mean over layers (seed {seeds[0]}). Off the diagonal, plain LoRA → OSRM, a number a seed: {by_seed}.
+geometric mean over layers.
 
-![interference of plain-LoRA and OSRM adapters](interference.png)
+![interference of the adapters](seed{seeds[0]}/interference/interference.png)
 
 ## How it was made
 

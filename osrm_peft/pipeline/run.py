@@ -106,6 +106,12 @@ def run_recipe(recipe: Recipe, *, say: Callable[[str], None] = print, progress: 
     return best
 
 
+def read_selections(recipe: Recipe) -> dict[str, dict[str, Any]]:
+    """{init, or "": the content of its `selection.json`} of a recipe that has run."""
+    labels = recipe.inits or {"": recipe.osrm}
+    return {label: read_object(Path(recipe.out, "selection", _folder_of(label), TABLE)) for label in labels}
+
+
 @dataclass
 class _Init:
     """One way to set A, with the folders of what is made of it.
@@ -230,8 +236,8 @@ class _Run:
         rows = {name: [fingerprint(part) for part in (t.validation, t.test) if part] for name, t in self.tasks.items()}
         files = {f"{kind}/{name}": path for kind, paths in init.statistics.items() for name, path in paths.items()}
         statistics = {name: _hash(path) for name, path in files.items()}
-        made_from = self._hashes(init) | {"statistics": statistics, "select": fields, "rows": rows}
-        made_from["max_length"] = self.recipe.max_length
+        made_from = {"select": fields, "rows": rows, "max_length": self.recipe.max_length, **self._hashes(init)}
+        made_from["statistics"] = statistics
         if self.steps.needs(step, made_from, (init.selection / TABLE).is_file()):
             arguments: Any = {**fields, **init.statistics}
             selection = select_merge(

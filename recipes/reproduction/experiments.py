@@ -6,11 +6,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from osrm_peft.demo.run import MERGES, Merge
 from osrm_peft.distributed import Processes
 from osrm_peft.evaluation.tables import Score
 from osrm_peft.io.manifest import read_manifest
 from reproduction.graph import Node
+from reproduction.merges import MERGES, Merge
 from reproduction.suite import OSRM, PLAIN, Suite
 
 EVERY = {label: merge._replace(scales=(merge.default_scale(),)) for label, merge in MERGES.items()}

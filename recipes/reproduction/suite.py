@@ -16,7 +16,6 @@ from osrm_peft import (
     load_task,
     project_adapter,
 )
-from osrm_peft.demo.run import STATISTICS_ROWS, Merge
 from osrm_peft.distributed import Processes, local_device
 from osrm_peft.features.task_features import TaskFeatures
 from osrm_peft.io.json import write_json
@@ -29,6 +28,7 @@ from osrm_peft.tasks.task import Task
 from osrm_peft.training.recipe import Recipe
 from osrm_peft.training.train import PAPER_LORA, train_task
 from reproduction.graph import Node
+from reproduction.merges import STATISTICS_ROWS, Merge
 
 PLAIN, OSRM = "LoRA", "OSRM"
 

@@ -13,25 +13,31 @@ from rich.console import Console
 from osrm_peft.demo import run as demo
 from osrm_peft.evaluation.plots import plot_scales
 from osrm_peft.evaluation.tables import AVERAGE, MultiTaskTable, Score
+from osrm_peft.merging import METHODS
+from osrm_peft.pipeline.check import check_recipe
+from osrm_peft.selection import contestants
+from osrm_peft.selection.candidates import expand
 
 SMALL = replace(
-    demo.RECIPE,
+    demo.demo_recipe(),
     tasks=["tweets", "sms_spam"],
-    training=demo.RECIPE.training | {"max_steps": 2, "use_cpu": True},
+    training=demo.demo_recipe().training | {"max_steps": 2, "use_cpu": True},
     max_length=16,
     train_rows=32,
-    validation_rows=10,
+    validation_rows=20,
     num_samples=8,
+    statistics_rows=8,
 )
+INITS = ["plain LoRA", "OSRM, the paper's", "OSRM, ratio"]
 
 
 def files(folder):
-    return {path: path.stat().st_mtime_ns for path in Path(folder).rglob("*.safetensors")}
+    return {path: path.stat().st_mtime_ns for path in Path(folder).rglob("*.safetensors") if "cache" not in path.parts}
 
 
 def test_the_demo_runs_stops_goes_on_and_reports(tmp_path, monkeypatch):
     out, calls = tmp_path / "out", []
-    original = demo.evaluate_task
+    original = contestants.predict
 
     def interrupted(*args, **kwargs):
         calls.append(args)
@@ -39,42 +45,54 @@ def test_the_demo_runs_stops_goes_on_and_reports(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(demo, "evaluate_task", interrupted)
+    monkeypatch.setattr(contestants, "predict", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        demo.run_demo(out, recipe=SMALL)
+        demo.run_demo(out, recipe=SMALL, progress=False)
     before = files(out)
-    assert before and len(json.loads((out / "seed42/scores.json").read_text())) == 4  # two rows of two tasks are safe
+    assert len([path for path in before if path.name == "adapter_model.safetensors"]) == 6
     with Console(record=True, width=200) as console:
-        table = demo.run_demo(out, recipe=SMALL, console=console)
+        table = demo.run_demo(out, recipe=SMALL, console=console, progress=False)
     assert files(out).items() >= before.items()  # nothing that was there was made again
-    rows = 2 * (1 + sum(len(merge.scales) for merge in demo.MERGES.values()))
-    assert len(table.rows) == rows and len(calls) == 2 * rows + 1
+    candidates = expand(SMALL.select["candidates"])
+    assert len(table.rows) == 3 * (1 + len(candidates))
+    merges = [one for one in candidates if not one.per_task]
+    scored = 2 * (len(merges) + 1 + 2)  # two tasks; EMR; alone and base
+    assert len(calls) == 3 * (scored + 2 * 4) + 1  # and on the rows that had no say: winner, EMR, alone, base
 
     report = (out / "report.md").read_text()
     assert "<table" in (out / "report.html").read_text()
-    for name in ("plain LoRA", "OSRM", "individual", *demo.MERGES):
+    for name in (*INITS, "individual", "average", "ties in knots", "task_arithmetic, weights by features"):
         assert f"| {name} |" in report
     assert "one seed" in report and "one seed" in console.export_text() and '"train_rows": 32' in report
-    for plot in ("scales.png", "interference.png"):
-        assert (out / plot).read_bytes().startswith(b"\x89PNG")
-    shares = json.loads((out / "interference.json").read_text())["interference"]["seed42"]
-    assert set(shares) == {"plain LoRA", "OSRM"} and len(shares["OSRM"]["mean"]) == 2
+    assert (out / "scales.png").read_bytes().startswith(b"\x89PNG")
+    panels = json.loads((out / "seed42/interference/interference.json").read_text())["interference"][""]
+    assert list(panels) == INITS and len(panels["OSRM, ratio"]["mean"]) == 2
     written = json.loads((out / "scores.json").read_text())
-    assert len(written["scores"]) == 2 * rows and written["versions"]["peft"] and written["settings"]["osrm"]
-    for init in ("plain", "OSRM"):
+    assert len(written["scores"]) == 2 * len(table.rows) and written["versions"]["peft"]
+    for init in ("plain_LoRA", "OSRM_the_paper_s", "OSRM_ratio"):
         assert (out / f"seed42/adapters/{init}/tweets/adapter_model.safetensors").is_file()
-        assert (out / f"seed42/merged/{init}/lore/heads/tweets.safetensors").is_file()
-        assert (out / f"seed42/merged/{init}/emr/emr.safetensors").is_file()
+        assert (out / f"seed42/selection/{init}/winner/heads/tweets.safetensors").is_file()
+        assert (out / f"seed42/selection/{init}/best_per_task/emr.safetensors").is_file()
         assert (out / f"seed42/statistics/{init}/tweets.fisher.safetensors").is_file()
 
-    demo.run_demo(out, recipe=SMALL)
-    assert len(calls) == 2 * rows + 1  # a finished demo evaluates nothing
+    count = len(calls)
+    demo.run_demo(out, recipe=SMALL, progress=False)
+    assert len(calls) == count  # a finished demo evaluates nothing
     with pytest.raises(FileExistsError, match="was made with other settings"):
         demo.run_demo(out, recipe=replace(SMALL, train_rows=31))
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/thesis.txt").touch()
     with pytest.raises(FileExistsError, match="is not a demo's results"):
         demo.run_demo(tmp_path / "mine", recipe=SMALL)
+
+
+def test_the_demos_recipe_has_no_mistake_and_names_each_method():
+    found, tasks = check_recipe(demo.FILE)
+    assert found == [] and len(tasks) == 6
+    recipe = demo.demo_recipe()
+    methods = {one.fields["method"] for one in expand(recipe.select["candidates"])}
+    assert methods == set(METHODS) - {"concat"}  # which is task arithmetic, in its own factors
+    assert list(recipe.inits) == INITS
 
 
 def scores():

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from osrm_peft import OSRMLoraConfig, load_adapter, merge_adapters, merge_checkpoints
-from osrm_peft.demo.results import Scores
 from osrm_peft.demo.run import run_demo
 from osrm_peft.evaluation.interference import Interference
 from osrm_peft.evaluation.page import write_report
@@ -99,7 +98,7 @@ WRITE_FOLDERS = {
     "an EMR merge": _merged("emr"),
     "an adapter": lambda path: load_adapter(path.parents[1] / "adapter").save_pretrained(path),
     "a checkpoint": lambda path: merge_checkpoints({"a": "no/such"}, path),
-    "a trained adapter": lambda path: Recipe("packaged", "packaged").train("tweets", path),
+    "a trained adapter": lambda path: Recipe(model="packaged", suite="packaged").train("tweets", path),
     "the demo": run_demo,
     "a manifest": lambda path: write_manifest(path, {"kind": "adapter"}),
     "a configuration": lambda path: OSRMLoraConfig().save_pretrained(str(path)),
@@ -164,12 +163,6 @@ def test_scores_go_into_no_file_that_others_share(adapter, tmp_path):
     with pytest.raises(ValueError, match=r"is a link out of its folder: copy the folder"):
         record_scores(tmp_path / "snapshot", [{"task": "tweets", "metric": "accuracy", "value": 1.0}])
     assert (tmp_path / "blobs/osrm_peft.json").read_bytes() == before
-
-
-def test_the_demos_scores_file_is_checked(tmp_path):
-    plant(tmp_path / "scores.json", "fifo")
-    with pytest.raises(FileExistsError, match=REFUSED):
-        Scores(tmp_path / "scores.json").add("x", "ties", 1.0, 0, {"a": 0.5})
 
 
 @pytest.mark.parametrize("script", ["smollm2", "train_adapter", "reproduce", "lore_checkpoints"])
