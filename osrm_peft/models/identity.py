@@ -1,5 +1,6 @@
 """Base models of adapters: whether two names and hashes are of one model."""
 
+import hashlib
 import logging
 import os
 import re
@@ -41,6 +42,20 @@ class Base(NamedTuple):
 def located(name: str | None) -> str | None:
     """A base model's name that holds in any working directory: a folder's name becomes its whole path."""
     return str(Path(name).resolve()) if name and Path(name).is_dir() else name
+
+
+def weight_files(model: str) -> list[Any]:
+    """What tells a local model's weights from another's without reading them: names and sizes of its files, its config.
+
+    Returns:
+        [] for a model that is not on this machine, whose name tells it.
+    """
+    folder = Path(model)
+    if not folder.is_dir():
+        return []
+    config = folder / "config.json"
+    digest = hashlib.sha256(config.read_bytes()).hexdigest()[:16] if config.is_file() else None
+    return [digest, *([file.name, file.stat().st_size] for file in sorted(folder.glob("*.safetensors")))]
 
 
 def common_base(bases: Mapping[str, Base], base_model: str | None) -> str | None:

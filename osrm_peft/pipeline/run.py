@@ -1,6 +1,7 @@
 """run_recipe: features, adapters, statistics, interference, the choice of a merge, the report; and a push."""
 
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,7 +21,7 @@ from osrm_peft.merging.methods.registry import METHODS
 from osrm_peft.models.loading import load_base
 from osrm_peft.osrm.config import OSRMLoraConfig
 from osrm_peft.pipeline.steps import Steps
-from osrm_peft.selection.candidates import expand, read_candidates
+from osrm_peft.selection.candidates import DEFAULT, Candidate, expand, read_candidates
 from osrm_peft.selection.folder import PER_TASK, TABLE, WINNER
 from osrm_peft.selection.select import Rule, select_merge
 from osrm_peft.tasks.task import fingerprint
@@ -178,7 +179,7 @@ class _Run:
         for name, path in self.features.items():
             config = recipe.lora_config(name)
             made_from = {
-                "model": recipe.model,
+                "model": recipe.model_identity(),
                 "rows": fingerprint(self.tasks[name].train),
                 "num_samples": recipe.num_samples,
                 "max_length": recipe.max_length,
@@ -199,7 +200,10 @@ class _Run:
             known = read_manifest(folder).get("made_from")
             if known is not None:  # also of an adapter that `osrm-peft train` made
                 self.steps.made[step] = known
+            begun = self.steps.begun(step)
             if self.steps.needs(step, made_from, (folder / MANIFEST).is_file()):
+                if begun != self.steps.begun(step):  # checkpoints of another recipe, interrupted, are no beginning
+                    shutil.rmtree(folder.with_name(f"{folder.name}.checkpoints"), ignore_errors=True)
                 init.recipe.train(name, folder, overwrite=True, progress=self.progress)
                 self.steps.done(step, made_from)
 
@@ -236,7 +240,8 @@ class _Run:
         rows = {name: [fingerprint(part) for part in (t.validation, t.test) if part] for name, t in self.tasks.items()}
         files = {f"{kind}/{name}": path for kind, paths in init.statistics.items() for name, path in paths.items()}
         statistics = {name: _hash(path) for name, path in files.items()}
-        made_from = {"select": fields, "rows": rows, "max_length": self.recipe.max_length, **self._hashes(init)}
+        given = fields | {"candidates": [one.name for one in _candidates(fields.get("candidates"))]}
+        made_from = {"select": given, "rows": rows, "max_length": self.recipe.max_length, **self._hashes(init)}
         made_from["statistics"] = statistics
         if self.steps.needs(step, made_from, (init.selection / TABLE).is_file()):
             arguments: Any = {**fields, **init.statistics}
@@ -274,14 +279,15 @@ class _Run:
 
 def _statistics(recipe: Recipe) -> list[str]:
     """The kinds of statistics that the candidates need; of the default candidates RegMean's."""
-    given = recipe.select.get("candidates")
     if not recipe.statistics_rows:
         return []
-    if given is None:
-        return ["gram"]
-    candidates = read_candidates(given) if isinstance(given, str) else expand(given)
-    needs = {METHODS[one.fields["method"]].needs for one in candidates}
+    needs = {METHODS[one.fields["method"]].needs for one in _candidates(recipe.select.get("candidates"))}
     return sorted(kind for kind in needs if kind is not None)
+
+
+def _candidates(given: Any) -> list[Candidate]:
+    """The candidates of a recipe's `select`."""
+    return read_candidates(given) if isinstance(given, str) else expand(DEFAULT if given is None else given)
 
 
 def _hash(path: Path) -> str:

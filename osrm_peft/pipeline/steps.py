@@ -10,6 +10,7 @@ from osrm_peft.io.json import read_object, write_json
 from osrm_peft.io.places import check_file
 
 FILE = "steps.json"
+_BEGUN = "begun"
 
 
 class Steps:
@@ -52,11 +53,18 @@ class Steps:
         else:
             self.say(f"{counted}: making it anew ({difference(before, now)})")
         self.made.pop(name, None)
+        self.made.setdefault(_BEGUN, {})[name] = now
+        write_json(self.path, self.made)
         return True
+
+    def begun(self, name: str) -> Any:
+        """What a step was to be made from that was begun and is not done; None without one."""
+        return self.made.get(_BEGUN, {}).get(name)
 
     def done(self, name: str, made_from: Mapping[str, Any]) -> None:
         """Remember what a finished result is made from."""
         self.made[name] = json.loads(json.dumps(made_from))
+        self.made.get(_BEGUN, {}).pop(name, None)
         write_json(self.path, self.made)
 
 

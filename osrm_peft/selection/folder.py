@@ -8,6 +8,7 @@ from typing import Any
 
 from osrm_peft.checks import shown
 from osrm_peft.hub.card import record_scores
+from osrm_peft.hub.privacy import public_name
 from osrm_peft.io.json import read_object, write_json
 from osrm_peft.io.manifest import check_replaceable, read_manifest
 from osrm_peft.io.places import check_folder, new_file
@@ -47,6 +48,10 @@ class SelectionFolder:
 
     def _differs(self, made: Mapping[str, Any]) -> str | None:
         earlier, now = read_object(self.path / TABLE), json.loads(json.dumps(made))
+        for one in (earlier, now):  # from another working directory the same files have other names
+            one["base_model"] = public_name(one.get("base_model"))
+            inputs = one.get("inputs") or {}
+            one["inputs"] = {task: about.get("sha256") or about.get("source") for task, about in inputs.items()}
         for name in _SAME:
             if earlier.get(name) != now.get(name):
                 return f"{name} {shown(earlier.get(name))}, not {shown(now.get(name))}"

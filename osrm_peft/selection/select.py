@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from osrm_peft.adapters.live import LiveBase
 from osrm_peft.checks import choice, integer
+from osrm_peft.hub.privacy import public_name
 from osrm_peft.io.manifest import command, versions
 from osrm_peft.merging.emr_adapter import EMRAdapter
 from osrm_peft.merging.inputs import Adapters, Inputs, check_names, gather
@@ -20,6 +21,7 @@ from osrm_peft.merging.merge import execute
 from osrm_peft.merging.merged_adapter import MergedAdapter
 from osrm_peft.merging.plan import MergePlan, plan_merge
 from osrm_peft.merging.statistics import Statistics
+from osrm_peft.models.identity import weight_files
 from osrm_peft.models.loading import load_tokenizer
 from osrm_peft.models.packaged import resolve_model
 from osrm_peft.selection.candidates import Candidate, default_candidates, expand, read_candidates
@@ -209,7 +211,15 @@ class _Field:
             for name, one in self.rows.items()
         }
         made = {name: versions()[name] for name in ("osrm_peft", "torch", "transformers")}
-        context = [hashes, identity, self.base, _weight_files(self.base), rows, max_length, made]
+        context = [
+            hashes,
+            identity,
+            public_name(self.base),
+            weight_files(resolve_model(self.base)),
+            rows,
+            max_length,
+            made,
+        ]
         for contestant in (self.alone, self.bare, *self.contestants):
             contestant.read(cache, context)
 
@@ -327,10 +337,3 @@ def _hashes(files: Mapping[str, str]) -> dict[str, str]:
         task: hashlib.sha256(Path(name).read_bytes()).hexdigest() if Path(name).is_file() else name
         for task, name in files.items()
     }
-
-
-def _weight_files(base: str) -> list[Any]:
-    """Names, sizes and times of a local base model's weight files: another model of the same name has others."""
-    folder = Path(resolve_model(base))
-    files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
-    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]

@@ -20,8 +20,10 @@ from osrm_peft.distributed import Processes, local_device, shard_model
 from osrm_peft.features.collect import collect_features, collect_gram
 from osrm_peft.features.fisher import DiagonalFisher, collect_fisher
 from osrm_peft.features.task_features import TaskFeatures
+from osrm_peft.hub.privacy import public_name
 from osrm_peft.io.tensors import data_sha256
 from osrm_peft.io.yaml import check_fields, fields_from_yaml, named
+from osrm_peft.models.identity import weight_files
 from osrm_peft.models.loading import load_base, load_tokenizer
 from osrm_peft.osrm.config import OSRMLoraConfig
 from osrm_peft.tasks.files import SPLITS, TaskData
@@ -204,7 +206,7 @@ class Recipe:
         settings = config.osrm_settings() if isinstance(config, OSRMLoraConfig) else {}
         files = [*(settings.pop("out_of_task", None) or []), settings.pop("in_task", None)]
         made = {
-            "model": self.model,
+            "model": self.model_identity(),
             "rows": fingerprint(self.task(task).train),
             "lora": {name: value for name, value in config.to_dict().items() if value not in (None, {}, False)},
             "osrm": settings or None,
@@ -216,6 +218,10 @@ class Recipe:
         return json.loads(
             json.dumps(made, default=lambda value: sorted(value) if isinstance(value, set) else str(value))
         )
+
+    def model_identity(self) -> list[Any]:
+        """The base model as results remember it: its name without folders, and what tells a local one from others."""
+        return [public_name(self.model), *weight_files(self.model)]
 
     def missing_features(self, tasks: Sequence[str]) -> list[str]:
         """The tasks of the recipe whose features files training these needs, and that are not there."""

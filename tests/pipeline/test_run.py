@@ -51,6 +51,13 @@ def test_a_second_run_makes_nothing_but_the_page(ran):
     assert {name for name, text in said.items() if text != "is there already"} == {"report.html"}
 
 
+def test_from_another_working_directory_it_is_the_same_run(ran, monkeypatch):
+    monkeypatch.chdir(ran[0].parents[1])
+    said = []
+    run_recipe(Recipe.from_yaml(ran[0].relative_to(ran[0].parents[1])), say=said.append, progress=False)
+    assert [line for line in said if "is there already" not in line] == ["[12/12] report.html: making it"]
+
+
 # (what changes in the recipe, the steps that are made anew, what is said of the first of them)
 CHANGES = {
     "a choice": ({"select": {"rows": 12, "candidates": [{"method": "average"}]}}, {"selection"}, "select"),

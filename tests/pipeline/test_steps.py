@@ -31,7 +31,11 @@ def test_a_step_that_was_begun_and_not_finished_is_made_again(tmp_path):
     steps.done("a", {"r": 1})
     assert steps.needs("a", {"r": 2}, True)  # and then the machine stops: neither the old nor the new is recorded
     steps.done("b", {})
-    assert json.loads((tmp_path / "steps.json").read_text()) == {"b": {}}
+    assert json.loads((tmp_path / "steps.json").read_text()) == {"begun": {"a": {"r": 2}}, "b": {}}
+    steps = Steps(tmp_path, lambda line: None, 1)
+    assert steps.begun("a") == {"r": 2}
+    steps.done("a", {"r": 2})
+    assert steps.begun("a") is None
 
 
 @pytest.mark.parametrize(
