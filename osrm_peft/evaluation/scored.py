@@ -1,5 +1,6 @@
 """What was scored, wherever its scores lie: lines of one table where tasks and metrics agree."""
 
+import os
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -157,7 +158,8 @@ class Combined:
 
     def rows_of(self, task: str) -> list[int]:
         """How many rows of the task lines were scored on: the least and the most, or one number, or nothing."""
-        counts = [line.rows[task] for line in (*self.lines, *self.references) if task in line.rows]
+        lines = [line for line in (*self.lines, *self.references) if not line.dropped]
+        counts = [line.rows[task] for line in lines if task in line.rows]
         return sorted({min(counts), max(counts)}) if counts else []
 
 
@@ -261,7 +263,7 @@ def of_evaluation(content: Mapping[str, Any], source: str) -> list[Scored]:
     if not scores:
         return []
     adapter, rows = settings.get("adapter"), settings.get("rows")
-    place = Path(adapter) if isinstance(adapter, str) and Path(adapter).is_dir() else None
+    place = Path(adapter) if isinstance(adapter, str) and os.path.isdir(adapter) else None
     line = _of_folder(manifest, scores, source, place)
     counts = {} if rows is None else dict.fromkeys(scores, integer("rows", rows, 0))
     return [replace(line, rows=counts, split="validation")]
@@ -278,7 +280,7 @@ def _of_folder(manifest: Mapping[str, Any], scores: Mapping[str, float], source:
     scale: Any = manifest.get("scale")
     scale = "by features" if "scale_of_layers" in manifest else None if scale is None else number("scale", scale)
     inputs = {str(task): one.get("source") for task, one in (manifest.get("inputs") or {}).items()}
-    folders = {task: Path(one).resolve() for task, one in inputs.items() if isinstance(one, str) and Path(one).is_dir()}
+    folders = {task: Path(one).resolve() for task, one in inputs.items() if isinstance(one, str) and os.path.isdir(one)}
     role: Role = "per_task" if kind == "emr" else "merge"
     return Scored(label, str(method), scale, role, measured, mean, source=source, place=place, inputs=folders)
 
@@ -326,18 +328,18 @@ def _agree(metrics: Mapping[str, str | None], line: Scored) -> bool:
 
 def _each_once(lines: Iterable[Scored]) -> list[Scored]:
     """Without a folder's scores that are the same in two files."""
+    every = sorted(lines, key=lambda line: not line.rows)  # the line whose rows are known is kept
     kept: list[Scored] = []
-    for line in lines:
-        place = None if line.place is None else line.place.resolve()
-        if place is None or not any(
-            one.place is not None
-            and one.place.resolve() == place
-            and one.same_scores(line)
-            and (one.rows == line.rows or not line.rows)
-            for one in kept
-        ):
+    for line in every:
+        if not any(_is_same(line, one) for one in kept):
             kept.append(line)
     return kept
+
+
+def _is_same(line: Scored, other: Scored) -> bool:
+    if line.place is None or other.place is None or line.place.resolve() != other.place.resolve():
+        return False
+    return line.same_scores(other) and (line.rows == other.rows or not line.rows)
 
 
 def _with_alone(line: Scored, adapters: Sequence[Scored]) -> Scored:
