@@ -88,7 +88,8 @@ def selection(p="p", q="q", *, behind=-0.05, rule="mean", sure=True, method="tsv
     ]  # fmt: skip
     apart = [line("emr, λ 1", {p: 0.85, q: 0.7}, sure=sure, value=value, method="emr", scale=1.0)]
     alone, bare = line("individual adapters", {p: 0.9, q: 0.7}), line("base under the heads", {p: 0.3, q: 0.1})
-    test = [line(f"{method}, λ 1", {p: 0.75, q: 0.55}, rows=300, method=method, scale=1.0), alone, bare]
+    test = [line(f"{method}, λ 1", {p: 0.75, q: 0.55}, rows=300, method=method, scale=1.0)]
+    test = [line("emr, λ 1", {p: 0.8, q: 0.7}, rows=300, method="emr", scale=1.0), *test, alone, bare]
     tasks = {p: {"metric": "accuracy", **both}, q: {"metric": "matthews", **both}}
     made = {"settings": {"rows": 512}, "inputs": {p: {}, q: {}}, "candidates": [one.name for one in ranked]} | others
     return Selection(rule, tasks, ranked, apart, alone, bare, test, None, None, made).to_dict()
