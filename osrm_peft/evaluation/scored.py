@@ -275,14 +275,23 @@ def _of_folder(manifest: Mapping[str, Any], scores: Mapping[str, float], source:
     measured = {task: Measured(value) for task, value in scores.items()}
     if kind not in ("merged", "emr", "checkpoint") or not method:
         return Scored("adapter", "adapter", None, "adapter", measured, mean, source=source, place=place)
-    rank = [] if manifest.get("rank") is None else [f"rank {manifest['rank']}"]
-    label = public(", ".join([str(method), *(f"{name} {value}" for name, value in options.items()), *rank]))
+    space = None if kind == "checkpoint" else manifest.get("space")
+    label = _label(str(method), options, space, manifest.get("rank"))
     scale: Any = manifest.get("scale")
     scale = "by features" if "scale_of_layers" in manifest else None if scale is None else number("scale", scale)
     inputs = {str(task): one.get("source") for task, one in (manifest.get("inputs") or {}).items()}
     folders = {task: Path(one).resolve() for task, one in inputs.items() if isinstance(one, str) and os.path.isdir(one)}
     role: Role = "per_task" if kind == "emr" else "merge"
     return Scored(label, str(method), scale, role, measured, mean, source=source, place=place, inputs=folders)
+
+
+def _label(method: str, options: Mapping[str, Any], space: Any, rank: Any) -> str:
+    """The method, and what differs from its defaults, as a selection names its candidates."""
+    known = METHODS.get(method)
+    defaults, usual = ({}, None) if known is None else (known.options, known.space("auto"))
+    given = [f"{name} {value}" for name, value in options.items() if name not in defaults or defaults[name] != value]
+    name = method if usual is None or space in (None, usual) else f"{method} in {space}"
+    return public(", ".join([name, *given, *([] if rank is None else [f"rank {rank}"])]))
 
 
 def combine(lines: Iterable[Scored]) -> list[Combined]:

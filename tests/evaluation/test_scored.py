@@ -13,7 +13,8 @@ from tests.helpers.pages import Page, evaluation, merge, put, rows, scored, sele
 
 def folder(root, name, *values, **manifest):
     """A folder with a manifest that has scores of p and q."""
-    about = merge("p", "q", kind=manifest.pop("kind", "merged"), **manifest)
+    space = "weight" if manifest.get("kind") == "emr" else "core"
+    about = merge("p", "q", **{"space": space, **manifest})
     return put(root / name / "osrm_peft.json", about | {"scores": scored(*values)}).parent
 
 
@@ -32,7 +33,7 @@ def names(table):
 
 
 def test_each_kind_of_score_is_a_line_of_one_table(tmp_path):
-    folder(tmp_path, "ties", 0.5, 0.4, method="ties", scale=0.3, options={"density": 0.2})
+    folder(tmp_path, "ties", 0.5, 0.4, method="ties", scale=0.3, options={"density": 0.4, "trim": "model"})
     folder(tmp_path, "emr", 0.9, 0.8, method="emr", scale=1.0, kind="emr")
     folder(tmp_path, "model", 0.62, 0.4, method="lore", scale=1.5, kind="checkpoint", rank=16)
     put(tmp_path / "mine.json", evaluation("far/away", {"q": 0.3, "p": 0.2}, kind="merged", method="iso", scale=1.0))
@@ -42,7 +43,7 @@ def test_each_kind_of_score_is_a_line_of_one_table(tmp_path):
     assert table.metrics == {"p": "accuracy", "q": "matthews"}
     assert names(table) == [
         "emr, λ 1", "emr, λ 1", "tsv, λ 1", "dare, λ 1", "tsv, λ 0.5", "dare, λ 0.3",
-        "lore, rank 16, λ 1.5", "ties, density 0.2, λ by features", "average, λ 1", "ties, density 0.2, λ 0.3",
+        "lore, rank 16, λ 1.5", "ties, density 0.2, λ by features", "average, λ 1", "ties in core, density 0.4, λ 0.3",
         "iso, λ 1",
     ]  # fmt: skip
     assert [line.name for line in table.references] == [
