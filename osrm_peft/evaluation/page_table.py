@@ -129,10 +129,11 @@ class _Lines:
         parts: list[tuple[str, str | None]] = [(line.adapters, None)] if line.adapters else []
         name = self.short.get(line.source, line.source)
         if line.place is not None:
-            chosen = line.value is not None
-            parts.append((line.place.name if chosen else name, self.links.to(line.place)))
+            in_a_file = name.endswith(".json")  # of `evaluate --out`
+            shown = line.place.name if line.value is not None or in_a_file else name
             card = self.links.to(line.place, "README.md")
-            parts += [("card", card)] if card else []
+            parts += [(shown, self.links.to(line.place)), *([("card", card)] if card else [])]
+            parts += [(name, None)] if in_a_file else []
         elif len(self.short) > 1 and name:
             parts.append((name, None))
         return parts

@@ -84,6 +84,7 @@ def test_a_folder_that_was_scored_on_other_rows_is_there_twice_and_the_same_scor
     ]
     page = Page(html_report(gather([tmp_path])))
     assert [row[-1] for row in page.tables[0][1:]] == ["100", "400"]
+    assert [row[0] for row in page.tables[0][1:]] == ["lore a · few.json", "lore a"]
     assert page.tables[0][0][-3:] == ["p accuracy · 50–200 rows", "q matthews · 50–200 rows", "rows scored"]
     assert "Not all lines are of the same rows" in html_report(gather([tmp_path]))
 
