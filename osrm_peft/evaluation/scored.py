@@ -10,6 +10,7 @@ from typing import Any, Literal
 from osrm_peft.checks import integer, number
 from osrm_peft.evaluation.tables import AVERAGE, MultiTaskTable
 from osrm_peft.hub.privacy import public
+from osrm_peft.io.manifest import read_manifest
 from osrm_peft.merging.methods import METHODS
 
 Role = Literal["merge", "per_task", "individual", "base", "adapter"]
@@ -257,16 +258,22 @@ def of_manifest(manifest: Mapping[str, Any], source: str, place: Path) -> list[S
 
 
 def of_evaluation(content: Mapping[str, Any], source: str) -> list[Scored]:
-    """The file of `evaluate --out`."""
+    """The file of `evaluate --out`: {task: score}, or {name: {task: score}} of the folders in one folder."""
     settings, manifest = content.get("settings") or {}, content.get("manifest") or {}
-    scores = {str(task): number(f"score of {task!r}", value) for task, value in content["scores"].items()}
-    if not scores:
-        return []
     adapter, rows = settings.get("adapter"), settings.get("rows")
     place = Path(adapter) if isinstance(adapter, str) and os.path.isdir(adapter) else None
-    line = _of_folder(manifest, scores, source, place)
-    counts = {} if rows is None else dict.fromkeys(scores, integer("rows", rows, 0))
-    return [replace(line, rows=counts, split="validation")]
+    several = all(isinstance(one, Mapping) for one in content["scores"].values())
+    lines = []
+    for name, values in content["scores"].items() if several else [("", content["scores"])]:
+        scores = {str(task): number(f"score of {task!r}", value) for task, value in values.items()}
+        own = place / Path(name).name if several and place is not None else place  # name: "sweep/scale_0.3"
+        if several and own is not None:
+            manifest = read_manifest(own) or manifest
+        counts = {} if rows is None else dict.fromkeys(scores, integer("rows", rows, 0))
+        if scores:
+            lines.append(replace(_of_folder(manifest, scores, source, own), rows=counts, split="validation"))
+            manifest = {key: value for key, value in manifest.items() if key != "scale"}  # it is the first one's
+    return lines
 
 
 def _of_folder(manifest: Mapping[str, Any], scores: Mapping[str, float], source: str, place: Path | None) -> Scored:

@@ -61,6 +61,19 @@ def test_a_file_of_evaluate_is_told_by_its_first_line(tmp_path):
     assert names(table) == ["iso", "ties"]
 
 
+def test_the_scores_of_a_sweep_are_a_line_for_each_of_its_folders(tmp_path):
+    for scale in (0.3, 1.0):
+        folder(tmp_path, f"sweep/scale_{scale}", method="ties", scale=scale, space="weight")
+    by_name = {"sweep/scale_0.3": {"p": 0.5, "q": 0.4}, "sweep/scale_1.0": {"p": 0.6, "q": 0.5}}
+    content = evaluation(tmp_path / "sweep", by_name, 60, kind="merged", method="ties", scale=0.3)
+    put(tmp_path / "sweep.json", content)
+    (table,) = tables(tmp_path)
+    found = [(line.name, line.place.name) for line in table.lines]
+    assert found == [("ties, λ 1", "scale_1.0"), ("ties, λ 0.3", "scale_0.3")]
+    put(tmp_path / "sweep.json", content | {"settings": {"adapter": "user/on_the_hub"}})
+    assert names(tables(tmp_path)[0]) == ["ties", "ties, λ 0.3"]  # the file has the manifest of the first
+
+
 def test_other_tasks_or_another_metric_make_another_table(tmp_path):
     folder(tmp_path, "a", 0.5, 0.4, method="ties")
     folder(tmp_path, "b", 0.4, method="lore")
