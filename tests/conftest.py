@@ -40,6 +40,7 @@ MARKED = {
         "checkpoints/test_unlike_models.py",
         "cli/",
         "evaluation/test_page.py",
+        "evaluation/test_scored.py",
         "hub/test_card.py",
         "io/test_hostile_files.py",
         "io/test_writers.py",
@@ -52,7 +53,7 @@ MARKED = {
         "test_pictures.py",
         "zoo/",
     ),
-    "browser": ("evaluation/test_page.py::test_a_browser",),
+    "browser": ("evaluation/test_page_in_a_browser.py",),
 }
 
 

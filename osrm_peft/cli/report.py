@@ -13,7 +13,7 @@ def report(
     results: Annotated[list[str], typer.Argument(help="Results folders, searched through; or their JSON files.")],
     out: Annotated[Path, typer.Option(help="The page, one file that needs no network.")] = Path("results/report.html"),
 ) -> None:
-    """Browse results: one HTML page of scores, interference, spectra, drift and merged folders."""
+    """Which merge to take, and all results: one HTML page of scores, interference, spectra, drift and merges."""
     from osrm_peft.evaluation.page import write_report
 
     wrote(out, f": {write_report(results, out).summary()}")

@@ -1,59 +1,134 @@
-"""Plots: score against λ, interference, drift."""
+"""Plots: score against λ, interference, drift; as PNG files, and as SVG that is drawn in the colours of a page."""
 
-from collections.abc import Mapping, Sequence
+import io
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from osrm_peft.evaluation.interference import Interference
 from osrm_peft.evaluation.tables import AVERAGE, MultiTaskTable, interference_title
 from osrm_peft.io.places import new_file
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_INK = "#010203"  # stands for the page's colour of text in an SVG
+_LINES = ("#3a86d4", "#e0762f", "#2f9e62", "#c2529b", "#8a6fd1", "#b8862b", "#d6515b", "#6f8796")  # on white and black
+_PAGE: dict[Any, Any] = {
+    "svg.fonttype": "none", "svg.hashsalt": "osrm_peft", "figure.facecolor": "none", "axes.facecolor": "none",
+    "savefig.facecolor": "none", "legend.frameon": False, "axes.spines.top": False, "axes.spines.right": False,
+    "text.color": _INK, "axes.edgecolor": _INK, "axes.labelcolor": _INK, "xtick.color": _INK, "ytick.color": _INK,
+    "grid.color": _INK,
+}  # fmt: skip
+_STYLE = (
+    "<style>:root{color:#1c2128}@media(prefers-color-scheme:dark){:root{color:#e3e6ea}}"
+    "text{font-family:system-ui,-apple-system,'Segoe UI',Roboto,'DejaVu Sans',sans-serif!important}</style>"
+)
+
+
+@dataclass(frozen=True)
+class Point:
+    """A score at one λ.
+
+    Attributes:
+        scale: λ.
+        value: in percent.
+        low, high: how far it may be off; the value itself where that is not known.
+        dropped: of a candidate on fewer rows.
+    """
+
+    scale: float
+    value: float
+    low: float
+    high: float
+    dropped: bool = False
+
+
+def svg(draw: Callable[[], "Figure"]) -> str:
+    """The SVG of a figure, to be shown as an image: transparent, its text in the reader's font, light or dark."""
+    from cycler import cycler
+    from matplotlib import rc_context
+
+    with rc_context({**_PAGE, "axes.prop_cycle": cycler(color=_LINES)}):
+        buffer = io.StringIO()
+        draw().savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None, "Creator": None})
+    text = buffer.getvalue().replace(_INK, "currentColor")
+    text = re.sub(r"<!DOCTYPE.*?>|<metadata>.*?</metadata>\s*", "", text, flags=re.S)
+    return re.sub(r"(<svg [^>]*>)", lambda found: found[1] + _STYLE, text, count=1)
+
 
 def plot_scales(table: MultiTaskTable, path: str | Path) -> None:
     """Plot the average over tasks against λ, a panel a merge method, a line a kind of adapter; write a PNG."""
-    pyplot = _pyplot()
-    methods = table.swept()
-    figure, axes = pyplot.subplots(1, max(1, len(methods)), figsize=(3.6 * max(1, len(methods)), 3.2), squeeze=False)
-    for axis, method in zip(axes[0], methods, strict=False):
-        for init in dict.fromkeys(row["init"] for row in table.rows):
-            rows = [row for row in table.rows if (row["init"], row["method"]) == (init, method)]
-            rows.sort(key=lambda row: row["scale"])
-            axis.errorbar(
-                [row["scale"] for row in rows],
-                [row["scores"][AVERAGE] for row in rows],
-                [row["spread"][AVERAGE] or 0 for row in rows],
-                marker="o",
-                capsize=2,
-                label=plot_label(init),
-            )
-        axis.set(title=plot_label(method), xlabel="scale λ", ylim=_limits(table, methods))
-        axis.grid(alpha=0.3)
-    axes[0][0].set_ylabel("average over tasks [%]")
-    axes[0][0].legend()
-    figure.tight_layout()
+    curves: dict[str, dict[str, list[Point]]] = {method: {} for method in table.swept()}
+    for row in table.rows:
+        if row["method"] in curves and row["scale"] is not None:
+            value, spread = row["scores"][AVERAGE], row["spread"][AVERAGE] or 0
+            line = curves[row["method"]].setdefault(row["init"], [])
+            line.append(Point(row["scale"], value, value - spread, value + spread))
+    figure = draw_scales(curves, columns=len(curves))
     with new_file(path) as partial:
         figure.savefig(partial, dpi=120, format="png")
-    pyplot.close(figure)
 
 
-def _limits(table: MultiTaskTable, methods: Sequence[str]) -> tuple[float, float]:
-    values = [row["scores"][AVERAGE] for row in table.rows if row["method"] in methods]
-    return min(values) - 2, max(values) + 2
+def draw_scales(curves: Mapping[str, Mapping[str, Sequence[Point]]], columns: int = 3) -> "Figure":
+    """The average over tasks against λ: {panel: {line: its points}}; hollow where a candidate had dropped out."""
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+
+    columns = max(1, min(columns, len(curves)))
+    height = -(-len(curves) // columns) or 1
+    figure = Figure(figsize=(3.6 * columns, 3.2 * height), layout="constrained")
+    panels = figure.subplots(height, columns, squeeze=False).flatten()
+    names = list(dict.fromkeys(name for lines in curves.values() for name in lines))
+    every = [point for lines in curves.values() for points in lines.values() for point in points]
+    limits = (min(point.low for point in every) - 2, max(point.high for point in every) + 2) if every else None
+    for panel, (title, lines) in zip(panels, curves.items(), strict=False):
+        for name, points in lines.items():
+            ordered, color = sorted(points, key=lambda point: point.scale), f"C{names.index(name)}"
+            x, y = [point.scale for point in ordered], [point.value for point in ordered]
+            off = [[max(0.0, point.value - point.low) for point in ordered],
+                   [max(0.0, point.high - point.value) for point in ordered]]  # fmt: skip
+            panel.errorbar(x, y, off, color=color, capsize=2, elinewidth=0.8)
+            for point in ordered:
+                fill = "none" if point.dropped else color
+                panel.plot(point.scale, point.value, "o", color=color, markerfacecolor=fill)
+        panel.set(title=plot_label(title), xlabel="scale λ", ylim=limits)
+        panel.grid(alpha=0.3)
+    for panel in panels[len(curves) :]:
+        panel.set_axis_off()
+    for panel in panels[::columns]:
+        panel.set_ylabel("average over tasks [%]")
+    if len(names) > 1:
+        keys = [
+            Line2D([], [], marker="o", color=f"C{place}", label=plot_label(name)) for place, name in enumerate(names)
+        ]
+        figure.legend(handles=keys, loc="outside upper center", ncols=min(4, columns * 2))
+    return figure
 
 
 def plot_interference(panels: Mapping[str, Interference], path: str | Path) -> None:
     """Heat maps side by side on one logarithmic colour scale: {title: Interference}; write a PNG."""
-    from matplotlib.colors import LogNorm
+    figure = draw_interference(panels)
+    with new_file(path) as partial:
+        figure.savefig(partial, dpi=120, format="png", bbox_inches="tight")
 
-    pyplot = _pyplot()
+
+def draw_interference(panels: Mapping[str, Interference]) -> "Figure":
+    """Heat maps side by side on one logarithmic colour scale: {title: Interference}."""
+    from matplotlib.colors import LogNorm
+    from matplotlib.figure import Figure
+
     means = {title: 100 * found.mean() for title, found in panels.items()}
     positive = [float(value) for mean in means.values() for value in mean.flatten() if value > 0] or [1.0]
     norm = LogNorm(min(positive), max(max(positive), min(positive) * 10))
     size = max(2.2, 0.62 * max(len(found.tasks) for found in panels.values()))
-    figure, axes = pyplot.subplots(1, len(panels), figsize=((size + 1.6) * len(panels), size + 1.4), squeeze=False)
+    figure = Figure(figsize=((size + 1.6) * len(panels), size + 1.4))
+    axes = figure.subplots(1, len(panels), squeeze=False)
     dark = min(positive) ** 0.3 * max(max(positive), min(positive) * 10) ** 0.7  # above it a cell is bright
     for axis, (title, found) in zip(axes[0], panels.items(), strict=True):
-        image = axis.imshow(means[title].clamp_min(min(positive)), norm=norm, cmap="viridis")
+        image = axis.imshow(means[title].clamp_min(min(positive)), norm=norm, cmap="viridis", interpolation="none")
         for row, values in enumerate(means[title].tolist()):
             for column, value in enumerate(values):
                 color = "black" if value > dark else "white"
@@ -64,36 +139,33 @@ def plot_interference(panels: Mapping[str, Interference], path: str | Path) -> N
         axis.set(title=plot_label(title), xlabel="features of", ylabel="adapter of" if axis is axes[0][0] else None)
     figure.suptitle(interference_title(next(iter(panels.values()))), fontsize=9)
     figure.tight_layout()
-    figure.colorbar(image, ax=axes[0].tolist(), shrink=0.8)
-    with new_file(path) as partial:
-        figure.savefig(partial, dpi=120, format="png", bbox_inches="tight")
-    pyplot.close(figure)
+    bar = figure.colorbar(image, ax=axes[0].tolist(), shrink=0.8)
+    if bar.solids is not None:
+        bar.solids.set_rasterized(True)  # 256 shapes otherwise
+    return figure
 
 
 def plot_drift(curves: Mapping[str, Sequence[tuple[float, float]]], path: str | Path) -> None:
     """Plot OSRM's drift D/‖Ã‖, the mean over layers, against training steps: {adapter: (step, drift)}; write a PNG."""
-    pyplot = _pyplot()
-    figure, axes = pyplot.subplots(figsize=(6.4, 3.6), layout="constrained")
+    figure = draw_drift(curves)
+    with new_file(path) as partial:
+        figure.savefig(partial, dpi=120, format="png")
+
+
+def draw_drift(curves: Mapping[str, Sequence[tuple[float, float]]]) -> "Figure":
+    """OSRM's drift D/‖Ã‖, the mean over layers, against training steps: {adapter: (step, drift)}."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 3.6), layout="constrained")
+    axes = figure.subplots()
     for adapter, points in curves.items():
         axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=plot_label(adapter))
     axes.set(xlabel="training step", ylabel="drift of A, mean over layers", ylim=(0, None))
     axes.grid(alpha=0.3)
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=8)
-    with new_file(path) as partial:
-        figure.savefig(partial, dpi=120, format="png")
-    pyplot.close(figure)
+    return figure
 
 
 def plot_label(name: str) -> str:
     """A name that matplotlib draws literally: no mathematics between $, no omission from legends for a leading _."""
     return (" " if name.startswith("_") else "") + name.replace("$", r"\$")
-
-
-def _pyplot() -> Any:
-    """matplotlib, which is slow to import, set to draw without a display."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot

@@ -1,8 +1,9 @@
-"""Read and check what results folders hold: scores, interference, spectra, manifests and logs."""
+"""Read and check what results folders hold: selections, scores, interference, spectra, manifests and logs."""
 
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -10,7 +11,9 @@ from typing import Any, Generic, TypeVar
 import torch
 
 from osrm_peft.checks import integer, number
+from osrm_peft.evaluation import scored
 from osrm_peft.evaluation.interference import Interference
+from osrm_peft.evaluation.scored import Choice, Scored
 from osrm_peft.evaluation.spectra import Spectra
 from osrm_peft.evaluation.tables import MultiTaskTable, Score
 from osrm_peft.hub.privacy import public
@@ -18,16 +21,18 @@ from osrm_peft.io.json import parse_json
 from osrm_peft.io.manifest import MANIFEST, check_manifest
 from osrm_peft.io.yaml import named
 
-NAMES = ("scores.json", "interference.json", "spectrum.json", MANIFEST)
+NAMES = ("selection.json", "scores.json", "interference.json", "spectrum.json", MANIFEST)
 EXPECTED = (
-    f"expected scores.json (of a demo), interference.json, spectrum.json, or {MANIFEST} of a merged folder or of an "
-    "adapter whose log has osrm/drift"
+    "expected selection.json, scores (of a demo, of `osrm-peft evaluate --out` or --save), interference.json, "
+    f"spectrum.json, or {MANIFEST} of a merged folder or of an adapter whose log has osrm/drift"
 )
 DRIFT = "osrm/drift"
 _BULK = {  # fields that the page shows elsewhere, or that have a number for each layer or file
     "scores", "interference", "singular_values", "tasks", "layers", "mean", "off_diagonal", "log", "energy_kept",
-    "report", "crc32", "files", "read",
+    "report", "crc32", "files", "read", "ranked", "apart", "test", "individual", "base", "verdict", "manifest",
 }  # fmt: skip
+_WINNERS: dict[Any, str] = {"merge": "winner", "per_task": "best_per_task"}  # folders beside selection.json
+_EVALUATION = re.compile(rb'\s*\{\s*"scores"\s*:\s*\{')  # how a file of `evaluate --out` begins, whatever its name
 
 T = TypeVar("T")
 
@@ -40,11 +45,13 @@ class Found(Generic[T]):
         name: the file's folder, or the file itself if its name is none of ours.
         content: what the page shows.
         made: the settings and versions that the file records.
+        folder: the file's folder.
     """
 
     name: str
     content: T
     made: dict[str, Any]
+    folder: Path
 
 
 @dataclass(frozen=True)
@@ -52,14 +59,18 @@ class Results:
     """What results folders hold, in the order of the folders and their files.
 
     Attributes:
+        selections: which merge to take.
         scores: tables of scores.
+        evaluations: scores of single folders.
         interference: {title of a plot: {panel: Interference}}.
         spectra: singular values.
         drift: adapters' log entries with `osrm/drift`.
         merged: {column: text} of each merged folder.
     """
 
+    selections: list[Found[Choice]] = field(default_factory=list)
     scores: list[Found[MultiTaskTable]] = field(default_factory=list)
+    evaluations: list[Found[list[Scored]]] = field(default_factory=list)
     interference: list[Found[dict[str, dict[str, Interference]]]] = field(default_factory=list)
     spectra: list[Found[Spectra]] = field(default_factory=list)
     drift: list[Found[list[dict[str, Any]]]] = field(default_factory=list)
@@ -68,6 +79,16 @@ class Results:
     def summary(self) -> str:
         """How many results there are of each kind, as text."""
         return ", ".join(f"{kind}: {len(found)}" for kind, found in vars(self).items() if found)
+
+    def lines(self) -> list[Scored]:
+        """Everything that was scored; a winner's own folder is the line of its selection."""
+        tested = [line for found in self.selections for line in found.content.test]
+        lines = [line for found in self.selections for line in found.content.lines]
+        lines += [line for found in self.scores for line in scored.of_table(found.content, found.name)]
+        for found in self.evaluations:
+            of_winner = found.folder.name in _WINNERS.values() and any(map(found.content[0].same_scores, tested))
+            lines += [] if of_winner else found.content
+        return lines
 
 
 def gather(paths: Iterable[str | Path]) -> Results:
@@ -89,9 +110,9 @@ def gather(paths: Iterable[str | Path]) -> Results:
             raise ValueError(f"{path} is neither a folder nor a file: name a results folder or a JSON file in it")
         known = False
         for file in _files(path) if path.is_dir() else [path]:
-            kind, found = _read(file)
-            known |= kind is not None
-            if kind is not None and file.resolve() not in seen:
+            shown = _read(file, seen)
+            known |= bool(shown)
+            for kind, found in shown if file.resolve() not in seen else ():
                 getattr(results, kind).append(found)
             seen.add(file.resolve())
         if not known:
@@ -103,48 +124,75 @@ def _files(folder: Path) -> Iterator[Path]:
     root = folder.resolve()
     for place, folders, names in os.walk(folder):
         folders[:] = sorted(name for name in folders if not (name.startswith(".") or name.endswith(".checkpoints")))
-        for file in (Path(place, name) for name in NAMES if name in names):
-            if file.is_file() and file.resolve().is_relative_to(root):
+        others = sorted(name for name in names if name.endswith(".json") and name not in NAMES)
+        for file in (Path(place, name) for name in (*NAMES, *others) if name in names):
+            if file.is_file() and file.resolve().is_relative_to(root) and (file.name in NAMES or _is_evaluation(file)):
                 yield file
 
 
-def _read(file: Path) -> tuple[str | None, Found[Any]]:
-    """(its field of Results, the file's content); (None, …) for a file that the page does not show."""
+def _is_evaluation(file: Path) -> bool:
+    try:
+        with file.open("rb") as opened:
+            return bool(_EVALUATION.match(opened.read(100)))
+    except OSError:  # a file of others, which we may not read
+        return False
+
+
+def _read(file: Path, seen: Set[Path]) -> list[tuple[str, Found[Any]]]:
+    """[(its field of Results, the file's content)]; empty for a file that the page does not show."""
     name = str(file.parent if file.name in NAMES else file)
     try:
-        content = parse_json(file.read_text(encoding="utf-8"))
-        content = public(content) if isinstance(content, dict) else {}  # a list: the demo's rows of one seed of several
-        kind, found = _parse(content)
+        read = parse_json(file.read_text(encoding="utf-8"))
+        if isinstance(read, list):  # the demo's rows of one seed: the demo's own file has them, once it is finished
+            finished = (file.parent.parent / file.name).resolve() in seen
+            read = {} if finished else {"scores": read}
+        content = public(read) if isinstance(read, dict) else {}
+        made = {key: value for key, value in content.items() if key not in _BULK}
+        shown = [*_parse(content, name, file.parent), *_evaluations(read, file)] if content else []
+        return [(kind, Found(name, found, made, file.parent)) for kind, found in shown]
     except (ValueError, TypeError, AttributeError, KeyError, OverflowError, RecursionError) as error:
         raise ValueError(f"{file} is damaged: {f'no {error}' if isinstance(error, KeyError) else error}") from error
-    return kind, Found(name, found, {key: value for key, value in content.items() if key not in _BULK})
 
 
-def _parse(content: dict[str, Any]) -> tuple[str | None, Any]:
+def _evaluations(content: Mapping[str, Any], file: Path) -> Iterator[tuple[str, list[Scored]]]:
+    """Scores of one folder, from its manifest or from the file of `evaluate --out`; the paths in it are as written."""
+    if content.get("kind") in ("adapter", "merged", "emr", "checkpoint"):
+        found = scored.of_manifest(content, str(file.parent), file.parent)
+    elif "kind" not in content and isinstance(content.get("scores"), dict):
+        found = scored.of_evaluation(content, str(file))
+    else:
+        return
+    if found:
+        yield "evaluations", found
+
+
+def _parse(content: dict[str, Any], name: str, folder: Path) -> Iterator[tuple[str, Any]]:
     kind, log = content.get("kind"), content.get("log")
     if "kind" in content:
         check_manifest(content)
+    if kind == "selection":
+        places = {role: folder / one for role, one in _WINNERS.items() if (folder / one / MANIFEST).is_file()}
+        yield "selections", scored.of_selection(content, name, places)
     if "kind" not in content and isinstance(content.get("scores"), list):
         with named("scores"):
-            return "scores", _table(content["scores"])
+            yield "scores", _table(content["scores"])
     if isinstance(content.get("interference"), dict):
         runs = content["interference"].items()
         with named("interference"):
             panels = {run: {init: _interference(one) for init, one in by_init.items()} for run, by_init in runs}
-        return "interference", {run: by_init for run, by_init in panels.items() if by_init}
+        yield "interference", {run: by_init for run, by_init in panels.items() if by_init}
     if {"tasks", "relative_to", "layers"} <= set(content):
-        return "interference", {"": {"adapters": _interference(content)}}
+        yield "interference", {"": {"adapters": _interference(content)}}
     if isinstance(content.get("singular_values"), dict):
         with named("singular_values"):
-            return "spectra", _spectra(content["singular_values"])
+            yield "spectra", _spectra(content["singular_values"])
     if kind == "adapter" and log:
         with named("log"):
             found = [_drift(entry) for entry in log if DRIFT in entry]
         if found:
-            return "drift", found
+            yield "drift", found
     if kind in ("merged", "emr", "checkpoint"):
-        return "merged", _merge(content)
-    return None, None
+        yield "merged", _merge(content)
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> MultiTaskTable:

@@ -4,6 +4,7 @@ import statistics
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from rich.box import HORIZONTALS
@@ -18,6 +19,9 @@ from osrm_peft.checkpoints.names import align
 from osrm_peft.hub.sources import local_folder
 from osrm_peft.io.places import new_file
 from osrm_peft.merging.lowrank import compress
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 SHARES = (0.5, 0.1, 0.01)
 
@@ -104,6 +108,13 @@ def spectra_table(found: Spectra) -> Table:
 
 def plot_spectra(found: Spectra, path: str | Path) -> None:
     """Singular values over their index, as shares of the largest: the median matrix of each model, and the range."""
+    figure = draw_spectra(found)
+    with new_file(path) as partial:
+        figure.savefig(partial, format="png", dpi=150)
+
+
+def draw_spectra(found: Spectra) -> "Figure":
+    """Singular values over their index, as shares of the largest: the median matrix of each model, and the range."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), layout="constrained")
@@ -119,5 +130,4 @@ def plot_spectra(found: Spectra, path: str | Path) -> None:
         axes.fill_between(index, padded.amin(0), padded.amax(0), alpha=0.15)
     axes.set(xlabel="index", ylabel="singular value / largest", yscale="log", ylim=(1e-4, 1.2))
     axes.legend()
-    with new_file(path) as partial:
-        figure.savefig(partial, format="png", dpi=150)
+    return figure

@@ -9,16 +9,11 @@ from rich.box import HORIZONTALS
 from rich.markup import escape
 from rich.table import Table
 
+from osrm_peft.evaluation.answer import RULES
 from osrm_peft.evaluation.bootstrap import interval
 from osrm_peft.evaluation.tables import markdown_table
 from osrm_peft.merging.emr_adapter import EMRAdapter
 from osrm_peft.merging.merged_adapter import MergedAdapter
-
-RULES = {
-    "mean": "the mean score over tasks",
-    "relative": "the mean over tasks of the score relative to the individual adapter's",
-    "worst": "the least, over tasks, of the score relative to the individual adapter's",
-}
 
 
 @dataclass(frozen=True)
