@@ -68,15 +68,18 @@ def evaluate(
         lambda facts: [table.terminal(f"Scores in percent on {named}")],
     )
     if out is not None and processes.is_main_process:
-        _write_scores(out, found, scores, settings)
+        _write_scores(out, found, scores, records, settings)
 
 
-def _write_scores(out: Path, found: "list[Subject]", scores: list[Any], settings: dict[str, Any]) -> None:
+def _write_scores(
+    out: Path, found: "list[Subject]", scores: list[Any], records: list[dict[str, Any]], settings: dict[str, Any]
+) -> None:
     from osrm_peft.io.json import write_json
     from osrm_peft.io.manifest import versions
 
     by_name = {one.name: {score.task: score.score for score in scores if score.init == one.name} for one in found}
     content = {"scores": by_name[found[0].name] if len(found) == 1 else by_name, "settings": settings}
+    content["tasks"] = {one["task"]: {name: one[name] for name in ("metric", "rows", "split")} for one in records}
     write_json(out, content | {"manifest": dict(found[0].manifest), "versions": versions()})
     wrote(out)
 

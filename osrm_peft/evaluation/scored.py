@@ -259,7 +259,7 @@ def of_manifest(manifest: Mapping[str, Any], source: str, place: Path) -> list[S
 
 def of_evaluation(content: Mapping[str, Any], source: str) -> list[Scored]:
     """The file of `evaluate --out`: {task: score}, or {name: {task: score}} of the folders in one folder."""
-    settings, manifest = content.get("settings") or {}, content.get("manifest") or {}
+    settings, manifest, about = (content.get(name) or {} for name in ("settings", "manifest", "tasks"))
     adapter, rows = settings.get("adapter"), settings.get("rows")
     place = Path(adapter) if isinstance(adapter, str) and os.path.isdir(adapter) else None
     several = all(isinstance(one, Mapping) for one in content["scores"].values())
@@ -270,8 +270,11 @@ def of_evaluation(content: Mapping[str, Any], source: str) -> list[Scored]:
         if several and own is not None:
             manifest = read_manifest(own) or manifest
         counts = {} if rows is None else dict.fromkeys(scores, integer("rows", rows, 0))
+        counts |= {task: integer("rows", about[task]["rows"], 0) for task in scores if task in about}
+        metrics = {task: str(about[task]["metric"]) for task in scores if task in about}
         if scores:
-            lines.append(replace(_of_folder(manifest, scores, source, own), rows=counts, split="validation"))
+            line = _of_folder(manifest, scores, source, own)
+            lines.append(replace(line, metrics=metrics, rows=counts, split="validation"))
             manifest = {key: value for key, value in manifest.items() if key != "scale"}  # it is the first one's
     return lines
 

@@ -45,6 +45,7 @@ def test_features_train_merge_evaluate(tmp_path, call):
     assert "tweets" in call("evaluate", out, "--rows", 8, "--max-length", 16, "--out", scores)
     found = json.loads(scores.read_text())
     assert set(found["scores"]) == {"tweets", "sms_spam"} and found["settings"]["rows"] == 8
+    assert found["tasks"]["tweets"] == {"metric": "pearson_spearman", "rows": 8, "split": "validation"}
     assert "individual" in call("evaluate", tmp_path / "ad/tweets", "--rows", 8, "--max-length", 16)
     for kind, method in (("gram", "regmean"), ("fisher", "fisher")):
         printed = call(

@@ -54,11 +54,13 @@ def test_each_kind_of_score_is_a_line_of_one_table(tmp_path):
 
 def test_a_file_of_evaluate_is_told_by_its_first_line(tmp_path):
     put(tmp_path / "scores.json", evaluation("a", {"p": 0.5}, kind="merged", method="iso"))
-    put(tmp_path / "some.json", evaluation("b", {"p": 0.4}, kind="merged", method="ties"))
+    measured = {"tasks": {"p": {"metric": "accuracy", "rows": 31, "split": "validation"}}}
+    put(tmp_path / "some.json", evaluation("b", {"p": 0.4}, kind="merged", method="ties") | measured)
     put(tmp_path / "tokenizer.json", '{"scores": [broken')
     put(tmp_path / "config.json", {"hidden": {"scores": {"p": 0.4}}})
     (table,) = tables(tmp_path)
     assert names(table) == ["iso", "ties"]
+    assert table.metrics == {"p": "accuracy"} and [line.rows for line in table.lines][1] == {"p": 31}
 
 
 def test_the_scores_of_a_sweep_are_a_line_for_each_of_its_folders(tmp_path):

@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 
 from osrm_peft.merging import METHODS
@@ -28,6 +30,7 @@ def test_the_defaults_are_what_the_files_allow():
     files = {"features": {"a": "f"}, "gram": {"a": "g"}}
     every = default_candidates(3, files)
     assert len(every) == len(expand(DEFAULT)) > len(default_candidates(3, {}))
+    assert f"{len(every)} merges tried" in (Path(__file__).parents[2] / "README.md").read_text()
     assert [candidate.per_task for candidate in every].count(True) == 1
     assert not any(candidate.fields["method"] == "lore" for candidate in default_candidates(2, files))  # the average
 
