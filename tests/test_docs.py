@@ -190,7 +190,7 @@ def test_every_python_block_and_every_command_that_needs_no_network_runs(tmp_pat
     assert re.search(r"EMR, tweets: 0\.\d+", done.stdout) and "tensor([[" in done.stdout
     for path in (
         "adapters/tweets/adapter_model.safetensors",
-        "merged/lore/heads/tweets.safetensors",
+        "chosen/winner/heads/tweets.safetensors",
         "statistics/tweets.fisher.safetensors",
         "merged/average/config.json",
         "served/tweets/adapter_config.json",

@@ -107,10 +107,21 @@ class Selection:
             text += f" The next, {rivals[0].name}, is {points:.1f} behind: " + (
                 "more than chance." if sure else "within chance, so either will do."
             )
+        text += self._edge(first)
         if self.ranked and self.apart:
             other = self.apart[0]
             text += f" With a mask for each task at serving time {other.name} has {100 * other.mean.value:.1f}."
         return text
+
+    def _edge(self, first: Line) -> str:
+        """A hint where the winner's λ is the largest or the smallest of its sweep."""
+        fields = {**(first.candidate or {}), "scale": None}
+        others = [line.candidate for line in self.ranked if line.candidate is not None]
+        swept = sorted(one["scale"] for one in others if {**one, "scale": None} == fields and one["scale"] is not None)
+        if len(swept) < 2 or first.candidate is None or first.candidate["scale"] not in (swept[0], swept[-1]):
+            return ""
+        end, more = ("largest", "larger") if first.candidate["scale"] == swept[-1] else ("smallest", "smaller")
+        return f" Its λ is the {end} that was tried: try {more} ones."
 
     def to_dict(self) -> dict[str, Any]:
         """The content of `selection.json`."""

@@ -140,8 +140,7 @@ def _decoded(path: Path) -> str:
 def _read_csv(path: Path, text: str) -> Rows:
     """Cells as text, so that 007 stays 007; read by `datasets`, after the lines of the records are known."""
     delimiter = _delimiter(text, "\t" if path.suffix.lower() == ".tsv" else ",")
-    records = _records(path, text, delimiter)
-    line, header = next(records)
+    (line, header), *records = _records(path, text, delimiter)
     columns = [name.strip() or f"column {number}" for number, name in enumerate(header, 1)]
     twice = [name for name, times in Counter(columns).items() if times > 1]
     if twice:
@@ -164,20 +163,22 @@ def _read_csv(path: Path, text: str) -> Rows:
     return Rows(str(path), columns, lambda column: table[column][:], len(lines), lines)
 
 
-def _records(path: Path, text: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:
+def _records(path: Path, text: str, delimiter: str) -> list[tuple[int, list[str]]]:
     """(first line, cells) of each record of a CSV file that is not blank."""
+    found = []  # not one by one: Python's limit on cells is everybody's, and is itself again when this returns
     reader, line = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True), 1
     limit = csv.field_size_limit(len(text) + 1)  # a cell may be longer than Python's default
     try:
         for record in reader:
             if record and not (len(record) == 1 and not record[0].strip(" \t")):
-                yield line, record
+                found.append((line, record))
             line = reader.line_num + 1
     except csv.Error as error:
         reason = "a quote is opened and never closed" if "end of data" in str(error) else str(error)
         raise ValueError(f'{path}, line {line}: {reason}; write " inside of a quoted cell as ""') from error
     finally:
         csv.field_size_limit(limit)
+    return found
 
 
 def _delimiter(text: str, usual: str) -> str:

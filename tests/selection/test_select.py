@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from osrm_peft.io.manifest import read_manifest
 from osrm_peft.merging.emr_adapter import EMRAdapter
 from osrm_peft.selection.command import CommandScore
 from osrm_peft.selection.select import select_merge
-from osrm_peft.selection.selection import kept_of, value_of
+from osrm_peft.selection.selection import Estimate, Line, kept_of, value_of
 from osrm_peft.selection.split import Split
 from osrm_peft.tasks.suites import load_task
 from tests.helpers.adapters import make_adapter
@@ -185,8 +186,6 @@ def test_halving_finds_the_winner_of_all_rows_with_fewer(cohort):
 
 def load_task_of(task):
     """The same task with its training rows as validation rows: more of them."""
-    from dataclasses import replace
-
     return replace(task, validation=task.train, test=task.validation)
 
 
@@ -251,3 +250,15 @@ def test_mistakes_are_told_before_any_work(cohort, tmp_path, monkeypatch):
         with pytest.raises((ValueError, FileExistsError), match=message):
             select_merge(adapters, **given)
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.parametrize("best, hint", [(0.5, "smallest that was tried: try smaller"), (1.0, None), (1.5, "largest")])
+def test_a_winner_at_the_edge_of_its_sweep_is_told(chosen, best, hint):
+    def line(scale, value):
+        given = {"method": "tsv", "scale": scale}
+        return Line(f"tsv, λ {scale:g}", 10, {}, Estimate(value), Estimate(value), None, None, given)
+
+    lines = sorted((line(scale, 0.5 + (scale == best)) for scale in (0.5, 1.0, 1.5)), key=lambda one: -one.value.value)
+    text = replace(chosen[0], ranked=lines, apart=[], test=[]).verdict()
+    assert ("that was tried" in text) is (hint is not None) and (hint or "") in text
+    assert "that was tried" not in replace(chosen[0], ranked=lines[:1], apart=[], test=[]).verdict()

@@ -1,5 +1,6 @@
 """Tasks from the user's own files: formats, columns, labels, splits, and every fault by file and line."""
 
+import contextlib
 import csv
 import io
 import json
@@ -432,3 +433,12 @@ def test_the_csv_of_a_sheet_without_newlines_at_its_end(tmp_path):
     (tmp_path / "t.csv").write_text(buffer.getvalue().rstrip("\n"))
     facts = guess(tmp_path / "t.csv")
     assert facts.columns == ["column 1", "text", "label"] and facts.data.text == "text"
+
+
+@pytest.mark.parametrize("rows", ["a,0\nb,1\n", "a,0\nb,1,2\n", 'a,0\n"b,1\n'])
+def test_pythons_own_limit_on_cells_is_left_alone(rows, tmp_path):
+    before = csv.field_size_limit()
+    (tmp_path / "t.csv").write_text("text,label\n" + rows * 20)
+    with contextlib.suppress(ValueError):
+        TaskData(str(tmp_path / "t.csv")).load("t")
+    assert csv.field_size_limit() == before
