@@ -18,9 +18,7 @@ _SCORE = "A command that prints a score; it gets {model}, {task} and {rows}. Def
 @app.command()
 def select(
     adapters: Annotated[list[str], typer.Argument(help="Adapters, as TASK=FOLDER or TASK=user/name (or just FOLDER).")],
-    suite: Annotated[
-        str, typer.Option(help="Whose rows score them: packaged, glue, files:FOLDER, or a recipe's YAML.")
-    ],
+    suite: Annotated[str | None, typer.Option(help=_SUITE)] = None,
     candidates: Annotated[
         Path | None, typer.Option(help="YAML list of merges; a list of values is a sweep. Default: our best methods.")
     ] = None,

@@ -15,6 +15,7 @@ from osrm_peft.adapters.live import LiveBase
 from osrm_peft.checks import choice, integer
 from osrm_peft.hub.privacy import public_name
 from osrm_peft.io.manifest import command, versions
+from osrm_peft.io.places import check_folder
 from osrm_peft.merging.emr_adapter import EMRAdapter
 from osrm_peft.merging.inputs import Adapters, Inputs, check_names, gather
 from osrm_peft.merging.merge import execute
@@ -91,6 +92,7 @@ def select_merge(
         ValueError: from the checks of each merge, before any is made; other tasks than adapters; too few rows.
     """
     choice("rule", rule, get_args(Rule))
+    check_folder("." if out is None else out)
     files = {"features": features, "gram": gram, "fisher": fisher, "base_model": base_model}
     found = _candidates(candidates, len(adapters), files, rank)
     field = _Field.of(adapters, found, files, tasks, rows, integer("seed", seed, 0))

@@ -18,6 +18,9 @@ from osrm_peft.features.moments import FeatureMoments
 from osrm_peft.features.task_features import TaskFeatures
 from osrm_peft.hub.card import record_scores, write_manifest
 from osrm_peft.io.json import write_json
+from osrm_peft.pipeline.init import write_recipe
+from osrm_peft.pipeline.run import run_recipe
+from osrm_peft.selection.select import select_merge
 from osrm_peft.training.recipe import Recipe
 from tests.helpers.adapters import make_adapter
 from tests.helpers.places import ODD, plant, state
@@ -100,6 +103,8 @@ WRITE_FOLDERS = {
     "a checkpoint": lambda path: merge_checkpoints({"a": "no/such"}, path),
     "a trained adapter": lambda path: Recipe(model="packaged", suite="packaged").train("tweets", path),
     "the demo": run_demo,
+    "a run": lambda path: run_recipe(Recipe(model="packaged", suite="packaged", out=str(path))),
+    "a selection": lambda path: select_merge({"a": "no/such"}, tasks={}, out=path),
     "a manifest": lambda path: write_manifest(path, {"kind": "adapter"}),
     "a configuration": lambda path: OSRMLoraConfig().save_pretrained(str(path)),
 }
@@ -112,6 +117,7 @@ WRITE_FILES = {
     "drift": lambda path: plot_drift({"x": [(0, 0.1)]}, path),
     "spectra": lambda path: plot_spectra({"x": {"layer": [2.0, 1.0]}}, path),
     "a page": lambda path: write_report(["no/such"], path),
+    "a recipe": lambda path: write_recipe("no/such", path),
 }
 
 
