@@ -103,6 +103,12 @@ def select_merge(
 def _select(field: "_Field", settings: dict[str, Any], score: Any, out: Any, overwrite: bool, bars: bool) -> Selection:
     """Claim the folder, run the race, and write what it found."""
     made = field.made() | {"settings": settings}
+    causal = [name for name, one in field.inputs.adapters.items() if one.config.get("task_type") == "CAUSAL_LM"]
+    if causal and score is None:
+        raise ValueError(
+            f"{', '.join(causal)}: adapters of a causal language model have no head for classes, so no metric of ours "
+            "scores them: give score=, a function of (model, task) or a command"
+        )
     folder = None if out is None else SelectionFolder(out, made, overwrite)
     field.read(None if folder is None else folder.cache, settings["max_length"], score)
     live, tokenizer = LiveBase(field.base), load_tokenizer(field.base)

@@ -7,6 +7,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from osrm_peft import evaluate_task, load_adapter, load_tokenizer, merge_adapters
 from osrm_peft.io.manifest import read_manifest
@@ -17,6 +19,7 @@ from osrm_peft.selection.selection import Estimate, Line, kept_of, value_of
 from osrm_peft.selection.split import Split
 from osrm_peft.tasks.suites import load_task
 from tests.helpers.adapters import make_adapter
+from tests.helpers.models import TEXT
 from tests.helpers.suites import csv_tasks, tiny_model
 
 CANDIDATES = [
@@ -226,6 +229,32 @@ def test_a_command_gets_a_whole_model_and_the_rows(cohort, tmp_path):
         select_merge(adapters, CANDIDATES[:1], failing, tasks=tasks, max_length=8, rows=6)
     with pytest.raises(ValueError, match=r"needs \{model\}"):
         CommandScore("python score.py", tokenizer)
+
+
+def test_causal_adapters_are_scored_by_a_score_of_ones_own(tmp_path, cohort):
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**TEXT))
+    tiny_model(tmp_path / "base")  # for its tokenizer
+    model.save_pretrained(tmp_path / "base")
+    adapters = {}
+    for name in ("colours", "shapes"):
+        live = get_peft_model(
+            LlamaForCausalLM.from_pretrained(tmp_path / "base"),
+            LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights=False),
+        )
+        live.save_pretrained(tmp_path / name)
+        adapters[name] = tmp_path / name
+    tasks = {name: cohort[1][name] for name in adapters}
+
+    def score(model, task):
+        ids = torch.arange(3, 9)[None]
+        with torch.no_grad():
+            return -float(model(input_ids=ids, labels=ids).loss)
+
+    found = select_merge(adapters, CANDIDATES[:3], score, tasks=tasks)
+    assert len(found.ranked) == 5 and found.ranked[0].value.value > -20
+    with pytest.raises(ValueError, match=r"colours, shapes: adapters of a causal language model .*give score="):
+        select_merge(adapters, CANDIDATES[:3], tasks=tasks)
 
 
 def test_mistakes_are_told_before_any_work(cohort, tmp_path, monkeypatch):
