@@ -34,16 +34,13 @@ def main() -> None:
         selection, seconds = found[halving], time.perf_counter() - start
         top, test = selection.ranked[0], sum(line.rows for line in selection.test)
         rows = selection.made["rows_scored"]
-        print(
-            f"{'halving' if halving else 'all rows'}: {rows - test} rows to choose, {test} for the test, {seconds:.0f} s"
-        )
+        name = "halving" if halving else "all rows"
+        print(f"{name}: {rows - test} rows to choose, {test} for the test, {seconds:.0f} s")
         print(f"  {selection.verdict()}")
     sweep = [line for line in found[False].ranked if line.candidate["method"] == top.candidate["method"]]
     own = sum(line.rows for line in sweep)
     chosen = found[True].made["rows_scored"] - sum(line.rows for line in found[True].test)
-    print(
-        f"halving chooses by {chosen / own:.2f} times the rows of the winner's own {len(sweep)} candidates on all rows"
-    )
+    print(f"halving chooses by {chosen / own:.2f} times the rows of the winner's own {len(sweep)} candidates")
 
 
 if __name__ == "__main__":
