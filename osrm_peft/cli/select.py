@@ -18,9 +18,7 @@ _SCORE = "A command that prints a score; it gets {model}, {task} and {rows}. Def
 @app.command()
 def select(
     adapters: Annotated[list[str], typer.Argument(help="Adapters, as TASK=FOLDER or TASK=user/name (or just FOLDER).")],
-    suite: Annotated[
-        str, typer.Option(help="Whose rows score them: packaged, glue, files:FOLDER, or a recipe's YAML.")
-    ],
+    suite: Annotated[str | None, typer.Option(help=_SUITE)] = None,
     candidates: Annotated[
         Path | None, typer.Option(help="YAML list of merges; a list of values is a sweep. Default: our best methods.")
     ] = None,
@@ -49,7 +47,8 @@ def select(
     An interrupted selection goes on where it stopped. Half of the validation rows, or the tasks' own test rows, have no
     say in the choice; the last lines are of these.
     """
-    from osrm_peft.evaluation.subjects import subjects, trained_length
+    from osrm_peft.adapters.load import load_adapter
+    from osrm_peft.evaluation.subjects import LENGTH, subjects
     from osrm_peft.models.loading import load_tokenizer
     from osrm_peft.selection.command import CommandScore
     from osrm_peft.selection.select import select_merge
@@ -58,17 +57,19 @@ def select(
 
     quiet_libraries()
     named = sources(adapters)
-    rows_of = dict.fromkeys(named, suite_of(suite)) if suite else {}
+    rows_of: dict[str, Any] = dict.fromkeys(named, suite_of(suite)) if suite else {}
     command: Any = None
+    lengths = []
     for name, source in named.items():
         one = subjects(source, base_model)[0]
         rows_of.setdefault(name, one.suite or "packaged")
+        lengths.append(one.max_length or 0)
         if score is not None and command is None:
-            command = CommandScore(score, load_tokenizer(base_model or one.manifest["base_model"]))
+            command = CommandScore(score, load_tokenizer(base_model or load_adapter(one.folder).base_model or ""))
     selection = select_merge(
         named, candidates, command, tasks={name: load_task(found, name) for name, found in rows_of.items()},
         base_model=base_model, rule=rule, rows=rows, features=pairs(features) or None, gram=pairs(gram) or None,
-        fisher=pairs(fisher) or None, max_length=max_length or trained_length(named.values()), seed=seed,
+        fisher=pairs(fisher) or None, max_length=max_length or max(lengths) or LENGTH, seed=seed,
         rank=None if rank is None else parse_yaml(rank), halving=not all_rows, out=out, overwrite=overwrite,
         progress=progress(),
     )  # fmt: skip

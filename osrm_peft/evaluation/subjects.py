@@ -1,6 +1,6 @@
 """What can be scored: adapters, merges, sweeps and full models, each with its tasks, length and tokenizer."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -124,13 +124,6 @@ def subjects(source: str, base_model: str | None = None) -> list[Subject]:
         return [_subject(f"{Path(source).name}/{folder.name}", folder, base_model) for folder in scales]
     folder = local_folder(source, ["*.json", "*.safetensors", "heads/*.safetensors", "tokenizer*", "vocab*", "*.txt"])
     return [_subject(Path(source).name, folder, base_model)]
-
-
-def trained_length(sources: Iterable[str]) -> int:
-    """Tokens a row was cut to when these adapters were trained, the most of any; 128 where none says so."""
-    folders = [Path(source) for source in sources if Path(source).is_dir()]
-    lengths = [read_manifest(folder).get("max_length") for folder in folders]
-    return max((length for length in lengths if isinstance(length, int)), default=LENGTH)
 
 
 def _subject(name: str, folder: Path, base_model: str | None) -> Subject:
