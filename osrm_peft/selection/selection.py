@@ -100,9 +100,11 @@ class Selection:
         text += f" (adapters alone {100 * self.individual.mean.value:.1f})"
         tested = [line for line in self.test if line.name == first.name]
         text += f"; {100 * tested[0].mean.value:.1f} on rows that had no say." if tested else "."
+        if first.kept is None:
+            text += " The adapters alone are no better than the base model on these rows."
         rivals = [line for line in (self.ranked or self.apart)[1:] if line.rows == first.rows and line.behind]
         if rivals and rivals[0].behind is not None:
-            high, points = rivals[0].behind.high, -100 * rivals[0].behind.value
+            high, points = rivals[0].behind.high, 0.0 - 100 * rivals[0].behind.value
             sure = high is not None and high < 0
             text += f" The next, {rivals[0].name}, is {points:.1f} behind: " + (
                 "more than chance." if sure else "within chance, so either will do."

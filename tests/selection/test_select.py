@@ -1,7 +1,10 @@
 """select_merge against scoring every merge on its own."""
 
 import json
+import shutil
 import sys
+import tempfile
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,6 +12,7 @@ import torch
 
 from osrm_peft import evaluate_task, load_adapter, load_tokenizer, merge_adapters
 from osrm_peft.io.manifest import read_manifest
+from osrm_peft.io.places import alone_in
 from osrm_peft.merging.emr_adapter import EMRAdapter
 from osrm_peft.selection.command import CommandScore
 from osrm_peft.selection.select import select_merge
@@ -142,6 +146,52 @@ def test_a_second_run_scores_nothing_and_another_is_refused(cohort, chosen):
         assert (out / "selection.json").read_bytes() == before, what
 
 
+def test_a_selection_by_other_rows_another_metric_or_score_is_another(cohort, chosen, tmp_path):
+    adapters, tasks = cohort
+    out = chosen[1]
+    csv_tasks(tmp_path, rows=120)
+    others = {name: load_task(f"files:{tmp_path}", name) for name in tasks}
+    by_matthews = {name: replace(task, metric="matthews") for name, task in tasks.items()}
+    for change in ({"tasks": others}, {"tasks": by_matthews}, {"score": lambda model, task: 1.0}):
+        with pytest.raises(FileExistsError, match=r"holds another selection \((data|settings)"):
+            select_merge(adapters, CANDIDATES, **({"tasks": tasks} | change), max_length=8, halving=False, out=out)
+
+
+def test_an_adapter_of_another_scale_is_another_adapter(cohort, tmp_path):
+    adapters, tasks = cohort
+    copies = {name: shutil.copytree(folder, tmp_path / name) for name, folder in adapters.items()}
+    given = {"tasks": tasks, "max_length": 8, "out": tmp_path / "s"}
+    select_merge(copies, CANDIDATES[:1], **given)
+    for folder in copies.values():
+        config = json.loads((folder / "adapter_config.json").read_text())
+        (folder / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 400}))
+    with pytest.raises(FileExistsError, match=r"holds another selection \(inputs"):
+        select_merge(copies, CANDIDATES[:1], **given)
+    found = select_merge(copies, CANDIDATES[:1], **given, overwrite=True)
+    assert found.made["rows_scored"] > 0  # the predictions of the others are not taken over
+
+
+def test_a_candidate_that_fails_is_named(cohort, monkeypatch):
+    adapters, tasks = cohort
+    diverging = [{"method": "average"}, {"method": "tsv", "scale": 1e308}]
+    with pytest.raises(ValueError, match=r"'tsv, λ 1e\+308' has no score on 'colours': .* are NaN"):
+        select_merge(adapters, diverging, tasks=tasks, max_length=8)
+
+
+def test_two_selections_do_not_share_a_folder_at_once(cohort, tmp_path):
+    adapters, tasks = cohort
+    with alone_in(tmp_path / "s"), pytest.raises(FileExistsError, match="another process writes in"):
+        select_merge(adapters, CANDIDATES[:1], tasks=tasks, max_length=8, out=tmp_path / "s")
+
+
+@pytest.mark.parametrize("content", ['{"inputs": 3}', '{"inputs": {"a": 3}}', "[]", "{"])
+def test_a_damaged_table_is_named(content, cohort, tmp_path):
+    adapters, tasks = cohort
+    (tmp_path / "selection.json").write_text(content)
+    with pytest.raises(ValueError, match=r"selection.json"):
+        select_merge(adapters, CANDIDATES[:1], tasks=tasks, max_length=8, out=tmp_path)
+
+
 def test_an_interrupted_selection_goes_on(cohort, chosen, tmp_path):
     adapters, tasks = cohort
     calls = []
@@ -205,7 +255,7 @@ def test_a_score_of_ones_own_ranks_without_error_bars(cohort):
         select_merge(adapters, CANDIDATES[:1], lambda model, task: float("nan"), tasks=tasks, max_length=8)
 
 
-def test_a_command_gets_a_whole_model_and_the_rows(cohort, tmp_path):
+def test_a_command_gets_a_whole_model_and_the_rows(cohort, tmp_path, monkeypatch):
     adapters, tasks = cohort
     script = tmp_path / "score.py"
     script.write_text(
@@ -220,6 +270,10 @@ def test_a_command_gets_a_whole_model_and_the_rows(cohort, tmp_path):
     command = CommandScore(f"{sys.executable} {script} {{model}} {{task}} {{rows}}", tokenizer)
     found = select_merge(adapters, CANDIDATES[:1], command, tasks=tasks, max_length=8, rows=6)
     assert found.ranked[0].scores["sizes"].value == pytest.approx(0.006)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "a folder"))
+    (tmp_path / "a folder").mkdir()
+    quoted = CommandScore("cat; test -d {model} && wc -l < {rows}", tokenizer)  # and nothing to read for `cat`
+    assert select_merge(adapters, CANDIDATES[:1], quoted, tasks=tasks, max_length=8, rows=6).base.mean.value == 6
     failing = CommandScore("echo broken {model}; exit 3", tokenizer)
     with pytest.raises(
         ValueError, match=r"ended with exit code 3 and printed 'broken .*its last line must be a number"
