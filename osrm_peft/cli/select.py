@@ -66,10 +66,12 @@ def select(
         lengths.append(one.max_length or 0)
         if score is not None and command is None:
             command = CommandScore(score, load_tokenizer(base_model or load_adapter(one.folder).base_model or ""))
+    if max_length is None:
+        max_length = max(lengths) or LENGTH
     selection = select_merge(
         named, candidates, command, tasks={name: load_task(found, name) for name, found in rows_of.items()},
         base_model=base_model, rule=rule, rows=rows, features=pairs(features) or None, gram=pairs(gram) or None,
-        fisher=pairs(fisher) or None, max_length=max_length or max(lengths) or LENGTH, seed=seed,
+        fisher=pairs(fisher) or None, max_length=max_length, seed=seed,
         rank=None if rank is None else parse_yaml(rank), halving=not all_rows, out=out, overwrite=overwrite,
         progress=progress(),
     )  # fmt: skip

@@ -10,9 +10,11 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrai
 
 from osrm_peft.adapters.load import load_adapter
 from osrm_peft.checkpoints.merge import load_merged_checkpoint
+from osrm_peft.checks import kind
 from osrm_peft.hub.card import model_card
 from osrm_peft.hub.sources import local_folder
-from osrm_peft.io.manifest import read_manifest
+from osrm_peft.io.manifest import MANIFEST, read_manifest
+from osrm_peft.io.yaml import check_fields, named
 from osrm_peft.merging.emr_adapter import EMRAdapter
 from osrm_peft.models.loading import load_tokenizer
 from osrm_peft.tasks.files import TaskData
@@ -70,7 +72,11 @@ class Subject:
         """The tasks' own data, if the manifest has it."""
         data = self.manifest.get("data") or {}
         own = data if self.kind != "adapter" else {str(self.manifest.get("task")): data} if data else {}
-        return {task: TaskData(**fields) for task, fields in own.items()} or None
+        with named(self.folder / MANIFEST):
+            for task, fields in own.items():
+                kind(task, fields, dict)
+                check_fields(f"data of {task}", fields, TaskData)
+            return {task: TaskData(**fields) for task, fields in own.items()} or None
 
     @cached_property
     def _masked(self) -> EMRAdapter:

@@ -97,7 +97,8 @@ def select_merge(
     choice("rule", rule, get_args(Rule))
     files = {"features": features, "gram": gram, "fisher": fisher, "base_model": base_model}
     found = _candidates(candidates, len(adapters), files, rank)
-    field = _Field.of(adapters, found, files, tasks, rows, integer("seed", seed, 0))
+    integer("max_length", max_length, 1)
+    field = _Field.of(adapters, found, files, tasks, rows, integer("seed", seed, 0), score is not None)
     settings = {"rule": rule, "rows": rows, "max_length": max_length, "seed": seed, "halving": halving}
     return _select(field, settings, score, out, overwrite, progress)
 
@@ -191,12 +192,19 @@ class _Field:
         tasks: Mapping[str, Task],
         rows: Any,
         seed: int,
+        own_score: bool = False,
     ) -> "_Field":
         if set(tasks) != set(check_names(adapters)):
             raise ValueError(f"tasks {sorted(tasks)} for adapters {sorted(adapters)}: give each adapter its task")
         inputs = gather(adapters, base_model=files.get("base_model"), heads="per_task")
         if inputs.base is None:
             raise ValueError("the adapters name no base model: give base_model=, its Hub id or folder")
+        causal = [name for name, one in inputs.adapters.items() if one.config.get("task_type") == "CAUSAL_LM"]
+        if causal and not own_score:
+            raise ValueError(
+                f"the adapter of {causal[0]!r} is of a causal language model, which has no head for the classes of a "
+                "task: give a score of your own, score= (--score)"
+            )
         plans: dict[str, MergePlan] = {}
         for candidate in candidates:
             if candidate.merge not in plans:

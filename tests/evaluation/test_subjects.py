@@ -62,6 +62,22 @@ def test_select_knows_the_tasks_data_and_length_of_the_adapters(trained, tmp_pat
     call("select", *words, "--score", "test -d {model} && echo 0.5", "--out", tmp_path / "other")
 
 
+@pytest.mark.parametrize("verb", ["evaluate", "select"])
+@pytest.mark.parametrize("length", ["0", "-1"])
+def test_a_length_that_cannot_be_is_refused(verb, length, trained, tmp_path, call):
+    more = ["--out", tmp_path / "s"] if verb == "select" else []
+    said = call(verb, trained["sizes"], *more, f"--max-length={length}", code=2)
+    assert f"--max-length {length} must be a whole number of at least 1" in said
+
+
+def test_data_that_a_manifest_names_wrongly_are_named(trained, tmp_path, call):
+    copy = shutil.copytree(trained["sizes"], tmp_path / "sizes")
+    manifest = json.loads((copy / "osrm_peft.json").read_text())
+    manifest["data"]["x"] = 1
+    (copy / "osrm_peft.json").write_text(json.dumps(manifest))
+    assert "osrm_peft.json: data of sizes has 'x'" in call("evaluate", copy, code=2)
+
+
 def test_a_sweep_is_scored_scale_by_scale_and_keeps_each_ones_scores(merged, call):
     found = scores(call, merged / "sweep", "--save")
     assert list(found) == ["sweep/scale_0.5", "sweep/scale_1.0", "sweep/scale_10.0"]  # by number

@@ -178,6 +178,17 @@ def test_a_candidate_that_fails_is_named(cohort, monkeypatch):
         select_merge(adapters, diverging, tasks=tasks, max_length=8)
 
 
+def test_a_causal_adapter_is_refused_before_any_work(cohort, tmp_path, monkeypatch):
+    adapters, tasks = cohort
+    monkeypatch.setattr("osrm_peft.selection.select.execute", None)  # no merge is made
+    copies = {name: shutil.copytree(folder, tmp_path / name) for name, folder in adapters.items()}
+    for folder in copies.values():
+        config = json.loads((folder / "adapter_config.json").read_text())
+        (folder / "adapter_config.json").write_text(json.dumps(config | {"task_type": "CAUSAL_LM"}))
+    with pytest.raises(ValueError, match=r"'colours' is of a causal language model, .*give a score of your own"):
+        select_merge(copies, CANDIDATES[:1], tasks=tasks, max_length=8)
+
+
 def test_two_selections_do_not_share_a_folder_at_once(cohort, tmp_path):
     adapters, tasks = cohort
     with alone_in(tmp_path / "s"), pytest.raises(FileExistsError, match="another process writes in"):
