@@ -275,7 +275,12 @@ class _Checker:
             self.add(key, str(error))
 
     def _places(self, recipe: Recipe) -> None:
-        """Whether results can be written; nothing is, so the mode bits have to do."""
+        """Whether features of others are there, and results can be written; none is, so the mode bits have to do."""
+        for key in ("out_of_task", "in_task"):
+            named = (recipe.osrm or {}).get(key) or []
+            for file in [named] if isinstance(named, str) else named:
+                if Path(file).suffix == ".safetensors" and ":" not in file and not Path(file).is_file():
+                    self.add(f"osrm.{key}", f"no features file {file}: write it with `osrm-peft features`")
         for key in ("out", "features") if "features" in self.lines else ("out",):
             place = Path(getattr(recipe, key)).absolute()
             try:

@@ -136,6 +136,11 @@ class Recipe:
         integer("lora in the recipe: r", lora["r"], 1)
         number("lora in the recipe: lora_alpha", lora["lora_alpha"])
         check_fields("osrm in the recipe", self.osrm or {}, OSRMLoraConfig, ("lora_alpha", "init_lora_weights"))
+        if lora.get("task_type") != "SEQ_CLS":
+            raise ValueError(f"task_type={shown(lora.get('task_type'))} in lora of the recipe must be SEQ_CLS")
+        for name, instead in _OURS.items():
+            if name in self.training:
+                raise ValueError(f"{name} is given by {instead}: leave it out of training in the recipe")
         known = {one.name for one in dataclasses.fields(TrainingArguments)}  # `train` refuses the others
         shared = {name: value for name, value in self.training.items() if name in known}
         check_fields("training in the recipe", shared, TrainingArguments)
@@ -349,6 +354,7 @@ def _placed(fields: dict[str, Any], names: Sequence[str], place: Callable[[str],
     return {name: one(value) if name in names else value for name, value in fields.items()}
 
 
+_OURS = {"output_dir": "the adapter's folder", "seed": "the recipe's own seed"}  # of TrainingArguments
 _PATHS = (*FORMATS, ".safetensors", ".yaml", ".yml")
 _KINDS = {
     "model": str,

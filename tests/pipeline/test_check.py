@@ -67,6 +67,12 @@ MISTAKES = {
     "option": (
         {"select.candidates": [{"method": "ties", "options": {"densty": 1}}]}, "select", "select", "no option densty",
     ),
+    "training folder": ({"training.output_dir": "x"}, "training.output_dir", "output_dir", "the adapter's folder"),
+    "seed of the training": ({"training.seed": 3}, "training.seed", "seed", "the recipe's own seed"),
+    "causal": ({"lora.task_type": "CAUSAL_LM"}, "lora.task_type", "task_type", "must be SEQ_CLS"),
+    "others' features": (
+        {"osrm.out_of_task": ["x.safetensors"]}, "osrm.out_of_task", "out_of_task", "no features file .*x.safetensors",
+    ),
     "rank of the choice": ({"select.rank": "big"}, "select", "select", "'big' must be a whole number"),
     "weights": (
         {"select.candidates": [{"method": "average", "weights": {"q": 1}}]}, "select", "select", "weights for q, the",

@@ -104,7 +104,7 @@ def test_an_interrupted_training_goes_on_from_its_checkpoint(tmp_path, monkeypat
 def test_bad_recipes(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no recipe .*nothing.yaml: see recipes/configs/"):
         Recipe.from_yaml(tmp_path / "nothing.yaml")
-    with pytest.raises(ValueError, match=r"a recipe needs model and suite and knows .*'modle'"):
+    with pytest.raises(ValueError, match=r"a recipe needs model and knows .*'modle'"):
         Recipe.from_yaml(write(tmp_path, modle="x"))
     with pytest.raises(ValueError, match=r"unknown task twets in suite 'packaged': choose from questions"):
         Recipe.from_yaml(write(tmp_path, tasks=["twets"])).task_names()
@@ -122,7 +122,7 @@ def test_bad_recipes(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"tasks": "tweets"}, r"tasks='tweets' in the recipe must be list \| None, not str"),
+        ({"tasks": "tweets"}, r"tasks='tweets' in the recipe must be list \| dict \| None, not str"),
         ({"lora": ["a"]}, r"lora=\['a'\] in the recipe must be dict"),
         ({"model": None}, r"model=None in the recipe must be str"),
         ({"num_samples": "10"}, r"num_samples='10' must be a whole number of at least 1"),
