@@ -432,3 +432,10 @@ def test_the_csv_of_a_sheet_without_newlines_at_its_end(tmp_path):
     (tmp_path / "t.csv").write_text(buffer.getvalue().rstrip("\n"))
     facts = guess(tmp_path / "t.csv")
     assert facts.columns == ["column 1", "text", "label"] and facts.data.text == "text"
+
+
+def test_a_fault_that_is_kept_leaves_the_reading_of_other_files_alone(tmp_path):
+    (tmp_path / "ragged.csv").write_text("text,label\na,b,c\n")
+    with pytest.raises(ValueError, match=r"ragged.csv") as kept:
+        TaskData(str(tmp_path / "ragged.csv")).load("ragged")
+    assert csv.field_size_limit() >= 131072 and kept.value.__traceback__ is not None
