@@ -183,6 +183,11 @@ def quiet_libraries() -> None:
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning)
+    for constant in (
+        "A single label was found in",
+        "An input array is constant",
+    ):  # a score of 0, sklearn's and scipy's
+        warnings.filterwarnings("ignore", message=constant)
 
 
 def as_typed(text: str) -> str:

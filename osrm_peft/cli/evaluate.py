@@ -36,6 +36,7 @@ def evaluate(
 
     Under `accelerate launch … -m osrm_peft` the processes share the rows.
     """
+    from osrm_peft.checks import integer
     from osrm_peft.distributed import start
     from osrm_peft.evaluation.subjects import LENGTH, subjects
     from osrm_peft.evaluation.tables import MultiTaskTable, Score
@@ -44,6 +45,8 @@ def evaluate(
     from osrm_peft.training.recipe import suite_of
 
     quiet_libraries()
+    if max_length is not None:
+        integer("max_length", max_length, 1)
     settings = {"adapter": adapter, "suite": suite, "model": base_model, "rows": rows, "max_length": max_length}
     if out is not None:
         _check_scores_file(check_file(out), settings, overwrite)
@@ -56,7 +59,7 @@ def evaluate(
         _check_folder(subject, records, adapter, overwrite)
     scores, processes = [], start()
     for subject in found:
-        values = _values(subject, tasks, max_length or subject.max_length or LENGTH)
+        values = _values(subject, tasks, (subject.max_length or LENGTH) if max_length is None else max_length)
         scale = subject.manifest.get("scale") if "method" in subject.manifest else None
         scores += [Score(subject.name, subject.method, scale, 0, name, value) for name, value in values.items()]
         if save and processes.is_main_process:

@@ -47,7 +47,8 @@ def select(
     An interrupted selection goes on where it stopped. Half of the validation rows, or the tasks' own test rows, have no
     say in the choice; the last lines are of these.
     """
-    from osrm_peft.evaluation.subjects import subjects, trained_length
+    from osrm_peft.adapters.load import load_adapter
+    from osrm_peft.evaluation.subjects import LENGTH, subjects
     from osrm_peft.models.loading import load_tokenizer
     from osrm_peft.selection.command import CommandScore
     from osrm_peft.selection.select import select_merge
@@ -56,17 +57,21 @@ def select(
 
     quiet_libraries()
     named = sources(adapters)
-    rows_of = dict.fromkeys(named, suite_of(suite)) if suite else {}
+    rows_of: dict[str, Any] = dict.fromkeys(named, suite_of(suite)) if suite else {}
     command: Any = None
+    lengths = []
     for name, source in named.items():
         one = subjects(source, base_model)[0]
         rows_of.setdefault(name, one.suite or "packaged")
+        lengths.append(one.max_length or 0)
         if score is not None and command is None:
-            command = CommandScore(score, load_tokenizer(base_model or one.manifest["base_model"]))
+            command = CommandScore(score, load_tokenizer(base_model or load_adapter(one.folder).base_model or ""))
+    if max_length is None:
+        max_length = max(lengths) or LENGTH
     selection = select_merge(
         named, candidates, command, tasks={name: load_task(found, name) for name, found in rows_of.items()},
         base_model=base_model, rule=rule, rows=rows, features=pairs(features) or None, gram=pairs(gram) or None,
-        fisher=pairs(fisher) or None, max_length=max_length or trained_length(named.values()), seed=seed,
+        fisher=pairs(fisher) or None, max_length=max_length, seed=seed,
         rank=None if rank is None else parse_yaml(rank), halving=not all_rows, out=out, overwrite=overwrite,
         progress=progress(),
     )  # fmt: skip

@@ -1,6 +1,6 @@
 """What can be scored: adapters, merges, sweeps and full models, each with its tasks, length and tokenizer."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -10,12 +10,15 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrai
 
 from osrm_peft.adapters.load import load_adapter
 from osrm_peft.checkpoints.merge import load_merged_checkpoint
+from osrm_peft.checks import kind
 from osrm_peft.hub.card import model_card
 from osrm_peft.hub.sources import local_folder
-from osrm_peft.io.manifest import read_manifest
+from osrm_peft.io.manifest import MANIFEST, read_manifest
+from osrm_peft.io.yaml import check_fields, named
 from osrm_peft.merging.emr_adapter import EMRAdapter
 from osrm_peft.models.loading import load_tokenizer
-from osrm_peft.tasks.files import TaskData
+from osrm_peft.tasks.files import SPLITS, TaskData
+from osrm_peft.tasks.rows import FORMATS
 from osrm_peft.tasks.suites import Suite
 
 LENGTH = 128  # tokens a row is cut to where nothing says how long the rows of the training were
@@ -67,10 +70,21 @@ class Subject:
 
     @property
     def suite(self) -> Suite | None:
-        """The tasks' own data, if the manifest has it."""
+        """The tasks' own data, if the manifest has it.
+
+        Raises:
+            ValueError: it is in files that are not on this machine, as for what comes from the Hub.
+        """
         data = self.manifest.get("data") or {}
         own = data if self.kind != "adapter" else {str(self.manifest.get("task")): data} if data else {}
-        return {task: TaskData(**fields) for task, fields in own.items()} or None
+        with named(self.folder / MANIFEST):
+            for task, fields in own.items():
+                kind(task, fields, dict)
+                check_fields(f"data of {task}", fields, TaskData)
+                for file in (fields[split] for split in SPLITS if isinstance(fields.get(split), str)):
+                    if file.lower().endswith(FORMATS) and not (Path(file).is_absolute() and Path(file).is_file()):
+                        raise ValueError(f"the data of {task!r}, {file}, are not here: name the rows with suite=")
+            return {task: TaskData(**fields) for task, fields in own.items()} or None
 
     @cached_property
     def _masked(self) -> EMRAdapter:
@@ -124,13 +138,6 @@ def subjects(source: str, base_model: str | None = None) -> list[Subject]:
         return [_subject(f"{Path(source).name}/{folder.name}", folder, base_model) for folder in scales]
     folder = local_folder(source, ["*.json", "*.safetensors", "heads/*.safetensors", "tokenizer*", "vocab*", "*.txt"])
     return [_subject(Path(source).name, folder, base_model)]
-
-
-def trained_length(sources: Iterable[str]) -> int:
-    """Tokens a row was cut to when these adapters were trained, the most of any; 128 where none says so."""
-    folders = [Path(source) for source in sources if Path(source).is_dir()]
-    lengths = [read_manifest(folder).get("max_length") for folder in folders]
-    return max((length for length in lengths if isinstance(length, int)), default=LENGTH)
 
 
 def _subject(name: str, folder: Path, base_model: str | None) -> Subject:

@@ -117,7 +117,7 @@ class _Checker:
                 good[name] = self._nested(name, dict(content[name]))
                 if name == "push" and len(self.found) > before:
                     del good[name]
-        for label, fields in (content["inits"] if isinstance(content.get("inits"), Mapping) else {}).items():
+        for label, fields in (good["inits"] if isinstance(good.get("inits"), Mapping) else {}).items():
             if isinstance(fields, Mapping):
                 good["inits"] = good["inits"] | {label: self._nested(f"inits.{label}", dict(fields), "osrm")}
         if isinstance(content.get("tasks"), Mapping):
@@ -206,7 +206,10 @@ class _Checker:
 
     def _recipe(self, good: dict[str, Any]) -> Recipe | None:
         """The recipe of what is good so far; a mistake that shows only here goes to the key that the error names."""
-        if "model" not in good or (isinstance(good.get("tasks"), dict) and not good["tasks"]):
+        none = isinstance(good.get("tasks"), dict) and not good["tasks"]
+        if none and not self.dropped:
+            self.add("tasks", "no task: a merge needs at least two, {reviews: {train: reviews.csv}, …}")
+        if "model" not in good or none:
             return None
         try:
             recipe = Recipe(**good).below(self.path.parent)
@@ -272,10 +275,19 @@ class _Checker:
             self.add(key, str(error))
 
     def _places(self, recipe: Recipe) -> None:
-        """Whether results can be written; nothing is, so the mode bits have to do."""
-        for key in ("out", "features"):
+        """Whether features of others are there, and results can be written; none is, so the mode bits have to do."""
+        for key in ("out_of_task", "in_task"):
+            named = (recipe.osrm or {}).get(key) or []
+            for file in [named] if isinstance(named, str) else named:
+                if Path(file).suffix == ".safetensors" and ":" not in file and not Path(file).is_file():
+                    self.add(f"osrm.{key}", f"no features file {file}: write it with `osrm-peft features`")
+        for key in ("out", "features") if "features" in self.lines else ("out",):
             place = Path(getattr(recipe, key)).absolute()
-            above = next(one for one in (place, *place.parents) if one.exists())
+            try:
+                above = next(one for one in (place, *place.parents) if one.exists())
+            except (OSError, ValueError) as error:  # a name that is too long, or that no file can have
+                self.add(key, f"{shown(str(place))} cannot be a folder ({error}): name another")
+                continue
             if not above.is_dir() or not os.access(above, os.W_OK):
                 self.add(key, f"{above} is no folder that can be written to: name another")
 
@@ -303,16 +315,23 @@ def _nearest(name: Any, known: Any) -> str:
     return " ".join(filter(None, (mean, listed[:1500])))
 
 
-def _lines(node: Any, above: str = "") -> Iterator[tuple[str, int]]:
-    """(dotted key, line) of all keys and items; an item of a list of texts has its text as its last part, too."""
+def _lines(node: Any, above: str = "", seen: set[int] | None = None) -> Iterator[tuple[str, int]]:
+    """(dotted key, line) of all keys and items; an item of a list of texts has its text as its last part, too.
+
+    What an anchor names is listed where it is first met: it may hold itself, or more than there is time for.
+    """
+    seen = set() if seen is None else seen
+    if id(node) in seen:
+        return
+    seen.add(id(node))
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
             place = f"{above}.{key.value}" if above else str(key.value)
             yield place, key.start_mark.line + 1
-            yield from _lines(value, place)
+            yield from _lines(value, place, seen)
     elif isinstance(node, yaml.SequenceNode):
         for number, value in enumerate(node.value):
             yield f"{above}.{number}", value.start_mark.line + 1
             if isinstance(value, yaml.ScalarNode):
                 yield f"{above}.{value.value}", value.start_mark.line + 1
-            yield from _lines(value, f"{above}.{number}")
+            yield from _lines(value, f"{above}.{number}", seen)

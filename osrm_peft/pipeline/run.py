@@ -14,7 +14,7 @@ from osrm_peft.evaluation.plots import plot_interference
 from osrm_peft.hub.push import push_to_hub
 from osrm_peft.io.json import read_object, write_json
 from osrm_peft.io.manifest import MANIFEST, read_manifest, versions
-from osrm_peft.io.places import check_file, check_folder
+from osrm_peft.io.places import alone_in, check_file, check_folder
 from osrm_peft.io.tensors import data_sha256
 from osrm_peft.io.yaml import check_fields
 from osrm_peft.merging.methods.registry import METHODS
@@ -57,13 +57,26 @@ def check_steps(recipe: Recipe) -> None:
     fields = SelectFields(**recipe.select)
     if fields.rows is not None:
         integer("rows of select in the recipe", fields.rows, 2, LARGEST)
-    if isinstance(fields.candidates, str):
-        read_candidates(fields.candidates)
-    elif fields.candidates is not None:
-        expand(fields.candidates)
+    if fields.rank not in (None, "serving"):
+        integer("rank of select in the recipe", fields.rank, 1)
+    names = set(recipe.task_names())
+    for candidate in _candidates(fields.candidates):
+        weights = candidate.fields.get("weights")
+        if isinstance(weights, dict) and set(weights) != names:
+            raise ValueError(
+                f"the candidate {candidate.name!r} has weights for {', '.join(map(str, weights))}, the recipe's tasks "
+                f"are {', '.join(sorted(names))}: give one for each"
+            )
+    folders: dict[str, str] = {}
     for label in recipe.inits or {}:
-        if not _folder_of(label):
+        folder = _folder_of(label) if isinstance(label, str) else ""
+        if not folder:
             raise ValueError(f"inits in the recipe: {label!r} gives no name of a folder: use letters or digits")
+        if folders.setdefault(folder.lower(), label) != label:
+            raise ValueError(
+                f"inits in the recipe: {folders[folder.lower()]!r} and {label!r} would share the folder {folder!r}: "
+                "rename one"
+            )
     if recipe.push is not None:
         check_fields("push in the recipe", recipe.push, PushFields)
         if not recipe.push.get("repo"):
@@ -90,21 +103,8 @@ def run_recipe(recipe: Recipe, *, say: Callable[[str], None] = print, progress: 
         FileExistsError: `out` holds a result that no run has made.
     """
     run = _Run(recipe, say, progress)
-    run.collect_features()
-    selections = {}
-    for init in run.inits:
-        run.train(init)
-        run.collect_statistics(init)
-    run.measure_interference()
-    for init in run.inits:
-        selections[init.label] = run.select(init)
-    run.report()
-    best = max(selections.values(), key=lambda one: _top(one)["value"]["value"])
-    if len(selections) > 1:
-        say(_compared(selections))
-    if recipe.push is not None:
-        run.push(Path(best["folder"]))
-    return best
+    with alone_in(run.out):
+        return run.all()
 
 
 def read_selections(recipe: Recipe) -> dict[str, dict[str, Any]]:
@@ -142,7 +142,9 @@ class _Run:
         self.recipe, self.say, self.progress, self.out = recipe, say, progress, check_folder(recipe.out)
         names = recipe.task_names()
         if len(names) < 2:
-            raise ValueError(f"the recipe has one task, {names[0]!r}: a merge needs at least two")
+            raise ValueError(
+                f"the recipe has {f'one task, {names[0]!r}' if names else 'no task'}: a merge needs at least two"
+            )
         self.tasks = {name: recipe.task(name) for name in names}
         self.features = {name: recipe.features_file(name) for name in names}
         self.inits = list(self._inits())
@@ -151,6 +153,9 @@ class _Run:
         files = sum(len(files) for init in self.inits for files in (init.adapters, *init.statistics.values()))
         total = len(names) + files + 1 + len(self.inits) + 1 + (recipe.push is not None)
         self.steps = Steps(self.out, say, total)
+        page = self.out / "report.html"
+        if page.exists() and not self.steps.made:
+            raise FileExistsError(f"{page} exists, and no run made it: name another folder with out, or move it")
 
     def _inits(self) -> Iterator[_Init]:
         inits = self.recipe.inits or {"": self.recipe.osrm}
@@ -165,6 +170,24 @@ class _Run:
             for name in self.tasks:
                 recipe.lora_config(name)
             yield init
+
+    def all(self) -> dict[str, Any]:
+        """All steps; see `run_recipe`."""
+        self.collect_features()
+        selections = {}
+        for init in self.inits:
+            self.train(init)
+            self.collect_statistics(init)
+        self.measure_interference()
+        for init in self.inits:
+            selections[init.label] = self.select(init)
+        self.report()
+        best = max(selections.values(), key=lambda one: _top(one)["value"]["value"])
+        if len(selections) > 1:
+            self.say(_compared(selections))
+        if self.recipe.push is not None:
+            self.push(Path(best["folder"]))
+        return best
 
     def collect_features(self) -> None:
         """One features file a task, on the pre-trained model, which is loaded once."""
@@ -188,7 +211,7 @@ class _Run:
                 "reference": getattr(config, "reference", False),
                 "target_modules": sorted(targets) if isinstance(targets := config.target_modules, set) else targets,
             }
-            if self.steps.needs(f"features/{name}", made_from, path.exists()):
+            if self.steps.needs(f"features/{name}", made_from, path.exists(), path):
                 base = recipe.base() if base is None else base
                 recipe.collect(name, base=base, progress=self.progress).save(path)
                 self.steps.done(f"features/{name}", made_from)
@@ -214,7 +237,7 @@ class _Run:
             for name, path in files.items():
                 adapter = init.adapters[name]
                 step, made_from = init.name("statistics", f"{name}.{kind}"), {"adapter": _hash(adapter), "rows": rows}
-                if self.steps.needs(step, made_from, path.exists()):
+                if self.steps.needs(step, made_from, path.exists(), path):
                     init.recipe.collect_statistics(kind, name, adapter, num_samples=rows, progress=self.progress).save(
                         path
                     )
@@ -243,6 +266,7 @@ class _Run:
         given = fields | {"candidates": [one.name for one in _candidates(fields.get("candidates"))]}
         made_from = {"select": given, "rows": rows, "max_length": self.recipe.max_length, **self._hashes(init)}
         made_from["statistics"] = statistics
+        made_from["metrics"] = {name: task.metric for name, task in self.tasks.items()}
         if self.steps.needs(step, made_from, (init.selection / TABLE).is_file()):
             arguments: Any = {**fields, **init.statistics}
             selection = select_merge(
@@ -251,7 +275,8 @@ class _Run:
                 overwrite=True, progress=self.progress, **arguments,
             )  # fmt: skip
             self.steps.done(step, made_from)
-            self.say(selection.verdict())
+            if init.label:
+                self.say(f"{init.label}: {selection.verdict()}")
         found = [init.selection / name for name in (WINNER, PER_TASK)]
         folder = next(one for one in found if one.is_dir())
         return read_object(init.selection / TABLE) | {"folder": str(folder)}

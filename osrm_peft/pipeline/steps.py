@@ -25,14 +25,17 @@ class Steps:
     def __init__(self, out: Path, say: Callable[[str], None], total: int) -> None:
         self.path, self.say, self.total, self.place = check_file(out / FILE), say, total, 0
         self.made: dict[str, Any] = read_object(self.path) if self.path.is_file() else {}
+        if not all(isinstance(made, dict) for made in self.made.values()):
+            raise ValueError(f"{self.path} is no file of a run: name another folder with out=, or remove it")
 
-    def needs(self, name: str, made_from: Mapping[str, Any], exists: bool) -> bool:
+    def needs(self, name: str, made_from: Mapping[str, Any], exists: bool, path: Path | None = None) -> bool:
         """Whether to make a result, and the line that says so.
 
         Args:
             name: the result's path in the folder of the run.
             made_from: what it is to be made from.
             exists: whether there is one.
+            path: of the result, if its name is another.
 
         Raises:
             FileExistsError: there is one that no run has made.
@@ -45,10 +48,12 @@ class Steps:
         elif before == now:
             self.say(f"{counted}: is there already")
             return False
+        elif before is None and self.begun(name) is not None:  # it was to be made anew, or was not noted yet
+            self.say(f"{counted}: making it anew (an earlier run was interrupted)")
         elif before is None:
             raise FileExistsError(
-                f"{self.path.parent / name} exists, and no run of a recipe made it: name another folder with out=, or "
-                "remove it"
+                f"{path or self.path.parent / name} exists, and no run into {self.path.parent} made it: name another "
+                f"folder, or remove it"
             )
         else:
             self.say(f"{counted}: making it anew ({difference(before, now)})")

@@ -5,10 +5,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from osrm_peft.checks import number, shown
+from osrm_peft.checks import choice, integer, number, shown
 from osrm_peft.io.yaml import named, parse_yaml
+from osrm_peft.merging.inputs import HeadPolicy
 from osrm_peft.merging.methods.registry import METHODS, get_method
 from osrm_peft.merging.request import MergeRequest
 from osrm_peft.merging.rules import LeastSquares
@@ -160,6 +161,12 @@ def _sweep(entry: Mapping[str, Any]) -> list[Candidate]:
         raise ValueError(f"options={shown(options)} must map names to values")
     scales = _listed("scale", fields.pop("scale", None))
     ranks = _listed("rank", fields.pop("rank", None))
+    for rank in ranks:
+        if rank not in (None, "serving"):
+            integer("rank", rank, 1)
+    if method.per_task and ranks != [None]:
+        raise ValueError(f"{method.name} has a result for each task, which takes no rank: leave rank out")
+    choice("heads policy", fields.get("heads", "per_task"), get_args(HeadPolicy))
     grid = [_listed(name, value) for name, value in options.items()]
     found = []
     for rank, *values in product(ranks, *grid):

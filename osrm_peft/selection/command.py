@@ -1,6 +1,8 @@
 """A command as a score: it gets a model's folder and the task's rows, and prints a number."""
 
 import json
+import re
+import shlex
 import subprocess
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,8 +18,8 @@ class CommandScore:
     """score(model, task) by a command of the user's.
 
     `{model}` in the command becomes a folder with the whole merged model and its tokenizer, `{task}` the task's name,
-    `{rows}` a file of JSON lines with `sentence1`, `sentence2` and `label`. The last line that the command prints is
-    the score, higher is better.
+    `{rows}` a file of JSON lines with `sentence1`, `sentence2` and `label`; each is quoted for the shell. The last line
+    that the command prints is the score, higher is better.
 
     Attributes:
         command: for the shell.
@@ -45,10 +47,11 @@ class CommandScore:
             self.tokenizer.save_pretrained(place)
             with new_file(rows) as partial:
                 partial.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in task.validation))
-            text = self.command
-            for name, value in {"model": place, "task": task.name, "rows": rows}.items():
-                text = text.replace(f"{{{name}}}", str(value))
-            ran = subprocess.run(text, shell=True, capture_output=True, text=True)
+            values = {"model": str(place), "task": task.name, "rows": str(rows)}
+            text = re.sub(r"\{(model|task|rows)\}", lambda found: shlex.quote(values[found[1]]), self.command)
+            ran = subprocess.run(
+                text, shell=True, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace"
+            )
         lines = ran.stdout.strip().splitlines()
         try:
             if ran.returncode == 0:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from transformers import PreTrainedModel
@@ -144,7 +145,10 @@ class Scorer:
     def _values(self, contestant: Contestant, key: str, task: Task, size: int) -> np.ndarray:
         if (contestant.name, key, size) not in self._known:
             measure = self._measured if self.score is None else self._called
-            self._known[contestant.name, key, size] = measure(contestant, key, task, size)
+            try:
+                self._known[contestant.name, key, size] = measure(contestant, key, task, size)
+            except (ValueError, torch.linalg.LinAlgError) as error:
+                raise ValueError(f"{contestant.name!r} has no score on {task.name!r}: {error}") from error
         return self._known[contestant.name, key, size]
 
     def _measured(self, contestant: Contestant, key: str, task: Task, size: int) -> np.ndarray:

@@ -12,10 +12,11 @@ from osrm_peft.hub.privacy import public_name
 from osrm_peft.io.json import read_object, write_json
 from osrm_peft.io.manifest import check_replaceable, read_manifest
 from osrm_peft.io.places import check_folder, new_file
+from osrm_peft.io.yaml import named
 from osrm_peft.selection.selection import Line, Selection
 
 TABLE, PAGE, WINNER, PER_TASK, CACHE = "selection.json", "selection.md", "winner", "best_per_task", "cache"
-_SAME = ("settings", "candidates", "base_model", "inputs")  # two selections that agree in these are one
+_SAME = ("settings", "candidates", "base_model", "inputs", "data")  # two selections that agree in these are one
 
 
 class SelectionFolder:
@@ -31,7 +32,7 @@ class SelectionFolder:
 
     def __init__(self, path: str | Path, made: Mapping[str, Any], overwrite: bool) -> None:
         self.path = check_folder(path)
-        self.cache = self.path / CACHE
+        self.cache = check_folder(self.path / CACHE)
         entries = {entry.name for entry in self.path.iterdir()} if self.path.is_dir() else set()
         foreign = sorted(name for name in entries - {TABLE, PAGE, WINNER, PER_TASK, CACHE} if not name.startswith("."))
         if foreign or (entries and not entries & {TABLE, CACHE}):
@@ -39,7 +40,8 @@ class SelectionFolder:
             raise FileExistsError(f"{path} holds {held} and is no selection's folder: name a new one")
         for name, kind in ((WINNER, "merged"), (PER_TASK, "emr")):
             check_replaceable(self.path / name, kind)
-        lost = self._differs(made) if TABLE in entries and not overwrite else None
+        with named(self.path / TABLE):
+            lost = self._differs(made) if TABLE in entries and not overwrite else None
         if lost:
             raise FileExistsError(
                 f"{path} holds another selection ({lost}), which would be lost: name a new folder, or replace it with "
@@ -51,7 +53,10 @@ class SelectionFolder:
         for one in (earlier, now):  # from another working directory the same files have other names
             one["base_model"] = public_name(one.get("base_model"))
             inputs = one.get("inputs") or {}
-            one["inputs"] = {task: about.get("sha256") or about.get("source") for task, about in inputs.items()}
+            one["inputs"] = {
+                task: [about.get("sha256") or about.get("source"), about.get("config")]
+                for task, about in inputs.items()
+            }
         for name in _SAME:
             if earlier.get(name) != now.get(name):
                 return f"{name} {shown(earlier.get(name))}, not {shown(now.get(name))}"

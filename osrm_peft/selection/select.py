@@ -1,7 +1,9 @@
 """select_merge: merge every candidate once, score on held-out rows, rank, and say how sure the choice is."""
 
 import hashlib
+import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,10 +14,11 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from osrm_peft.adapters.live import LiveBase
+from osrm_peft.adapters.lora_adapter import LoraAdapter
 from osrm_peft.checks import choice, integer
 from osrm_peft.hub.privacy import public_name
 from osrm_peft.io.manifest import command, versions
-from osrm_peft.io.places import check_folder
+from osrm_peft.io.places import alone_in, check_folder
 from osrm_peft.merging.emr_adapter import EMRAdapter
 from osrm_peft.merging.inputs import Adapters, Inputs, check_names, gather
 from osrm_peft.merging.merge import execute
@@ -92,24 +95,28 @@ def select_merge(
         ValueError: from the checks of each merge, before any is made; other tasks than adapters; too few rows.
     """
     choice("rule", rule, get_args(Rule))
-    check_folder("." if out is None else out)
+    if out is not None:
+        check_folder(out)
     files = {"features": features, "gram": gram, "fisher": fisher, "base_model": base_model}
     found = _candidates(candidates, len(adapters), files, rank)
-    field = _Field.of(adapters, found, files, tasks, rows, integer("seed", seed, 0))
+    integer("max_length", max_length, 1)
+    field = _Field.of(adapters, found, files, tasks, rows, integer("seed", seed, 0), score is not None)
     settings = {"rule": rule, "rows": rows, "max_length": max_length, "seed": seed, "halving": halving}
     return _select(field, settings, score, out, overwrite, progress)
 
 
 def _select(field: "_Field", settings: dict[str, Any], score: Any, out: Any, overwrite: bool, bars: bool) -> Selection:
-    """Claim the folder, run the race, and write what it found."""
-    made = field.made() | {"settings": settings}
-    causal = [name for name, one in field.inputs.adapters.items() if one.config.get("task_type") == "CAUSAL_LM"]
-    if causal and score is None:
-        raise ValueError(
-            f"{', '.join(causal)}: adapters of a causal language model have no head for classes, so no metric of ours "
-            "scores them: give score=, a function of (model, task) or a command"
-        )
-    folder = None if out is None else SelectionFolder(out, made, overwrite)
+    """Claim the folder, which no other process writes to meanwhile, and fill it."""
+    named = None if score is None else getattr(score, "identity", None) or getattr(score, "__name__", "a function")
+    made = field.made() | {"settings": settings | {"score": named}}
+    with nullcontext() if out is None else alone_in(check_folder(out)):
+        folder = None if out is None else SelectionFolder(out, made, overwrite)
+        selection = _run(field, settings, score, folder, made, bars)
+    return selection
+
+
+def _run(field: "_Field", settings: dict[str, Any], score: Any, folder: Any, made: Any, bars: bool) -> Selection:
+    """Run the race, and write what it found."""
     field.read(None if folder is None else folder.cache, settings["max_length"], score)
     live, tokenizer = LiveBase(field.base), load_tokenizer(field.base)
     lengths = {name: settings[name] for name in ("max_length", "seed")}
@@ -187,12 +194,19 @@ class _Field:
         tasks: Mapping[str, Task],
         rows: Any,
         seed: int,
+        own_score: bool = False,
     ) -> "_Field":
         if set(tasks) != set(check_names(adapters)):
             raise ValueError(f"tasks {sorted(tasks)} for adapters {sorted(adapters)}: give each adapter its task")
         inputs = gather(adapters, base_model=files.get("base_model"), heads="per_task")
         if inputs.base is None:
             raise ValueError("the adapters name no base model: give base_model=, its Hub id or folder")
+        causal = [name for name, one in inputs.adapters.items() if one.config.get("task_type") == "CAUSAL_LM"]
+        if causal and not own_score:
+            raise ValueError(
+                f"the adapter of {causal[0]!r} is of a causal language model, which has no head for the classes of a "
+                "task: give a score of your own, score= (--score)"
+            )
         plans: dict[str, MergePlan] = {}
         for candidate in candidates:
             if candidate.merge not in plans:
@@ -210,14 +224,12 @@ class _Field:
 
     def read(self, cache: Path | None, max_length: int, score: Score | None) -> None:
         """Take over what an earlier run has found."""
-        hashes = {name: adapter.sha256 for name, adapter in self.inputs.adapters.items()}
+        hashes = {name: [one.sha256, _config_hash(one)] for name, one in self.inputs.adapters.items()}
         identity = getattr(score, "identity", None)  # of a function nobody knows whether it is the same
-        if cache is None or None in hashes.values() or (score is not None and identity is None):
+        known = all(weights is not None for weights, _ in hashes.values())
+        if cache is None or not known or (score is not None and identity is None):
             return
-        rows = {
-            name: [fingerprint(task.validation) for task in (one.choose, one.test) if task is not None]
-            for name, one in self.rows.items()
-        }
+        rows = self.fingerprints()
         made = {name: versions()[name] for name in ("osrm_peft", "torch", "transformers")}
         context = [
             hashes,
@@ -231,14 +243,22 @@ class _Field:
         for contestant in (self.alone, self.bare, *self.contestants):
             contestant.read(cache, context)
 
+    def fingerprints(self) -> dict[str, list[str]]:
+        """{task: hashes of the rows that choose, and of the rows for the test}."""
+        return {
+            name: [fingerprint(task.validation) for task in (one.choose, one.test) if task is not None]
+            for name, one in self.rows.items()
+        }
+
     def made(self) -> dict[str, Any]:
         """How the selection is made, for its file."""
         inputs = {
-            name: {"source": one.source, "sha256": one.sha256, "rank": one.rank}
+            name: {"source": one.source, "sha256": one.sha256, "config": _config_hash(one), "rank": one.rank}
             for name, one in self.inputs.adapters.items()
         }
         names = [candidate.name for candidate in self.candidates]
-        about = {"base_model": self.base, "inputs": inputs, "candidates": names}
+        data = {name: [one.choose.metric, *self.fingerprints()[name]] for name, one in self.rows.items()}
+        about = {"base_model": self.base, "inputs": inputs, "candidates": names, "data": data}
         return about | {"command": command(), "versions": versions()}
 
 
@@ -284,7 +304,11 @@ class _Race:
 
     def value(self, contestant: Contestant, share: float) -> np.ndarray:
         """(1 + B,) what the rule ranks by."""
-        return value_of(self.rule, self.scorer.on(contestant, share), self.scorer.on(self.field.alone, share))
+        return value_of(self.rule, self.scorer.on(contestant, share), self.alone())
+
+    def alone(self) -> dict[str, float]:
+        """{task: the score of its own adapter on all rows that choose}, what the rules compare with."""
+        return {task: float(values[0]) for task, values in self.scorer.on(self.field.alone, 1.0).items()}
 
     def test(self, *rankings: _Ranking) -> list[Line]:
         """The best of each ranking, the adapters and the base, on rows that had no say in the choice."""
@@ -332,11 +356,17 @@ class _Race:
             rows,
             {task.removesuffix("/test"): Estimate.of(values) for task, values in scores.items()},
             Estimate.of(np.mean(list(scores.values()), axis=0)),
-            Estimate.of(value_of(self.rule, scores, alone)),
+            Estimate.of(value_of(self.rule, scores, {task: float(values[0]) for task, values in alone.items()})),
             None if contestant in (self.field.alone, self.field.bare) else kept_of(scores, alone, bare),
             None if behind is None else Estimate.of(behind),
             None if candidate is None else {**candidate.fields, "scale": candidate.scale},
         )
+
+
+def _config_hash(adapter: LoraAdapter) -> str:
+    """Of an adapter's config, which scales its weights; without the name of its base model."""
+    config = {name: value for name, value in adapter.config.items() if name != "base_model_name_or_path"}
+    return hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def _hashes(files: Mapping[str, str]) -> dict[str, str]:

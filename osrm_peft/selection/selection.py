@@ -100,9 +100,14 @@ class Selection:
         text += f" (adapters alone {100 * self.individual.mean.value:.1f})"
         tested = [line for line in self.test if line.name == first.name]
         text += f"; {100 * tested[0].mean.value:.1f} on rows that had no say." if tested else "."
+        if first.kept is None:
+            text += " The adapters alone are no better than the base model on these rows."
+        idle = [task for task in self.tasks if self._gain(task) <= 0]
+        if idle and first.kept is not None:
+            text += f" On {', '.join(idle)} the adapter alone is no better than the base model."
         rivals = [line for line in (self.ranked or self.apart)[1:] if line.rows == first.rows and line.behind]
         if rivals and rivals[0].behind is not None:
-            high, points = rivals[0].behind.high, -100 * rivals[0].behind.value
+            high, points = rivals[0].behind.high, 0.0 - 100 * rivals[0].behind.value
             sure = high is not None and high < 0
             text += f" The next, {rivals[0].name}, is {points:.1f} behind: " + (
                 "more than chance." if sure else "within chance, so either will do."
@@ -112,6 +117,10 @@ class Selection:
             other = self.apart[0]
             text += f" With a mask for each task at serving time {other.name} has {100 * other.mean.value:.1f}."
         return text
+
+    def _gain(self, task: str) -> float:
+        """How much better a task's own adapter is than the base model under its head."""
+        return self.individual.scores[task].value - self.base.scores[task].value
 
     def _edge(self, first: Line) -> str:
         """A hint where the winner's λ is the largest or the smallest of its sweep."""
@@ -156,21 +165,21 @@ class Selection:
         return tables
 
 
-def value_of(rule: str, scores: Mapping[str, np.ndarray], individual: Mapping[str, np.ndarray]) -> np.ndarray:
-    """(1 + B,) what the rule ranks by, from {task: (1 + B,) scores} of a merge and of the adapters alone.
+def value_of(rule: str, scores: Mapping[str, np.ndarray], individual: Mapping[str, float]) -> np.ndarray:
+    """(1 + B,) what the rule ranks by, from {task: (1 + B,) scores} of a merge and the adapters' own scores.
 
     Raises:
         ValueError: the rule divides by an adapter's score, and that is not above 0; names the task.
     """
     if rule == "mean":
-        return np.mean([scores[task] for task in scores], axis=0)
-    for task in scores:
-        if individual[task][0] <= 0:
+        return np.mean(list(scores.values()), axis=0)
+    for task, alone in individual.items():
+        if alone <= 0:
             raise ValueError(
-                f"the adapter of {task!r} alone scores {individual[task][0]:.3f}, so no score is relative to it: train "
-                "it longer, leave the task out, or choose by rule='mean'"
+                f"the adapter of {task!r} alone scores {alone:.3f}, so no score is relative to it: train it longer, "
+                "leave the task out, or choose by rule='mean'"
             )
-    shares = [scores[task] / np.maximum(individual[task], 1e-3) for task in scores]
+    shares = [scores[task] / individual[task] for task in scores]
     return np.mean(shares, axis=0) if rule == "relative" else np.min(shares, axis=0)
 
 

@@ -218,6 +218,8 @@ class _Loaded:
             logger.warning("%s: labels are not 0 … K−1, so they are numbered anew: %s", self.data.train, mapped)
         train, validation, test = (tables.get(split) for split in SPLITS)
         data = {key: value for key, value in asdict(self.data).items() if value is not None}
+        files = {key: data[key] for key in SPLITS if key in data and Path(data[key]).is_file()}
+        data |= {key: str(Path(file).resolve()) for key, file in files.items()}  # whatever folder it is read from
         metric = self.data.metric or "accuracy"
         return Task(name, len(index) or 1, metric, train, validation, test, names, data)
 

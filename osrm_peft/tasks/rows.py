@@ -167,7 +167,8 @@ def _records(path: Path, text: str, delimiter: str) -> list[tuple[int, list[str]
     """(first line, cells) of each record of a CSV file that is not blank."""
     found = []  # not one by one: Python's limit on cells is everybody's, and is itself again when this returns
     reader, line = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True), 1
-    limit = csv.field_size_limit(len(text) + 1)  # a cell may be longer than Python's default
+    limit = csv.field_size_limit()
+    csv.field_size_limit(max(limit, len(text) + 1))  # a cell may be longer than Python's default
     try:
         for record in reader:
             if record and not (len(record) == 1 and not record[0].strip(" \t")):

@@ -52,7 +52,8 @@ def load_task(suite: Suite, name: str) -> Task:
     """
     known = list_tasks(suite)
     if name not in known:
-        raise ValueError(f"unknown task {name!r} in suite {shown(suite)}: choose from {', '.join(known)}")
+        where = suite if isinstance(suite, str) else "own data"
+        raise ValueError(f"unknown task {name!r} in suite {shown(where)}: choose from {', '.join(known)}")
     if not isinstance(suite, str):
         return suite[name].load(name)
     if suite == "packaged":

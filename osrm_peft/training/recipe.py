@@ -48,7 +48,7 @@ class Recipe:
         osrm: OSRMLoraConfig fields, or None for plain LoRA. The features files default to those in `features`.
         inits: {name: OSRMLoraConfig fields, or None for plain LoRA}, in the place of `osrm`: several ways to set A,
             which `run` compares.
-        features: folder of the features files, `<task>.features.safetensors`.
+        features: folder of the features files, `<task>.features.safetensors`; the default is `features` in `out`.
         num_samples: samples a task for its features.
         training: TrainingArguments fields over the paper's.
         max_length: tokens a row is cut to.
@@ -66,7 +66,7 @@ class Recipe:
     lora: dict[str, Any] = field(default_factory=dict)
     osrm: dict[str, Any] | None = None
     inits: dict[str, dict[str, Any] | None] | None = None
-    features: str = "results/features"
+    features: str = ""
     num_samples: int = 100
     training: dict[str, Any] = field(default_factory=dict)
     max_length: int = 128
@@ -88,7 +88,7 @@ class Recipe:
         """
         fields = fields_from_yaml(path, cls, "recipe", ("model",))
         with named(path):
-            return cls(**{"features": cls.features, "out": cls.out} | fields).below(Path(path).parent)
+            return cls(**fields).below(Path(path).parent)
 
     def below(self, folder: Path) -> "Recipe":
         """The same recipe with its paths relative to `folder`."""
@@ -112,6 +112,7 @@ class Recipe:
     def __post_init__(self) -> None:
         for name, kinds in _KINDS.items():
             kind(name, getattr(self, name), kinds, " in the recipe")
+        object.__setattr__(self, "features", self.features or f"{self.out}/features")
         for name, least, most in (
             ("num_samples", 1, LARGEST),
             ("max_length", 4, LARGEST),
@@ -135,6 +136,11 @@ class Recipe:
         integer("lora in the recipe: r", lora["r"], 1)
         number("lora in the recipe: lora_alpha", lora["lora_alpha"])
         check_fields("osrm in the recipe", self.osrm or {}, OSRMLoraConfig, ("lora_alpha", "init_lora_weights"))
+        if lora.get("task_type") != "SEQ_CLS":
+            raise ValueError(f"task_type={shown(lora.get('task_type'))} in lora of the recipe must be SEQ_CLS")
+        for name, instead in _OURS.items():
+            if name in self.training:
+                raise ValueError(f"{name} is given by {instead}: leave it out of training in the recipe")
         known = {one.name for one in dataclasses.fields(TrainingArguments)}  # `train` refuses the others
         shared = {name: value for name, value in self.training.items() if name in known}
         check_fields("training in the recipe", shared, TrainingArguments)
@@ -202,12 +208,13 @@ class Recipe:
         Raises:
             FileNotFoundError: a features file is missing.
         """
-        config = self.lora_config(task)
+        config, rows = self.lora_config(task), self.task(task)
         settings = config.osrm_settings() if isinstance(config, OSRMLoraConfig) else {}
         files = [*(settings.pop("out_of_task", None) or []), settings.pop("in_task", None)]
         made = {
             "model": self.model_identity(),
-            "rows": fingerprint(self.task(task).train),
+            "rows": fingerprint(rows.train),
+            **({"label_names": list(rows.label_names)} if rows.label_names else {}),
             "lora": {name: value for name, value in config.to_dict().items() if value not in (None, {}, False)},
             "osrm": settings or None,
             "features": {Path(file).name: data_sha256(file)[:16] for file in files if file and Path(file).is_file()},
@@ -347,6 +354,7 @@ def _placed(fields: dict[str, Any], names: Sequence[str], place: Callable[[str],
     return {name: one(value) if name in names else value for name, value in fields.items()}
 
 
+_OURS = {"output_dir": "the adapter's folder", "seed": "the recipe's own seed"}  # of TrainingArguments
 _PATHS = (*FORMATS, ".safetensors", ".yaml", ".yml")
 _KINDS = {
     "model": str,

@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from osrm_peft import load_tokenizer, merge_adapters, merge_checkpoints
-from osrm_peft.evaluation.subjects import subjects, trained_length
+from osrm_peft.evaluation.subjects import subjects
 from osrm_peft.io.manifest import read_manifest
 from osrm_peft.training.recipe import Recipe
 from tests.helpers.models import make_base
@@ -45,8 +45,52 @@ def test_an_adapter_and_a_merge_know_their_tasks_data_and_length(trained, merged
     assert list(alone) == ["sizes"] and list(alone["sizes"]) == ["sizes"]
     for name in ("one", "emr"):
         assert list(scores(call, merged / name)[name]) == ["colours", "shapes", "sizes"]
-    assert read_manifest(merged / "one")["max_length"] == 8 == trained_length(map(str, trained.values()))
+    assert read_manifest(merged / "one")["max_length"] == 8
     assert subjects(str(merged / "one"))[0].suite["sizes"].train.endswith("data/sizes.csv")
+
+
+def test_select_knows_the_tasks_data_and_length_of_the_adapters(trained, tmp_path, call):
+    (tmp_path / "c.yaml").write_text("- {method: average}\n- {method: tsv}\n")
+    words = [*trained.values(), "--candidates", tmp_path / "c.yaml", "--out", tmp_path / "chosen"]
+    found = json.loads(call("select", *words, "--json", "--quiet"))
+    assert list(found["tasks"]) == ["colours", "shapes", "sizes"] and found["settings"]["max_length"] == 8
+    foreign = tmp_path / "foreign" / "sizes"  # without a manifest, as stock PEFT writes it
+    shutil.copytree(trained["sizes"], foreign)
+    (foreign / "osrm_peft.json").unlink()
+    rows = f"files:{trained['sizes'].parents[1] / 'data'}"
+    words = [foreign, trained["shapes"], "--suite", rows, "--rows", "4", "--candidates", tmp_path / "c.yaml"]
+    call("select", *words, "--score", "test -d {model} && echo 0.5", "--out", tmp_path / "other")
+
+
+@pytest.mark.parametrize("verb", ["evaluate", "select"])
+@pytest.mark.parametrize("length", ["0", "-1"])
+def test_a_length_that_cannot_be_is_refused(verb, length, trained, tmp_path, call):
+    more = ["--out", tmp_path / "s"] if verb == "select" else []
+    said = call(verb, trained["sizes"], *more, f"--max-length={length}", code=2)
+    assert f"--max-length {length} must be a whole number of at least 1" in said
+
+
+def test_data_that_a_manifest_names_wrongly_are_named(trained, tmp_path, call):
+    copy = shutil.copytree(trained["sizes"], tmp_path / "sizes")
+    manifest = json.loads((copy / "osrm_peft.json").read_text())
+    manifest["data"]["x"] = 1
+    (copy / "osrm_peft.json").write_text(json.dumps(manifest))
+    assert "osrm_peft.json: data of sizes has 'x'" in call("evaluate", copy, code=2)
+
+
+def test_data_that_are_not_here_are_not_looked_for_elsewhere(trained, tmp_path, monkeypatch, call):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/sizes.csv").write_text("text,label\nanother,1\n")
+    monkeypatch.chdir(tmp_path)
+    assert list(scores(call, trained["sizes"])) == ["sizes"]  # its own rows, from any folder
+    pushed = tmp_path / "pushed"
+    shutil.copytree(trained["sizes"], pushed)
+    manifest = read_manifest(pushed)
+    for file in ("data/sizes.csv", "sizes.csv", str(tmp_path / "gone.csv")):  # what a push leaves of a path
+        manifest["data"]["train"] = file
+        (pushed / "osrm_peft.json").write_text(json.dumps(manifest))
+        printed = call("evaluate", pushed, code=2)
+        assert f"the data of 'sizes', {file}, are not here: name the rows with --suite" in printed
 
 
 def test_a_sweep_is_scored_scale_by_scale_and_keeps_each_ones_scores(merged, call):

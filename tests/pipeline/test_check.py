@@ -67,6 +67,20 @@ MISTAKES = {
     "option": (
         {"select.candidates": [{"method": "ties", "options": {"densty": 1}}]}, "select", "select", "no option densty",
     ),
+    "training folder": ({"training.output_dir": "x"}, "training.output_dir", "output_dir", "the adapter's folder"),
+    "seed of the training": ({"training.seed": 3}, "training.seed", "seed", "the recipe's own seed"),
+    "causal": ({"lora.task_type": "CAUSAL_LM"}, "lora.task_type", "task_type", "must be SEQ_CLS"),
+    "others' features": (
+        {"osrm.out_of_task": ["x.safetensors"]}, "osrm.out_of_task", "out_of_task", "no features file .*x.safetensors",
+    ),
+    "rank of the choice": ({"select.rank": "big"}, "select", "select", "'big' must be a whole number"),
+    "weights": (
+        {"select.candidates": [{"method": "average", "weights": {"q": 1}}]}, "select", "select", "weights for q, the",
+    ),
+    "heads": ({"select.candidates": [{"method": "tsv", "heads": "x"}]}, "select", "select", "heads policy 'x'"),
+    "no task": ({"tasks": {}}, "tasks", "tasks", "no task: a merge needs at least two"),
+    "init's name": ({"osrm": None, "inits": {1: {}}}, "inits", "inits", "must be dict"),
+    "a name too long": ({"out": 300 * "a"}, "out", "out", "cannot be a folder"),
     "repository": ({"push.repo": "a/b/c"}, "push.repo", "repo", "'a/b/c'"),
     "no repository": ({"push": {"public": True}}, "push", "push", "repo is missing"),
     "a file is in the way": ({"out": "recipe.yaml"}, "out", "out", "is no folder that can be written to"),
@@ -90,6 +104,19 @@ def test_a_good_recipe_has_none_and_nothing_is_written(good):
     found, tasks = check_recipe(good)
     assert found == [] and list(tasks) == ["colours", "shapes", "sizes"]
     assert sorted(good.parent.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "model: &a [*a]\n",
+        "a: &a [1, 1, 1, 1, 1, 1, 1, 1, 1]\n"
+        + "".join(f"{b}: &{b} [{', '.join(9 * ['*' + a])}]\n" for a, b in zip("abcdefghi", "bcdefghij", strict=True)),
+    ],
+)
+def test_anchors_that_hold_themselves_or_too_much_are_mistakes(text, tmp_path):
+    (tmp_path / "r.yaml").write_text(text)
+    assert check_recipe(tmp_path / "r.yaml")[0]
 
 
 def test_all_mistakes_are_told_at_once_in_their_order(good):

@@ -7,6 +7,8 @@ import yaml
 
 from osrm_peft import load_adapter
 from osrm_peft.io.manifest import read_manifest
+from osrm_peft.io.places import alone_in
+from osrm_peft.pipeline import run as pipeline
 from osrm_peft.pipeline.run import run_recipe
 from osrm_peft.training.recipe import Recipe
 from tests.helpers.suites import tiny_recipe
@@ -36,7 +38,7 @@ def test_a_run_leaves_features_adapters_interference_the_choice_and_a_page(ran):
     assert {entry.name for entry in out.iterdir()} == {
         "features", "adapters", "statistics", "interference", "selection", "report.html", "steps.json",
     }  # fmt: skip
-    assert selection["verdict"] in said and selection["verdict"].startswith("Take ")
+    assert selection["verdict"].startswith("Take ")
     assert said[0] == "[1/12] features/colours: making it" and said[-1] == "[12/12] report.html: making it"
     assert read_manifest(out / "adapters/sizes")["label_names"] == ["sizes-even", "sizes-odd"]
     assert "initialized" in json.dumps(read_manifest(out / "adapters/sizes")["osrm"])
@@ -65,6 +67,15 @@ CHANGES = {
         {"lora": {"r": 3, "target_modules": ["query", "value"]}},
         {"adapters", "statistics", "interference", "selection"},
         "lora r was 2, is 3",
+    ),
+    "metric": (
+        {
+            "tasks": {
+                name: {"train": f"data/{name}.csv", "metric": "matthews"} for name in ("colours", "shapes", "sizes")
+            }
+        },
+        {"selection"},
+        "metrics colours was 'accuracy', is 'matthews'",
     ),
     "length": (
         {"max_length": 5},
@@ -119,12 +130,58 @@ def test_an_interrupted_run_goes_on(tmp_path, monkeypatch):
     assert said["adapters/sizes"] == "making it"
 
 
+@pytest.mark.parametrize("step, part", [("collect", "features/colours"), ("measure_interference", "interference")])
+def test_what_was_being_made_anew_when_it_was_interrupted_is_made_again(step, part, tmp_path, monkeypatch):
+    path = tiny_recipe(tmp_path, select={"rows": 4, "candidates": [{"method": "average"}]})
+    again(path)
+
+    def stop(*arguments, **named):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        owner = Recipe if step == "collect" else pipeline
+        patch.setattr(owner, step if step == "collect" else "load_base", stop)
+        with pytest.raises(KeyboardInterrupt):
+            again(path, max_length=6, seed=3)
+    assert again(path, max_length=6, seed=3)[part] == "making it anew (an earlier run was interrupted)"
+
+
+def test_changed_names_of_classes_train_again(tmp_path):
+    path = tiny_recipe(tmp_path, osrm=None, select={"rows": 4, "candidates": [{"method": "average"}]})
+    again(path)
+    table = tmp_path / "data/sizes.csv"
+    table.write_text(table.read_text().replace("sizes-even", "sizes-equal"))
+    assert "label_names" in again(path)["adapters/sizes"]
+    assert read_manifest(tmp_path / "results/adapters/sizes")["label_names"] == ["sizes-equal", "sizes-odd"]
+
+
+def test_features_lie_in_the_folder_of_the_run(tmp_path):
+    path = tiny_recipe(tmp_path, out="first", select={"rows": 4, "candidates": [{"method": "average"}]})
+    again(path)
+    assert again(path, out="second")["features/sizes"] == "making it"
+    assert {"features"} <= {one.name for one in (tmp_path / "first").iterdir()}
+
+
+def test_another_run_into_the_same_folder_waits_its_turn(tmp_path):
+    path = tiny_recipe(tmp_path)
+    with alone_in(tmp_path / "results"), pytest.raises(FileExistsError, match="another process writes in"):
+        run_recipe(Recipe.from_yaml(path), say=lambda line: None, progress=False)
+
+
+def test_a_page_of_the_users_is_not_replaced(tmp_path):
+    path = tiny_recipe(tmp_path)
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results/report.html").write_text("mine")
+    with pytest.raises(FileExistsError, match=r"report.html exists, and no run made it"):
+        run_recipe(Recipe.from_yaml(path), say=lambda line: None, progress=False)
+
+
 def test_what_is_not_of_a_run_is_not_replaced(tmp_path):
     path = tiny_recipe(tmp_path)
     features = tmp_path / "results/features/shapes.features.safetensors"
     features.parent.mkdir(parents=True)
     features.write_bytes(b"mine")
-    with pytest.raises(FileExistsError, match="features/shapes exists, and no run of a recipe made it"):
+    with pytest.raises(FileExistsError, match=r"shapes.features.safetensors exists, and no run into .*results made it"):
         run_recipe(Recipe.from_yaml(path), say=lambda line: None, progress=False)
     assert features.read_bytes() == b"mine"
 
@@ -136,6 +193,8 @@ def test_mistakes_are_told_before_any_work(tmp_path):
         ({"select": {"candidates": [{"method": "tsvv"}]}}, "unknown merge method 'tsvv'"),
         ({"push": {}}, "push in the recipe needs repo: user/name"),
         ({"tasks": {"sizes": {"train": "data/sizes.csv"}}}, "one task, 'sizes': a merge needs at least two"),
+        ({"tasks": {}}, "no task: a merge needs at least two"),
+        ({"osrm": None, "inits": {"a b": None, "A-b": {}}}, "'A-b' and 'a b' would share the folder 'a_b'"),
     ):
         with pytest.raises(ValueError, match=message):
             again(path, **change)

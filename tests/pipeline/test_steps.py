@@ -22,7 +22,7 @@ def test_a_step_is_made_once_and_again_when_what_it_is_made_from_changes(tmp_pat
 
 
 def test_what_no_run_has_made_is_refused(tmp_path):
-    with pytest.raises(FileExistsError, match="adapters/a exists, and no run of a recipe made it: name another folder"):
+    with pytest.raises(FileExistsError, match=r"adapters/a exists, and no run into .* made it: name another folder"):
         Steps(tmp_path, print, 1).needs("adapters/a", {}, True)
 
 
@@ -33,9 +33,16 @@ def test_a_step_that_was_begun_and_not_finished_is_made_again(tmp_path):
     steps.done("b", {})
     assert json.loads((tmp_path / "steps.json").read_text()) == {"begun": {"a": {"r": 2}}, "b": {}}
     steps = Steps(tmp_path, lambda line: None, 1)
-    assert steps.begun("a") == {"r": 2}
+    assert steps.begun("a") == {"r": 2} and steps.needs("a", {"r": 2}, True)  # what lies there is the run's own
     steps.done("a", {"r": 2})
     assert steps.begun("a") is None
+
+
+@pytest.mark.parametrize("content", ['{"begun": 3}', '{"features/a": []}', "[]"])
+def test_a_file_of_others_is_refused(content, tmp_path):
+    (tmp_path / "steps.json").write_text(content)
+    with pytest.raises(ValueError, match=r"steps.json is (no file of a run|damaged)"):
+        Steps(tmp_path, print, 1)
 
 
 @pytest.mark.parametrize(

@@ -46,6 +46,9 @@ MISTAKES = [
     ([{"method": "ties", "scale": [1, "x"]}], "candidate ties"),
     ([{"method": "ties", "adapters": {}}], "adapters is the same for all candidates"),
     ([{"method": "ties", "densty": 0.2}], "densty"),
+    ([{"method": "ties", "rank": 0}], "candidate ties: rank=0 must be a whole number of at least 1"),
+    ([{"method": "emr", "rank": 8}], "candidate emr: emr has a result for each task, which takes no rank"),
+    ([{"method": "ties", "heads": "mean"}], "candidate ties: unknown heads policy 'mean'"),
     ([{"method": "ties"}, {"method": "ties", "scale": 1.0}], "'ties, λ 1' is there twice"),
 ]
 

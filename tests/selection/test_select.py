@@ -1,7 +1,9 @@
 """select_merge against scoring every merge on its own."""
 
 import json
+import shutil
 import sys
+import tempfile
 from dataclasses import replace
 
 import numpy as np
@@ -12,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from osrm_peft import evaluate_task, load_adapter, load_tokenizer, merge_adapters
 from osrm_peft.io.manifest import read_manifest
+from osrm_peft.io.places import alone_in
 from osrm_peft.merging.emr_adapter import EMRAdapter
 from osrm_peft.selection.command import CommandScore
 from osrm_peft.selection.select import select_merge
@@ -100,12 +103,12 @@ def test_the_share_of_the_adaptation_is_relative_to_base_and_adapters():
 @pytest.mark.parametrize("rule, wanted", [("mean", 0.6), ("relative", (0.5 / 1.0 + 0.7 / 0.8) / 2), ("worst", 0.5)])
 def test_rules(rule, wanted):
     merged = {"a": np.array([0.5]), "b": np.array([0.7])}
-    assert value_of(rule, merged, {"a": np.array([1.0]), "b": np.array([0.8])})[0] == pytest.approx(wanted)
+    assert value_of(rule, merged, {"a": 1.0, "b": 0.8})[0] == pytest.approx(wanted)
 
 
 def test_a_rule_that_divides_refuses_an_adapter_that_has_learned_nothing():
     with pytest.raises(ValueError, match=r"'a' alone scores 0.000, so no score is relative to it: train it longer"):
-        value_of("relative", {"a": np.array([0.5])}, {"a": np.array([0.0])})
+        value_of("relative", {"a": np.array([0.5])}, {"a": 0.0})
 
 
 def test_the_folder_holds_the_winner_with_its_scores_and_the_table(chosen, cohort):
@@ -144,6 +147,63 @@ def test_a_second_run_scores_nothing_and_another_is_refused(cohort, chosen):
         with pytest.raises(FileExistsError, match=r"holds another selection .*overwrite=True"):
             select_merge(adapters, CANDIDATES, tasks=tasks, halving=False, out=out, **({"max_length": 8} | change))
         assert (out / "selection.json").read_bytes() == before, what
+
+
+def test_a_selection_by_other_rows_another_metric_or_score_is_another(cohort, chosen, tmp_path):
+    adapters, tasks = cohort
+    out = chosen[1]
+    csv_tasks(tmp_path, rows=120)
+    others = {name: load_task(f"files:{tmp_path}", name) for name in tasks}
+    by_matthews = {name: replace(task, metric="matthews") for name, task in tasks.items()}
+    for change in ({"tasks": others}, {"tasks": by_matthews}, {"score": lambda model, task: 1.0}):
+        with pytest.raises(FileExistsError, match=r"holds another selection \((data|settings)"):
+            select_merge(adapters, CANDIDATES, **({"tasks": tasks} | change), max_length=8, halving=False, out=out)
+
+
+def test_an_adapter_of_another_scale_is_another_adapter(cohort, tmp_path):
+    adapters, tasks = cohort
+    copies = {name: shutil.copytree(folder, tmp_path / name) for name, folder in adapters.items()}
+    given = {"tasks": tasks, "max_length": 8, "out": tmp_path / "s"}
+    select_merge(copies, CANDIDATES[:1], **given)
+    for folder in copies.values():
+        config = json.loads((folder / "adapter_config.json").read_text())
+        (folder / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 400}))
+    with pytest.raises(FileExistsError, match=r"holds another selection \(inputs"):
+        select_merge(copies, CANDIDATES[:1], **given)
+    found = select_merge(copies, CANDIDATES[:1], **given, overwrite=True)
+    assert found.made["rows_scored"] > 0  # the predictions of the others are not taken over
+
+
+def test_a_candidate_that_fails_is_named(cohort, monkeypatch):
+    adapters, tasks = cohort
+    diverging = [{"method": "average"}, {"method": "tsv", "scale": 1e308}]
+    with pytest.raises(ValueError, match=r"'tsv, λ 1e\+308' has no score on 'colours': .* are NaN"):
+        select_merge(adapters, diverging, tasks=tasks, max_length=8)
+
+
+def test_a_causal_adapter_is_refused_before_any_work(cohort, tmp_path, monkeypatch):
+    adapters, tasks = cohort
+    monkeypatch.setattr("osrm_peft.selection.select.execute", None)  # no merge is made
+    copies = {name: shutil.copytree(folder, tmp_path / name) for name, folder in adapters.items()}
+    for folder in copies.values():
+        config = json.loads((folder / "adapter_config.json").read_text())
+        (folder / "adapter_config.json").write_text(json.dumps(config | {"task_type": "CAUSAL_LM"}))
+    with pytest.raises(ValueError, match=r"'colours' is of a causal language model, .*give a score of your own"):
+        select_merge(copies, CANDIDATES[:1], tasks=tasks, max_length=8)
+
+
+def test_two_selections_do_not_share_a_folder_at_once(cohort, tmp_path):
+    adapters, tasks = cohort
+    with alone_in(tmp_path / "s"), pytest.raises(FileExistsError, match="another process writes in"):
+        select_merge(adapters, CANDIDATES[:1], tasks=tasks, max_length=8, out=tmp_path / "s")
+
+
+@pytest.mark.parametrize("content", ['{"inputs": 3}', '{"inputs": {"a": 3}}', "[]", "{"])
+def test_a_damaged_table_is_named(content, cohort, tmp_path):
+    adapters, tasks = cohort
+    (tmp_path / "selection.json").write_text(content)
+    with pytest.raises(ValueError, match=r"selection.json"):
+        select_merge(adapters, CANDIDATES[:1], tasks=tasks, max_length=8, out=tmp_path)
 
 
 def test_an_interrupted_selection_goes_on(cohort, chosen, tmp_path):
@@ -207,7 +267,7 @@ def test_a_score_of_ones_own_ranks_without_error_bars(cohort):
         select_merge(adapters, CANDIDATES[:1], lambda model, task: float("nan"), tasks=tasks, max_length=8)
 
 
-def test_a_command_gets_a_whole_model_and_the_rows(cohort, tmp_path):
+def test_a_command_gets_a_whole_model_and_the_rows(cohort, tmp_path, monkeypatch):
     adapters, tasks = cohort
     script = tmp_path / "score.py"
     script.write_text(
@@ -222,6 +282,10 @@ def test_a_command_gets_a_whole_model_and_the_rows(cohort, tmp_path):
     command = CommandScore(f"{sys.executable} {script} {{model}} {{task}} {{rows}}", tokenizer)
     found = select_merge(adapters, CANDIDATES[:1], command, tasks=tasks, max_length=8, rows=6)
     assert found.ranked[0].scores["sizes"].value == pytest.approx(0.006)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "a folder"))
+    (tmp_path / "a folder").mkdir()
+    quoted = CommandScore("cat; test -d {model} && wc -l < {rows}", tokenizer)  # and nothing to read for `cat`
+    assert select_merge(adapters, CANDIDATES[:1], quoted, tasks=tasks, max_length=8, rows=6).base.mean.value == 6
     failing = CommandScore("echo broken {model}; exit 3", tokenizer)
     with pytest.raises(
         ValueError, match=r"ended with exit code 3 and printed 'broken .*its last line must be a number"
@@ -253,7 +317,7 @@ def test_causal_adapters_are_scored_by_a_score_of_ones_own(tmp_path, cohort):
 
     found = select_merge(adapters, CANDIDATES[:3], score, tasks=tasks)
     assert len(found.ranked) == 5 and found.ranked[0].value.value > -20
-    with pytest.raises(ValueError, match=r"colours, shapes: adapters of a causal language model .*give score="):
+    with pytest.raises(ValueError, match="of a causal language model, which has no head for the classes"):
         select_merge(adapters, CANDIDATES[:3], tasks=tasks)
 
 
@@ -291,3 +355,14 @@ def test_a_winner_at_the_edge_of_its_sweep_is_told(chosen, best, hint):
     text = replace(chosen[0], ranked=lines, apart=[], test=[]).verdict()
     assert ("that was tried" in text) is (hint is not None) and (hint or "") in text
     assert "that was tried" not in replace(chosen[0], ranked=lines[:1], apart=[], test=[]).verdict()
+
+
+def test_a_task_whose_adapter_has_learned_nothing_is_told(chosen):
+    def line(selection, **values):
+        return replace(selection, scores={task: Estimate(value) for task, value in values.items()})
+
+    alone = line(chosen[0].individual, colours=0.9, shapes=0.5, sizes=0.8)
+    base = line(chosen[0].base, colours=0.5, shapes=0.5, sizes=0.5)
+    first = replace(chosen[0].ranked[0], kept=Estimate(0.9))
+    selection = replace(chosen[0], individual=alone, base=base, ranked=[first], apart=[])
+    assert "On shapes the adapter alone is no better than the base model." in selection.verdict()

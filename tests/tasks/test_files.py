@@ -442,3 +442,10 @@ def test_pythons_own_limit_on_cells_is_left_alone(rows, tmp_path):
     with contextlib.suppress(ValueError):
         TaskData(str(tmp_path / "t.csv")).load("t")
     assert csv.field_size_limit() == before
+
+
+def test_a_fault_that_is_kept_leaves_the_reading_of_other_files_alone(tmp_path):
+    (tmp_path / "ragged.csv").write_text("text,label\na,b,c\n")
+    with pytest.raises(ValueError, match=r"ragged.csv") as kept:
+        TaskData(str(tmp_path / "ragged.csv")).load("ragged")
+    assert csv.field_size_limit() >= 131072 and kept.value.__traceback__ is not None
