@@ -79,8 +79,7 @@ def select_merge(
         rule: `"mean"` over tasks, `"relative"` (the mean of score / individual score), or `"worst"` (the least).
         rows: rows a task to choose on, at most, and as many for the test; None: all.
         features, gram, fisher: {task: file or object} for weights and λ by features, RegMean and Fisher merging.
-        max_length: tokens a row is cut to.
-        seed: of the order of rows and of the resamples.
+        max_length, seed: tokens a row is cut to; of the order of rows and of the resamples.
         rank: of the candidates that do not name one, see `merge_adapters`.
         halving: False scores every candidate on all rows.
         out: folder for `selection.json`, `selection.md`, `winner`, `best_per_task` (the best whose result differs by
