@@ -14,7 +14,7 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from peft import LoraConfig
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, TrainingArguments
 
-from osrm_peft.checks import integer, shown
+from osrm_peft.checks import integer, number, shown
 from osrm_peft.io.yaml import compose_yaml, fits, hints, value_of
 from osrm_peft.merging.methods.registry import METHODS
 from osrm_peft.models.layers import target_layers
@@ -176,6 +176,8 @@ class _Checker:
         fixed = {"output_dir": "unused", "report_to": "none"}
         for name, value in list(good.items()):
             try:
+                if name == "learning_rate":
+                    number(name, value, 0, open_low=True)
                 TrainingArguments(**(fixed | {name: value}))
             except (ValueError, TypeError, ImportError) as error:
                 self.add(f"training.{name}", f"{shown(value)}: {str(error)[:300]}")

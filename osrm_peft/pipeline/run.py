@@ -1,5 +1,7 @@
 """run_recipe: features, adapters, statistics, interference, the choice of a merge, the report; and a push."""
 
+import hashlib
+import json
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -316,8 +318,14 @@ def _candidates(given: Any) -> list[Candidate]:
 
 
 def _hash(path: Path) -> str:
-    """Of the tensors in a file, or of the weights in a folder."""
-    return data_sha256(next(path.glob("*.safetensors")) if path.is_dir() else path)[:16]
+    """Of the tensors in a file; of a folder its weights, its heads, and the config that scales them."""
+    if not path.is_dir():
+        return data_sha256(path)[:16]
+    config = path / "adapter_config.json"
+    fields = read_object(config) if config.is_file() else {}
+    fields.pop("base_model_name_or_path", None)  # a path of this machine
+    content = [data_sha256(file) for file in sorted(path.rglob("*.safetensors"))]
+    return hashlib.sha256(json.dumps([content, fields], sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _folder_of(label: str) -> str:

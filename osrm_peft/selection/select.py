@@ -195,6 +195,10 @@ class _Field:
     ) -> "_Field":
         if set(tasks) != set(check_names(adapters)):
             raise ValueError(f"tasks {sorted(tasks)} for adapters {sorted(adapters)}: give each adapter its task")
+        for kind, given in files.items():
+            unknown = sorted(set(given) - set(tasks)) if isinstance(given, Mapping) else []
+            if unknown:
+                raise ValueError(f"{kind} of {', '.join(unknown)}, which are no tasks of the adapters {sorted(tasks)}")
         inputs = gather(adapters, base_model=files.get("base_model"), heads="per_task")
         if inputs.base is None:
             raise ValueError("the adapters name no base model: give base_model=, its Hub id or folder")

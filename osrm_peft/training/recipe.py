@@ -94,7 +94,7 @@ class Recipe:
         """The same recipe with its paths relative to `folder`."""
 
         def place(name: str) -> str:
-            return os.path.normpath(folder / name)
+            return os.path.normpath(folder / Path(name).expanduser())
 
         changes: dict[str, Any] = {"features": place(self.features), "out": place(self.out)}
         if (folder / self.model).is_dir():
@@ -144,6 +144,8 @@ class Recipe:
         known = {one.name for one in dataclasses.fields(TrainingArguments)}  # `train` refuses the others
         shared = {name: value for name, value in self.training.items() if name in known}
         check_fields("training in the recipe", shared, TrainingArguments)
+        if "learning_rate" in shared:
+            number("training in the recipe: learning_rate", shared["learning_rate"], 0, open_low=True)
         with named("lora and osrm in the recipe"):
             LoraConfig(**lora)
             OSRMLoraConfig(**(lora | (self.osrm or {})))

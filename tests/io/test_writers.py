@@ -34,7 +34,7 @@ BELOW = {
     ("inspect", *NONE, "--spectrum"): ("spectrum.json", "spectrum.png"),
     ("statistics", "-c", "RECIPE", "--kind", "gram"): ("tweets.gram.safetensors", "sms_spam.gram.safetensors"),
     ("features", "-c", "RECIPE"): ("tweets.features.safetensors", "sms_spam.features.safetensors"),
-    ("demo",): ("settings.json", "scores.json", "scales.png", "interference.png", "interference.json", "report.md",
+    ("demo",): ("settings.json", "scores.json", "scales.png", "report.md",
                 "report.html"),
 }  # fmt: skip
 FOLDERS = [

@@ -51,6 +51,7 @@ MISTAKES = {
     "statistic": ({"osrm.statistic": "tokens"}, "osrm.statistic", "statistic", "'tokens': did you mean 'token'?"),
     "protect": ({"osrm.protect_energy": 3.0}, "osrm.protect_energy", "protect_energy", "3.0"),
     "training key": ({"training.learning_rte": 1.0}, "training.learning_rte", "learning_rte", "mean 'learning_rate'"),
+    "rate": ({"training.learning_rate": -1.0}, "training.learning_rate", "learning_rate", "must be .* above 0"),
     "optimiser": ({"training.optim": "adm"}, "training.optim", "optim", "adm is not a valid OptimizerNames"),
     "metric": ({"tasks.sizes.metric": "f1"}, "tasks.sizes.metric", "metric", "unknown metric 'f1': choose from"),
     "task key": ({"tasks.sizes.lable": "x"}, "tasks.sizes.lable", "lable", "did you mean 'label'?"),

@@ -99,6 +99,16 @@ def test_a_changed_recipe_remakes_what_it_touches_and_says_why(name, tmp_path):
         assert load_adapter(path.parent / "results/adapters/sizes").rank == 3
 
 
+def test_a_config_edited_by_hand_is_seen(tmp_path):
+    path = tiny_recipe(tmp_path)
+    run_recipe(Recipe.from_yaml(path), say=lambda line: None, progress=False)
+    config = tmp_path / "results/adapters/sizes/adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"lora_alpha": 99}))
+    said = again(path)
+    anew = {name for name, text in said.items() if text.startswith("making it anew")}
+    assert {"statistics/sizes.gram", "interference", "selection"} <= anew and "adapters/sizes" not in anew
+
+
 def test_changed_rows_of_one_task_remake_its_own_and_what_looked_at_them(tmp_path):
     path = tiny_recipe(tmp_path, osrm=None)
     run_recipe(Recipe.from_yaml(path), say=lambda line: None, progress=False)
@@ -202,6 +212,8 @@ def test_mistakes_are_told_before_any_work(tmp_path):
 
 
 def test_paths_are_relative_to_the_recipe(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert Recipe.from_yaml(tiny_recipe(tmp_path / "home", out="~/x")).out == str(tmp_path / "x")
     path = tiny_recipe(tmp_path / "a", features="f", out="o", select={"candidates": "c.yaml"})
     monkeypatch.chdir(tmp_path)
     recipe = Recipe.from_yaml("a/recipe.yaml")

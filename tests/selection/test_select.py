@@ -331,6 +331,7 @@ def test_mistakes_are_told_before_any_work(cohort, tmp_path, monkeypatch):
             {"tasks": {"colours": tasks["colours"]}},
             r"tasks \['colours'\] for adapters \['colours', 'shapes', 'sizes'\]",
         ),
+        ({"gram": {"sises": "x"}}, r"gram of sises, which are no tasks of the adapters \['colours'"),
         ({"rule": "best"}, "unknown rule 'best': choose from mean, relative, worst"),
         ({"rows": 1}, "rows=1 must be a whole number of at least 2"),
         ({"candidates": [{"method": "regmean"}]}, "the candidate 'regmean, λ 1' needs gram="),
