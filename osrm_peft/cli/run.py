@@ -34,11 +34,11 @@ def init(
 def check(recipe: RecipeArgument, as_json: JsonOption = False) -> None:
     """Find every mistake of a recipe and its data before anything is loaded, each with its line."""
     from osrm_peft.pipeline.check import check_recipe
+    from osrm_peft.tasks.files import SPLITS
 
     mistakes, tasks = check_recipe(recipe)
     rows = {
-        name: {split: len(part) for split in ("train", "validation", "test") if (part := getattr(task, split))}
-        for name, task in tasks.items()
+        name: {split: len(part) for split in SPLITS if (part := getattr(task, split))} for name, task in tasks.items()
     }
     facts = {"mistakes": [vars(one) for one in mistakes], "tasks": rows}
     listed = [
@@ -66,5 +66,4 @@ def run(recipe: RecipeArgument, as_json: JsonOption = False) -> None:
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"what is finished lies in {found.out}: run the same command to go on") from None
     show(selection, lambda facts: [facts["verdict"]])
-    folder = Path(found.out)
-    wrote(folder / "report.html", f"; the merge is {folder / 'selection' / 'winner'}")
+    wrote(Path(found.out, "report.html"), f"; the merge is {selection['folder']}")

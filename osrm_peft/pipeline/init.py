@@ -11,7 +11,7 @@ import yaml
 
 from osrm_peft.io.places import check_file, new_file
 from osrm_peft.pipeline.schema import recipe_schema
-from osrm_peft.tasks.files import Facts, guess, tasks_in
+from osrm_peft.tasks.files import SPLITS, Facts, guess, tasks_in
 
 SCHEMA = "recipe.schema.json"
 _RARE = 0.25  # a class below this share of the rows makes accuracy a poor metric of two classes
@@ -64,7 +64,7 @@ def recipe_text(facts: Mapping[str, Facts], path: Path, model: str) -> str:
     ]
     for name, fact in facts.items():
         lines.append(f"  {_scalar(name)}:  # {described(fact)}")
-        for split in ("train", "validation", "test"):
+        for split in SPLITS:
             file = getattr(fact.data, split)
             if file is not None:
                 lines.append(f"    {split}: {_scalar(Path(os.path.relpath(Path(file).resolve(), below)).as_posix())}")

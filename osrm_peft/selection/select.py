@@ -5,7 +5,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -230,7 +230,7 @@ class _Field:
         known = all(weights is not None for weights, _ in hashes.values())
         if cache is None or not known or (score is not None and identity is None):
             return
-        rows = self.fingerprints()
+        rows = self.fingerprints
         made = {name: versions()[name] for name in ("osrm_peft", "torch", "transformers")}
         context = [
             hashes,
@@ -244,6 +244,7 @@ class _Field:
         for contestant in (self.alone, self.bare, *self.contestants):
             contestant.read(cache, context)
 
+    @cached_property
     def fingerprints(self) -> dict[str, list[str]]:
         """{task: hashes of the rows that choose, and of the rows for the test}."""
         return {
@@ -258,7 +259,7 @@ class _Field:
             for name, one in self.inputs.adapters.items()
         }
         names = [candidate.name for candidate in self.candidates]
-        data = {name: [one.choose.metric, *self.fingerprints()[name]] for name, one in self.rows.items()}
+        data = {name: [one.choose.metric, *self.fingerprints[name]] for name, one in self.rows.items()}
         about = {"base_model": self.base, "inputs": inputs, "candidates": names, "data": data}
         return about | {"command": command(), "versions": versions()}
 

@@ -205,11 +205,7 @@ class Recipe:
         return OSRMLoraConfig(**(fields | files | self.osrm))
 
     def made_from(self, task: str) -> dict[str, Any]:
-        """What the task's adapter is made from: two adapters that agree in it are one.
-
-        Raises:
-            FileNotFoundError: a features file is missing.
-        """
+        """What the task's adapter is made from: two adapters that agree in it are one."""
         config, rows = self.lora_config(task), self.task(task)
         settings = config.osrm_settings() if isinstance(config, OSRMLoraConfig) else {}
         files = [*(settings.pop("out_of_task", None) or []), settings.pop("in_task", None)]

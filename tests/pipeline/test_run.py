@@ -1,6 +1,7 @@
 """A recipe is run: each step once, again when it has changed, and on after an interrupt."""
 
 import json
+from pathlib import Path
 
 import pytest
 import yaml
@@ -249,6 +250,7 @@ def test_several_inits_are_compared_on_the_same_rows(tmp_path):
         for name in ("plain_LoRA", "OSRM_the_paper_s")
     }
     assert best["ranked"][0]["value"]["value"] == max(one["ranked"][0]["value"]["value"] for one in tables.values())
+    assert load_adapter(best["folder"], task="sizes").heads and Path(best["folder"]).parent.parent == out / "selection"
     assert said[-1].startswith("the best merge of each init, mean over tasks: ") and "plain LoRA: " in said[-1]
     assert read_manifest(out / "adapters/OSRM_the_paper_s/sizes")["osrm"]["initialized"]
     assert "osrm" not in read_manifest(out / "adapters/plain_LoRA/sizes")
