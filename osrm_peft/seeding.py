@@ -5,14 +5,14 @@ import hashlib
 import torch
 
 
-def layer_generator(seed: int, layer: str) -> torch.Generator:
-    """The stream of one layer's choice of A."""
-    return torch.Generator().manual_seed(int.from_bytes(_digest(f"{seed}/{layer}")[:7], "big"))
-
-
 def task_generator(seed: int, task: str, layer: str) -> torch.Generator:
-    """The stream of one task's draws at one layer (DARE)."""
+    """The stream of one task's draws at one layer: DARE's mask, A's free choice."""
     return torch.Generator().manual_seed(int.from_bytes(_digest(f"{seed}\0{task}\0{layer}")[:8], "big") >> 1)
+
+
+def task_seed(seed: int, task: str) -> int:
+    """A seed of 32 bits for one task's weights: tasks trained with one seed share no A and no head by accident."""
+    return int.from_bytes(_digest(f"{seed}\0{task}")[:4], "big")
 
 
 def _digest(name: str) -> bytes:

@@ -19,7 +19,7 @@ from osrm_peft.models.layers import base_of, linear_layer, lora_layers, unwrappe
 from osrm_peft.osrm.config import OSRMLoraConfig
 from osrm_peft.osrm.others import OtherTasks, load_features, provenance_of
 from osrm_peft.osrm.subspace import choose_directions, reference_directions
-from osrm_peft.seeding import layer_generator
+from osrm_peft.seeding import task_generator
 
 logger = logging.getLogger(__name__)
 
@@ -155,7 +155,7 @@ def _choose(
     A = choose_directions(
         spectrum,
         r,
-        generator=layer_generator(config.osrm_seed, name),
+        generator=task_generator(config.osrm_seed, out.task if own is None else own.task, name),
         own=None if own is None else own.layers[name],
         null_space=config.null_space,
         objective=config.objective,

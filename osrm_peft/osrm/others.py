@@ -26,6 +26,11 @@ class OtherTasks:
         self.features, self._inputs = features, [one.same_input() for one in features]
         self._last: tuple[tuple[str, ...], list[FeatureMoments], PooledMoment, Spectrum] | None = None
 
+    @property
+    def task(self) -> str:
+        """What stands for the task itself where it shows no features: that it is none of these."""
+        return "not " + ", ".join(sorted(one.task for one in self.features))
+
     def input_of(self, name: str) -> tuple[str, ...]:
         """Key of the layer's input: layers with equal keys receive the same tensors."""
         return tuple(same_input[name] for same_input in self._inputs)

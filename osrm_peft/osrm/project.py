@@ -25,7 +25,7 @@ from osrm_peft.io.manifest import MANIFEST, command, new_folder, read_manifest, 
 from osrm_peft.osrm.others import OtherTasks, load_features, provenance_of
 from osrm_peft.osrm.spectrum import PooledMoment, Spectrum
 from osrm_peft.osrm.subspace import NullSpace, choose_directions
-from osrm_peft.seeding import layer_generator
+from osrm_peft.seeding import task_generator
 
 
 @dataclass(frozen=True)
@@ -189,7 +189,8 @@ class _Projector:
             projected = _away_from(before, spectrum.vectors[:, :p])
         else:
             choice = {key: value for key, value in self.frame.items() if key != "seed"}
-            generator = layer_generator(self.frame["seed"], name)
+            task = self.others.task if self.own is None else self.own.task
+            generator = task_generator(self.frame["seed"], task, name)
             A = choose_directions(spectrum, before.rank, generator=generator, own=own, **choice)
             projected = _onto(before, A)
         after = _square_root(projected)

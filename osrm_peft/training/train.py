@@ -32,6 +32,7 @@ from osrm_peft.models.identity import located
 from osrm_peft.models.loading import load_base, load_tokenizer
 from osrm_peft.osrm.callback import OSRMCallback
 from osrm_peft.osrm.config import OSRMLoraConfig
+from osrm_peft.seeding import task_seed
 from osrm_peft.tasks.task import Task, tokenize
 
 # The OSRM paper's settings (§5.1 and Table 10), except the learning rate, which depends on model, task and init.
@@ -72,7 +73,7 @@ def train_task(
         training: `transformers.TrainingArguments`, over the paper's settings (`PAPER_TRAINING`).
         callbacks: more callbacks for the Trainer.
         max_length: tokens a row is cut to.
-        seed: seeds the head, the order of rows and the dropout.
+        seed: of the order of rows and the dropout and, mixed with the task's name, of head and A.
         made_from: goes into the manifest, so that a recipe knows its adapter again.
         overwrite: replace an earlier adapter in `output_dir`.
         progress: show a bar, with the task's name and the loss.
@@ -126,7 +127,7 @@ def _trainer(
     max_length: int,
 ) -> Trainer:
     """The Trainer of one adapter on its base model."""
-    set_seed(args.seed)
+    set_seed(task_seed(args.seed, task.name))
     tokenizer = load_tokenizer(model)
     # ZeRO-3 wants one dtype: PEFT then leaves the adapter in the base's, and DeepSpeed trains its own float32 copy.
     zero3 = args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3

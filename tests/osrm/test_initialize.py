@@ -148,6 +148,21 @@ def test_the_same_seed_gives_the_same_a_whatever_the_order_of_tasks():
     assert not torch.allclose(query, value, atol=0.1)  # each layer draws from a stream of its own
 
 
+@pytest.mark.parametrize(
+    "options", [{"statistic": "mean"}, {"statistic": "sample", "protect_rank": 3}, {"protect_rank": 3}]
+)
+def test_two_tasks_share_no_more_of_a_than_chance_where_the_choice_is_free(options):
+    features = {t: features_of(t, i, statistic=options.get("statistic", "token")) for i, t in enumerate("abcd")}
+    adapters = []
+    for task in "ab":
+        model = osrm_model(**options)
+        initialize_osrm_weights(model, [features[other] for other in "abcd" if other != task])
+        adapters.append(weights_of(model))
+    shared = [(A @ adapters[1][key].T).square().sum() / len(A) for key, A in adapters[0].items() if "lora_A" in key]
+    assert len(shared) == 4
+    assert max(shared) < 0.5  # mean squared cosine: 1 of equal spaces; r/n = 4/32 of random ones, more of fewer free
+
+
 def test_own_features_are_used_and_checked(others):
     own = features_of("own", 3)
     plain, ratio = osrm_model(), osrm_model(objective="ratio", in_task="unused")

@@ -20,7 +20,7 @@ from osrm_peft.models.layers import lora_layers
 from osrm_peft.osrm.project import project_adapter
 from osrm_peft.osrm.spectrum import PooledMoment, Spectrum
 from osrm_peft.osrm.subspace import choose_directions
-from osrm_peft.seeding import layer_generator
+from osrm_peft.seeding import task_generator
 from tests.helpers.adapters import make_adapter, tensors_of
 from tests.helpers.models import make_base, make_batch
 from tests.helpers.subspace import FORMS, tasks, top
@@ -83,7 +83,8 @@ def test_the_paper_s_projection_is_the_dense_formula(o, r, n, k, T, statistic, s
     A, B = adapter.factors["layer"].A, adapter.factors["layer"].B
     after, layer = project(adapter, others, own, seed=seed)
     pool = PooledMoment.of(others)
-    frame = choose_directions(Spectrum.of(pool), r, generator=layer_generator(seed, "layer"))
+    task = "own" if with_own else "not " + ", ".join(f"other{i}" for i in range(T))
+    frame = choose_directions(Spectrum.of(pool), r, generator=task_generator(seed, task, "layer"))
     torch.testing.assert_close(after, (s * B @ A @ frame.T) @ frame, rtol=0, atol=1e-12)
     assert layer.protected is None
     assert_reports(layer, s * B @ A, after, pool.second_moment(), None if own is None else own.second_moment())
@@ -165,7 +166,7 @@ def test_protect_and_null_space_choose_the_frame(null_space):
     P = torch.eye(12, dtype=torch.float64) - strong.T @ strong
     frame = top(P @ own.second_moment() @ P, 3)
     if null_space == "random":
-        stream = layer_generator(4, "layer")
+        stream = task_generator(4, "own", "layer")
         frame = choose_directions(Spectrum.of(PooledMoment.of(others)), 3, protect_rank=2, generator=stream)
     torch.testing.assert_close(after, before @ frame.T @ frame, rtol=0, atol=1e-9)
     assert (after @ strong.T).norm() < 1e-9

@@ -6,10 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
 
-from osrm_peft import OSRMLoraConfig
+from osrm_peft import OSRMLoraConfig, load_adapter
 from osrm_peft.io.yaml import parse_yaml
 from osrm_peft.models.loading import load_base
 from osrm_peft.training.recipe import Recipe
@@ -167,3 +168,14 @@ def test_trained_biases_are_saved_too(tmp_path):
     recipe = Recipe.from_yaml(write(tmp_path, lora={"target_modules": ["query"], "bias": "all"}))
     found = load_file(recipe.train("tweets", tmp_path / "out") / "adapter_model.safetensors")
     assert "base_model.model.bert.encoder.layer.0.attention.output.LayerNorm.bias" in found
+
+
+def test_tasks_of_one_seed_share_neither_a_nor_head(tmp_path):
+    recipe = Recipe.from_yaml(
+        write(tmp_path, tasks=["tweets", "editorials"], training={"max_steps": 1, "learning_rate": 1e-9})
+    )
+    first, second = (load_adapter(recipe.train(name, tmp_path / name)) for name in ("tweets", "editorials"))
+    for name, factors in first.factors.items():
+        assert not torch.allclose(factors.A, second.factors[name].A, atol=0.01)
+    weights = [name for name, head in first.heads.items() if head.ndim > 1]
+    assert weights and not any(torch.allclose(first.heads[one], second.heads[one], atol=0.01) for one in weights)
