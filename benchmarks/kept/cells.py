@@ -17,7 +17,6 @@ from transformers import DataCollatorWithPadding, TrainerCallback
 
 from kept.settings import (
     BATCH,
-    EPOCHS,
     FEW,
     HELD_OUT,
     INITS,
@@ -26,12 +25,14 @@ from kept.settings import (
     MERGES,
     MODELS,
     ROWS,
+    SWEPT,
     TRAIN_ROWS,
     TUNING_SEED,
     TUNING_TASKS,
     Cell,
     Merge,
 )  # fmt: skip
+from kept.trials import TRIALS
 from osrm_peft import LeastSquares, TaskFeatures, collect_features, load_adapter, merge_adapters, tokenize
 from osrm_peft.adapters.live import LiveBase, applied_to
 from osrm_peft.adapters.lora_adapter import LoraAdapter
@@ -108,7 +109,7 @@ class Study:
     def recipe(self, cell: Cell, rate: float) -> Recipe:
         """The recipe that a cell's adapters are trained by."""
         names = [name.replace("|", " or ") for name in MANY[: cell.tasks]] if cell.tasks else None
-        training = {"learning_rate": rate, "num_train_epochs": EPOCHS, "per_device_train_batch_size": BATCH}
+        training = {"learning_rate": rate, "num_train_epochs": cell.epochs, "per_device_train_batch_size": BATCH}
         training |= {"train_sampling_strategy": "group_by_length", "bf16": self.bf16, "use_cpu": self.bf16}
         fields = INITS[cell.init]
         statistic = "token" if fields is None else str(fields["statistic"])
@@ -117,14 +118,14 @@ class Study:
             model=self.models[cell.model],
             suite=self.suite(cell),
             tasks=names,
-            lora={"r": cell.r, "lora_alpha": 2 * cell.r, "target_modules": list(MODELS[cell.model])},
+            lora={"r": cell.r, "lora_alpha": cell.scaling * cell.r, "target_modules": list(MODELS[cell.model])},
             osrm=fields,
             features=str(self.out / place),
             num_samples=cell.k,
             training=training,
             max_length=MAX_LENGTH,
             train_rows=TRAIN_ROWS,
-            validation_rows=ROWS,
+            validation_rows=ROWS[cell.model],
             seed=cell.seed,
         )
 
@@ -170,21 +171,16 @@ class Run:
         """Train what is not trained, and score what is not scored."""
         adapters = {name: self._adapter(name) for name in self.names}
         loaded = {name: load_adapter(folder) for name, folder in adapters.items()}
-        file, found = self.folder / "predictions.safetensors", dict[str, np.ndarray]()
-        if file.is_file():
-            found = dict(load_file(file))
-        scorer = _Scorer(self, loaded, found)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        scorer = _Scorer(self, loaded, self.folder / "predictions.safetensors")
         scorer.entry("alone", lambda name: loaded[name])
         scorer.entry("base", lambda name: replace(loaded[name], factors={}, modules={}))
-        for merge in MERGES:
-            if self.cell.merges == "all" or (self.cell.merges == "few" and merge[0] in FEW):
-                scorer.merge(merge, adapters)
+        chosen = {"all": MERGES, "published": MERGES, "trials": TRIALS, "none": ()}
+        few = [merge for merge in MERGES if merge[0] in FEW]
+        for merge in chosen.get(self.cell.merges, few):
+            scorer.merge(merge, adapters)
         notes = {name: read_object(self._notes(name)) for name in self.names}
         tasks = {name: {"metric": self.task(name).metric} for name in self.names}
-        labels = {f"label/{name}": np.array(self.task(name).validation["label"], dtype=float) for name in self.names}
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with new_file(file) as partial:
-            save_file(found | labels, partial)
         write_json(
             self.folder / "cell.json",
             {
@@ -281,8 +277,11 @@ class Run:
 class _Scorer:
     """Predictions of adapters and merges on a cell's rows; what is known is not computed again."""
 
-    def __init__(self, run: Run, loaded: dict[str, LoraAdapter], found: dict[str, np.ndarray]) -> None:
-        self.run, self.loaded, self.found = run, loaded, found
+    def __init__(self, run: Run, loaded: dict[str, LoraAdapter], file: Path) -> None:
+        self.run, self.loaded, self.file = run, loaded, file
+        self.found: dict[str, np.ndarray] = dict(load_file(file)) if file.is_file() else {}
+        for name in run.names:
+            self.found[f"label/{name}"] = np.array(run.task(name).validation["label"], dtype=float)
         self.live = LiveBase(run.recipe.model)
         self.tokenizer = load_tokenizer(run.recipe.model)
         self.rows = {name: tokenize(run.task(name).validation, self.tokenizer, MAX_LENGTH) for name in run.names}
@@ -293,12 +292,13 @@ class _Scorer:
         for name in self.run.names:
             if f"{key}/{name}" not in self.found:
                 self.score(key, name, applied_to(adapter_of(name), self.live.of(self.loaded[name])))
+        self.save()
 
     def merge(self, merge: Merge, adapters: dict[str, Path]) -> None:
         """Score a merge at all its λ."""
         label, fields, published, grid = merge
-        few = self.run.cell.merges == "few" and label not in ("TA", "TSV-M")
-        scales: tuple[float | None, ...] = (published,) if few or published is None else (*grid,)
+        swept = self.run.cell.merges in ("all", "trials") or label in SWEPT
+        scales: tuple[float | None, ...] = (*grid,) if swept and published is not None else (published,)
         keys = {scale: label if scale is None else f"{label}, λ {scale:g}" for scale in scales}
         if all(f"{key}/{name}" in self.found for key in keys.values() for name in self.run.names):
             return
@@ -309,13 +309,21 @@ class _Scorer:
         for rule in ("weights", "scale"):
             if options.get(rule) == "features":
                 options[rule] = LeastSquares(features)
-        if options["method"] in ("regmean", "fisher"):
+        if options.get("statistics") == "features":
+            options["statistics"] = features
+        elif options["method"] in ("regmean", "fisher"):
             options["statistics"] = self.statistics("gram" if options["method"] == "regmean" else "fisher", adapters)
         merged: Any = merge_adapters(adapters, **options)
         for scale, key in keys.items():
             result = merged if scale is None else merged.at_scale(scale)
             for name in self.run.names:
                 self.score(key, name, result.applied_to(self.live.of(result.tasks[name]), name))
+        self.save()
+
+    def save(self) -> None:
+        """Keep what is known."""
+        with new_file(self.file) as partial:
+            save_file(self.found, partial)
 
     def score(self, key: str, name: str, inside: Any) -> None:
         """Predict under a context that yields the model."""

@@ -20,7 +20,7 @@ INITS: dict[str, dict[str, Any] | None] = {  # OSRMLoraConfig fields; None: PEFT
     "paper, means": PAPER | {"statistic": "mean"},  # Eq. 4
     "paper, samples": PAPER | {"statistic": "sample"},  # Eq. 2 and 3
 }
-MAIN = ("plain", "random", "paper", "in_task", "ratio")
+MAIN = ("plain", "paper", "in_task", "ratio")
 
 # (name in the tables, fields of a merge recipe, λ as published, λ to choose among; None: the merge has its own)
 Merge = tuple[str, dict[str, Any], float | None, tuple[float, ...]]
@@ -41,6 +41,7 @@ MERGES: tuple[Merge, ...] = (
     ("LoRE, λ by features", {"method": "lore", "scale": "features"}, None, ()),
 )
 FEW = ("average", "TA", "TIES", "RegMean", "EMR", "TSV-M", "Iso-C")
+SWEPT = ("TA", "TSV-M")
 
 SEEDS, TUNING_SEED = (42, 43, 44), 41
 TUNING_TASKS = {  # classes and a regression
@@ -48,9 +49,13 @@ TUNING_TASKS = {  # classes and a regression
     "glue": ("cola", "mrpc", "stsb"),
 }
 RATES = (5e-4, 1e-3, 2e-3)
-LOW_RATE = 2e-4  # drift ≤ 0.15
-BATCH, EPOCHS, MAX_LENGTH = 16, 3, 48
-TRAIN_ROWS, ROWS, HELD_OUT = 384, 300, 200
+LOW: dict[str, dict[str, Any]] = {  # drift ≤ 0.15: small steps of A, and a large α that makes up for B's
+    "minilm": {"rate": 3e-4, "scaling": 16, "epochs": 6},
+    "mpnet": {"rate": 4e-4, "scaling": 4},
+}
+BATCH, MAX_LENGTH = 16, 48
+TRAIN_ROWS, HELD_OUT = 384, 200
+ROWS = {"minilm": 300, "mpnet": 160}
 MODELS = {"minilm": ("query", "value"), "mpnet": ("q", "v")}  # the layers of the paper: W_Q and W_V
 
 # Nested: the first N are the set of N tasks. Pairs of newsgroups and of Reuters topics, between two packaged tasks.
@@ -85,10 +90,13 @@ class Cell:
         rate: the learning rate; 0: the one that the tuning cells choose for this model, suite and init.
         seed: of rows, heads and order.
         tasks: how many tasks of the suite; 0: all.
-        r: LoRA's rank, α = 2 r.
+        r: LoRA's rank.
+        scaling: α / r: where it is large, B and with it A need to move less.
+        epochs: of training.
         k: samples a task for the features.
         unknown: the other tasks are unknown: a reference corpus stands for them.
-        merges: "all", "few" (at the published λ), or "none": the adapters alone, on held-out training rows.
+        merges: "all" (MERGES), "published" (MERGES, a choice of λ for SWEPT only), "few" (FEW, likewise), "trials"
+            (trials.TRIALS), or "none" (the adapters alone, on held-out training rows).
     """
 
     model: str = "minilm"
@@ -98,6 +106,8 @@ class Cell:
     seed: int = 42
     tasks: int = 0
     r: int = 8
+    scaling: int = 2
+    epochs: int = 3
     k: int = 100
     unknown: bool = False
     merges: str = "all"
@@ -105,9 +115,16 @@ class Cell:
     @property
     def key(self) -> str:
         """The cell's folder."""
-        parts = [f"r{self.r}" * (self.r != 8), f"k{self.k}" * (self.k != 100), f"N{self.tasks}" * (self.tasks > 0)]
+        parts = [
+            f"r{self.r}" * (self.r != 8),
+            f"s{self.scaling}" * (self.scaling != 2),
+            f"e{self.epochs}" * (self.epochs != 3),
+            f"k{self.k}" * (self.k != 100),
+            f"N{self.tasks}" * (self.tasks > 0),
+        ]
         rate = "tuned" if self.rate == 0 else f"{self.rate:g}"
         about = " ".join([self.init, *filter(None, parts), *(["unknown"] if self.unknown else []), rate])
+        about += " trials" * (self.merges == "trials")
         return f"{self.model}/{self.suite}/{about}/seed{self.seed}"
 
 
@@ -119,26 +136,31 @@ def tuning(model: str, suite: str, inits: tuple[str, ...] = MAIN) -> list[Cell]:
 def cells(part: str) -> Iterator[Cell]:
     """The cells of a part, the most telling first."""
     model, _, suite = part.partition("-")
-    if model in MODELS:
-        inits = MAIN if model == "minilm" else ("plain", "paper", "ratio")
+    inits = MAIN if model == "minilm" else ("plain", "paper", "ratio")
+    if suite == "low":
+        yield from (
+            Cell(model, init=init, seed=seed, merges="published", **LOW[model]) for seed in SEEDS for init in inits
+        )
+    elif model in MODELS:
         yield from tuning(model, suite, inits)
-        yield from (Cell(model, suite, init, seed=seed) for seed in SEEDS for init in inits)
-    elif part == "low":
-        inits = ("plain", "paper", "in_task", "ratio")
-        yield from (Cell(init=init, rate=LOW_RATE, seed=seed) for seed in SEEDS for init in inits)
+        merges = "all" if model == "minilm" else "published"
+        yield from (Cell(model, suite, init, seed=seed, merges=merges) for seed in SEEDS for init in inits)
+    elif part == "trials":
+        inits = ("ratio", "plain")
+        yield from (Cell(init=init, seed=seed, merges="trials", **LOW["minilm"]) for seed in SEEDS for init in inits)
     elif part == "many":
         for seed in SEEDS:
-            for number in (16, 8, 4, 2):
+            for number in (16, 4, 8, 2):
                 for init in ("plain", "ratio", "paper") if number == 16 else ("plain", "ratio"):
-                    yield Cell("minilm", "many", init, 1e-3, seed, number, merges="few")
+                    yield Cell("minilm", "many", init, 2e-3, seed, number, merges="few")
     elif part == "unknown":
         inits = ("paper", "ratio")
         yield from (
-            Cell(init=init, seed=seed, rate=1e-3, unknown=True, merges="few") for seed in SEEDS for init in inits
+            Cell(init=init, seed=seed, rate=2e-3, unknown=True, merges="few") for seed in SEEDS for init in inits
         )
     elif part == "sweeps":
-        few = Cell(rate=1e-3, merges="few")
-        variants = [replace(few, init=init) for init in INITS if init not in ("random",)]
+        few = Cell(rate=2e-3, merges="few")
+        variants = [replace(few, init=init) for init in INITS]
         variants += [replace(few, init=init, r=r) for r in (4, 32) for init in ("plain", "ratio")]
         variants += [replace(few, init="ratio", k=k) for k in (2, 10, 1000)]
         yield from (replace(one, seed=seed) for one in variants for seed in SEEDS)
@@ -146,4 +168,7 @@ def cells(part: str) -> Iterator[Cell]:
         raise ValueError(f"no part {part!r}: choose from {', '.join(PARTS)}")
 
 
-PARTS = ("minilm-packaged", "mpnet-packaged", "many", "minilm-glue", "low", "unknown", "sweeps")
+PARTS = (
+    "minilm-low", "mpnet-low", "many", "trials", "minilm-packaged", "mpnet-packaged", "minilm-glue", "unknown",
+    "sweeps",
+)  # fmt: skip

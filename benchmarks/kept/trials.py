@@ -1,0 +1,143 @@
+"""Merges on trial: from the same files as the registered ones, registered for the study alone."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kept.settings import Merge
+from osrm_peft.adapters.factors import Factors
+from osrm_peft.features.moments import FeatureMoments
+from osrm_peft.merging.lowrank import balanced, compress, cross_energies
+from osrm_peft.merging.methods.iso import iso
+from osrm_peft.merging.methods.registry import register
+from osrm_peft.merging.methods.regmean import regmean
+from osrm_peft.merging.methods.tsv import tsv
+from osrm_peft.merging.rules import normal_equations, solve
+from osrm_peft.merging.spaces import enter
+
+_FACTORS = {"paper": "a trial", "spaces": ("factors",), "needs": "gram"}
+
+
+@register("trial_filtered", paper="a trial", commutes=True)
+def filtered(tau: Tensor, weights: Tensor, *, ridge: float = 0.1, side: str = "right") -> Tensor:
+    """argmin_W Σ_t c_t ‖(W − τ_t) τ_tᵀ‖² + ρ ‖W‖² with c_t = ‖τ_t‖⁻²: a task's own rows stand for its inputs."""
+    if side == "both":
+        return (filtered(tau, weights, ridge=ridge) + filtered(tau, weights, ridge=ridge, side="left")) / 2
+    if side == "left":
+        return filtered(tau.mT, weights, ridge=ridge).mT
+    theta = tau.double() * weights.double()[:, None, None]
+    reads = theta.mT @ theta / theta.square().sum((1, 2)).clamp_min(1e-300)[:, None, None]  # (T, q, q), each of trace 1
+    total = reads.sum(0)
+    total += ridge * total.trace() / len(total) * torch.eye(len(total), dtype=total.dtype)
+    return torch.linalg.solve(total, (theta @ reads).sum(0), left=False).to(tau.dtype)
+
+
+@register("trial_whitened", **_FACTORS)
+def whitened(
+    factors: Sequence[Factors | None], weights: Tensor, gram: Sequence[FeatureMoments], *, ridge: float = 0.1,
+    inner: str = "tsv",
+) -> Factors:  # fmt: skip
+    """TSV-M (or Iso-C) of τ_t S^½, times S^−½, with S the mean of the tasks' second moments and a ridge."""
+    S = sum((one.second_moment() for one in gram[1:]), gram[0].second_moment()) / len(gram)
+    values, V = torch.linalg.eigh(S)
+    root = (values.clamp_min(0) + ridge * values.sum() / len(values)).sqrt()
+    into, out = (V * root) @ V.mT, (V / root) @ V.mT
+    layer = enter("core", [None if f is None else Factors(f.A.double() @ into, f.B, f.s) for f in factors])
+    merged = layer.compress((tsv if inner == "tsv" else iso)(layer.stack, weights)).factors
+    return Factors(merged.A @ out, merged.B, merged.s)
+
+
+@register("trial_balanced_regmean", **_FACTORS)
+def balanced_regmean(
+    factors: Sequence[Factors | None], weights: Tensor, gram: Sequence[FeatureMoments], *, ridge: float = 0.01,
+    off_diagonal: float = 1.0,
+) -> Factors:  # fmt: skip
+    """RegMean with each task's error relative to its own effect: weights E‖τ_t h_t‖⁻²."""
+    found = _own_effects(factors, gram)
+    return regmean(factors, weights.double() / found, gram, off_diagonal=off_diagonal, ridge=ridge)
+
+
+@register("trial_kept_norm", **_FACTORS)
+def kept_norm(
+    factors: Sequence[Factors | None], weights: Tensor, gram: Sequence[FeatureMoments], *, inner: str = "weights",
+    relative: bool = False,
+) -> Factors:  # fmt: skip
+    """A merge rescaled so that effects stay: Σ_t E‖W h_t‖² = Σ_t E‖τ_t h_t‖², or the ratio's geometric mean is 1."""
+    layer = enter("core", factors)
+    if inner == "weights":
+        products = _products(factors)
+        w = solve(*normal_equations(products, gram)) * weights.double()
+        B, A = (
+            torch.cat([one * B for one, (B, _) in zip(w, products, strict=True)], 1),
+            torch.cat([a for _, a in products]),
+        )
+        merged = compress(B, A).factors
+    elif inner == "sum":
+        merged = layer.compress(torch.einsum("t,ton->on", weights.double(), layer.stack)).factors
+    elif inner == "regmean":
+        merged = regmean(factors, weights.double(), gram, ridge=0.01)
+    else:
+        merged = layer.compress((tsv if inner == "tsv" else iso)(layer.stack, weights.double())).factors
+    own = _own_effects(factors, gram)
+    effects = torch.stack(
+        [cross_energies([(merged.s * merged.B.double(), merged.A.double())], one)[0, 0] for one in gram]
+    )
+    ratio = own / effects if not relative else (own / effects).log().mean().exp()
+    scale = (own.sum() / effects.sum()).sqrt() if not relative else ratio.sqrt()
+    return Factors(merged.A, scale * merged.B, merged.s)
+
+
+@register("trial_served", **_FACTORS)
+def served(
+    factors: Sequence[Factors | None], weights: Tensor, gram: Sequence[FeatureMoments], *, to: int = 16
+) -> Factors:  # fmt: skip
+    """TSV-M cut to a rank by the SVD of ΔW S^½: of all cuts it loses least of the output's energy E‖ΔW h‖²."""
+    layer = enter("core", factors)
+    merged = layer.compress(tsv(layer.stack, weights.double())).factors
+    S = sum((one.second_moment() for one in gram[1:]), gram[0].second_moment()) / len(gram)
+    reads = merged.A.double() @ S @ merged.A.double().mT
+    values, V = torch.linalg.eigh(reads)  # A S Aᵀ = C Cᵀ, so B C has the left singular vectors of ΔW S^½
+    C = (V * values.clamp_min(0).sqrt()) @ V.mT
+    U = torch.linalg.svd(merged.s * merged.B.double() @ C, full_matrices=False).U[:, :to]
+    return Factors((U.mT @ (merged.s * merged.B.double())) @ merged.A.double(), U)
+
+
+def _products(factors: Sequence[Factors | None]) -> list[tuple[Tensor, Tensor]]:
+    shape = next((len(f.B), f.A.shape[1]) for f in factors if f is not None)
+    empty = torch.zeros(shape[0], 0, dtype=torch.float64), torch.zeros(0, shape[1], dtype=torch.float64)
+    return [empty if f is None else balanced(f) for f in factors]
+
+
+def _own_effects(factors: Sequence[Factors | None], gram: Sequence[FeatureMoments]) -> Tensor:
+    """(T,) E‖τ_t h_t‖²."""
+    pairs = zip(_products(factors), gram, strict=True)
+    return torch.stack([cross_energies([product], one)[0, 0] for product, one in pairs])
+
+
+def _trials() -> Iterator[Merge]:
+    yield "TA", {"method": "task_arithmetic"}, 0.3, (0.3, 0.45, 0.6)
+    yield "TSV-M", {"method": "tsv"}, 1.0, (0.75, 1.0)
+    for ridge in (0.01, 0.1):
+        yield f"RegMean, features, ρ {ridge:g}", _by("regmean", ridge=ridge), 1.0, (1.0, 1.5)
+        yield f"RegMean, balanced, ρ {ridge:g}", _by("trial_balanced_regmean", ridge=ridge), 1.0, (1.0, 1.5)
+    yield "TA, weights by features", {"method": "task_arithmetic", "weights": "features"}, 1.0, (1.0, 1.5)
+    for side, ridge in (("right", 0.1), ("right", 0.5), ("right", 1.0), ("both", 0.5), ("left", 0.5)):
+        yield f"filtered {side}, ρ {ridge:g}", {"method": "trial_filtered", "ridge": ridge, "side": side}, 1.0, (1.0,)
+    for inner, ridge in (("tsv", 0.1), ("tsv", 1.0), ("iso", 0.1)):
+        yield f"whitened {inner}, ρ {ridge:g}", _by("trial_whitened", ridge=ridge, inner=inner), 1.0, (0.75, 1.0)
+    for inner in ("weights", "sum", "regmean", "tsv", "iso"):
+        for relative in (False, True):
+            about = f"{inner}, norm kept" + ", geometric" * relative
+            yield about, _by("trial_kept_norm", inner=inner, relative=relative), 1.0, (1.0,)
+    for rank in (16, 8):
+        yield f"TSV-M, rank {rank}", {"method": "tsv", "rank": rank}, 1.0, (1.0,)
+        yield f"TSV-M, rank {rank} by features", _by("trial_served", to=rank), 1.0, (1.0,)
+
+
+def _by(name: str, **options: Any) -> dict[str, Any]:
+    return {"method": name, "statistics": "features", **options}
+
+
+TRIALS: tuple[Merge, ...] = tuple(_trials())
