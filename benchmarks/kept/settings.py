@@ -138,9 +138,11 @@ def cells(part: str) -> Iterator[Cell]:
     model, _, suite = part.partition("-")
     inits = MAIN if model == "minilm" else ("plain", "paper", "ratio")
     if suite == "low":
-        yield from (
-            Cell(model, init=init, seed=seed, merges="published", **LOW[model]) for seed in SEEDS for init in inits
-        )
+        first, rest = (inits, ("random",)) if model == "minilm" else (("ratio", "plain"), ("paper",))
+        for group in (first, rest):
+            yield from (
+                Cell(model, init=init, seed=seed, merges="published", **LOW[model]) for seed in SEEDS for init in group
+            )
     elif model in MODELS:
         yield from tuning(model, suite, inits)
         merges = "all" if model == "minilm" else "published"

@@ -4,6 +4,7 @@ import json
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -117,14 +118,14 @@ def _columns(groups: dict[str, Group], merges: Sequence[Merge]) -> dict[str, Cal
     """{column: an entry's score of one seed}: at the published λ, and at a chosen one."""
     columns: dict[str, Callable[[Scored], float]] = {}
     for merge in merges:
-        columns[_key(merge)] = lambda one, key=_key(merge): one.mean(key)  # type: ignore[misc]
+        columns[_key(merge)] = partial(Scored.mean, key=_key(merge))
         if merge in _swept(groups, merges):
-            columns[f"{merge[0]}, λ chosen"] = lambda one, merge=merge: one.chosen(merge)  # type: ignore[misc]
+            columns[f"{merge[0]}, λ chosen"] = partial(Scored.chosen, merge=merge)
     return columns
 
 
 def _scores(groups: dict[str, Group], merges: Sequence[Merge]) -> str:
-    entries = {"alone": lambda one: one.mean("alone"), "base": lambda one: one.mean("base"), **_columns(groups, merges)}
+    entries = {key: partial(Scored.mean, key=key) for key in ("alone", "base")} | _columns(groups, merges)
     head = ["scores", *groups]
     lines = [[name, *(_cell([of(one) for one in group]) for group in groups.values())] for name, of in entries.items()]
     return markdown_table(head, lines)

@@ -21,12 +21,8 @@ _FACTORS = {"paper": "a trial", "spaces": ("factors",), "needs": "gram"}
 
 
 @register("trial_filtered", paper="a trial", commutes=True)
-def filtered(tau: Tensor, weights: Tensor, *, ridge: float = 0.1, side: str = "right") -> Tensor:
+def filtered(tau: Tensor, weights: Tensor, *, ridge: float = 0.1) -> Tensor:
     """argmin_W Σ_t c_t ‖(W − τ_t) τ_tᵀ‖² + ρ ‖W‖² with c_t = ‖τ_t‖⁻²: a task's own rows stand for its inputs."""
-    if side == "both":
-        return (filtered(tau, weights, ridge=ridge) + filtered(tau, weights, ridge=ridge, side="left")) / 2
-    if side == "left":
-        return filtered(tau.mT, weights, ridge=ridge).mT
     theta = tau.double() * weights.double()[:, None, None]
     reads = theta.mT @ theta / theta.square().sum((1, 2)).clamp_min(1e-300)[:, None, None]  # (T, q, q), each of trace 1
     total = reads.sum(0)
@@ -61,47 +57,40 @@ def balanced_regmean(
 
 @register("trial_kept_norm", **_FACTORS)
 def kept_norm(
-    factors: Sequence[Factors | None], weights: Tensor, gram: Sequence[FeatureMoments], *, inner: str = "weights",
-    relative: bool = False,
-) -> Factors:  # fmt: skip
-    """A merge rescaled so that effects stay: Σ_t E‖W h_t‖² = Σ_t E‖τ_t h_t‖², or the ratio's geometric mean is 1."""
-    layer = enter("core", factors)
-    if inner == "weights":
-        products = _products(factors)
-        w = solve(*normal_equations(products, gram)) * weights.double()
-        B, A = (
-            torch.cat([one * B for one, (B, _) in zip(w, products, strict=True)], 1),
-            torch.cat([a for _, a in products]),
-        )
-        merged = compress(B, A).factors
-    elif inner == "sum":
-        merged = layer.compress(torch.einsum("t,ton->on", weights.double(), layer.stack)).factors
-    elif inner == "regmean":
-        merged = regmean(factors, weights.double(), gram, ridge=0.01)
-    else:
-        merged = layer.compress((tsv if inner == "tsv" else iso)(layer.stack, weights.double())).factors
-    own = _own_effects(factors, gram)
-    effects = torch.stack(
-        [cross_energies([(merged.s * merged.B.double(), merged.A.double())], one)[0, 0] for one in gram]
-    )
-    ratio = own / effects if not relative else (own / effects).log().mean().exp()
-    scale = (own.sum() / effects.sum()).sqrt() if not relative else ratio.sqrt()
-    return Factors(merged.A, scale * merged.B, merged.s)
+    factors: Sequence[Factors | None], weights: Tensor, gram: Sequence[FeatureMoments], *, inner: str = "weights"
+) -> Factors:
+    """A merge rescaled so that effects stay: Σ_t E‖W h_t‖² = Σ_t E‖τ_t h_t‖²."""
+    merged = _merged(inner, factors, weights.double(), gram)
+    whole = merged.s * merged.B.double(), merged.A.double()
+    effects = torch.stack([cross_energies([whole], one)[0, 0] for one in gram])
+    return Factors(merged.A, (_own_effects(factors, gram).sum() / effects.sum()).sqrt() * merged.B, merged.s)
 
 
 @register("trial_served", **_FACTORS)
 def served(
-    factors: Sequence[Factors | None], weights: Tensor, gram: Sequence[FeatureMoments], *, to: int = 16
+    factors: Sequence[Factors | None], weights: Tensor, gram: Sequence[FeatureMoments], *, to: int = 16,
+    inner: str = "tsv",
 ) -> Factors:  # fmt: skip
-    """TSV-M cut to a rank by the SVD of ΔW S^½: of all cuts it loses least of the output's energy E‖ΔW h‖²."""
-    layer = enter("core", factors)
-    merged = layer.compress(tsv(layer.stack, weights.double())).factors
+    """A merge cut to a rank by the SVD of ΔW S^½: of all cuts it loses least of the output's energy E‖ΔW h‖²."""
+    merged = _merged(inner, factors, weights.double(), gram)
     S = sum((one.second_moment() for one in gram[1:]), gram[0].second_moment()) / len(gram)
-    reads = merged.A.double() @ S @ merged.A.double().mT
-    values, V = torch.linalg.eigh(reads)  # A S Aᵀ = C Cᵀ, so B C has the left singular vectors of ΔW S^½
-    C = (V * values.clamp_min(0).sqrt()) @ V.mT
-    U = torch.linalg.svd(merged.s * merged.B.double() @ C, full_matrices=False).U[:, :to]
-    return Factors((U.mT @ (merged.s * merged.B.double())) @ merged.A.double(), U)
+    B, A = merged.s * merged.B.double(), merged.A.double()
+    values, V = torch.linalg.eigh(A @ S @ A.mT)  # A S Aᵀ = C Cᵀ: B C has the left singular vectors of ΔW S^½
+    U = torch.linalg.svd(B @ (V * values.clamp_min(0).sqrt()), full_matrices=False).U[:, :to]
+    return Factors((U.mT @ B) @ A, U)
+
+
+def _merged(inner: str, factors: Sequence[Factors | None], weights: Tensor, gram: Sequence[FeatureMoments]) -> Factors:
+    """A registered merge, under the name of what is tried with it."""
+    if inner == "weights":
+        products = _products(factors)
+        w = solve(*normal_equations(products, gram)) * weights
+        B = torch.cat([one * B for one, (B, _) in zip(w, products, strict=True)], 1)
+        return compress(B, torch.cat([A for _, A in products])).factors
+    layer = enter("core", factors)
+    if inner == "sum":
+        return layer.compress(torch.einsum("t,ton->on", weights, layer.stack)).factors
+    return layer.compress((tsv if inner == "tsv" else iso)(layer.stack, weights)).factors
 
 
 def _products(factors: Sequence[Factors | None]) -> list[tuple[Tensor, Tensor]]:
@@ -117,23 +106,24 @@ def _own_effects(factors: Sequence[Factors | None], gram: Sequence[FeatureMoment
 
 
 def _trials() -> Iterator[Merge]:
+    by_features = {"method": "task_arithmetic", "weights": "features"}
     yield "TA", {"method": "task_arithmetic"}, 0.3, (0.3, 0.45, 0.6)
-    yield "TSV-M", {"method": "tsv"}, 1.0, (0.75, 1.0)
-    for ridge in (0.01, 0.1):
-        yield f"RegMean, features, ρ {ridge:g}", _by("regmean", ridge=ridge), 1.0, (1.0, 1.5)
-        yield f"RegMean, balanced, ρ {ridge:g}", _by("trial_balanced_regmean", ridge=ridge), 1.0, (1.0, 1.5)
-    yield "TA, weights by features", {"method": "task_arithmetic", "weights": "features"}, 1.0, (1.0, 1.5)
-    for side, ridge in (("right", 0.1), ("right", 0.5), ("right", 1.0), ("both", 0.5), ("left", 0.5)):
-        yield f"filtered {side}, ρ {ridge:g}", {"method": "trial_filtered", "ridge": ridge, "side": side}, 1.0, (1.0,)
-    for inner, ridge in (("tsv", 0.1), ("tsv", 1.0), ("iso", 0.1)):
+    yield "TA, weights by features", by_features, 1.0, (1.0,)
+    yield "TSV-M", {"method": "tsv"}, 1.0, (0.5, 0.75, 1.0)
+    for method in ("tsv", "iso", "ties"):
+        yield f"{method}, λ by features", {"method": method, "scale": "features"}, None, ()
+    for inner in ("weights", "sum", "tsv", "iso"):
+        yield f"{inner}, norm kept", _by("trial_kept_norm", inner=inner), 1.0, (1.0,)
+    for inner, ridge in (("tsv", 1.0), ("iso", 0.1)):
         yield f"whitened {inner}, ρ {ridge:g}", _by("trial_whitened", ridge=ridge, inner=inner), 1.0, (0.75, 1.0)
-    for inner in ("weights", "sum", "regmean", "tsv", "iso"):
-        for relative in (False, True):
-            about = f"{inner}, norm kept" + ", geometric" * relative
-            yield about, _by("trial_kept_norm", inner=inner, relative=relative), 1.0, (1.0,)
+    yield "RegMean by features, ρ 0.01", _by("regmean", ridge=0.01), 1.0, (1.0,)
+    yield "RegMean by features, balanced, ρ 0.01", _by("trial_balanced_regmean", ridge=0.01), 1.0, (1.0,)
+    yield "filtered, ρ 1", {"method": "trial_filtered", "ridge": 1.0}, 1.0, (1.0,)
     for rank in (16, 8):
         yield f"TSV-M, rank {rank}", {"method": "tsv", "rank": rank}, 1.0, (1.0,)
         yield f"TSV-M, rank {rank} by features", _by("trial_served", to=rank), 1.0, (1.0,)
+        yield f"TA, weights by features, rank {rank}", by_features | {"rank": rank}, 1.0, (1.0,)
+        yield f"TA, weights and rank {rank} by features", _by("trial_served", to=rank, inner="weights"), 1.0, (1.0,)
 
 
 def _by(name: str, **options: Any) -> dict[str, Any]:

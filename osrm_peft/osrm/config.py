@@ -52,8 +52,8 @@ class OSRMLoraConfig(LoraConfig):
         freeze_a: train B only (paper §4.4).
         reference: choose as the released code does (needs features collected with `reference=True`); where the others
             are left at their defaults, they become `statistic="mean", null_space="random", protect_energy=None`.
-        osrm_seed: seed of the random choice in a null space, mixed with the name of the task that `in_task` is of, or with
-            those of the others: tasks without `in_task` that name the same others need a seed each.
+        osrm_seed: seed of the random choice in a null space, mixed with the name of the task that `in_task` is of, or
+            with those of the others: tasks without `in_task` that name the same others need a seed each.
 
     Raises:
         ValueError: an unknown choice, a number out of its range, options that contradict each other, or one of LoRA's
