@@ -72,7 +72,7 @@ def comparison(experiment: str, folders: Mapping[str, Path], paper: str | None =
     tables = known.get("tables", {})
     models = [model for model in tables if paper in (None, model)]
     texts = [f"The paper's {figures()['claims'][experiment]}"] if experiment in figures()["claims"] else []
-    if paper in tables:
+    if paper is not None and paper in tables:
         texts += [f"The paper's {tables[paper]}:", MultiTaskTable.of(printed(experiment, paper)).markdown()]
     theirs = {model: _by_row(printed(experiment, model), printed("main", model)) for model in models}
     ours = {name: _by_row(_read(folder / experiment), _read(folder / "main")) for name, folder in folders.items()}
