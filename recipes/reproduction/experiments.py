@@ -11,6 +11,7 @@ from osrm_peft.evaluation.tables import Score
 from osrm_peft.io.manifest import read_manifest
 from reproduction.graph import Node
 from reproduction.merges import MERGES, Merge
+from reproduction.papers import figures
 from reproduction.suite import OSRM, PLAIN, Suite
 
 EVERY = {label: merge._replace(scales=(merge.default_scale(),)) for label, merge in MERGES.items()}
@@ -165,11 +166,14 @@ def planned(suite: Suite, names: Sequence[str]) -> list[Experiment]:
     """The experiments of a configuration.
 
     Raises:
-        ValueError: one that is unknown, or that the configuration does not have.
+        ValueError: one that is unknown, or that the configuration does not have; or the paper has no such model.
     """
     unknown = [name for name in (*names, *suite.experiments) if name not in EXPERIMENTS]
     if unknown:
         raise ValueError(f"unknown experiment {unknown[0]!r}: choose from {', '.join(EXPERIMENTS)}")
+    models = figures()["main"]["tables"]
+    if suite.paper is not None and suite.paper not in models:
+        raise ValueError(f"paper={suite.paper!r} has no figures: choose from {', '.join(models)}, or leave it out")
     absent = [name for name in names if name not in suite.experiments]
     if absent:
         raise ValueError(f"the configuration has no experiment {absent[0]!r}: it has {', '.join(suite.experiments)}")

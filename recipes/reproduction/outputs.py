@@ -5,7 +5,7 @@ import json
 import platform
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -14,7 +14,7 @@ import yaml
 
 from osrm_peft.evaluation.page import write_report
 from osrm_peft.evaluation.plots import plot_scales
-from osrm_peft.evaluation.tables import AVERAGE, MultiTaskTable, Score, markdown_table
+from osrm_peft.evaluation.tables import AVERAGE, MultiTaskTable, markdown_table
 from osrm_peft.hub.privacy import public_name
 from osrm_peft.io.json import read_object, write_json
 from osrm_peft.io.manifest import versions
@@ -23,7 +23,8 @@ from osrm_peft.tasks.suites import load_task
 from osrm_peft.training.train import PAPER_LORA
 from reproduction.experiments import Experiment
 from reproduction.graph import Node, ordered
-from reproduction.suite import OSRM, PLAIN, Suite
+from reproduction.papers import averaged, comparison, gains
+from reproduction.suite import OSRM, Suite
 
 
 def write_outputs(suite: Suite, experiments: Sequence[Experiment], cache: Path, out: Path, command: str) -> None:
@@ -44,7 +45,8 @@ def write_outputs(suite: Suite, experiments: Sequence[Experiment], cache: Path, 
         elif one.read is not None:
             text = _values(one, cache, folder, made)
         else:
-            text = _scores(suite, one, cache, folder, made)
+            text = _scores(one, cache, folder, made)
+        text = "\n\n".join([text, *comparison(one.name, {"here": out}, suite.paper)])
         with new_file(folder / "table.md") as path:
             path.write_text(text + "\n", encoding="utf-8")
         plots = [f"![{path.stem}]({one.name}/{path.name})" for path in sorted(folder.glob("*.png"))]
@@ -93,9 +95,9 @@ def _rates(nodes: Sequence[Node], cache: Path) -> list[str]:
     return [f"## Learning rates, chosen on held-out training rows of seed {found[0][0]['seed']}\n\n{table}"]
 
 
-def _scores(suite: Suite, experiment: Experiment, cache: Path, folder: Path, made: Mapping[str, Any]) -> str:
+def _scores(experiment: Experiment, cache: Path, folder: Path, made: Mapping[str, Any]) -> str:
     found = list(experiment.scores(cache))
-    rows = _averaged([score for score, _ in found]) if experiment.averaged else [score for score, _ in found]
+    rows = averaged([score for score, _ in found]) if experiment.averaged else [score for score, _ in found]
     table = MultiTaskTable.of(rows)
     write_json(folder / "scores.json", {"scores": [asdict(score) for score in rows], **made})
     with new_file(folder / "scores.csv") as path, path.open("w", newline="", encoding="utf-8") as file:
@@ -106,38 +108,10 @@ def _scores(suite: Suite, experiment: Experiment, cache: Path, folder: Path, mad
         plot_scales(table, folder / "plot.png")
     elif experiment.x:
         _plot_average(experiment, {score.init: x for score, x in found}, table, folder / "plot.png")
-    return "\n\n".join([table.markdown(), *_difference(rows), *_paper(suite, experiment, table)])
-
-
-def _averaged(scores: Sequence[Score]) -> list[Score]:
-    """The mean over tasks, where rows are of different tasks."""
-    groups: dict[Score, list[float]] = {}
-    for score in scores:
-        groups.setdefault(replace(score, task=AVERAGE, score=0.0), []).append(score.score)
-    return [replace(score, score=fmean(found)) for score, found in groups.items()]
-
-
-def _difference(scores: Sequence[Score]) -> list[str]:
-    """What OSRM adds: its scores minus those of plain LoRA, seed by seed, where an experiment has both."""
-
-    def found(init: str) -> dict[Score, float]:
-        ours = [score for score in scores if score.init.startswith(init)]
-        return {replace(one, init=one.init.replace(init, f"{OSRM} − {PLAIN}", 1), score=0.0): one.score for one in ours}
-
-    plain = found(PLAIN)
-    both = [replace(one, score=score - plain[one]) for one, score in found(OSRM).items() if one in plain]
-    several = " (± of the paired differences)" if len({one.seed for one in both}) > 1 else ""
-    return [f"What OSRM adds, seed by seed{several}:", MultiTaskTable.of(both).markdown()] if both else []
-
-
-def _paper(suite: Suite, experiment: Experiment, table: MultiTaskTable) -> list[str]:
-    """The paper's numbers, if the configuration has them."""
-    known = suite.paper.get(experiment.name)
-    if known is None:
-        return []
-    header = ["the paper's", *table.columns]
-    rows = [[name, *(str(row.get(column, "")) for column in header[1:])] for name, row in known["rows"].items()]
-    return [f"The paper's {known['table']} (p. {known['page']}):", markdown_table(header, rows)]
+    added = [gain for gain in gains(rows) if gain.init.startswith(OSRM)]
+    several = " (± of the paired differences)" if len({gain.seed for gain in added}) > 1 else ""
+    difference = [f"What OSRM adds, seed by seed{several}:", MultiTaskTable.of(added).markdown()] if added else []
+    return "\n\n".join([table.markdown(), *difference])
 
 
 def _values(experiment: Experiment, cache: Path, folder: Path, made: Mapping[str, Any]) -> str:

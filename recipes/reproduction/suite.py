@@ -21,7 +21,7 @@ from osrm_peft.features.task_features import TaskFeatures
 from osrm_peft.io.json import write_json
 from osrm_peft.io.yaml import check_fields, fields_from_yaml, named
 from osrm_peft.merging.merge import merge as run_merge
-from osrm_peft.merging.methods.registry import METHODS
+from osrm_peft.merging.methods.registry import METHODS, get_method
 from osrm_peft.models.loading import load_tokenizer
 from osrm_peft.osrm.others import OtherTasks
 from osrm_peft.tasks.task import Task
@@ -47,7 +47,9 @@ class Suite:
         seeds: of what is reported; the main table has all, other experiments the first.
         experiments: {name: its options}, see `experiments.py`.
         tuned: the suite whose learning rates are taken, where an experiment varies something else; None: its own.
-        paper: {experiment: {"table", "page", "rows": {"adapters, merge": {column: percent}}}}: what the paper prints.
+        paper: the paper's model that this is, in `papers.yaml`; None: another, to compare with all of them.
+        statistics_rows: training rows a task for Fisher and RegMean.
+        merge_options: {method: its options}, over those of the experiments' merges.
     """
 
     model: str
@@ -67,7 +69,9 @@ class Suite:
     seeds: list[int] = field(default_factory=lambda: [42])
     tuning_seed: int = 41
     experiments: dict[str, Any] = field(default_factory=dict)
-    paper: dict[str, Any] = field(default_factory=dict)
+    paper: str | None = None
+    statistics_rows: int = STATISTICS_ROWS
+    merge_options: dict[str, dict[str, Any]] = field(default_factory=dict)
     tuned: "Suite | None" = None
 
     @classmethod
@@ -75,13 +79,17 @@ class Suite:
         """Read a configuration.
 
         Raises:
-            ValueError: an unknown key or a missing one; lists the keys. Or the tuning seed is among the seeds.
+            ValueError: an unknown key or a missing one; lists the keys. Or the tuning seed is among the seeds, or
+                merge_options have a method or an option that there is not.
         """
         fields = fields_from_yaml(path, cls, "reproduction", ("model", "suite", "tasks", "lora", "training"))
         with named(path):
             check_fields("the reproduction", fields, cls)
             found = cls(**fields)
             found.recipe(found.tuning_seed)
+            for method, options in found.merge_options.items():
+                with named("merge_options"):
+                    get_method(method).bind(options)
         if found.tuning_seed in found.seeds:
             raise ValueError(
                 f"tuning_seed={found.tuning_seed} is among seeds={found.seeds}: rates are not chosen there"
@@ -184,14 +192,15 @@ class Suite:
                 kind,
                 task,
                 inputs["adapter"],
-                num_samples=STATISTICS_ROWS,
+                num_samples=self.statistics_rows,
                 progress=False,
                 distributed=processes.num_processes > 1,
             )
             processes.broadcast_from_main(lambda: found.save(path))
 
-        about = self._about(task=task, statistic=kind, rows=STATISTICS_ROWS, seed=seed)
-        return Node("statistic", about, make, {"adapter": adapter}, f".{kind}.safetensors", STATISTICS_ROWS, "rows")
+        about = self._about(task=task, statistic=kind, rows=self.statistics_rows, seed=seed)
+        suffix, cost = f".{kind}.safetensors", self.statistics_rows
+        return Node("statistic", about, make, {"adapter": adapter}, suffix, cost, "rows")
 
     def alone(self, task: str, adapter: Node, seed: int) -> Node:
         """An adapter's own score: {"scores": [{"scale": None, "task", "score"}]}."""
@@ -207,6 +216,7 @@ class Suite:
 
     def merged(self, merge: Merge, adapters: Mapping[str, Node], seed: int) -> Node:
         """The scores of one merge at its scales: {"scores": [{"scale", "task", "score"}]}."""
+        merge = merge._replace(arguments={**merge.arguments, **self.merge_options.get(merge.method, {})})
         inputs = {f"adapter/{task}": one for task, one in adapters.items()}
         needs = METHODS[merge.method].needs
         if needs is not None:

@@ -166,6 +166,9 @@ def test_rates_are_chosen_by_another_seed_on_rows_of_the_training_split():
         ({"training": {"learning_rate": 1e-3}}, r"learning_rate among training: give rates"),
         ({"epochs": 3}, r"found \['epochs', "),
         ({"experiments": {"table9": {}}}, r"unknown experiment 'table9': choose from main, rank"),
+        ({"paper": "roberta"}, r"paper='roberta' has no figures: choose from roberta-large, t5-large"),
+        ({"merge_options": {"regmean": {"ridge": -1}}}, r"merge_options: ridge=-1"),
+        ({"merge_options": {"regmeen": {}}}, r"merge_options: .*'regmeen'"),
     ],
 )
 def test_configurations_that_are_wrong(changed, message, tmp_path):
@@ -204,7 +207,6 @@ def tiny(tmp_path_factory):
             "post": {"merges": ["ties"]},
             "blocks": {"modules": ["query", "key", "value"], "merges": ["ties"]},
         },
-        "paper": {"main": {"table": "Table 1", "page": 6, "rows": {"individual": {"one": 81.25, "two": 70.0}}}},
     }  # fmt: skip
     (root / "tiny.yaml").write_text(yaml.safe_dump(content))
     return root
@@ -253,7 +255,8 @@ def test_the_main_table_has_every_method_without_and_with_osrm(out):
     assert {(row["init"], row["seed"]) for row in rows} == {(init, seed) for init in (PLAIN, OSRM) for seed in "12"}
     assert len(rows) == 2 * 2 * 2 * len(methods)
     text = (out / "main/table.md").read_text()
-    assert "±" in text and "The paper's Table 1 (p. 6)" in text and "| individual | 81.25 | 70.0 |" in text
+    assert "±" in text and re.search(r"\| roberta-large \(Table 1\) \|.*\| their mean \| here \|", text)
+    assert "The paper's Fig. 3: A moves" in (out / "drift/table.md").read_text()
 
 
 def test_what_osrm_adds_is_paired_by_seed(out):
@@ -273,11 +276,14 @@ def test_what_the_lore_recipe_wrote_is_shown(tmp_path):
 
     swept = [f"{key}={value:g}" for key, values in recipe.SWEEPS.items() for value in values]
     scores = {f"tasks/{name} alone": {name: 0.9} for name in recipe.TASKS}
+    scores |= {"run/checkpoint-0": {recipe.LONG: 0.25}}
     scores |= {f"run/{name}": {recipe.LONG: 0.5} for name in ("checkpoint-1", *recipe.MERGES, *swept)}
     for place, name in enumerate((*recipe.MERGES, *swept)):
         scores[f"tasks/{name}"] = {task: place / 100 + number / 10 for number, task in enumerate(recipe.TASKS)}
     (experiment,) = planned(suite_of(experiments={"lore": {}}), [])
-    recipe.report(scores, ["checkpoint-1"], {"versions": {}}, experiment.made.path(tmp_path) / "results")
+    recipe.report(
+        scores, ["checkpoint-0", "checkpoint-1"], {"versions": {}}, experiment.made.path(tmp_path) / "results"
+    )
     write_outputs(suite_of(), [experiment], tmp_path, tmp_path / "out", "the command")
     for name in ("tasks/scores.json", "run/scores.json", "scores.csv", "sweep.png", "table.md"):
         assert (tmp_path / "out/lore" / name).stat().st_size > 0
@@ -285,6 +291,9 @@ def test_what_the_lore_recipe_wrote_is_shown(tmp_path):
     assert "| task models | TIES | 1 | 2.0 | 12.0 | 22.0 | 12.0 |" in table and "| task models | DARE | 0.5 |" in table
     assert "| checkpoint-1 | individual |  | 50.0 |" in table and "| one each | individual |  | 90.0 |" in table
     assert "| task models | rank_ratio=0.4 | 1 | 12.0 | 22.0 | 32.0 | 22.0 |" in table
+    # (6 + 6.9 + 1.5 + 0.4) / 4 and (7.5 + 7.1 + 3.2) / 3 in the paper; the baseline of the run is its last checkpoint
+    assert "| LoRE − average | +3.7 | +5.9 | +3.0 | +0.0 |" in table
+    assert re.search(r"\| average − baseline \| -1\.8 \| -2\.5 \| -80\.0 \| \+0\.0 \|", table)
     assert (
         table.strip() in (tmp_path / "out/README.md").read_text()
         and "TIES" in (tmp_path / "out/report.html").read_text()
