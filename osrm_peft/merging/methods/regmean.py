@@ -1,6 +1,7 @@
 """RegMean: the least-squares mean of linear layers, exact on LoRA factors."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -61,8 +62,7 @@ def regmean(
     total = torch.zeros(n, n, dtype=torch.float64)
     reads: list[Tensor | None] = []  # (n, r_t) G̃_t A_tᵀ
     for w, f, moments in zip(weights, factors, gram, strict=True):
-        G = moments.second_moment()
-        G = off_diagonal * G + torch.diag((1 - off_diagonal) * G.diagonal() + ridge * G.trace() / n)
+        G = _reduced(moments.second_moment(), off_diagonal, ridge)
         total += w.abs() * G
         reads.append(None if f is None else float(w) * f.s * (G @ f.A.double().mT))
     L, info = torch.linalg.cholesky_ex(total)
@@ -76,9 +76,41 @@ def regmean(
     return Factors(torch.cat(A), torch.cat([f.B.double() for f in factors if f is not None], dim=1))
 
 
+def condition(S: Tensor, *, off_diagonal: float = 0.9, ridge: float = 0.0) -> float:
+    """κ of the matrix that `regmean` solves with, scaled to a diagonal of ones; inf where it is singular.
+
+    The relative error of the result, measured on outputs, is at most about κ · 2⁻²⁴ from sums in float32. The scaled
+    matrix counts, since Cholesky's error is that of the best scaling of the inputs. It is at most
+    (α n + 1 − α) / (1 − α), 9 n + 1 by default, unless an input is always 0.
+
+    Args:
+        S: (n, n) Σ_t |w_t| E h_t h_tᵀ, float64. Adapters do not enter.
+        off_diagonal, ridge: of `regmean`.
+    """
+    M = _reduced(S, off_diagonal, ridge)
+    if bool((M.diagonal() <= 0).any()):
+        return math.inf
+    size = M.diagonal().sqrt()
+    M = M / (size * size[:, None])
+    L, info = torch.linalg.cholesky_ex(M)
+    if int(info):
+        return math.inf
+    return _norm(M.matmul, len(M)) * _norm(lambda x: torch.cholesky_solve(x, L), len(M))
+
+
+def _reduced(G: Tensor, off_diagonal: float, ridge: float) -> Tensor:
+    """G̃ = α G + (1 − α) diag G + ρ · tr(G)/n · I."""
+    return off_diagonal * G + torch.diag((1 - off_diagonal) * G.diagonal() + ridge * G.trace() / len(G))
+
+
+def _norm(apply: Callable[[Tensor], Tensor], n: int, steps: int = 50) -> float:
+    """Largest eigenvalue of a positive definite matrix, by power iteration."""
+    x = torch.linspace(1, 2, n, dtype=torch.float64)[:, None]
+    for _ in range(steps):
+        x = apply(x / x.norm())
+    return float(x.norm())
+
+
 def _least_eigenvalue(size: Tensor, L: Tensor) -> float:
     """Least eigenvalue, by inverse iteration, of LLᵀ scaled to a diagonal of ones (`size`: roots of its diagonal)."""
-    x = torch.linspace(1, 2, len(L), dtype=L.dtype)[:, None]
-    for _ in range(5):
-        x = size[:, None] * torch.cholesky_solve(size[:, None] * x / x.norm(), L)
-    return 1 / float(x.norm())
+    return 1 / _norm(lambda x: size[:, None] * torch.cholesky_solve(size[:, None] * x, L), len(L), steps=5)
