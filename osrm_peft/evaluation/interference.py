@@ -2,7 +2,7 @@
 
 import math
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
@@ -55,11 +55,11 @@ class Interference:
         layers: {layer: (T, T) float64}; entry [j, t] is E‖τ_j h_t‖² / E‖W₀ h_t‖², adapter j on the features of task t;
             with relative_to "own": / E‖τ_t h_t‖², so the diagonal is 1. Empty without features.
         relative_to: `"base"` or `"own"`; None without features.
-        overlap_A: {layer: Overlap} of the spaces that the rows of A span in each product B·A: the directions of the
+        overlap_a: {layer: Overlap} of the spaces that the rows of A span in each product B·A: the directions of the
             inputs that an adapter reads. (T, T) `shared`, Σ c_i² / k over the k principal cosines c_i of a pair, the
             share of the smaller space in the other; `largest`, c_1; `random`, what random spaces share; and `tsv`, the
             mean cosine between a direction and what TSV-M puts in its place.
-        overlap_B: the same of the columns of B, the directions of the outputs that it writes.
+        overlap_b: the same of the columns of B, the directions of the outputs that it writes.
         regmean: {layer: Solve} of the features; empty without Gram matrices. RegMean's own are of the fine-tuned
             models, which these approximate.
     """
@@ -67,8 +67,8 @@ class Interference:
     tasks: list[str]
     layers: dict[str, Tensor]
     relative_to: str | None
-    overlap_A: dict[str, Overlap] = field(default_factory=dict)
-    overlap_B: dict[str, Overlap] = field(default_factory=dict)
+    overlap_a: dict[str, Overlap] = field(default_factory=dict)
+    overlap_b: dict[str, Overlap] = field(default_factory=dict)
     regmean: dict[str, Solve] = field(default_factory=dict)
 
     def mean(self) -> Tensor:
@@ -92,7 +92,7 @@ class Interference:
             name: [[share if math.isfinite(share) else None for share in row] for row in matrix.tolist()]
             for name, matrix in self.layers.items()
         }
-        spaces = {"A": self.overlap_A, "B": self.overlap_B}
+        spaces = {"A": self.overlap_a, "B": self.overlap_b}
         return {
             "tasks": self.tasks,
             "relative_to": self.relative_to,
@@ -110,8 +110,8 @@ class Interference:
 
     def verdict(self) -> str:
         """What the numbers say of a merge, in a few sentences; empty where there is nothing to compare."""
-        said = [_of_spaces(self.tasks, name, found) for name, found in (("A", self.overlap_A), ("B", self.overlap_B))]
-        return " ".join(filter(None, [*said, _of_tsv(self.overlap_A, self.overlap_B), _of_regmean(self.regmean)]))
+        said = [_of_spaces(self.tasks, name, found) for name, found in (("A", self.overlap_a), ("B", self.overlap_b))]
+        return " ".join(filter(None, [*said, _of_tsv(self.overlap_a, self.overlap_b), _of_regmean(self.regmean)]))
 
     def off_diagonal(self) -> float:
         """The geometric mean over all pairs j ≠ t of `mean`: one number for a set of adapters (nan for one task)."""
@@ -158,7 +158,7 @@ def interference(
     found = Interference(list(inputs.adapters), {}, relative_to)
     for name, shape in tqdm(inputs.shapes.items(), desc="interference", disable=not progress):
         products = inputs.products(name)
-        found.overlap_A[name], found.overlap_B[name] = overlaps(products)
+        found.overlap_a[name], found.overlap_b[name] = overlaps(products)
         if given is None:
             continue
         moments = given(name)
@@ -221,7 +221,7 @@ def _of_tsv(A: Mapping[str, Overlap], B: Mapping[str, Overlap]) -> str | None:
     if not any(value < _UNTURNED for value in kept.values()):
         return None
     cosines = " and ".join(f"{value:.2f} for {name}" for name, value in kept.items())
-    return f"TSV-M moves directions that adapters share away from each other (mean cosine with where they were: {cosines})."
+    return f"TSV-M turns directions that adapters share away from each other (mean cosine of a turn: {cosines})."
 
 
 def _of_regmean(solves: Mapping[str, Solve]) -> str | None:
@@ -229,12 +229,13 @@ def _of_regmean(solves: Mapping[str, Solve]) -> str | None:
     if not solves:
         return None
     worst = max(one.condition for one in solves.values())
-    own, exact = (
-        None if None in ridges else max(ridges)
-        for ridges in ([one.ridge for one in solves.values()], [one.exact_ridge for one in solves.values()])
-    )
+    own, exact = _largest(one.ridge for one in solves.values()), _largest(one.exact_ridge for one in solves.values())
     text = f"RegMean (its condition is up to {worst:.2g} on these features, whatever A is) needs {_needed(own)}"
     return f"{text}." if exact == own else f"{text}; with off_diagonal=1 it needs {_needed(exact)}."
+
+
+def _largest(ridges: Iterable[float | None]) -> float | None:
+    return max(ridges, key=lambda ridge: math.inf if ridge is None else ridge)
 
 
 def _needed(ridge: float | None) -> str:

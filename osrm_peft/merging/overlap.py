@@ -15,7 +15,7 @@ _HALF = 0.5  # of all directions: larger spaces share some whatever they are
 
 @dataclass(frozen=True)
 class Overlap:
-    """The spaces of T adapters in one layer, compared in pairs: those of the rows of B·A (for A), or of its columns (for B).
+    """The spaces of T adapters in one layer, in pairs: those of the rows of B·A (for A), or of its columns (for B).
 
     c_1 ≥ … ≥ c_k are the cosines of the principal angles between spaces of r and r′ dimensions, k = min(r, r′); r is
     the numerical rank of the product B·A, so a factor of lower rank or of zeros counts for what it does. A pair with a
