@@ -142,11 +142,13 @@ def interference(
         base_model: the base model of all adapters, where their configs name it differently.
 
     Raises:
-        ValueError: see `merge_adapters`; the base lacks a layer; or a base without features.
+        ValueError: see `merge_adapters`; the base lacks a layer; or a base, or one adapter alone, without features.
     """
     if features is None and base is not None:
         raise ValueError("the base model is compared with on features: give features={task: file}, or no base model")
     inputs = gather(adapters, base_model=base_model, heads="per_task")
+    if features is None and len(inputs.adapters) == 1:
+        raise ValueError("one adapter shares nothing with another: give a second one, or features={task: file}")
     given = None if features is None else statistics_of("features", TaskFeatures, features, inputs, "interference")
     modules: dict[str, Any] = dict(base_of(base).named_modules()) if base is not None else {}
     check_unmerged({name: modules.get(name) for name in inputs.shapes})
@@ -200,19 +202,18 @@ def _of_spaces(tasks: Sequence[str], name: str, layers: Mapping[str, Overlap]) -
     if mean is None or not known:
         return None
     shared = max(known, key=lambda pair: float(mean.shared[pair]))
-    numbers = f"{float(mean.shared[shared]):.2g}", f"{float(mean.random[shared]):.2g}"
+    up_to = f"mean squared cosine {float(mean.shared[shared]):.2g}, random spaces {float(mean.random[shared]):.2g}"
     alike = sharing(tasks, layers.values())
     if alike:
         meant = {
             "A": "sums and averages are safe, for they sum B; but nothing keeps the inputs of these tasks apart",
             "B": "they write the same directions of the outputs",
         }
-        return (f"{listed(alike)} share {name} (mean squared cosine up to {numbers[0]}, random spaces {numbers[1]}): "
-                f"{meant[name]}.")  # fmt: skip
+        return f"{listed(alike)} share {name} ({up_to}): {meant[name]}."
     if float(mean.shared[shared]) <= _AS_RANDOM * float(mean.random[shared]):
-        return f"{name}: as far apart as random spaces (mean squared cosine up to {numbers[0]}, random {numbers[1]})."
+        return f"The adapters' {name} are as far apart as random spaces ({up_to})."
     near = " and ".join(repr(tasks[place]) for place in shared)
-    return f"{name}: no adapters share it; {near} are nearest (mean squared cosine {numbers[0]}, random {numbers[1]})."
+    return f"No adapters share {name}; {near} come nearest ({up_to})."
 
 
 def _of_tsv(A: Mapping[str, Overlap], B: Mapping[str, Overlap]) -> str | None:
