@@ -28,7 +28,7 @@ RIDGES = (0.0, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 _ERROR = 1e-2  # the largest share of RegMean's result that may be rounding: condition · 2⁻²⁴, of sums in float32
 _WIDEST = 16384  # the width from which RegMean's condition is not looked for: minutes a layer
 _AS_RANDOM = 2.0  # up to this multiple of what random spaces share, a pair counts as random
-_UNTURNED = 0.9  # the cosine from which TSV-M's change of direction is not worth a word
+_UNTURNED = 0.9  # `Overlap.tsv` from which TSV-M's change of directions is not worth a word
 
 
 class Solve(NamedTuple):
@@ -58,7 +58,7 @@ class Interference:
         overlap_a: {layer: Overlap} of the spaces that the rows of A span in each product B·A: the directions of the
             inputs that an adapter reads. (T, T) `shared`, Σ c_i² / k over the k principal cosines c_i of a pair, the
             share of the smaller space in the other; `largest`, c_1; `random`, what random spaces share; and `tsv`, the
-            mean cosine between a direction and what TSV-M puts in its place.
+            mean inner product of a direction and what TSV-M puts in its place.
         overlap_b: the same of the columns of B, the directions of the outputs that it writes.
         regmean: {layer: Solve} of the features; empty without Gram matrices. RegMean's own are of the fine-tuned
             models, which these approximate.
@@ -222,7 +222,7 @@ def _of_tsv(A: Mapping[str, Overlap], B: Mapping[str, Overlap]) -> str | None:
     if not any(value < _UNTURNED for value in kept.values()):
         return None
     cosines = " and ".join(f"{value:.2f} for {name}" for name, value in kept.items())
-    return f"TSV-M turns directions that adapters share away from each other (mean cosine of a turn: {cosines})."
+    return f"TSV-M does not leave the adapters' directions alone (mean product with what it puts there: {cosines})."
 
 
 def _of_regmean(solves: Mapping[str, Solve]) -> str | None:

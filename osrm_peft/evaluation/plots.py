@@ -139,7 +139,8 @@ def draw_interference(panels: Mapping[str, Interference]) -> "Figure":
             kinds.append((f"{side} shared, in percent of the smaller space", False, list(map(_shared, found))))
     size = max(2.2, 0.62 * max(len(found.tasks) for found in every))
     high, wide = (1, len(kinds)) if alone else (len(kinds), len(panels))
-    figure = Figure(figsize=((size + 1.6) * wide, (size + 1.4) * high), layout="constrained")
+    names = 0.08 * max(0, max(len(task) for found in every for task in found.tasks) - 12)  # room for long ones
+    figure = Figure(figsize=((size + names + 1.6) * wide, (size + names + 1.4) * high), layout="constrained")
     parts = figure.subfigures(high, len(kinds) if alone else 1, squeeze=False).flatten()
     for part, (title, of_features, matrices) in zip(parts, kinds, strict=True):
         part.suptitle(title, fontsize=9)

@@ -25,7 +25,7 @@ class Overlap:
         shared: (T, T) float64, Σ c_i² / k: the share of the smaller space that lies in the other.
         largest: (T, T) float64, c_1.
         random: (T, T) float64, max(r, r′) / n, the mean of `shared` for random spaces of n dimensions (o for B).
-        tsv: Σ σ_i / Σ r, the mean singular value of the T orthonormal bases side by side: the mean cosine between a
+        tsv: Σ σ_i / Σ r, the mean singular value of the T orthonormal bases side by side: the mean inner product of a
             direction and what TSV-M puts in its place. 1: they are orthogonal; 1/√T: they are the same.
     """
 

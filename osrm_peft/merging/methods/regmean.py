@@ -47,6 +47,9 @@ def regmean(
     With τ_t = s B_t A_t only A changes: B = [B_1 … B_T], A = [w_t s_t A_t G̃_t (Σ|w|G̃)⁻¹]. W₀ cancels, so the base
     model is not needed. One Cholesky factorisation in float64; no o×n matrix.
 
+    The solve sees no A, so adapters that share A need no ridge for it, and with α < 1 its condition has a bound that
+    sums in float32 bear: ρ = 0 by default. At α = 1 `interference` names the ridge that the features need.
+
     Args:
         factors: one a task, None where it does not adapt the layer (τ_t = 0).
         weights: (T,) how much each task's error counts; a negative one negates the task vector.
@@ -70,7 +73,7 @@ def regmean(
     if int(info) or (ridge == 0 and _least_eigenvalue(total.diagonal().sqrt(), L) < rounding):
         raise ValueError(
             f"the tasks' Gram matrices are singular together (width {n}): collect more rows, lower "
-            f"off_diagonal={off_diagonal:g}, or give ridge=1e-6"
+            f"off_diagonal={off_diagonal:g}, or give ridge=1e-3"
         )
     A = [torch.cholesky_solve(read, L).mT for read in reads if read is not None]
     return Factors(torch.cat(A), torch.cat([f.B.double() for f in factors if f is not None], dim=1))
