@@ -73,7 +73,7 @@ def regmean(
     if int(info) or (ridge == 0 and _least_eigenvalue(total.diagonal().sqrt(), L) < rounding):
         raise ValueError(
             f"the tasks' Gram matrices are singular together (width {n}): collect more rows, lower "
-            f"off_diagonal={off_diagonal:g}, or give ridge=1e-3"
+            f"off_diagonal={off_diagonal:g}, or give ridge=1e-2"
         )
     A = [torch.cholesky_solve(read, L).mT for read in reads if read is not None]
     return Factors(torch.cat(A), torch.cat([f.B.double() for f in factors if f is not None], dim=1))

@@ -127,9 +127,9 @@ def test_a_1x1_layer_is_a_weighted_mean():
 def test_a_singular_gram_is_refused_and_each_way_out_works(rows):
     factors, tau, _, _ = problem_with_inputs((4, 6, [2], 7))
     gram = [moments(inputs(6, rows, 8))]
-    with pytest.raises(ValueError, match=r"singular together \(width 6\): collect more rows, .* or give ridge=1e-3"):
+    with pytest.raises(ValueError, match=r"singular together \(width 6\): collect more rows, .* or give ridge=1e-2"):
         regmean(factors, torch.ones(1), gram, off_diagonal=1.0)
-    close(regmean(factors, torch.ones(1), gram, off_diagonal=1.0, ridge=1e-3).delta(), tau[0], 1e-6)
+    close(regmean(factors, torch.ones(1), gram, off_diagonal=1.0, ridge=1e-2).delta(), tau[0], 1e-6)
     close(regmean(factors, torch.ones(1), gram).delta(), tau[0], 1e-9)
 
 
@@ -199,6 +199,19 @@ def test_no_ridge_is_needed_whatever_a_is_where_the_condition_is_small(kind, alp
         assert error <= kappa * 2**-24 < (1e-4 if alpha < 1 else 1e-2)
     bias = float(((merged(torch.float64, 1e-3) - merged(torch.float64, 0.0)) @ root).norm() / (exact @ root).norm())
     assert bias > 100 * error  # so a ridge costs more than it mends
+
+
+def test_the_ridge_that_the_error_names_keeps_the_result_as_small_as_the_adapters():
+    n, generator = 64, torch.Generator().manual_seed(0)
+    factors = [Factors(torch.randn(4, n, generator=generator), torch.randn(9, 4, generator=generator)) for _ in "stu"]
+    size = torch.arange(1, n + 1).double() ** -1.5
+    gram = [moments(inputs(n, 20, seed) * size) for seed in range(3)]
+    with pytest.raises(ValueError, match="or give ridge=1e-2"):
+        regmean(factors, torch.ones(3), gram, off_diagonal=1.0)
+    largest = max(float(f.delta().norm()) for f in factors)
+    norms = {r: float(regmean(factors, torch.ones(3), gram, off_diagonal=1.0, ridge=r).delta().norm()) / largest
+             for r in (1e-6, 1e-2)}  # fmt: skip
+    assert norms[1e-2] < 2 and norms[1e-6] > 10
 
 
 def test_a_merge_takes_each_task_s_file_and_names_the_layer_of_an_error(tmp_path):
