@@ -9,7 +9,7 @@ from torch import nn
 
 from osrm_peft import Interference, LoraAdapter, TaskFeatures, collect_features, interference, load_adapter
 from osrm_peft.adapters.factors import Factors
-from osrm_peft.evaluation.interference import RIDGES
+from osrm_peft.evaluation.interference import RIDGES, Solve
 from osrm_peft.evaluation.plots import draw_interference, plot_interference
 from osrm_peft.merging.methods.regmean import condition
 from osrm_peft.merging.overlap import overlaps
@@ -238,6 +238,17 @@ def test_an_input_that_is_always_0_needs_a_ridge():
     )
 
 
+def test_the_verdict_has_the_ridge_that_is_enough_for_every_layer():
+    def verdict(*solves):
+        return Interference(["s"], {}, None, regmean={str(i): one for i, one in enumerate(solves)}).verdict()
+
+    assert verdict(Solve(10.0, 0.0, 0.0), Solve(30.0, 0.0, 0.0)) == (
+        "RegMean (its condition is up to 30 on these features, whatever A is) needs no ridge."
+    )
+    text = verdict(Solve(10.0, 0.0, 1e-2), Solve(9.0, 1e-3, None), Solve(9.0, 1e-4, 0.0))
+    assert text.endswith(" needs ridge ≥ 0.001; with off_diagonal=1 it needs a ridge above 1.")
+
+
 def test_a_layer_that_is_too_wide_is_not_solved(monkeypatch):
     monkeypatch.setattr("osrm_peft.evaluation.interference._WIDEST", 6)
     adapters = three()
@@ -306,6 +317,7 @@ def test_what_is_shared_can_be_written_as_json_and_drawn(tmp_path):
         assert len(drawn) == maps and sum(axis.has_data() for axis in drawn) == maps - (len(panels) == 2)
         texts = [text.get_text() for axis in drawn for text in axis.texts]
         assert maps == 1 or texts.count("100") >= 2  # s and t, in percent
+        assert maps != 2 or (texts.count("100"), len(texts)) == (2, 12)  # and none for an adapter with itself
         plot_interference(panels, tmp_path / "plot.png")
 
 

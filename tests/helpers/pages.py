@@ -40,13 +40,11 @@ def crosstalk(*tasks, share=0.02):
     matrix = torch.full((len(tasks), len(tasks)), share, dtype=torch.float64).fill_diagonal_(0.5)
     matrix[0, 0] = math.nan
     shared = torch.full_like(matrix, 0.9).fill_diagonal_(1)
-    overlap = {
-        "layer.0": Overlap(shared, shared, shared / 30, 0.7),
-        "layer.1": Overlap(*[shared * math.nan] * 3, math.nan),
-    }
+    unknown = Overlap(*[shared * math.nan] * 3, math.nan)
+    overlap = {"layer.0": Overlap(shared, shared, shared / 30, 0.7), "layer.1": unknown}
     solves = {"layer.0": Solve(math.inf, 1e-6, None)}
     layers = {"layer.0": matrix, "layer.1": matrix}
-    return Interference(list(tasks), layers, "base", overlap, overlap, solves).to_dict()
+    return Interference(list(tasks), layers, "base", overlap, {"layer.0": unknown}, solves).to_dict()
 
 
 def adapter(*layers):
