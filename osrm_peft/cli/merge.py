@@ -175,10 +175,10 @@ def interference(
     out: Annotated[Path, typer.Option(help="Folder for interference.json and .png.")] = Path("results/interference"),
     as_json: JsonOption = False,
 ) -> None:
-    """Before merging: how strongly each adapter acts on the other tasks' features."""
+    """Before merging: which adapters share A or B; with features, how strongly each acts on the other tasks'."""
     from osrm_peft.evaluation.interference import interference as measure
     from osrm_peft.evaluation.plots import plot_interference
-    from osrm_peft.evaluation.tables import interference_table
+    from osrm_peft.evaluation.tables import interference_table, overlap_table
     from osrm_peft.io.json import write_json
     from osrm_peft.io.manifest import versions
     from osrm_peft.io.places import check_file
@@ -186,7 +186,9 @@ def interference(
 
     for name in ("interference.json", "interference.png"):
         check_file(out / name)
-    named, files = sources(adapters), pairs(features)
+    named, files = sources(adapters), pairs(features) or None
+    if base is not None and files is None:
+        raise ValueError("--base-model is compared with on features: give --features TASK=FILE of every task, too")
     quiet_libraries()
     model = None if base is None else load_base(base, 2)
     found = measure(named, files, base=model, progress=progress())
@@ -194,7 +196,8 @@ def interference(
     content = found.to_dict() | {"settings": settings, "versions": versions()}
     write_json(out / "interference.json", content)
     plot_interference({"adapters": found}, out / "interference.png")
-    show(content, lambda _: [interference_table(found)])
+    overlaps = [overlap_table(found), found.verdict()] if len(named) > 1 else []
+    show(content, lambda _: [*([interference_table(found)] if found.layers else []), *overlaps])
     wrote(f"{out}/interference.json and {out}/interference.png")
 
 

@@ -62,6 +62,7 @@ Metrics: accuracy (questions, movie_reviews), Matthews correlation (sms_spam), m
 
 E‖τ_j h_t‖² / E‖W₀ h_t‖² in percent: how strongly the adapter of the row acts on the features of the column's task,
 geometric mean over layers.
+Below: what two adapters share of A, the inputs that they read, and of B, the outputs that they write.
 
 ![interference of the adapters](seed{seeds[0]}/interference/interference.png)
 

@@ -115,8 +115,12 @@ def _interference_view(found: Found[dict[str, dict[str, Interference]]]) -> dict
     for title, panels in found.content.items():
         tasks = next(iter(panels.values())).tasks
         alt = f"heat maps of {', '.join(panels)}: the adapters of {', '.join(tasks)} on each other's features"
-        others = {panel: 100 * one.off_diagonal() for panel, one in panels.items() if len(one.tasks) > 1}
-        plots.append({"title": title, "image": _image(alt, partial(draw_interference, panels)), "others": others})
+        if any(one.overlap_a for one in panels.values()):
+            alt += ", and what they share of A and B"
+        others = {panel: 100 * one.off_diagonal() for panel, one in panels.items() if one.layers and len(one.tasks) > 1}
+        verdicts = {panel: one.verdict() for panel, one in panels.items() if one.verdict()}
+        image = _image(alt, partial(draw_interference, panels))
+        plots.append({"title": title, "image": image, "others": others, "verdicts": verdicts})
     return {"found": found, "plots": plots}
 
 

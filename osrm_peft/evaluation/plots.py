@@ -1,18 +1,23 @@
 """Plots: score against λ, interference, drift; as PNG files, and as SVG that is drawn in the colours of a page."""
 
 import io
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import Tensor
+
 from osrm_peft.evaluation.interference import Interference
 from osrm_peft.evaluation.tables import AVERAGE, MultiTaskTable, interference_title
 from osrm_peft.io.places import new_file
+from osrm_peft.merging.overlap import Overlap, mean_overlap
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure, SubFigure
 
 _INK = "#010203"  # stands for the page's colour of text in an SVG
 _LINES = ("#3a86d4", "#e0762f", "#2f9e62", "#c2529b", "#8a6fd1", "#b8862b", "#d6515b", "#6f8796")  # on white and black
@@ -109,40 +114,77 @@ def draw_scales(curves: Mapping[str, Mapping[str, Sequence[Point]]], columns: in
 
 
 def plot_interference(panels: Mapping[str, Interference], path: str | Path) -> None:
-    """Heat maps side by side on one logarithmic colour scale: {title: Interference}; write a PNG."""
+    """Heat maps of who acts on whose features, and of what is shared of A and of B; write a PNG."""
     figure = draw_interference(panels)
     with new_file(path) as partial:
         figure.savefig(partial, dpi=120, format="png", bbox_inches="tight")
 
 
 def draw_interference(panels: Mapping[str, Interference]) -> "Figure":
-    """Heat maps side by side on one logarithmic colour scale: {title: Interference}."""
-    from matplotlib.colors import LogNorm
+    """Heat maps of {title: Interference}: who acts on whose features, and what pairs share of A and B, as far as known.
+
+    A row is a kind of map, with a panel for each set of adapters; the maps of a single set lie side by side.
+    """
     from matplotlib.figure import Figure
 
-    means = {title: 100 * found.mean() for title, found in panels.items()}
-    positive = [float(value) for mean in means.values() for value in mean.flatten() if value > 0] or [1.0]
-    norm = LogNorm(min(positive), max(max(positive), min(positive) * 10))
-    size = max(2.2, 0.62 * max(len(found.tasks) for found in panels.values()))
-    figure = Figure(figsize=((size + 1.6) * len(panels), size + 1.4))
-    axes = figure.subplots(1, len(panels), squeeze=False)
-    dark = min(positive) ** 0.3 * max(max(positive), min(positive) * 10) ** 0.7  # above it a cell is bright
-    for axis, (title, found) in zip(axes[0], panels.items(), strict=True):
-        image = axis.imshow(means[title].clamp_min(min(positive)), norm=norm, cmap="viridis", interpolation="none")
-        for row, values in enumerate(means[title].tolist()):
+    every, alone = list(panels.values()), len(panels) == 1
+    kinds = []  # (title, whether it is of features, a matrix for each set)
+    if any(found.layers for found in every):
+        title = interference_title(next(found for found in every if found.layers))
+        means = [100 * found.mean() if found.layers else None for found in every]
+        kinds.append((title.replace(", ", "\n") if alone else title, True, means))
+    spaces = {"A: inputs": [one.overlap_a for one in every], "B: outputs": [one.overlap_b for one in every]}
+    for side, found in spaces.items():
+        if any(len(one.tasks) > 1 for one in every) and any(found):
+            kinds.append((f"{side} shared, in percent of the smaller space", False, list(map(_shared, found))))
+    size = max(2.2, 0.62 * max(len(found.tasks) for found in every))
+    high, wide = (1, len(kinds)) if alone else (len(kinds), len(panels))
+    names = 0.08 * max(0, max(len(task) for found in every for task in found.tasks) - 12)  # room for long ones
+    figure = Figure(figsize=((size + names + 1.6) * wide, (size + names + 1.4) * high), layout="constrained")
+    parts = figure.subfigures(high, len(kinds) if alone else 1, squeeze=False).flatten()
+    for part, (title, of_features, matrices) in zip(parts, kinds, strict=True):
+        part.suptitle(title, fontsize=9)
+        _draw_maps(part, panels, matrices, of_features)
+    return figure
+
+
+def _draw_maps(
+    part: "SubFigure", panels: Mapping[str, Interference], matrices: Sequence[Tensor | None], of_features: bool
+) -> None:
+    """Matrices in percent side by side on one scale of colours, logarithmic for features; nothing in place of None."""
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import LogNorm, Normalize
+
+    positive = [float(x) for one in matrices if one is not None for x in one.flatten() if x > 0] or [1.0]
+    low, top = min(positive), max(max(positive), min(positive) * 10)
+    norm = LogNorm(low, top) if of_features else Normalize(0, 100)
+    scale = ScalarMappable(norm, "viridis" if of_features else "cividis")
+    bright = low**0.3 * top**0.7 if of_features else 70.0  # above it a cell is bright
+    axes = part.subplots(1, len(panels), squeeze=False)[0]
+    for axis, (title, found), matrix in zip(axes, panels.items(), matrices, strict=True):
+        if matrix is None:
+            axis.set_axis_off()
+            continue
+        shown = matrix.clamp_min(low) if of_features else matrix
+        axis.imshow(shown, norm=norm, cmap=scale.get_cmap(), interpolation="none")
+        for row, values in enumerate(matrix.tolist()):
             for column, value in enumerate(values):
-                color = "black" if value > dark else "white"
-                axis.text(column, row, f"{value:.2g}", ha="center", va="center", color=color, fontsize=8)
-        names = [plot_label(task) for task in found.tasks]
+                if math.isfinite(value):
+                    text, color = f"{value:.{2 if value < 99.5 else 3}g}", "black" if value > bright else "white"
+                    axis.text(column, row, text, ha="center", va="center", color=color, fontsize=8)
+        names, first = [plot_label(task) for task in found.tasks], axis is axes[0]
         axis.set_xticks(range(len(names)), names, rotation=40, ha="right")
-        axis.set_yticks(range(len(names)), names if axis is axes[0][0] else [])
-        axis.set(title=plot_label(title), xlabel="features of", ylabel="adapter of" if axis is axes[0][0] else None)
-    figure.suptitle(interference_title(next(iter(panels.values()))), fontsize=9)
-    figure.tight_layout()
-    bar = figure.colorbar(image, ax=axes[0].tolist(), shrink=0.8)
+        axis.set_yticks(range(len(names)), names if first else [])
+        axis.set(title=plot_label(title), xlabel="features of" if of_features else "adapter of")
+        axis.set_ylabel("adapter of" if first else "")
+    bar = part.colorbar(scale, ax=axes.tolist(), shrink=0.8)
     if bar.solids is not None:
         bar.solids.set_rasterized(True)  # 256 shapes otherwise
-    return figure
+
+
+def _shared(layers: Mapping[str, Overlap]) -> Tensor | None:
+    """(T, T) percent, nan on the diagonal; None where it is not known."""
+    return (100 * mean_overlap(layers.values()).shared).fill_diagonal_(torch.nan) if layers else None
 
 
 def plot_drift(curves: Mapping[str, Sequence[tuple[float, float]]], path: str | Path) -> None:

@@ -12,7 +12,7 @@ import torch
 
 from osrm_peft.checks import integer, number
 from osrm_peft.evaluation import scored
-from osrm_peft.evaluation.interference import Interference
+from osrm_peft.evaluation.interference import Interference, Solve
 from osrm_peft.evaluation.scored import Choice, Scored
 from osrm_peft.evaluation.spectra import Spectra
 from osrm_peft.evaluation.tables import MultiTaskTable, Score
@@ -20,6 +20,7 @@ from osrm_peft.hub.privacy import public
 from osrm_peft.io.json import parse_json
 from osrm_peft.io.manifest import MANIFEST, check_manifest
 from osrm_peft.io.yaml import named
+from osrm_peft.merging.overlap import Overlap
 
 NAMES = ("selection.json", "scores.json", "interference.json", "spectrum.json", MANIFEST)
 EXPECTED = (
@@ -30,6 +31,7 @@ DRIFT = "osrm/drift"
 _BULK = {  # fields that the page shows elsewhere, or that have a number for each layer or file
     "scores", "interference", "singular_values", "tasks", "layers", "mean", "off_diagonal", "log", "energy_kept",
     "report", "crc32", "files", "read", "ranked", "apart", "test", "individual", "base", "verdict", "manifest",
+    "overlap", "regmean",
 }  # fmt: skip
 _WINNERS: dict[Any, str] = {"merge": "winner", "per_task": "best_per_task"}  # folders beside selection.json
 _EVALUATION = re.compile(rb'\s*\{\s*"scores"\s*:\s*\{')  # how a file of `evaluate --out` begins, whatever its name
@@ -219,15 +221,39 @@ def _spectra(found: Mapping[str, Mapping[str, Any]]) -> Spectra:
 
 
 def _interference(found: Mapping[str, Any]) -> Interference:
-    tasks, layers = list(map(str, found["tasks"])), {}
-    for name, rows in found["layers"].items():
-        shares = [[math.nan if x is None else number(f"layer {name!r}", x) for x in row] for row in rows]
-        layers[name] = torch.tensor(shares, dtype=torch.float64)
-        if layers[name].shape != (len(tasks), len(tasks)):
-            raise ValueError(f"layer {name!r} is not a matrix of {len(tasks)} tasks")
-    if not layers or not tasks:
+    tasks = list(map(str, found["tasks"]))
+    layers = {name: _matrix(f"layer {name!r}", rows, tasks) for name, rows in found["layers"].items()}
+    a, b = (
+        {name: _overlap(f"overlap of {side} in layer {name!r}", one, tasks) for name, one in of["layers"].items()}
+        for side in ("A", "B")
+        for of in [found.get("overlap", {}).get(side, {"layers": {}})]
+    )
+    if not tasks or not (layers or a or b):
         raise ValueError("it has no layers or no tasks")
-    return Interference(tasks, layers, str(found["relative_to"]))
+    solves = {name: _solve(f"regmean in layer {name!r}", one) for name, one in found.get("regmean", {}).items()}
+    relative_to = found["relative_to"]
+    return Interference(tasks, layers, None if relative_to is None else str(relative_to), a, b, solves)
+
+
+def _solve(name: str, found: Mapping[str, Any]) -> Solve:
+    ridges = (None if one is None else number(name, one, 0) for one in (found["ridge"], found["exact_ridge"]))
+    return Solve(_number(name, found["condition"], math.inf), *ridges)
+
+
+def _overlap(name: str, found: Mapping[str, Any], tasks: Sequence[str]) -> Overlap:
+    shared, largest, random = (_matrix(name, found[part], tasks) for part in ("shared", "largest", "random"))
+    return Overlap(shared, largest, random, _number(name, found["tsv"], math.nan))
+
+
+def _matrix(name: str, rows: Sequence[Sequence[float | None]], tasks: Sequence[str]) -> torch.Tensor:
+    matrix = torch.tensor([[_number(name, x, math.nan) for x in row] for row in rows], dtype=torch.float64)
+    if matrix.shape != (len(tasks), len(tasks)):
+        raise ValueError(f"{name} is not a matrix of {len(tasks)} tasks")
+    return matrix
+
+
+def _number(name: str, value: float | None, unknown: float) -> float:
+    return unknown if value is None else number(name, value)
 
 
 def _merge(manifest: Mapping[str, Any]) -> dict[str, Any]:

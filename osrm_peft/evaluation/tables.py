@@ -1,8 +1,10 @@
 """MultiTaskTable: a table of scores over tasks, for terminal and Markdown."""
 
+import math
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from typing import Any
 
 from rich.box import HORIZONTALS
@@ -11,6 +13,7 @@ from rich.table import Table
 
 from osrm_peft.checks import printable
 from osrm_peft.evaluation.interference import Interference
+from osrm_peft.merging.overlap import mean_overlap
 
 AVERAGE = "average over tasks"
 
@@ -151,6 +154,22 @@ def interference_table(found: Interference) -> Table:
         table.add_column(f"on {escape(task)}", justify="right")
     for task, row in zip(found.tasks, found.mean().tolist(), strict=True):
         table.add_row(escape(task), *(f"{100 * share:.3g}" for share in row))
+    return table
+
+
+def overlap_table(found: Interference) -> Table:
+    """Pairs of adapters × what they share of A and of B, for `rich` to print: means over layers."""
+    title = "Share of A and B in common (largest cosine; share of random spaces), mean over layers"
+    table = Table(title=title, title_justify="left", box=HORIZONTALS, show_edge=False)
+    table.add_column("adapters of")
+    means = {name: mean_overlap(layers.values()) for name, layers in (("A", found.overlap_a), ("B", found.overlap_b))}
+    for name in means:
+        table.add_column(name, justify="right")
+    for (i, one), (j, other) in combinations(enumerate(found.tasks), 2):
+        numbers = ([float(values[i, j]) for values in (mean.shared, mean.largest, mean.random)]
+                   for mean in means.values())  # fmt: skip
+        cells = ("–" if math.isnan(a) else f"{a:.3f} ({b:.2f}; {c:.3f})" for a, b, c in numbers)
+        table.add_row(f"{escape(one)}, {escape(other)}", *cells)
     return table
 
 

@@ -2,18 +2,14 @@
 
 import warnings
 from collections.abc import Iterable, Mapping
-from itertools import combinations
 
-import torch
-
-from osrm_peft.adapters.factors import Factors
 from osrm_peft.merging.lowrank import squared_values
 from osrm_peft.merging.merged_adapter import MergedLayer
 from osrm_peft.merging.methods.registry import Method
+from osrm_peft.merging.overlap import ALIKE, overlaps, sharing
 from osrm_peft.merging.plan import MergePlan
 
 _FAR = 4.0  # times the default scale, or a part of it
-_ALIKE = 0.9  # the least principal cosine of two A that count as one; two random A of rank 8 and width 384 have 0.03
 _LOOKED_AT = 5  # layers
 _RANK = 16  # of the remedy for full rank
 
@@ -31,7 +27,7 @@ def of_plan(plan: MergePlan) -> list[str]:
     unset = [task for task, adapter in adapters.items() if adapter.initialized is False]
     if unset:
         found.append(
-            f"{_listed(unset)}: made with OSRMLoraConfig, but OSRM never chose A, so OSRM does nothing for this merge: "
+            f"{listed(unset)}: made with OSRMLoraConfig, but OSRM never chose A, so OSRM does nothing for this merge: "
             "train anew with OSRMCallback() among the Trainer's callbacks"
         )
     return [*found, *_shared_a(plan)]
@@ -76,33 +72,17 @@ def _shared_a(plan: MergePlan) -> list[str]:
     """Which adapters have A that span the same directions, judged by a few layers."""
     names = list(plan.inputs.shapes)
     layers = names[:: max(1, -(-len(names) // _LOOKED_AT))]
-    votes: dict[tuple[str, str], list[bool]] = {}
-    for layer in layers:
-        bases = {task: _row_basis(f) for task, f in zip(plan.inputs.adapters, plan.inputs.factors(layer), strict=True)}
-        for (one, Q), (other, P) in combinations(bases.items(), 2):
-            if Q is not None and P is not None and Q.shape[1] + P.shape[1] <= len(Q):  # else they must overlap
-                cosines = torch.linalg.svdvals(Q.mT @ P)
-                votes.setdefault((one, other), []).append(bool(cosines[-1] >= _ALIKE))
-    alike = [pair for pair, found in votes.items() if sum(found) > len(found) / 2]
-    tasks = [task for task in plan.inputs.adapters if any(task in pair for pair in alike)]
-    if not tasks:
+    alike = sharing(list(plan.inputs.adapters), [overlaps(plan.inputs.products(layer))[0] for layer in layers])
+    if not alike:
         return []
     return [
-        f"{_listed(tasks)} share A: their A span the same directions of the inputs (principal cosines of at least "
-        f"{_ALIKE:g} in most of {len(layers)} layers), so nothing keeps the tasks apart. Sums and averages are safe: "
-        "they sum B. To keep tasks apart, train each with OSRM, or with a seed of its own"
+        f"{listed(alike)} share A: their A span the same directions of the inputs (at least {ALIKE:g} of each in the "
+        f"other, in most of {len(layers)} layers), so nothing keeps the tasks apart. Sums and averages are safe: they "
+        "sum B. To keep tasks apart, train each with OSRM, or with a seed of its own"
     ]
 
 
-def _row_basis(factors: Factors | None) -> torch.Tensor | None:
-    """(n, r) orthonormal basis of A's rows; None without the layer, or where A has a lower rank."""
-    if factors is None:
-        return None
-    Q, R = torch.linalg.qr(factors.A.double().mT)
-    size = R.diagonal().abs()
-    return Q if len(size) == factors.rank and bool((size > 1e-6 * size.max()).all()) else None
-
-
-def _listed(tasks: list[str]) -> str:
+def listed(tasks: list[str]) -> str:
+    """Their names, eight at most."""
     shown = ", ".join(map(repr, tasks[:8]))
     return shown if len(tasks) <= 8 else f"{shown} and {len(tasks) - 8} more"

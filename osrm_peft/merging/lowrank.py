@@ -107,6 +107,13 @@ def column_basis(parts: list[Tensor]) -> Tensor:
     return Q @ U[:, : _exact_rank(S, (len(Q), R.shape[1]))]
 
 
+def product_bases(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
+    """(o, k), (n, k) orthonormal bases of the columns and of the rows of B·A, at its numerical rank k."""
+    U, S, Vh = _thin_svd(B.double(), A.double())
+    k = numerical_rank(S)
+    return U[:, :k], Vh[:k].mT
+
+
 def cross_energies(products: list[tuple[Tensor, Tensor]], moments: FeatureMoments) -> Tensor:
     """(P, P) E⟨X_j h, X_k h⟩ = tr(X_j S X_kᵀ) of P products X = B·A, without forming one.
 

@@ -1,5 +1,6 @@
 """The commands around merging, in this process, on tiny adapters."""
 
+import html
 import json
 import re
 from dataclasses import replace
@@ -185,6 +186,28 @@ def test_interference_and_weights_from_features(adapters, tmp_path, call):
     assert "missing sms_spam" in call(
         "merge", *adapters.values(), "--weights", "features", "-m", "concat", given[0], code=2
     )
+
+
+def test_interference_without_features_says_what_adapters_share(adapters, tmp_path, call):
+    out = tmp_path / "found"
+    printed = call("interference", *adapters.values(), "--out", out)
+    found = json.loads((out / "interference.json").read_text())
+    assert (
+        found["verdict"]
+        and found["verdict"] in printed
+        and found["layers"] == {}
+        and found["settings"]["features"] is None
+    )
+    assert "Share of A and B in common" in printed and "E‖τ_j" not in printed
+    tasks, shared = list(adapters), [found["overlap"][side]["mean"]["shared"][0][1] for side in "AB"]
+    assert re.search(rf"{tasks[0]}, {tasks[1]} {shared[0]:.3f} \(.*\) {shared[1]:.3f} \(", printed)
+    assert (out / "interference.png").read_bytes().startswith(b"\x89PNG")
+    call("report", out, "--out", tmp_path / "page.html")
+    assert found["verdict"] in html.unescape((tmp_path / "page.html").read_text())
+    said = call("interference", *adapters.values(), "--base-model", "no/such", code=2)
+    assert "--base-model is compared with on features: give --features TASK=FILE of every task, too" in said
+    lone = call("interference", next(iter(adapters.values())), code=2)
+    assert "one adapter shares nothing with another: give a second one, or --features TASK=FILE" in lone
 
 
 def test_a_sweep_is_not_written_into_a_folder_with_anything_else(adapters, tmp_path, call):

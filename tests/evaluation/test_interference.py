@@ -1,11 +1,18 @@
 import json
 import math
+import re
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
-from osrm_peft import Interference, TaskFeatures, collect_features, interference, load_adapter
+from osrm_peft import Interference, LoraAdapter, TaskFeatures, collect_features, interference, load_adapter
+from osrm_peft.adapters.factors import Factors
+from osrm_peft.evaluation.interference import RIDGES, Solve
+from osrm_peft.evaluation.plots import draw_interference, plot_interference
+from osrm_peft.merging.methods.regmean import condition
+from osrm_peft.merging.overlap import overlaps
 from osrm_peft.models.layers import lora_layers
 from tests.helpers.adapters import make_adapter
 from tests.helpers.lora import LAYERS, close, dense, lora
@@ -164,6 +171,154 @@ def test_it_can_be_written_as_json():
 def test_with_adapters_of_other_layers_it_can_be_written_as_json_too():
     adapters = {"s": lora(1), "u": lora(3, {"b": LAYERS["b"]})}
     json.dumps(interference(adapters, features_of(adapters)[0]).to_dict(), allow_nan=False)
+
+
+# --- what adapters share
+
+WIDE = {"a": (40, 50, 2), "b": (60, 45, 2)}
+
+
+def with_a_of(one, other):
+    """`other` with the A of `one`."""
+    return replace(other, factors={k: Factors(one.factors[k].A, f.B, f.s) for k, f in other.factors.items()})
+
+
+def sharing_a():
+    """Three adapters, of which s and t share A."""
+    s, t, u = (lora(seed, WIDE) for seed in range(3))
+    return {"s": s, "t": with_a_of(s, t), "u": u}
+
+
+def test_what_adapters_share_needs_no_features():
+    adapters = {"s": lora(1), "t": lora(2, {"b": (4, 7, 1)}), "u": lora(3)}
+    found, (files, _) = interference(adapters), features_of(adapters)
+    assert (found.layers, found.regmean, found.relative_to) == ({}, {}, None)
+    for name in LAYERS:
+        factors = [adapter.factors.get(name) for adapter in adapters.values()]
+        o, n, _ = LAYERS[name]
+        products = [(torch.zeros(o, 0), torch.zeros(0, n)) if f is None else (f.B, f.A) for f in factors]
+        for mine, theirs in zip((found.overlap_a[name], found.overlap_b[name]), overlaps(products), strict=True):
+            for part in ("shared", "largest", "random"):
+                torch.testing.assert_close(getattr(mine, part), getattr(theirs, part), equal_nan=True)
+    assert found.overlap_a["a"].shared.isnan().sum() == 5  # t has no such layer
+    given = interference(adapters, files)
+    assert {k: vars(v)["tsv"] for k, v in given.overlap_a.items()} == {k: v.tsv for k, v in found.overlap_a.items()}
+    with pytest.raises(ValueError, match=r"who acts on whose features is not known without them: give features=\{task"):
+        found.mean()
+
+
+def test_the_solve_of_regmean_is_that_of_the_tasks_moments():
+    adapters = three()
+    files, vectors = features_of(adapters, "token", count=40)
+    found = interference(adapters, files).regmean
+    for name in LAYERS:
+        S = sum(h[name].mT @ h[name] / len(h[name]) for h in vectors.values())
+        assert found[name].condition == pytest.approx(condition(S), rel=1e-5) and found[name][1:] == (0, 0)
+    few = features_of(adapters, "sample", layers={"a": (6, 5, 2), "b": (4, 300, 3)}, count=2)[0]
+    wide = {task: lora(seed, {"a": (6, 5, 2), "b": (4, 300, 3)}) for seed, task in enumerate("stu")}
+    solve = interference(wide, few).regmean["b"]
+    S = sum(one.layers["b"].second_moment() for one in few.values())
+    assert solve.ridge == 0 and condition(S) * 2**-24 < 1e-2 and solve.condition == pytest.approx(condition(S))
+    before = RIDGES[RIDGES.index(solve.exact_ridge) - 1]
+    assert condition(S, off_diagonal=1.0, ridge=solve.exact_ridge) * 2**-24 <= 1e-2
+    assert condition(S, off_diagonal=1.0, ridge=before) * 2**-24 > 1e-2
+    assert interference(adapters, features_of(adapters, "mean")[0]).regmean == {}  # one vector is no Gram matrix
+
+
+def test_an_input_that_is_always_0_needs_a_ridge():
+    adapters = three()
+    files, _ = features_of(adapters)
+    for one in files.values():
+        one.layers["a"].second[0] = one.layers["a"].second[:, 0] = 0
+    found = interference(adapters, files)
+    assert found.regmean["a"].condition == math.inf and found.regmean["a"].ridge == 1e-6
+    assert found.to_dict()["regmean"]["a"]["condition"] is None
+    assert (
+        "RegMean (its condition is up to inf on these features, whatever A is) needs ridge ≥ 1e-06" in found.verdict()
+    )
+
+
+def test_the_verdict_has_the_ridge_that_is_enough_for_every_layer():
+    def verdict(*solves):
+        return Interference(["s"], {}, None, regmean={str(i): one for i, one in enumerate(solves)}).verdict()
+
+    assert verdict(Solve(10.0, 0.0, 0.0), Solve(30.0, 0.0, 0.0)) == (
+        "RegMean (its condition is up to 30 on these features, whatever A is) needs no ridge."
+    )
+    text = verdict(Solve(10.0, 0.0, 1e-2), Solve(9.0, 1e-3, None), Solve(9.0, 1e-4, 0.0))
+    assert text.endswith(" needs ridge ≥ 0.001; with off_diagonal=1 it needs a ridge above 1.")
+
+
+def test_a_layer_that_is_too_wide_is_not_solved(monkeypatch):
+    monkeypatch.setattr("osrm_peft.evaluation.interference._WIDEST", 6)
+    adapters = three()
+    assert list(interference(adapters, features_of(adapters)[0]).regmean) == ["a"]
+
+
+def test_the_verdict_names_who_shares_a_and_what_that_means():
+    text = interference(sharing_a()).verdict()
+    assert text.startswith(
+        "'s', 't' share A (mean squared cosine 1, random spaces 0.042): sums and averages are safe, for they sum B; "
+        "but nothing keeps the inputs of these tasks apart. "
+    )
+    assert "The adapters' B are as far apart as random spaces (mean squared cosine 0." in text
+    assert re.search(
+        r"TSV-M does not leave the adapters' directions alone \(.*: 0\.8\d for A and 0\.9\d for B\)\.$", text
+    )
+    turned = {name: LoraAdapter({k: Factors(f.B.mT, f.A.mT) for k, f in one.factors.items()}, {}, one.config)
+              for name, one in sharing_a().items()}  # fmt: skip
+    text = interference(turned).verdict()
+    assert "'s', 't' share B (mean squared cosine 1, random spaces 0.042): they write the same directions" in text
+    assert "share A" not in text
+
+
+def test_the_verdict_of_random_adapters_and_of_near_ones():
+    apart = {task: lora(seed, {"a": (300, 300, 8)}) for seed, task in enumerate("stu")}
+    text = interference(apart).verdict()
+    assert re.fullmatch(
+        r"The adapters' A are as far apart as random spaces \(mean squared cosine 0.0\d+, random spaces 0.027\)\. "
+        r"The adapters' B are as far apart as random spaces \(mean squared cosine 0.0\d+, random spaces 0.027\)\.",
+        text,
+    )
+    for name, f in apart["u"].factors.items():
+        apart["u"].factors = {name: Factors(torch.cat([apart["s"].factors[name].A[:3], f.A[3:]]), f.B)}
+    assert "No adapters share A; 's' and 'u' come nearest (mean squared cosine 0.3" in interference(apart).verdict()
+
+
+def test_nothing_is_said_of_adapters_that_have_nothing_to_compare():
+    zero = {task: lora(seed, s=1.0) for seed, task in enumerate("st")}
+    for one in zero.values():
+        one.factors = {k: Factors(f.A, torch.zeros_like(f.B)) for k, f in one.factors.items()}
+    assert interference(zero).verdict() == ""
+    json.dumps(interference(zero).to_dict(), allow_nan=False)
+    lone = {"s": lora(1)}
+    assert interference(lone, features_of("s")[0]).verdict().startswith("RegMean (its condition is up to ")
+    with pytest.raises(ValueError, match=r"one adapter shares nothing with another: give a second one, or features="):
+        interference(lone)
+    with pytest.raises(ValueError, match=r"the base model is compared with on features: give features=\{task: file\}"):
+        interference(three(), base=Base())
+
+
+def test_what_is_shared_can_be_written_as_json_and_drawn(tmp_path):
+    found = interference(sharing_a(), features_of("stu", layers=WIDE)[0])
+    content = json.loads(json.dumps(found.to_dict(), allow_nan=False))
+    assert content["overlap"]["A"]["layers"]["a"]["shared"][0][1] == pytest.approx(1)
+    assert content["overlap"]["B"]["mean"]["largest"][0][2] < 1 and content["overlap"]["A"]["mean"]["tsv"] < 0.9
+    assert set(content["overlap"]["A"]["layers"]["a"]) == {"shared", "largest", "random", "tsv"}
+    assert content["regmean"]["a"] == found.regmean["a"]._asdict() and content["verdict"] == found.verdict()
+    bare = interference(sharing_a())
+    assert {k: v for k, v in bare.to_dict().items() if k in ("mean", "layers", "relative_to", "off_diagonal")} == {
+        "mean": None, "layers": {}, "relative_to": None, "off_diagonal": None,
+    }  # fmt: skip
+    lone = interference({"s": sharing_a()["s"]}, features_of("s", layers=WIDE)[0])
+    for panels, maps in (({"x": found}, 3), ({"x": bare}, 2), ({"x": found, "y": bare}, 6), ({"x": lone}, 1)):
+        figure = draw_interference(panels)
+        drawn = [axis for part in figure.subfigs for axis in part.axes if axis.get_label() != "<colorbar>"]
+        assert len(drawn) == maps and sum(axis.has_data() for axis in drawn) == maps - (len(panels) == 2)
+        texts = [text.get_text() for axis in drawn for text in axis.texts]
+        assert maps == 1 or texts.count("100") >= 2  # s and t, in percent
+        assert maps != 2 or (texts.count("100"), len(texts)) == (2, 12)  # and none for an adapter with itself
+        plot_interference(panels, tmp_path / "plot.png")
 
 
 FILES, _ = features_of("stu")

@@ -178,6 +178,19 @@ def test_names_are_no_mathematics_in_plots(tmp_path):
     assert Page(html_report(gather([tmp_path]))).tables[0][0][4:6] == list(odd)
 
 
+def test_the_page_says_what_adapters_share(tmp_path):
+    put(tmp_path / "interference.json", crosstalk("spam", "news"))
+    (found,) = gather([tmp_path]).interference
+    one = found.content[""]["adapters"]
+    assert one.to_dict() == crosstalk("spam", "news")  # read as it was written, unknown numbers too
+    text = html.unescape(html_report(gather([tmp_path])))
+    assert f"<p>adapters: {one.verdict()}</p>" in text and one.verdict().startswith("'spam', 'news' share A (")
+    assert "on each other's features, and what they share of A and B" in text
+    older = {key: value for key, value in crosstalk("spam").items() if key not in ("overlap", "regmean", "verdict")}
+    put(tmp_path / "interference.json", older)
+    assert "what they share" not in html_report(gather([tmp_path]))
+
+
 def test_what_is_not_searched(results, tmp_path):
     outside = put(tmp_path / "outside/osrm_peft.json", merge("far"))
     put(results / ".hidden/osrm_peft.json", merge("hidden"))
@@ -202,6 +215,16 @@ def test_what_is_not_searched(results, tmp_path):
         ({"interference": {"s": {"x": {"tasks": ["a"], "layers": {}, "relative_to": "base"}}}}, "no layers"),
         ({"tasks": ["a", "b"], "layers": {"l": [[1.0]]}, "relative_to": "base"}, "not a matrix of 2 tasks"),
         ({"interference": {"s": {"x": {}}}}, "no 'tasks'"),
+        (
+            {
+                "tasks": ["a"],
+                "layers": {},
+                "relative_to": None,
+                "overlap": {"A": {"layers": {"l": {"shared": [[2, 3]]}}}},
+            },
+            "overlap of A in layer 'l' is not a matrix of 1 tasks",
+        ),
+        (crosstalk("a") | {"regmean": {"l": {"condition": "big", "ridge": 0, "exact_ridge": 0}}}, "'l'='big' must be"),
         ({"singular_values": {"m": [1.0]}}, "no attribute 'items'"),
         ({"kind": "merged", "method": "ties"}, "no 'scale'"),
         ({"kind": "adapter", "log": [{"osrm/drift": 0.1}]}, "no 'step'"),

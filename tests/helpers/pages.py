@@ -6,7 +6,8 @@ from html.parser import HTMLParser
 
 import torch
 
-from osrm_peft.evaluation.interference import Interference
+from osrm_peft.evaluation.interference import Interference, Solve
+from osrm_peft.merging.overlap import Overlap
 from osrm_peft.selection.selection import Estimate, Line, Selection
 
 SCRIPT = "<script>document.body.id='pwned'</script>"
@@ -38,7 +39,12 @@ def rows(a="a", b="b", method="ties"):
 def crosstalk(*tasks, share=0.02):
     matrix = torch.full((len(tasks), len(tasks)), share, dtype=torch.float64).fill_diagonal_(0.5)
     matrix[0, 0] = math.nan
-    return Interference(list(tasks), {"layer.0": matrix, "layer.1": matrix}, "base").to_dict()
+    shared = torch.full_like(matrix, 0.9).fill_diagonal_(1)
+    unknown = Overlap(*[shared * math.nan] * 3, math.nan)
+    overlap = {"layer.0": Overlap(shared, shared, shared / 30, 0.7), "layer.1": unknown}
+    solves = {"layer.0": Solve(math.inf, 1e-6, None)}
+    layers = {"layer.0": matrix, "layer.1": matrix}
+    return Interference(list(tasks), layers, "base", overlap, {"layer.0": unknown}, solves).to_dict()
 
 
 def adapter(*layers):

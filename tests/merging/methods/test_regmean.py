@@ -1,6 +1,7 @@
 """What every registered merge method keeps, over every kind of plain LoRA adapter."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -16,9 +17,10 @@ from osrm_peft import (
     initialize_osrm_weights,
     merge_adapters,
 )
+from osrm_peft.adapters.factors import Factors
 from osrm_peft.features.fit import check_model
 from osrm_peft.features.moments import FeatureMoments
-from osrm_peft.merging.methods.regmean import regmean
+from osrm_peft.merging.methods.regmean import condition, regmean
 from tests.helpers.adapters import make_adapter
 from tests.helpers.lora import LAYERS, close, dense, lora, problems
 from tests.helpers.lora import draw as draw_adapters
@@ -125,9 +127,9 @@ def test_a_1x1_layer_is_a_weighted_mean():
 def test_a_singular_gram_is_refused_and_each_way_out_works(rows):
     factors, tau, _, _ = problem_with_inputs((4, 6, [2], 7))
     gram = [moments(inputs(6, rows, 8))]
-    with pytest.raises(ValueError, match=r"singular together \(width 6\): collect more rows, .* or give ridge=1e-6"):
+    with pytest.raises(ValueError, match=r"singular together \(width 6\): collect more rows, .* or give ridge=1e-2"):
         regmean(factors, torch.ones(1), gram, off_diagonal=1.0)
-    close(regmean(factors, torch.ones(1), gram, off_diagonal=1.0, ridge=1e-6).delta(), tau[0], 1e-6)
+    close(regmean(factors, torch.ones(1), gram, off_diagonal=1.0, ridge=1e-2).delta(), tau[0], 1e-6)
     close(regmean(factors, torch.ones(1), gram).delta(), tau[0], 1e-9)
 
 
@@ -150,6 +152,66 @@ def test_one_direction_that_no_input_has_is_singular_too(n):
         factors = lora(seed, {"x": (3, n, 2)}).factors["x"]
         with pytest.raises(ValueError, match="singular together"):
             regmean([factors, None], torch.ones(2), [gram, gram], off_diagonal=1.0)
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.integers(1, 12), st.floats(0, 1), st.sampled_from([0.0, 1e-3, 0.5]), st.integers(0, 99))
+def test_the_condition_is_that_of_the_matrix_that_is_solved_scaled_to_a_diagonal_of_ones(n, alpha, ridge, seed):
+    h = inputs(n, 3 * n + 2, seed)
+    M = reduced(h, alpha, ridge)
+    size = M.diagonal().sqrt()
+    expected = float(torch.linalg.cond(M / torch.outer(size, size)))
+    found = condition(moments(h).second_moment(), off_diagonal=alpha, ridge=ridge)
+    assert expected / 1.1 <= found <= expected * 1.001  # power iteration comes from below
+    assert alpha == 1 or found <= ((n - 1) * alpha + 1) / (1 - alpha) * 1.001
+
+
+def test_a_singular_solve_has_no_condition_until_a_ridge_gives_it_one():
+    few = moments(inputs(6, 3, 8)).second_moment()
+    dead = few.clone()
+    dead[0] = dead[:, 0] = 0
+    assert condition(few, off_diagonal=1.0) > 1e12 and condition(few) <= 46
+    assert condition(dead) == math.inf and condition(dead, ridge=1e-6) <= 50
+    assert condition(torch.zeros(3, 3, dtype=torch.float64), ridge=1.0) == math.inf
+
+
+@pytest.mark.parametrize("kind", ["shared", "nearly shared", "apart"])
+@pytest.mark.parametrize("alpha", [0.9, 1.0])
+def test_no_ridge_is_needed_whatever_a_is_where_the_condition_is_small(kind, alpha):
+    """Sums in float32 against float64: the error on outputs stays under condition · 2⁻²⁴, for every A alike."""
+    n, generator = 64, torch.Generator().manual_seed(1)
+    one = torch.randn(4, n, generator=generator)
+    apart = {"shared": 0.0, "nearly shared": 1e-4, "apart": 1.0}[kind]
+    factors = [Factors(one + apart * torch.randn(4, n, generator=generator), torch.randn(9, 4, generator=generator))
+               for _ in range(3)]  # fmt: skip
+    size = torch.arange(1, n + 1).double() ** -1.5  # as features fall off
+    hs = [(inputs(n, 400, seed) * size).float() for seed in range(3)]
+    S = sum(moments(h.double()).second_moment() for h in hs)
+
+    def merged(dtype, ridge):
+        gram = [FeatureMoments("token", n, len(h), h.to(dtype).sum(0), h.to(dtype).mT @ h.to(dtype)) for h in hs]
+        return regmean(factors, torch.ones(3), gram, off_diagonal=alpha, ridge=ridge).delta()
+
+    root = torch.linalg.cholesky(S)
+    for ridge in (0.0, 1e-3):
+        exact, kappa = merged(torch.float64, ridge), condition(S, off_diagonal=alpha, ridge=ridge)
+        error = float(((merged(torch.float32, ridge) - exact) @ root).norm() / (exact @ root).norm())
+        assert error <= kappa * 2**-24 < (1e-4 if alpha < 1 else 1e-2)
+    bias = float(((merged(torch.float64, 1e-3) - merged(torch.float64, 0.0)) @ root).norm() / (exact @ root).norm())
+    assert bias > 100 * error  # so a ridge costs more than it mends
+
+
+def test_the_ridge_that_the_error_names_keeps_the_result_as_small_as_the_adapters():
+    n, generator = 64, torch.Generator().manual_seed(0)
+    factors = [Factors(torch.randn(4, n, generator=generator), torch.randn(9, 4, generator=generator)) for _ in "stu"]
+    size = torch.arange(1, n + 1).double() ** -1.5
+    gram = [moments(inputs(n, 20, seed) * size) for seed in range(3)]
+    with pytest.raises(ValueError, match="or give ridge=1e-2"):
+        regmean(factors, torch.ones(3), gram, off_diagonal=1.0)
+    largest = max(float(f.delta().norm()) for f in factors)
+    norms = {r: float(regmean(factors, torch.ones(3), gram, off_diagonal=1.0, ridge=r).delta().norm()) / largest
+             for r in (1e-6, 1e-2)}  # fmt: skip
+    assert norms[1e-2] < 2 and norms[1e-6] > 10
 
 
 def test_a_merge_takes_each_task_s_file_and_names_the_layer_of_an_error(tmp_path):
