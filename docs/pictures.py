@@ -42,7 +42,7 @@ LORA: dict[str, Any] = {"r": 8, "lora_alpha": 16, "target_modules": ["query"], "
 KINDS: dict[str, dict[str, Any] | None] = {
     "plain LoRA's random A": None,
     "OSRM's A, our default": {},
-    "OSRM's A, the paper's choice": {"null_space": "random", "protect_energy": None},
+    "OSRM's A, the paper's choice": {"objective": "least_energy"},
 }
 
 

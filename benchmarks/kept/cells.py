@@ -109,7 +109,11 @@ class Study:
     def recipe(self, cell: Cell, rate: float) -> Recipe:
         """The recipe that a cell's adapters are trained by."""
         names = [name.replace("|", " or ") for name in MANY[: cell.tasks]] if cell.tasks else None
-        training = {"learning_rate": rate, "num_train_epochs": cell.epochs, "per_device_train_batch_size": BATCH}
+        training: dict[str, Any] = {
+            "learning_rate": rate,
+            "num_train_epochs": cell.epochs,
+            "per_device_train_batch_size": BATCH,
+        }
         training |= {"train_sampling_strategy": "group_by_length", "bf16": self.bf16, "use_cpu": self.bf16}
         fields = INITS[cell.init]
         statistic = "token" if fields is None else str(fields["statistic"])
@@ -231,8 +235,8 @@ class Run:
         order = np.random.default_rng(self.cell.seed).permutation(len(rows))[:600]
         tokenizer = load_tokenizer(self.recipe.model)
         batch = tokenizer([rows[i][0] for i in order], truncation=True, max_length=MAX_LENGTH)
-        items = [{key: batch[key][i] for key in batch} for i in range(len(order))]
-        loader = DataLoader(items, batch_size=32, collate_fn=DataCollatorWithPadding(tokenizer))  # type: ignore[arg-type]
+        items: Any = [{key: batch[key][i] for key in batch} for i in range(len(order))]
+        loader: Any = DataLoader(items, batch_size=32, collate_fn=DataCollatorWithPadding(tokenizer))
         base = load_base(self.recipe.model, 2)
         targets = list(MODELS[self.cell.model])
         statistic = INITS[self.cell.init]["statistic"]  # type: ignore[index]

@@ -4,7 +4,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-PAPER: dict[str, Any] = {"statistic": "token", "null_space": "random", "protect_energy": None}
+PAPER: dict[str, Any] = {
+    "statistic": "token", "objective": "least_energy", "null_space": "random", "protect_energy": None,
+}  # fmt: skip
 OWN = PAPER | {"null_space": "in_task"}
 RATIO = PAPER | {"objective": "ratio"}
 INITS: dict[str, dict[str, Any] | None] = {  # OSRMLoraConfig fields; None: PEFT's own A
@@ -40,7 +42,7 @@ MERGES: tuple[Merge, ...] = (
     ("LoRE", {"method": "lore"}, 0.3, (0.3, 0.6)),
     ("LoRE, λ by features", {"method": "lore", "scale": "features"}, None, ()),
 )
-FEW = ("average", "TA", "TIES", "RegMean", "EMR", "TSV-M", "Iso-C")
+FEW = ("average", "TA", "TA, weights by features", "TIES", "RegMean", "EMR", "TSV-M", "Iso-C")
 SWEPT = ("TA", "TSV-M")
 
 SEEDS, TUNING_SEED = (42, 43, 44), 41
@@ -136,7 +138,7 @@ def tuning(model: str, suite: str, inits: tuple[str, ...] = MAIN) -> list[Cell]:
 def cells(part: str) -> Iterator[Cell]:
     """The cells of a part, the most telling first."""
     model, _, suite = part.partition("-")
-    inits = MAIN if model == "minilm" else ("plain", "paper", "ratio")
+    inits: tuple[str, ...] = MAIN if model == "minilm" else ("plain", "paper", "ratio")
     if suite == "low":
         first, rest = (inits, ("random",)) if model == "minilm" else (("ratio", "plain"), ("paper",))
         for group in (first, rest):
@@ -151,17 +153,17 @@ def cells(part: str) -> Iterator[Cell]:
         inits = ("ratio", "plain")
         yield from (Cell(init=init, seed=seed, merges="trials", **LOW["minilm"]) for seed in SEEDS for init in inits)
     elif part == "many":
-        for seed in SEEDS:
-            for number in (16, 4, 8, 2):
-                for init in ("plain", "ratio", "paper") if number == 16 else ("plain", "ratio"):
-                    yield Cell("minilm", "many", init, 2e-3, seed, number, merges="few")
+        for number in (16, 4, 8, 2):
+            for seed in SEEDS:
+                for init in ("ratio", "plain"):
+                    yield Cell(suite="many", init=init, seed=seed, tasks=number, merges="few", **LOW["minilm"])
     elif part == "unknown":
         inits = ("paper", "ratio")
         yield from (
-            Cell(init=init, seed=seed, rate=2e-3, unknown=True, merges="few") for seed in SEEDS for init in inits
+            Cell(init=init, seed=seed, unknown=True, merges="few", **LOW["minilm"]) for seed in SEEDS for init in inits
         )
     elif part == "sweeps":
-        few = Cell(rate=2e-3, merges="few")
+        few = Cell(merges="few", **LOW["minilm"])
         variants = [replace(few, init=init) for init in INITS]
         variants += [replace(few, init=init, r=r) for r in (4, 32) for init in ("plain", "ratio")]
         variants += [replace(few, init="ratio", k=k) for k in (2, 10, 1000)]

@@ -19,8 +19,8 @@ from osrm_peft.io.places import check_file
 from osrm_peft.models.identity import located
 from osrm_peft.osrm.subspace import NullSpace, Objective, check_protect
 
-# the best of benchmarks/osrm_study.py
-_DEFAULT_CHOICE: tuple[FeatureStatistic, NullSpace, float | None] = ("token", "in_task", 0.9)
+_STATISTIC: FeatureStatistic = "token"
+_OBJECTIVE: Objective = "ratio"  # the best of benchmarks/study.py
 
 
 @dataclass
@@ -31,27 +31,27 @@ class OSRMLoraConfig(LoraConfig):
     adapter: `adapter_config.json` holds LoraConfig's fields only, the fields below go to the
     manifest `osrm_peft.json` beside it.
 
-    The defaults are the best of our study (docs/results/which_a.md): A keeps off the directions that hold 90 % of the
-    other tasks' energy, and takes of the rest those with most of the task's own. The paper's choice is
-    `null_space="random", protect_energy=None`, and needs no features of the task's own.
+    The default is the best of our study (docs/results/adaptation_kept.md): A takes the directions with most energy of
+    the task's own for each unit of the others'. The paper's choice is `objective="least_energy"`, and needs no features
+    of the task's own.
 
     Args:
         out_of_task: features files of the *other* tasks, written by `osrm-peft features` or `TaskFeatures.save`.
         statistic: what those files hold: `"mean"`, `"sample"` or `"token"` (see FeatureMoments). A file that holds
             another statistic is refused.
-        null_space: who chooses where the other tasks leave more than r directions free: `"random"` (seeded) or
-            `"in_task"` (the directions with most energy of this task's own features).
-        objective: `"least_energy"` (the paper), `"difference"` or `"ratio"`: weigh this task's own energy against the
-            others', see `subspace.choose_directions`.
-        in_task: this task's own features file, for `null_space="in_task"` and the two other objectives.
+        objective: `"least_energy"` (the paper), or `"difference"` or `"ratio"`, which weigh this task's own energy
+            against the others', see `subspace.choose_directions`.
+        null_space: of `"least_energy"`: who chooses where the other tasks leave more than r directions free: `"random"`
+            (seeded) or `"in_task"` (the directions with most energy of this task's own features).
+        in_task: this task's own features file, for the objectives but the paper's, and for `null_space="in_task"`.
         in_task_weight: β in [0, 1] of `"difference"`; 0 is the paper.
         ridge: ρ > 0 of `"ratio"`, relative to the mean energy of a direction.
         protect_energy: A must avoid as many of the strongest directions as hold this share in [0, 1] of the other
             tasks' energy; the rest counts as free. None: all (the paper).
         protect_rank: instead, how many of the strongest directions A must avoid.
         freeze_a: train B only (paper §4.4).
-        reference: choose as the released code does (needs features collected with `reference=True`); where the others
-            are left at their defaults, they become `statistic="mean", null_space="random", protect_energy=None`.
+        reference: choose as the released code does (needs features collected with `reference=True`); where these are
+            left at their defaults, they become `statistic="mean", objective="least_energy"`.
         osrm_seed: seed of the random choice in a null space, mixed with the name of the task that `in_task` is of, or
             with those of the others: tasks without `in_task` that name the same others need a seed each.
 
@@ -61,13 +61,13 @@ class OSRMLoraConfig(LoraConfig):
     """
 
     out_of_task: list[str] | None = None
-    statistic: FeatureStatistic = _DEFAULT_CHOICE[0]
-    null_space: NullSpace = _DEFAULT_CHOICE[1]
-    objective: Objective = "least_energy"
+    statistic: FeatureStatistic = _STATISTIC
+    null_space: NullSpace = "random"
+    objective: Objective = _OBJECTIVE
     in_task: str | None = None
     in_task_weight: float = 0.5
     ridge: float = 0.1
-    protect_energy: float | None = _DEFAULT_CHOICE[2]
+    protect_energy: float | None = None
     protect_rank: int | None = None
     freeze_a: bool = False
     reference: bool = False
@@ -90,15 +90,15 @@ class OSRMLoraConfig(LoraConfig):
             raise ValueError(f"out_of_task={self.out_of_task!r}: give a list of features files")
         self.in_task_weight = number("in_task_weight", self.in_task_weight, 0, 1)
         self.ridge = number("ridge", self.ridge, 0, open_low=True)
-        if self.protect_rank is not None and self.protect_energy == _DEFAULT_CHOICE[2]:
-            self.protect_energy = None  # it was left at its default
         self.protect_rank, self.protect_energy = check_protect(self.protect_rank, self.protect_energy)
         self.osrm_seed = integer("osrm_seed", self.osrm_seed, 0)
         if self.reference:  # what is at its default becomes the released code's
-            given = (self.statistic, self.null_space, self.protect_energy)
-            self.statistic, self.null_space, self.protect_energy = (  # type: ignore[assignment]
-                theirs if value == ours else value
-                for value, ours, theirs in zip(given, _DEFAULT_CHOICE, ("mean", "random", None), strict=True)
+            self.statistic = "mean" if self.statistic == _STATISTIC else self.statistic
+            self.objective = "least_energy" if self.objective == _OBJECTIVE else self.objective
+        if self.null_space == "in_task" and self.objective != "least_energy":
+            raise ValueError(
+                f"null_space='in_task' is a choice of objective='least_energy'; objective={self.objective!r} has no "
+                "null space to choose in: give objective='least_energy', too, or leave null_space out"
             )
         chosen = (self.statistic, self.null_space, self.objective, self.protect_energy, self.protect_rank)
         released = chosen == ("mean", "random", "least_energy", None, None)

@@ -183,8 +183,7 @@ def _check_features(config: OSRMLoraConfig, others: list[TaskFeatures], own: Tas
     if config.needs_own_features and own is None:
         raise ValueError(
             f"null_space={config.null_space!r}, objective={config.objective!r} look at the task's own features: give "
-            "OSRMLoraConfig(in_task=FILE), or null_space='random', protect_energy=None, objective='least_energy' for "
-            "the paper's choice"
+            "OSRMLoraConfig(in_task=FILE), or objective='least_energy', null_space='random' for the paper's choice"
         )
     features = others[0]  # the others and the own ones are alike
     if features.statistic != config.statistic:

@@ -57,9 +57,7 @@ class Suite:
     tasks: list[str]
     lora: dict[str, Any]
     training: dict[str, Any]
-    osrm: dict[str, Any] = field(
-        default_factory=lambda: {"statistic": "token", "null_space": "random", "protect_energy": None}
-    )
+    osrm: dict[str, Any] = field(default_factory=lambda: {"statistic": "token", "objective": "least_energy"})
     rates: list[float] = field(default_factory=lambda: [4e-4])
     max_length: int = 128
     train_rows: int | None = None

@@ -22,7 +22,7 @@ from tests.helpers.models import make_base, make_batch
 
 TARGETS = ["query", "value"]
 LORA = {"r": 4, "target_modules": TARGETS, "task_type": "SEQ_CLS"}
-PAPER = {"null_space": "random", "protect_energy": None}
+PAPER = {"objective": "least_energy"}
 QUERY_1 = "bert.encoder.layer.1.attention.self.query"
 
 

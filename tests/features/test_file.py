@@ -267,7 +267,7 @@ import json, sys
 from peft import get_peft_model
 from osrm_peft import OSRMLoraConfig, TaskFeatures, initialize_osrm_weights
 from tests.helpers.models import make_base
-paper = {"null_space": "random", "protect_energy": None}
+paper = {"objective": "least_energy"}
 config = OSRMLoraConfig(r=2, target_modules=["query", "value"], task_type="SEQ_CLS", out_of_task=[sys.argv[1]], **paper)
 found = {"layers": len(initialize_osrm_weights(get_peft_model(make_base(), config)))}
 for source in sys.argv[2:]:

@@ -3,7 +3,7 @@
 from osrm_peft import collect_features
 from tests.helpers.models import make_base, make_batch
 
-PAPER = {"null_space": "random", "protect_energy": None}  # no features of the task's own
+PAPER = {"objective": "least_energy"}  # no features of the task's own
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["query", "value"], "task_type": "SEQ_CLS"}
 
 

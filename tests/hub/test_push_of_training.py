@@ -22,7 +22,7 @@ from osrm_peft import OSRMCallback, OSRMLoraConfig
 root = Path(sys.argv[1])
 base = AutoModelForSequenceClassification.from_pretrained(root / "base")
 files = [str(root / f"{task}.features.safetensors") for task in ("t1", "t2")]
-paper = {"null_space": "random", "protect_energy": None, "statistic": "token"}
+paper = {"objective": "least_energy", "statistic": "token"}
 config = OSRMLoraConfig(r=4, target_modules=["query", "value"], task_type="SEQ_CLS", out_of_task=files, **paper)
 rows = Dataset.from_dict({"input_ids": [[1, 2, 3, 4]] * 8, "attention_mask": [[1] * 4] * 8, "labels": [0, 1] * 4})
 args = TrainingArguments("trained", max_steps=4, save_steps=2, eval_strategy="steps", eval_steps=2, push_to_hub=True,

@@ -239,7 +239,7 @@ def test_paths_are_relative_to_the_recipe(tmp_path, monkeypatch):
 
 
 def test_several_inits_are_compared_on_the_same_rows(tmp_path):
-    inits = {"plain LoRA": None, "OSRM, the paper's": {"null_space": "random", "protect_energy": None}}
+    inits = {"plain LoRA": None, "OSRM, the paper's": {"objective": "least_energy"}}
     path = tiny_recipe(tmp_path, osrm=None, inits=inits)
     said = []
     best = run_recipe(Recipe.from_yaml(path), say=said.append, progress=False)
@@ -256,11 +256,15 @@ def test_several_inits_are_compared_on_the_same_rows(tmp_path):
     assert "osrm" not in read_manifest(out / "adapters/plain_LoRA/sizes")
     panels = json.loads((out / "interference/interference.json").read_text())["interference"][""]
     assert set(panels) == set(inits)
-    assert set(again(path, inits=inits | {"third": {"objective": "ratio", "protect_energy": None}}, osrm=None)) > {
+    assert set(again(path, inits=inits | {"third": {"objective": "difference"}}, osrm=None)) > {
         "adapters/third/sizes", "selection/third",
     }  # fmt: skip
     with pytest.raises(ValueError, match="the inits look at different features"):
-        again(path, inits={"a": {"statistic": "token"}, "b": {"statistic": "mean", "null_space": "random"}}, osrm=None)
+        again(
+            path,
+            inits={"a": {"statistic": "token"}, "b": {"statistic": "mean", "objective": "least_energy"}},
+            osrm=None,
+        )
 
 
 def test_statistics_are_those_that_a_candidate_needs(tmp_path):

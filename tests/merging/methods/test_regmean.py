@@ -316,7 +316,7 @@ def test_osrm_refuses_the_features_of_an_adapted_model(tmp_path):
     message = r"the statistics of task 't' are of its fine-tuned model \(collect_gram, for RegMean\): collect them on"
     with pytest.raises(ValueError, match=message):
         check_model(gram, make_base(), [QUERY_1])
-    config = OSRMLoraConfig(r=4, target_modules=["query", "value"], task_type="SEQ_CLS", null_space="random")
+    config = OSRMLoraConfig(r=4, target_modules=["query", "value"], task_type="SEQ_CLS", objective="least_energy")
     with pytest.raises(ValueError, match=message):
         initialize_osrm_weights(get_peft_model(make_base(), config), [tmp_path / "gram.safetensors"])
 
