@@ -35,7 +35,7 @@ def bases(B, A):
     """(of the rows, of the columns) of the dense product, at the rank that `numerical_rank` means."""
     X = B.double() @ A.double()
     U, S, Vh = torch.linalg.svd(X)
-    k = int((S > 1e-6 * S[0]).sum()) if S[0] > 0 else 0
+    k = int((1e-6 * S[0] < S).sum()) if S[0] > 0 else 0
     return Vh[:k].mT, U[:, :k]
 
 
