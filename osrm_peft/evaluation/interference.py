@@ -26,7 +26,7 @@ from osrm_peft.models.layers import as_weight, base_layer, base_of, check_unmerg
 
 RIDGES = (0.0, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 _ERROR = 1e-2  # the largest share of RegMean's result that may be rounding: condition · 2⁻²⁴, of sums in float32
-_WIDEST = 16384  # the width from which RegMean's condition is not looked for: minutes a layer
+_WIDEST = 8192  # the width above which RegMean's condition is not looked for: its factorisations take minutes
 _AS_RANDOM = 2.0  # up to this multiple of what random spaces share, a pair counts as random
 _UNTURNED = 0.9  # `Overlap.tsv` from which TSV-M's change of directions is not worth a word
 
@@ -60,8 +60,8 @@ class Interference:
             share of the smaller space in the other; `largest`, c_1; `random`, what random spaces share; and `tsv`, the
             mean inner product of a direction and what TSV-M puts in its place.
         overlap_b: the same of the columns of B, the directions of the outputs that it writes.
-        regmean: {layer: Solve} of the features; empty without Gram matrices. RegMean's own are of the fine-tuned
-            models, which these approximate.
+        regmean: {layer: Solve} of the features, for widths up to 8,192; empty without Gram matrices. RegMean's own are
+            of the fine-tuned models, which these approximate.
     """
 
     tasks: list[str]
