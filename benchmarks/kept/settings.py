@@ -150,8 +150,8 @@ def cells(part: str) -> Iterator[Cell]:
         merges = "all" if model == "minilm" else "published"
         yield from (Cell(model, suite, init, seed=seed, merges=merges) for seed in SEEDS for init in inits)
     elif part == "trials":
-        inits = ("ratio", "plain")
-        yield from (Cell(init=init, seed=seed, merges="trials", **LOW["minilm"]) for seed in SEEDS for init in inits)
+        for init in ("ratio", "plain"):
+            yield from (Cell(init=init, seed=seed, merges="trials", **LOW["minilm"]) for seed in SEEDS)
     elif part == "many":
         for number in (16, 4, 8, 2):
             for seed in SEEDS:

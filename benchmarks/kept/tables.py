@@ -12,6 +12,7 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from kept.settings import MERGES, SEEDS, TUNING_SEED, Cell, Merge, cells
+from kept.trials import TRIALS
 from osrm_peft.evaluation.bootstrap import interval, metric_on, resamples
 from osrm_peft.evaluation.tables import markdown_table
 
@@ -77,7 +78,8 @@ def of(out: Path, part: str) -> str:
     groups = _groups(out, part)
     if not groups:
         return f"{part}: no row has all seeds yet\n"
-    merges = [merge for merge in MERGES if all(one.has(_key(merge)) for group in groups.values() for one in group)]
+    known = TRIALS if part == "trials" else MERGES
+    merges = [merge for merge in known if all(one.has(_key(merge)) for group in groups.values() for one in group)]
     return "\n\n".join(
         [_scores(groups, merges), _kept(groups, merges), _training(groups), _differences(groups, merges)]
     )
