@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file
 
-from kept.settings import MERGES, SEEDS, TUNING_SEED, Cell, Merge, cells
+from kept.settings import MERGES, SEEDS, SWEPT, TUNING_SEED, Cell, Merge, cells
 from kept.trials import TRIALS
 from osrm_peft.evaluation.bootstrap import interval, metric_on, resamples
 from osrm_peft.evaluation.tables import markdown_table
@@ -122,6 +122,8 @@ def _columns(groups: dict[str, Group], merges: Sequence[Merge]) -> dict[str, Cal
     for merge in merges:
         columns[_key(merge)] = partial(Scored.mean, key=_key(merge))
         if merge in _swept(groups, merges):
+            keys = [f"{merge[0]}, λ {scale:g}" for scale in merge[3]]
+            columns |= {key: partial(Scored.mean, key=key) for key in keys if merge[0] in SWEPT}
             columns[f"{merge[0]}, λ chosen"] = partial(Scored.chosen, merge=merge)
     return columns
 

@@ -3,6 +3,9 @@
 import warnings
 from collections.abc import Iterable, Mapping
 
+import torch
+from scipy.sparse.linalg import ArpackError
+
 from osrm_peft.merging.lowrank import squared_values
 from osrm_peft.merging.merged_adapter import MergedLayer
 from osrm_peft.merging.methods.registry import Method
@@ -72,7 +75,10 @@ def _shared_a(plan: MergePlan) -> list[str]:
     """Which adapters have A that span the same directions, judged by a few layers."""
     names = list(plan.inputs.shapes)
     layers = names[:: max(1, -(-len(names) // _LOOKED_AT))]
-    alike = sharing(list(plan.inputs.adapters), [overlaps(plan.inputs.products(layer))[0] for layer in layers])
+    try:
+        alike = sharing(list(plan.inputs.adapters), [overlaps(plan.inputs.products(layer))[0] for layer in layers])
+    except (torch.linalg.LinAlgError, ArpackError):  # the merge itself stops there, and names the layer
+        return []
     if not alike:
         return []
     return [
