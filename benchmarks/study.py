@@ -20,6 +20,7 @@ from filelock import FileLock, Timeout
 from kept import tables
 from kept.cells import Run, Study
 from kept.settings import PARTS, SEEDS, Cell, cells, tuning
+from kept.trials import register_trials
 from kept.why import explain
 from rich.console import Console
 
@@ -41,6 +42,7 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     logging.getLogger("osrm_peft").setLevel(logging.ERROR)  # features stand for grams in the trials, on purpose
+    register_trials()
     console = Console(soft_wrap=True)
     models = {"minilm": "packaged", "mpnet": arguments.mpnet}
     study = Study(arguments.out, models, arguments.glue, arguments.texts, arguments.bf16)

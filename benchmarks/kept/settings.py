@@ -126,7 +126,7 @@ class Cell:
         ]
         rate = "tuned" if self.rate == 0 else f"{self.rate:g}"
         about = " ".join([self.init, *filter(None, parts), *(["unknown"] if self.unknown else []), rate])
-        about += " trials" * (self.merges == "trials")
+        about += f" {self.merges}" if self.merges in ("few", "trials") else ""
         return f"{self.model}/{self.suite}/{about}/seed{self.seed}"
 
 

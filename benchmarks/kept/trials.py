@@ -1,4 +1,4 @@
-"""Merges on trial: from the same files as the registered ones, registered for the study alone."""
+"""Merges on trial: from the same files as the registered ones, which know them in the study's process alone."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -17,10 +17,7 @@ from osrm_peft.merging.methods.tsv import tsv
 from osrm_peft.merging.rules import normal_equations, solve
 from osrm_peft.merging.spaces import enter
 
-_FACTORS = {"paper": "a trial", "spaces": ("factors",), "needs": "gram"}
 
-
-@register("trial_filtered", paper="a trial", commutes=True)
 def filtered(tau: Tensor, weights: Tensor, *, ridge: float = 0.1) -> Tensor:
     """argmin_W Σ_t c_t ‖(W − τ_t) τ_tᵀ‖² + ρ ‖W‖² with c_t = ‖τ_t‖⁻²: a task's own rows stand for its inputs."""
     theta = tau.double() * weights.double()[:, None, None]
@@ -30,7 +27,6 @@ def filtered(tau: Tensor, weights: Tensor, *, ridge: float = 0.1) -> Tensor:
     return torch.linalg.solve(total, (theta @ reads).sum(0), left=False).to(tau.dtype)
 
 
-@register("trial_whitened", **_FACTORS)
 def whitened(
     factors: Sequence[Factors | None], weights: Tensor, gram: Sequence[FeatureMoments], *, ridge: float = 0.1,
     inner: str = "tsv",
@@ -45,7 +41,6 @@ def whitened(
     return Factors(merged.A @ out, merged.B, merged.s)
 
 
-@register("trial_balanced_regmean", **_FACTORS)
 def balanced_regmean(
     factors: Sequence[Factors | None], weights: Tensor, gram: Sequence[FeatureMoments], *, ridge: float = 0.01,
     off_diagonal: float = 1.0,
@@ -55,7 +50,6 @@ def balanced_regmean(
     return regmean(factors, weights.double() / found, gram, off_diagonal=off_diagonal, ridge=ridge)
 
 
-@register("trial_kept_norm", **_FACTORS)
 def kept_norm(
     factors: Sequence[Factors | None], weights: Tensor, gram: Sequence[FeatureMoments], *, inner: str = "weights"
 ) -> Factors:
@@ -66,7 +60,6 @@ def kept_norm(
     return Factors(merged.A, (_own_effects(factors, gram).sum() / effects.sum()).sqrt() * merged.B, merged.s)
 
 
-@register("trial_served", **_FACTORS)
 def served(
     factors: Sequence[Factors | None], weights: Tensor, gram: Sequence[FeatureMoments], *, to: int = 16,
     inner: str = "tsv",
@@ -103,6 +96,13 @@ def _own_effects(factors: Sequence[Factors | None], gram: Sequence[FeatureMoment
     """(T,) E‖τ_t h_t‖²."""
     pairs = zip(_products(factors), gram, strict=True)
     return torch.stack([cross_energies([product], one)[0, 0] for product, one in pairs])
+
+
+def register_trials() -> None:
+    """Make the trials known to `merge_adapters`, in this process."""
+    register("trial_filtered", paper="a trial", commutes=True)(filtered)
+    for fn in (whitened, balanced_regmean, kept_norm, served):
+        register(f"trial_{fn.__name__}", paper="a trial", spaces=("factors",), needs="gram")(fn)
 
 
 def _trials() -> Iterator[Merge]:
