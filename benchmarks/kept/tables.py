@@ -93,7 +93,8 @@ def _groups(out: Path, part: str) -> dict[str, Group]:
             rows.setdefault(_row(cell), []).append(cell)
     done = {row: [out / cell.key for cell in found] for row, found in rows.items()}
     complete = {row: found for row, found in done.items() if all((one / "cell.json").exists() for one in found)}
-    return {row: [Scored.of(one) for one in found] for row, found in complete.items()}
+    order = sorted(complete, key=lambda row: not row.startswith("plain"))  # what the others are compared with
+    return {row: [Scored.of(one) for one in complete[row]] for row in order}
 
 
 def _row(cell: Cell) -> str:
