@@ -29,6 +29,6 @@ def test_in_each_layer_osrms_a_lets_less_through_than_a_random_one(tmp_path):
 def test_each_picture_is_small_and_shown():
     pages = "".join(page.read_text(encoding="utf-8") for page in (ROOT / "docs").rglob("*.md"))
     pictures = list((ROOT / "docs/pictures").iterdir())
-    assert len(pictures) == 2
+    assert len(pictures) == 3
     for picture in pictures:
         assert picture.stat().st_size < 150_000 and f"](../pictures/{picture.name})" in pages, picture

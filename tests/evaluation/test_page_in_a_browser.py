@@ -189,11 +189,11 @@ def test_plots_are_drawn_in_the_scheme_s_colours(page, tmp_path, browse, scheme)
     color, images = {"light": "#ffffff", "dark": "#14171b"}[scheme], Page(page.read_text()).all("img")
     text = '<!DOCTYPE html><meta name="color-scheme" content="light dark"><style>img { display: block } '
     text += f"body {{ margin: 0; background: {color} }}</style>"
-    text += "".join(f'<img width="600" height="400" src="{image["src"]}">' for image in images)
-    drawn = shot(browse, put(tmp_path / "plots.html", text), tmp_path, (600, 400 * len(images)), scheme)
+    text += "".join(f'<img width="1200" height="800" src="{image["src"]}">' for image in images)
+    drawn = shot(browse, put(tmp_path / "plots.html", text), tmp_path, (1200, 800 * len(images)), scheme)
     background = int(color[1:3], 16) / 255
     for place, image in enumerate(images):
-        pixels = drawn[400 * place : 400 * (place + 1)]
+        pixels = drawn[800 * place : 800 * (place + 1)]
         assert pixels.std() > 0.02
         gray = abs(pixels.max(-1) - pixels.min(-1)) < 0.08
         assert (abs(pixels.mean(-1) - background)[gray] > 0.7).sum() > 150, image["alt"]
