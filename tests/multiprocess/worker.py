@@ -141,3 +141,5 @@ def main():
 
 if __name__ == "__main__":
     main()
+    if torch.distributed.is_initialized():  # else a thread of gloo may outlive its process, which then aborts
+        torch.distributed.destroy_process_group()
