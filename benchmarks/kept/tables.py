@@ -120,9 +120,10 @@ def _swept(groups: dict[str, Group], merges: Sequence[Merge]) -> list[Merge]:
 def _columns(groups: dict[str, Group], merges: Sequence[Merge]) -> dict[str, Callable[[Scored], float]]:
     """{column: an entry's score of one seed}: at the published λ, and at a chosen one."""
     columns: dict[str, Callable[[Scored], float]] = {}
+    swept = _swept(groups, merges)
     for merge in merges:
         columns[_key(merge)] = partial(Scored.mean, key=_key(merge))
-        if merge in _swept(groups, merges):
+        if merge in swept:
             keys = [f"{merge[0]}, λ {scale:g}" for scale in merge[3]]
             columns |= {key: partial(Scored.mean, key=key) for key in keys if merge[0] in SWEPT}
             columns[f"{merge[0]}, λ chosen"] = partial(Scored.chosen, merge=merge)

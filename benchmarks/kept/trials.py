@@ -16,6 +16,7 @@ from osrm_peft.merging.methods.regmean import regmean
 from osrm_peft.merging.methods.tsv import tsv
 from osrm_peft.merging.rules import normal_equations, solve
 from osrm_peft.merging.spaces import enter
+from osrm_peft.osrm.spectrum import PooledMoment
 
 
 def filtered(tau: Tensor, weights: Tensor, *, ridge: float = 0.1) -> Tensor:
@@ -32,7 +33,7 @@ def whitened(
     inner: str = "tsv",
 ) -> Factors:  # fmt: skip
     """TSV-M (or Iso-C) of τ_t S^½, times S^−½, with S the mean of the tasks' second moments and a ridge."""
-    S = sum((one.second_moment() for one in gram[1:]), gram[0].second_moment()) / len(gram)
+    S = PooledMoment.of(gram).second_moment()
     values, V = torch.linalg.eigh(S)
     root = (values.clamp_min(0) + ridge * values.sum() / len(values)).sqrt()
     into, out = (V * root) @ V.mT, (V / root) @ V.mT
@@ -66,7 +67,7 @@ def served(
 ) -> Factors:  # fmt: skip
     """A merge cut to a rank by the SVD of ΔW S^½: of all cuts it loses least of the output's energy E‖ΔW h‖²."""
     merged = _merged(inner, factors, weights.double(), gram)
-    S = sum((one.second_moment() for one in gram[1:]), gram[0].second_moment()) / len(gram)
+    S = PooledMoment.of(gram).second_moment()
     B, A = merged.s * merged.B.double(), merged.A.double()
     values, V = torch.linalg.eigh(A @ S @ A.mT)  # A S Aᵀ = C Cᵀ: B C has the left singular vectors of ΔW S^½
     U = torch.linalg.svd(B @ (V * values.clamp_min(0).sqrt()), full_matrices=False).U[:, :to]

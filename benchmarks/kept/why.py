@@ -1,6 +1,7 @@
 """Why a choice of A merges better: what the adapters of each init share, and what merging does to it."""
 
 import statistics
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -31,7 +32,7 @@ def explain(study: Study, inits: dict[str, Cell]) -> str:
     """The table of the measures for each init, means over layers and pairs ± deviation over seeds, and its figure."""
     measured = {}
     for label, cell in inits.items():
-        by_seed = [_measured(study, Cell(**(vars(cell) | {"seed": seed}))) for seed in SEEDS]
+        by_seed = [_measured(study, replace(cell, seed=seed)) for seed in SEEDS]
         measured[label] = {name: [one[name] for one in by_seed] for name in MEASURES}
     _draw(measured, study.out / "why.png")
     lines = []
