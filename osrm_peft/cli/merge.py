@@ -56,6 +56,7 @@ def merge(
     ] = None,
     space: SpaceOption = None,
     rank: Annotated[str | None, typer.Option(help="Largest rank of the result, or serving. Default: exact.")] = None,
+    cut: Annotated[str | None, typer.Option(help="What --rank keeps: features (of --features). Default: SVD.")] = None,
     modules: Annotated[
         str | None,
         typer.Option(help="Modules trained whole (lm_head, …): average (default), per_task, error, or a task."),
@@ -83,6 +84,7 @@ def merge(
         "scale": scales[0] if len(scales) == 1 else scales or None,
         "space": space,
         "rank": None if rank is None else parse_yaml(rank),
+        "cut": cut,
         "modules": modules,
         "base_model": base_model,
         "statistics": pairs(statistics) or None,

@@ -2,7 +2,8 @@
 
 import json
 import platform
-from collections.abc import Mapping
+import statistics
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from osrm_peft.evaluation.tables import MultiTaskTable, Score
@@ -30,6 +31,34 @@ def _row(init: str, selection: Mapping[str, Any], name: str, seed: int) -> list[
     return [Score(init, method, scale, seed, task, found["value"]) for task, found in line["scores"].items()]
 
 
+def lead(selections: Selections) -> str:
+    """The table that the report begins with: by kind of adapter the merge that was chosen, and what it keeps.
+
+    Means over seeds, on the rows that had no say in the choice; ± sample standard deviation where there are several.
+    """
+    rows = ["| adapters | alone | one adapter for all: the merge that was chosen | its score | adaptation kept |",
+            "|---|--:|---|--:|--:|"]  # fmt: skip
+    for init in next(iter(selections.values())):
+        chosen = [by_init[init]["ranked"][0]["name"] for by_init in selections.values()]
+        tested = [{line["name"]: line for line in by_init[init]["test"]} for by_init in selections.values()]
+        lines = [lines[name] for lines, name in zip(tested, chosen, strict=True)]
+        alone = [lines["individual adapters"]["mean"]["value"] for lines in tested]
+        kept = [line["kept"]["value"] for line in lines if line["kept"] is not None]
+        merges = ", ".join(
+            f"`{name}`" + f" ({chosen.count(name)}×)" * (len(chosen) > 1) for name in dict.fromkeys(chosen)
+        )
+        scores = [_percent(values, 1) for values in (alone, [line["mean"]["value"] for line in lines])]
+        rows.append(f"| {init} | {scores[0]} | {merges} | {scores[1]} | {_percent(kept, 0)} |")
+    return "\n".join(rows)
+
+
+def _percent(values: Sequence[float], digits: int) -> str:
+    if not values:
+        return ""
+    spread = f" ± {100 * statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{100 * statistics.mean(values):.{digits}f}{spread}"
+
+
 def report(table: MultiTaskTable, default: MultiTaskTable, selections: Selections, settings: Mapping[str, Any]) -> str:
     """The Markdown report: the answers, tables, plots, settings and versions."""
     made = ", ".join(f"{name} {version}" for name, version in versions().items())
@@ -39,8 +68,14 @@ def report(table: MultiTaskTable, default: MultiTaskTable, selections: Selection
         for seed, by_init in selections.items()
         for init, selection in by_init.items()
     )
+    spread = "" if len(seeds) == 1 else f", mean ± sample standard deviation over {len(seeds)} seeds"
     noise = "" if len(seeds) > 1 else " (one seed: differences of a few points are noise)"
     return f"""# Demo: adapters by several choices of A, merged
+
+{lead(selections)}
+
+In percent, on rows that had no say in the choice of the merge{spread}.
+*Adaptation kept* is (merged − base) / (alone − base), with the base model under the adapters' heads.
 
 {answers}
 

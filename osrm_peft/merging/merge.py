@@ -16,7 +16,7 @@ from osrm_peft.merging import advice
 from osrm_peft.merging.emr_adapter import EMRAdapter, EMRLayer
 from osrm_peft.merging.engine import Engine, rescalers
 from osrm_peft.merging.inputs import Adapters, HeadPolicy
-from osrm_peft.merging.lowrank import Compressed, compress, compress_matrix
+from osrm_peft.merging.lowrank import Compressed, compress, compress_matrix, compress_outputs
 from osrm_peft.merging.merged_adapter import MergedAdapter, MergedLayer
 from osrm_peft.merging.modules import merge_modules
 from osrm_peft.merging.plan import MergePlan, plan_merge
@@ -42,6 +42,7 @@ def merge_adapters(
     scale: float | LeastSquares | None = None,
     space: Space = "auto",
     rank: int | Literal["serving"] | None = None,
+    cut: LeastSquares | None = None,
     heads: HeadPolicy = "per_task",
     modules: str | None = None,
     base_model: str | None = None,
@@ -66,6 +67,8 @@ def merge_adapters(
         rank: largest rank of the result, at least 1; None keeps it exact. `"serving"`: the least of vLLM's 8, 16, 32,
             64, 128, 256, 320 and 512 that holds the exact result, with zero directions up to it (512 may cut it). The
             manifest tells the energy kept, for `"serving"` also what each smaller rank would keep.
+        cut: what a rank keeps: None, the largest singular values of the merged ΔW; `LeastSquares(features)`, the
+            directions that lose least of the outputs on the tasks' features, Σ_t E‖(ΔW − cut) h_t‖².
         heads: `"per_task"` keeps each trained head, `"error"` refuses them.
         modules: what becomes of modules of the pre-trained model that adapters trained whole (`lm_head`, embeddings,
             norms): `"average"` by weights, Σ w_t M_t / Σ w_t (λ does not touch them), `"per_task"`, a task's name (that
@@ -87,7 +90,7 @@ def merge_adapters(
             different base models or vocabularies, or an adapter that is not plain LoRA. Nothing was computed then.
     """
     request = MergeRequest(
-        adapters, method, options, weights, scale, space, rank, heads, modules, base_model, statistics, seed
+        adapters, method, options, weights, scale, space, rank, cut, heads, modules, base_model, statistics, seed
     )
     return merge(request, Processes.of(distributed), progress=progress)
 
@@ -168,18 +171,19 @@ def _merge_layer(
     statistics = None if plan.statistics is None else plan.statistics(name)
     report: dict[str, Any] = {}
     offset: Factors | None = None
+    rank = None if plan.cuts_by_features else plan.rank
     try:
         if plan.space == "factors":
             exact = engine(plan.inputs.factors(name), weights, statistics)
             exact = Factors(exact.A, exact.s * exact.B)
-            direction = Compressed(exact, 1.0) if plan.rank is None else compress(exact.B, exact.A, plan.rank)
+            direction = Compressed(exact, 1.0) if rank is None else compress(exact.B, exact.A, rank)
         else:
             layer = stacks.layer(name)
             _check_finite(layer.stack)
             merged = engine.merged(layer.stack, weights.to(layer.stack.dtype), statistics)
             _check_finite(merged.direction)
             report = dict(merged.report)
-            cut = plan.rank if merged.offset is None else None  # with an offset, the rank is of their sum
+            cut = rank if merged.offset is None else None  # with an offset, the rank is of their sum
             if merged.finish is not None:
                 direction = compress_matrix(merged.finish(layer.dense(merged.direction)), cut)
             elif merged.offset is None or layer.left is None or layer.right is None:
@@ -190,6 +194,8 @@ def _merge_layer(
                 offset = Factors(direction.factors.A, layer.left @ merged.offset)
             if merged.offset is not None and offset is None:
                 offset = layer.compress(merged.offset).factors
+        if plan.cuts_by_features and plan.features is not None and plan.rank is not None:
+            direction = compress_outputs(direction.factors, plan.features(name), plan.rank)
         _check_size(plan.scale, direction.factors, offset)
     except ValueError as error:
         raise ValueError(f"layer {name!r}: {error}") from error

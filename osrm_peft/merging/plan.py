@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from osrm_peft.adapters.lora_adapter import LoraAdapter
-from osrm_peft.checks import choice, integer, number
+from osrm_peft.checks import choice, integer, number, shown
 from osrm_peft.features.fisher import DiagonalFisher
 from osrm_peft.features.task_features import TaskFeatures
 from osrm_peft.hub.sources import local_folder, pinned
@@ -78,6 +78,11 @@ class MergePlan:
         """Whether features choose the scale of each layer."""
         return isinstance(self.request.scale, LeastSquares)
 
+    @property
+    def cuts_by_features(self) -> bool:
+        """Whether features choose what the rank keeps."""
+        return self.request.cut is not None and self.rank is not None
+
     def engine(self) -> Engine:
         """The method, ready to run."""
         return Engine(self.method, self.options, list(self.inputs.adapters), self.seed)
@@ -102,6 +107,7 @@ class MergePlan:
             "weights": weights if self.weights_rule is None else self.weights_rule.word,
             "space": self.space,
             "rank": "serving" if self.padded > 1 else self.rank,
+            **({} if self.request.cut is None else {"cut": self.request.cut.word}),
             "heads": self.request.heads,
             "modules_policy": self.modules,
             "base_model": self.inputs.base,
@@ -153,6 +159,7 @@ def plan_merge(request: MergeRequest) -> MergePlan:
     rank = None if request.rank is None or serving else integer("rank", request.rank, 1)
     seed = integer("seed", request.seed, 0)
     scale = _scale(method, request)
+    _check_cut(method, request)
     if method.per_task and (rank is not None or serving or isinstance(request.scale, LeastSquares)):
         raise ValueError(f"{method.name} gives a shared vector and masks, not one LoRA: no rank, no scale to choose")
     if method.needs is None and request.statistics is not None:
@@ -198,7 +205,7 @@ def _read(method: Method, request: MergeRequest, inputs: Inputs) -> tuple[Any, A
         reason = f"method {method.name!r}"
         statistics = statistics_of("statistics", kind, request.statistics, inputs, reason)
         given["statistics"] = request.statistics or {}
-    for rule in (request.weights, request.scale):
+    for rule in (request.weights, request.scale, request.cut):
         if isinstance(rule, LeastSquares):
             features = statistics_of("features", TaskFeatures, rule.features, inputs, "least squares")
             given["features"] = rule.features
@@ -215,9 +222,28 @@ def _named(source: Any) -> str:
     return pinned(str(source), local_folder(str(source).partition(":")[0], [MANIFEST]))
 
 
+def _check_cut(method: Method, request: MergeRequest) -> None:
+    """Is the rule that chooses what a rank keeps one that can be followed?"""
+    cut = request.cut
+    if cut is None:
+        return
+    if not isinstance(cut, LeastSquares):
+        raise ValueError(f"cut={shown(cut)} must be LeastSquares(features): features choose what the rank keeps")
+    if request.rank is None:
+        raise ValueError("cut chooses what a rank keeps, and without rank nothing is cut: give rank, or leave cut out")
+    if method.per_task or method.offsets:
+        raise ValueError(f"the rank of {method.name} is of no one product that features can cut: leave cut out")
+    if cut.shared:
+        raise ValueError("each layer is cut by its own features: give cut=LeastSquares(features), without shared=True")
+    for name in ("weights", "scale"):
+        rule = getattr(request, name)
+        if isinstance(rule, LeastSquares) and rule.features != cut.features:
+            raise ValueError(f"{name} and cut have different features: give both rules the same")
+
+
 def _scale(method: Method, request: MergeRequest) -> float:
     """λ, checked; 1 where a rule chooses it, or has chosen the weights and no number is given."""
-    for name in ("weights", "scale"):
+    for name in ("weights", "scale", "cut"):
         if isinstance(getattr(request, name), str) and getattr(request, name) in WORDS:
             word = getattr(request, name)
             raise ValueError(f"{name}={word!r} is a word of recipes: in Python give {name}=LeastSquares(features)")

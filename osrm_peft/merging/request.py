@@ -16,7 +16,7 @@ from osrm_peft.merging.statistics import Statistics
 from osrm_peft.merging.weights import Weights
 
 _FILES = ("adapters", "statistics", "features")
-_RULES = ("weights", "scale")
+_RULES = ("weights", "scale", "cut")
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,7 @@ class MergeRequest:
     scale: float | LeastSquares | Sequence[float] | None = None
     space: Space = "auto"
     rank: int | str | None = None
+    cut: LeastSquares | None = None
     heads: HeadPolicy = "per_task"
     modules: str | None = None
     base_model: str | None = None
@@ -43,7 +44,7 @@ class MergeRequest:
 
     @classmethod
     def from_yaml(cls, path: str | Path, **changes: Any) -> "MergeRequest":
-        """Read a merge recipe: these fields, and `features` beside `weights: features` or `scale: features`.
+        """Read a merge recipe: these fields, and `features` beside a `weights`, `scale` or `cut` of `features`.
 
         Args:
             **changes: fields that go before those of the file.
@@ -71,7 +72,8 @@ class MergeRequest:
         words = [name for name in _RULES if isinstance(given.get(name), str) and given[name] in WORDS]
         if features is not None and not words:
             raise ValueError(
-                "features are for weights='features' and scale='features': give one of them, or no features"
+                "features are for weights='features', scale='features' and cut='features': give one of them, or no "
+                "features"
             )
         for name in words:
             given[name] = LeastSquares(features or {}, shared=given[name] == "features_global")

@@ -77,7 +77,7 @@ def recipe_text(facts: Mapping[str, Facts], path: Path, model: str) -> str:
         f"max_length: {length_for(facts)}  # tokens a row is cut to; 95 % of the rows have at most {longest} words",
         "lora:",
         "  r: 8",
-        "  lora_alpha: 16",
+        "  lora_alpha: 128  # large, and a small learning rate below: A stays where OSRM puts it",
         *(
             ["  target_modules: [query, value]"]
             if model == "packaged"
@@ -86,8 +86,8 @@ def recipe_text(facts: Mapping[str, Facts], path: Path, model: str) -> str:
         "osrm: {}  # A away from the other tasks' features (OSRM); leave the line out for plain LoRA",
         "num_samples: 100  # rows a task for its features",
         "training:  # any field of transformers.TrainingArguments",
-        "  learning_rate: 2.0e-3  # high, as the adapters are small; lower it for large models",
-        "  num_train_epochs: 3",
+        "  learning_rate: 3.0e-4  # lower it for large models",
+        "  num_train_epochs: 6  # fewer, if you have thousands of rows",
         "  per_device_train_batch_size: 16",
         "select:  # the merge to ship",
         "  rule: mean  # over tasks; relative (to the adapters alone) and worst are the others",

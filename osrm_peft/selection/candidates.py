@@ -55,6 +55,7 @@ class Candidate:
         if "weights" in self.fields:
             weights = self.fields["weights"]
             parts.append("weights by features" if isinstance(weights, str) else f"weights {shown(weights)}")
+        parts += ["cut by features"] * ("cut" in self.fields)
         parts.append("λ by features" if self.scale is None else f"λ {self.scale:g}")
         return ", ".join([about, *parts])
 
@@ -80,9 +81,9 @@ class Candidate:
             sweep: leave the scale at the method's default: the merge is to be had at several.
         """
         fields, features = dict(self.fields), files.get("features")
-        by_features: dict[str, Any] = {"features": {}} if _by_features(fields) else {}
+        by_features: dict[str, Any] = {"features": {}} if _by_features(fields) or "cut" in fields else {}
         request = MergeRequest.from_fields(**fields, **by_features)
-        rules = {name: getattr(request, name) for name in ("weights", "scale")}
+        rules = {name: getattr(request, name) for name in ("weights", "scale", "cut")}
         changes: dict[str, Any] = {
             name: replace(rule, features=features or {})
             for name, rule in rules.items()

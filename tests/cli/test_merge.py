@@ -183,6 +183,13 @@ def test_interference_and_weights_from_features(adapters, tmp_path, call):
     assert close(out, merge_adapters(adapters, "task_arithmetic", weights=LeastSquares(files)).deltas())
     call("merge", *adapters.values(), "--out", out, "--overwrite", "-m", "ties", "--scale", "features", *given)
     assert "scale" in next(iter(json.loads((out / "osrm_peft.json").read_text())["report"].values()))
+    call(
+        "merge", *adapters.values(), "--out", out, "--overwrite", "-m", "tsv", "--rank", 2, "--cut", "features", *given
+    )
+    assert close(out, merge_adapters(adapters, "tsv", rank=2, cut=LeastSquares(files)).deltas())
+    assert not close(out, merge_adapters(adapters, "tsv", rank=2).deltas())
+    printed = call("merge", *adapters.values(), "--cut", "features", *given, code=2)
+    assert "without rank nothing is cut: give rank" in printed
     assert "missing sms_spam" in call(
         "merge", *adapters.values(), "--weights", "features", "-m", "concat", given[0], code=2
     )

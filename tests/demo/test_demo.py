@@ -60,6 +60,11 @@ def test_the_demo_runs_stops_goes_on_and_reports(tmp_path, monkeypatch):
     assert len(calls) == 3 * (scored + 2 * 4) + 1  # and on the rows that had no say: winner, EMR, alone, base
 
     report = (out / "report.md").read_text()
+    selected = json.loads((out / "seed42/selection/OSRM_ratio/selection.json").read_text())
+    first = report.partition("| OSRM, ratio | ")[2].partition("\n")[0]  # alone, the choice, its score
+    tested = {line["name"]: 100 * line["mean"]["value"] for line in selected["test"]}
+    name = selected["ranked"][0]["name"]
+    assert first.startswith(f"{tested['individual adapters']:.1f} | `{name}` | {tested[name]:.1f} |")
     assert "<table" in (out / "report.html").read_text()
     for name in (*INITS, "individual", "average", "ties in knots", "task_arithmetic, weights by features"):
         assert f"| {name} |" in report

@@ -211,6 +211,88 @@ def test_a_lower_rank_gets_the_scale_that_suits_it():
     assert merged.energy_kept() == pytest.approx(cut.energy_kept())
 
 
+# ---- what a rank keeps
+
+
+def output_loss(X, M, vectors, layer):
+    """Σ_t E‖(M − X) h_t‖²."""
+    left = (M - X).double()
+    return sum(float((vectors[task][layer] @ left.mT).square().sum(1).mean()) for task in vectors)
+
+
+@pytest.mark.parametrize("rank", [1, 2, 4])
+@pytest.mark.parametrize(
+    ("method", "about"),
+    [
+        *[(method, {}) for method in ("task_arithmetic", "concat", "ties", "tsv", "iso")],
+        ("task_arithmetic", {"space": "weight"}),
+        ("ties", {"space": "knots"}),
+    ],
+)
+def test_features_cut_a_merge_where_its_outputs_lose_least(method, about, rank):
+    """Of all matrices of the rank it loses least of E‖ΔW h‖²: the squared singular values of ΔW S^½ after the first."""
+    adapters = three()
+    files, vectors = features_of(adapters, count=40)
+    whole = merge_adapters(adapters, method, **about).deltas()
+    merged = merge_adapters(adapters, method, rank=rank, cut=LeastSquares(files), **about)
+    by_values = merge_adapters(adapters, method, rank=rank, **about).deltas()
+    for name, cut in merged.deltas().items():
+        M, S = whole[name].double(), sum(files[task].layers[name].second_moment() for task in files)
+        L, V = torch.linalg.eigh(S)
+        least = torch.linalg.svdvals(M @ (V * L.clamp_min(0).sqrt()))[rank:].square().sum()
+        assert torch.linalg.matrix_rank(cut.double(), rtol=1e-5) <= rank
+        found, rounding = output_loss(cut, M, vectors, name), 1e-9 * float((M @ S * M).sum())
+        assert found == pytest.approx(float(least), rel=1e-4, abs=rounding)
+        assert found <= output_loss(by_values[name], M, vectors, name) * (1 + 1e-5) + rounding
+        kept = float(cut.double().square().sum() / M.square().sum())
+        assert merged.energy_kept()[name] == pytest.approx(kept, rel=1e-4)
+
+
+def test_among_directions_that_no_feature_uses_the_largest_are_kept():
+    """Features of one vector a task say nothing of the other directions; the singular values do."""
+    one = {"x": (6, 24, 3)}
+    files, vectors = features_of("s", "sample", one, 1)
+    adapter, h = lora(1, one), vectors["s"]["x"][0].double()
+    M = dense({"s": adapter}, "x")[0].double()
+    merged = merge_adapters({"s": adapter}, "concat", rank=2, cut=LeastSquares(files)).deltas()["x"].double()
+    first = M @ h / (M @ h).norm()
+    rest = M - first[:, None] * (first @ M)
+    U = torch.linalg.svd(rest).U[:, :1]
+    close(merged, M - rest + U @ U.mT @ rest, 1e-6)
+
+
+def test_a_cut_by_features_takes_weights_by_features_too():
+    adapters = three()
+    files, _ = features_of(adapters)
+    rule = LeastSquares(files)
+    whole = merge_adapters(adapters, "task_arithmetic", weights=rule)
+    cut = merge_adapters(adapters, "task_arithmetic", weights=rule, rank=2, cut=rule)
+    assert cut.manifest["chosen_weights"] == whole.manifest["chosen_weights"] and cut.manifest["cut"] == "features"
+    full = merge_adapters(adapters, "task_arithmetic", weights=rule, rank=99, cut=rule)
+    for name in LAYERS:
+        close(full.deltas()[name], whole.deltas()[name], 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("about", "message"),
+    [
+        ({"method": "ties"}, "without rank nothing is cut: give rank"),
+        ({"method": "emr", "rank": 2}, "emr is of no one product that features can cut: leave cut out"),
+        ({"method": "lore", "rank": 2}, "lore is of no one product that features can cut: leave cut out"),
+        ({"method": "ties", "rank": 2, "cut": "features"}, r"in Python give cut=LeastSquares\(features\)"),
+        ({"method": "ties", "rank": 2, "cut": 3}, r"cut=3 must be LeastSquares\(features\)"),
+        ({"method": "ties", "rank": 2, "cut": LeastSquares({}, shared=True)}, "without shared=True"),
+        ({"method": "ties", "rank": 2, "cut": LeastSquares({})}, "features"),
+        ({"method": "ties", "rank": 2, "scale": LeastSquares({})}, "scale and cut have different features"),
+    ],
+)
+def test_cuts_that_cannot_be_made(about, message):
+    files, _ = features_of("stu")
+    about = {"cut": LeastSquares(files)} | about
+    with pytest.raises(ValueError, match=message):
+        merge_adapters(three(), **about)
+
+
 # ---- rounding is 0, not a direction
 
 
@@ -350,7 +432,10 @@ def test_bad_input(arguments, message):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"features": {"s": "x"}}, r"features are for weights='features' and scale='features': give one of them"),
+        (
+            {"features": {"s": "x"}},
+            r"features are for weights='features', scale='features' and cut='features': give one",
+        ),
         ({"weights": "feature", "features": {"s": "x"}}, r"features are for weights='features'"),
         ({"features": "x"}, r"features='x' in the merge recipe must map tasks to files"),
     ],
@@ -365,7 +450,8 @@ def test_the_words_of_a_recipe_are_the_rules():
     for word, shared in (("features", False), ("features_global", True)):
         request = MergeRequest.from_fields(weights=word, features=files)
         assert request.weights == LeastSquares(files, shared) and request.weights.word == word
-    assert MergeRequest.from_fields(scale="features", features=files).scale == LeastSquares(files)
+    for name in ("scale", "cut"):
+        assert getattr(MergeRequest.from_fields(**{name: "features"}, features=files), name) == LeastSquares(files)
 
 
 def test_features_files_are_read(tmp_path):

@@ -59,6 +59,7 @@ def note(inputs: int) -> str | None:
     weights_need_base=True,
     spectral=True,
     full_rank=lambda options: options["combine"] == "ties",
+    offsets=True,
     check=check,
     note=note,
 )

@@ -71,6 +71,7 @@ class Method:
         full_rank: full_rank(options): the result may have full rank in any space.
         cut_by: cut_by(tau, weights) → (o, n) with the result's singular vectors: which of them a lower rank keeps, for
             a method whose result has equal singular values.
+        offsets: the result has an offset, which the scale does not touch, see Merged.
         per_task: fn returns (shared (o, n), masks (T, o, n)): a result that differs by task (EMR).
         note: note(inputs): what to know of a merge of so many inputs, with a remedy; None: nothing.
         options: {name: default} of fn and prepare.
@@ -94,6 +95,7 @@ class Method:
     whole_tensor: Callable[[Mapping[str, Any]], bool] = lambda options: False
     full_rank: Callable[[Mapping[str, Any]], bool] = lambda options: False
     cut_by: Callable[[Tensor, Tensor], Tensor] | None = None
+    offsets: bool = False
     per_task: bool = False
     note: Callable[[int], str | None] = lambda inputs: None
     options: dict[str, Any] = field(default_factory=dict)
