@@ -310,7 +310,7 @@ class _Scorer:
         features = (
             {name: str(file) for name, file in self.run.features.items()} if "features" in options.values() else {}
         )
-        for rule in ("weights", "scale"):
+        for rule in ("weights", "scale", "cut"):
             if options.get(rule) == "features":
                 options[rule] = LeastSquares(features)
         if options.get("statistics") == "features":

@@ -61,19 +61,6 @@ def kept_norm(
     return Factors(merged.A, (_own_effects(factors, gram).sum() / effects.sum()).sqrt() * merged.B, merged.s)
 
 
-def served(
-    factors: Sequence[Factors | None], weights: Tensor, gram: Sequence[FeatureMoments], *, to: int = 16,
-    inner: str = "tsv",
-) -> Factors:  # fmt: skip
-    """A merge cut to a rank by the SVD of ΔW S^½: of all cuts it loses least of the output's energy E‖ΔW h‖²."""
-    merged = _merged(inner, factors, weights.double(), gram)
-    S = PooledMoment.of(gram).second_moment()
-    B, A = merged.s * merged.B.double(), merged.A.double()
-    values, V = torch.linalg.eigh(A @ S @ A.mT)  # A S Aᵀ = C Cᵀ: B C has the left singular vectors of ΔW S^½
-    U = torch.linalg.svd(B @ (V * values.clamp_min(0).sqrt()), full_matrices=False).U[:, :to]
-    return Factors((U.mT @ B) @ A, U)
-
-
 def _merged(inner: str, factors: Sequence[Factors | None], weights: Tensor, gram: Sequence[FeatureMoments]) -> Factors:
     """A registered merge, under the name of what is tried with it."""
     if inner == "weights":
@@ -102,7 +89,7 @@ def _own_effects(factors: Sequence[Factors | None], gram: Sequence[FeatureMoment
 def register_trials() -> None:
     """Make the trials known to `merge_adapters`, in this process."""
     register("trial_filtered", paper="a trial", commutes=True)(filtered)
-    for fn in (whitened, balanced_regmean, kept_norm, served):
+    for fn in (whitened, balanced_regmean, kept_norm):
         register(f"trial_{fn.__name__}", paper="a trial", spaces=("factors",), needs="gram")(fn)
 
 
@@ -121,10 +108,11 @@ def _trials() -> Iterator[Merge]:
     yield "RegMean by features, balanced, ρ 0.01", _by("trial_balanced_regmean", ridge=0.01), 1.0, (1.0,)
     yield "filtered, ρ 1", {"method": "trial_filtered", "ridge": 1.0}, 1.0, (1.0,)
     for rank in (16, 8):
+        cut = {"rank": rank, "cut": "features"}
         yield f"TSV-M, rank {rank}", {"method": "tsv", "rank": rank}, 1.0, (1.0,)
-        yield f"TSV-M, rank {rank} by features", _by("trial_served", to=rank), 1.0, (1.0,)
+        yield f"TSV-M, rank {rank} by features", {"method": "tsv"} | cut, 1.0, (1.0,)
         yield f"TA, weights by features, rank {rank}", by_features | {"rank": rank}, 1.0, (1.0,)
-        yield f"TA, weights and rank {rank} by features", _by("trial_served", to=rank, inner="weights"), 1.0, (1.0,)
+        yield f"TA, weights and rank {rank} by features", by_features | cut, 1.0, (1.0,)
 
 
 def _by(name: str, **options: Any) -> dict[str, Any]:
