@@ -159,7 +159,8 @@ class Watch(TrainerCallback):
         return statistics.fmean(shares)
 
     def _current(self, model) -> dict[str, torch.Tensor]:
-        return {name: x.lora_A["default"].weight.detach().clone() for name, x in lora_layers(model, "default").items()}
+        layers = lora_layers(model, "default")
+        return {name: layer.lora_A["default"].weight.detach().cpu().clone() for name, layer in layers.items()}
 
 
 class Run:

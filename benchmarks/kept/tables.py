@@ -93,7 +93,8 @@ def _groups(out: Path, part: str) -> dict[str, Group]:
             rows.setdefault(_row(cell), []).append(cell)
     done = {row: [out / cell.key for cell in found] for row, found in rows.items()}
     complete = {row: found for row, found in done.items() if all((one / "cell.json").exists() for one in found)}
-    order = sorted(complete, key=lambda row: not row.startswith("plain"))  # what the others are compared with
+    # what the others are compared with comes first
+    order = sorted(complete, key=lambda row: (not row.startswith("plain"), rows[row][0].tasks))
     return {row: [Scored.of(one) for one in complete[row]] for row in order}
 
 
@@ -154,22 +155,32 @@ def _training(groups: dict[str, Group]) -> str:
 
 
 def _differences(groups: dict[str, Group], merges: Sequence[Merge]) -> str:
-    """Each row against the first of its kind, on the same rows: mean over seeds, 95 % over resampled rows and seeds."""
-    first, *others = groups.items()
-    if not others or any(one.about["tasks"] != first[1][0].about["tasks"] for _, group in others for one in group):
+    """Each group against one of another init, on the same rows: mean over seeds, 95 % over resampled rows and seeds."""
+    against = {row: groups[_reference(row, groups)] for row in groups if _reference(row, groups) != row}
+    if not against or any(
+        one.about["tasks"] != other[0].about["tasks"] for row, other in against.items() for one in groups[row]
+    ):
         return ""
     drawn = np.random.default_rng(0).integers(len(SEEDS), size=(RESAMPLES, len(SEEDS)))
     lines = []
     for name in ("alone", *map(_key, merges)):
         line = [name]
-        for _, group in others:
-            pairs = zip(group, first[1], strict=True)
+        for row, other in against.items():
+            pairs = zip(groups[row], other, strict=True)
             found = np.stack([one.resampled(name) - plain.resampled(name) for one, plain in pairs])  # (seeds, 1 + B)
             by_seed = np.take_along_axis(found[:, 1:].T, drawn, axis=1).mean(1)
             low, high = interval(np.concatenate([found[:, :1].mean(0), by_seed]))
             line.append(f"{found[:, 0].mean():+.1f} ({low:+.1f} … {high:+.1f})")
         lines.append(line)
-    return markdown_table([f"against {first[0]}", *(row for row, _ in others)], lines)
+    init = next(iter(groups)).partition(", ")[0]
+    return markdown_table([f"against {init}", *against], lines)
+
+
+def _reference(row: str, groups: dict[str, Group]) -> str:
+    """The group that a group is compared with: the first of as many tasks and the same rank, or the first of all."""
+    first, about = next(iter(groups)), row.partition(", ")[2]
+    alike = next(other for other in groups if other.partition(", ")[2] == about)
+    return alike if alike != row or row.startswith("plain") else first
 
 
 def _cell(values: Sequence[float], digits: int = 1) -> str:

@@ -111,10 +111,11 @@ def _values(subject: "Subject", tasks: "dict[str, Task]", max_length: int) -> di
     """{task: score}."""
     from osrm_peft.distributed import local_device
     from osrm_peft.evaluation.evaluate import evaluate_task
+    from osrm_peft.tasks.text import TextTask
 
     values = {}
     for name, task in tasks.items():
-        with_task, tokenizer = subject.load(name)
+        with_task, tokenizer = subject.load(name, in_words=isinstance(task, TextTask))
         on_device: Any = with_task.to(local_device())  # type: ignore[arg-type]
         values[name] = evaluate_task(
             on_device, task, tokenizer, max_length=max_length, distributed=True, progress=progress()

@@ -6,7 +6,7 @@ import numpy as np
 from scipy.stats import rankdata
 
 from osrm_peft.checks import choice
-from osrm_peft.tasks.task import METRICS
+from osrm_peft.tasks.task import METRICS, ROW_METRICS
 
 RESAMPLES = 1000
 
@@ -25,13 +25,15 @@ def metric_on(metric: str, predictions: np.ndarray, references: np.ndarray, coun
     """(B,) the metric on rows that count `counts[b]` times.
 
     Args:
-        metric: `"accuracy"`, `"matthews"` or `"pearson_spearman"`, as in `evaluate_task`.
-        predictions: (N,) classes, or numbers for `pearson_spearman`.
+        metric: a task's, as in `evaluate_task`.
+        predictions: (N,) classes, numbers for `pearson_spearman`, or a metric's own value of each row (ROW_METRICS).
         references: (N,) the same.
         counts: (B, N) numbers of at least 0.
     """
-    choice("metric", metric, METRICS)
+    choice("metric", metric, (*METRICS, *ROW_METRICS))
     total = counts.sum(1)
+    if metric in ROW_METRICS:
+        return counts @ predictions / total
     if metric == "accuracy":
         return counts @ (predictions == references) / total
     if metric == "matthews":
@@ -63,7 +65,7 @@ def _correlation(x: np.ndarray, y: np.ndarray, counts: np.ndarray) -> np.ndarray
 
 def _ranks(values: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """(B, N) mean ranks of the rows, ties shared, where each row is there `counts` times."""
-    dense = rankdata(values, method="dense") - 1
+    dense = rankdata(values, method="dense").astype(int) - 1  # floats in newer versions of SciPy
     groups = np.zeros((len(counts), dense.max() + 1))
     for row, group in enumerate(dense):
         groups[:, group] += counts[:, row]

@@ -2,6 +2,7 @@
 
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import evaluate
 import numpy as np
@@ -14,7 +15,9 @@ from transformers import DataCollatorWithPadding
 
 from osrm_peft.checks import printable
 from osrm_peft.distributed import ALONE, Processes
-from osrm_peft.tasks.task import METRICS, Task, tokenize
+from osrm_peft.evaluation.text import predict_text
+from osrm_peft.tasks.task import METRICS, ROW_METRICS, Task, tokenize
+from osrm_peft.tasks.text import TextTask, tokenize_text
 
 
 def evaluate_task(
@@ -30,20 +33,40 @@ def evaluate_task(
     """Score of `model` on the task's validation rows.
 
     Args:
-        model: takes the tokenizer's columns and returns `.logits` of shape (b, task.num_labels). Its train or eval mode
-            is restored.
+        model: takes the tokenizer's columns and returns `.logits` of shape (b, task.num_labels), or of a TextTask those
+            of a causal language model. Its train or eval mode is restored.
         distributed: all processes of torch.distributed call this, each with its copy of the model, and share the rows.
 
     Returns:
-        The task's metric: accuracy in [0, 1]; Matthews, or the mean of Pearson and Spearman, in [−1, 1].
+        The task's metric: accuracy, exact match or ROUGE-L in [0, 1]; Matthews, or the mean of Pearson and Spearman, in
+        [−1, 1].
 
     Raises:
         ValueError: the head's width is not the task's.
     """
-    rows = tokenize(task.validation, tokenizer, max_length)
     bar = f"evaluate {printable(task.name)}" if progress else None
-    processes = Processes.of(distributed)
-    return score(task, predict(model, rows, tokenizer, processes, batch_size=batch_size, progress=bar))
+    rows = tokens_of(task, tokenizer, max_length)
+    outputs = outputs_of(model, task, rows, tokenizer, Processes.of(distributed), batch_size=batch_size, progress=bar)
+    return score(task, outputs)
+
+
+def tokens_of(task: Task, tokenizer: Any, max_length: int) -> Dataset:
+    """The tokens of a task's validation rows, for `outputs_of`."""
+    read = tokenize_text if isinstance(task, TextTask) else tokenize
+    return read(task.validation, tokenizer, max_length)
+
+
+def outputs_of(
+    model: nn.Module, task: Task, rows: Dataset, tokenizer: Any, processes: Processes = ALONE, **options: Any
+) -> Tensor:
+    """(N, C) what `predicted` takes, of rows that are tokens: logits, or what `predict_text` returns.
+
+    Args:
+        **options: batch_size, progress.
+    """
+    if isinstance(task, TextTask):
+        return predict_text(model, task, rows, tokenizer, processes, **options)
+    return predict(model, rows, tokenizer, processes, **options)
 
 
 def predict(
@@ -84,6 +107,8 @@ def predict(
 def score(task: Task, logits: Tensor) -> float:
     """The task's metric of (N, C) logits against its validation labels."""
     predictions, references = predicted(task, logits), task.validation["label"]
+    if task.metric in ROW_METRICS:
+        return float(predictions.double().mean())
     return float(_metric(task.metric).compute(predictions=predictions.tolist(), references=list(references))["score"])
 
 

@@ -6,7 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
 from osrm_peft.adapters.load import load_adapter
 from osrm_peft.checkpoints.merge import load_merged_checkpoint
@@ -90,28 +90,35 @@ class Subject:
     def _masked(self) -> EMRAdapter:
         return EMRAdapter.from_pretrained(self.folder)
 
-    def load(self, task: str) -> tuple[PreTrainedModel, Any]:
+    def load(self, task: str, *, in_words: bool = False) -> tuple[PreTrainedModel, Any]:
         """(the model for this task in eval mode, its tokenizer).
 
+        Args:
+            in_words: the task is a TextTask, for causal language models alone.
+
         Raises:
-            ValueError: no such task, a causal model (it has no head), or a base model without tokenizer.
+            ValueError: no such task, a causal model for a task that needs a head or the reverse, or a base model
+                without tokenizer.
         """
         if self.kind == "checkpoint":
-            return self._full_model(task), self._tokenizer(str(self.folder))
+            return self._full_model(task, in_words), self._tokenizer(str(self.folder))
         base = self.base_model or self.manifest.get("base_model")
         if self.kind == "emr":
             return self._masked.load(base or "", task), self._tokenizer(base or "")
         adapter = load_adapter(self.folder, task=task if self.kind == "merged" and self.tasks else None)
         base = base or adapter.base_model or ""
-        if adapter.config.get("task_type") == "CAUSAL_LM":
-            raise ValueError(_causal(self.name, task))
+        task_type = adapter.config.get("task_type")
+        if task_type is not None and (task_type == "CAUSAL_LM") is not in_words:
+            raise ValueError(_other_kind(self.name, task, in_words))
         tokenizer = self._tokenizer(base)
         return adapter.attach(base), tokenizer  # type: ignore[return-value]
 
-    def _full_model(self, task: str) -> PreTrainedModel:
+    def _full_model(self, task: str, in_words: bool) -> PreTrainedModel:
         classes = AutoConfig.from_pretrained(self.folder).architectures or []
-        if any("CausalLM" in name or "LMHead" in name for name in classes):
-            raise ValueError(_causal(self.name, task))
+        if any("CausalLM" in name or "LMHead" in name for name in classes) is not in_words:
+            raise ValueError(_other_kind(self.name, task, in_words))
+        if in_words:
+            return AutoModelForCausalLM.from_pretrained(self.folder).eval()
         if (self.folder / "heads" / f"{task}.safetensors").is_file():
             return load_merged_checkpoint(self.folder, task)
         return AutoModelForSequenceClassification.from_pretrained(self.folder).eval()
@@ -159,8 +166,10 @@ def _scale(folder: Path) -> float:
         return float("inf")
 
 
-def _causal(name: str, task: str) -> str:
+def _other_kind(name: str, task: str, in_words: bool) -> str:
+    if in_words:
+        return f"{name} is no causal language model, and the rows of {task!r} are prompts and completions for one"
     return (
-        f"{name} is a causal language model, which has no head for the classes of {task!r}: evaluate an adapter or "
-        "model for sequence classification"
+        f"{name} is a causal language model, which has no head for the classes of {task!r}: give rows of prompt and "
+        "completion (suite packaged-text, or files with these columns)"
     )

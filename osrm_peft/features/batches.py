@@ -44,6 +44,28 @@ class Batch:
         inputs = {key: moved(value) for key, value in self.inputs.items()}
         return replace(self, inputs=inputs, labels=moved(self.labels), positions=positions)
 
+    def only(self, tokens: str) -> "Batch":
+        """The same batch with the positions of its prompts, of its completions (label not −100), or with all.
+
+        Raises:
+            ValueError: labels that are not one a token.
+        """
+        if tokens == "all":
+            return self
+        ids = self.inputs.get("input_ids")
+        if self.labels is None or ids is None or self.labels.shape != ids.shape:
+            shape = "no labels" if self.labels is None else f"labels of shape {tuple(self.labels.shape)}"
+            raise ValueError(
+                f"tokens={tokens!r} needs a label for each token, −100 in the prompt, and the batch has {shape}: give "
+                "batches as for training a causal language model, or leave tokens out"
+            )
+        wanted = (self.labels != -100) == (tokens == "completion")
+        keep = self.positions.keep
+        return replace(self, positions=replace(self.positions, keep=wanted if keep is None else keep & wanted))
+
+
+TOKENS = ("all", "prompt", "completion")
+
 
 def check_rereadable(loader: Any, why: str) -> None:
     """Raise ValueError if the loader gives other samples each time it is read."""

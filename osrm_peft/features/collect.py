@@ -5,7 +5,7 @@ import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft import LoraConfig, PeftModel
@@ -14,7 +14,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from osrm_peft.checks import choice, integer
 from osrm_peft.distributed import Processes, execution_device
-from osrm_peft.features.batches import Batch, check_rereadable, samples
+from osrm_peft.features.batches import TOKENS, Batch, check_rereadable, samples
 from osrm_peft.features.collector import Collector
 from osrm_peft.features.file import JoinedMoments
 from osrm_peft.features.hooks import preserve_state, watch_inputs
@@ -44,6 +44,7 @@ def collect_features(
     num_samples: int = 100,
     seed: int | None = None,
     tokenizer: Any = None,
+    tokens: Literal["all", "prompt", "completion"] = "all",
     reference: bool = False,
     group_size: int | None = None,
     progress: bool = True,
@@ -70,6 +71,8 @@ def collect_features(
         num_samples: how many samples at most (the paper uses 100).
         seed: the seed that drew the samples, for the record.
         tokenizer: the samples' tokenizer, for the record: features of another tokenizer are refused later.
+        tokens: of a causal language model: all tokens of a sample, or those of its prompt or of its completion alone. A
+            token is of the completion where the batch's label is not −100, as for training; packed rows may have both.
         reference: count padding in and keep the mean only, as the released OSRM code does (it pads to a fixed length).
         group_size: how many distinct inputs have their sums in memory at once. Each group is a pass over the loader,
             which must give the same samples each time; finished groups wait in a temporary folder. None: one pass.
@@ -81,11 +84,14 @@ def collect_features(
             a layer whose padding is unknown.
     """
     choice("statistic", statistic, STATISTICS)
+    choice("tokens", tokens, TOKENS)
+    if reference and tokens != "all":
+        raise ValueError(f"reference=True counts all positions: leave tokens={tokens!r} out")
     if reference and statistic != "mean":
         raise ValueError(f"reference=True keeps one mean a task: use statistic='mean', not {statistic!r}")
     return _Collection(
         model, loader, task, target_modules, num_samples, seed, tokenizer, progress, Processes.of(distributed),
-        statistic=statistic, reference=reference,
+        statistic=statistic, reference=reference, tokens=tokens,
     ).features(group_size)  # fmt: skip
 
 
@@ -144,6 +150,7 @@ class _Collection:
     progress: bool
     processes: Processes
     statistic: str
+    tokens: str = "all"
     reference: bool = False
     of_finetuned_model: bool = False
     device: torch.device = field(init=False)
@@ -194,6 +201,7 @@ class _Collection:
             embedding_hash=None if rows is None else embedding_hash(sampled, rows),
             tokenizer=public_name(getattr(self.tokenizer, "name_or_path", None)),
             tokenizer_hash=None if self.tokenizer is None else tokenizer_hash(self.tokenizer),
+            tokens=self.tokens,
             layers=moments,
         )  # fmt: skip
 
@@ -223,7 +231,7 @@ class _Collection:
             for given in batches:
                 batch = given.to(self.device)
                 inputs = collector.sides.with_decoder(batch.inputs, batch.labels)
-                collector.start(inputs, batch)
+                collector.start(inputs, batch.only(self.tokens))
                 root(**inputs | uncached)
                 seen += 0 if batch.is_filler else batch.count
         return seen

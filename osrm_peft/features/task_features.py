@@ -38,6 +38,7 @@ class TaskFeatures:
         statistic: `"mean"`, `"sample"` or `"token"`, see FeatureMoments.
         num_samples: how many samples were seen.
         seed: the seed that drew the samples, for the record.
+        tokens: which tokens of a prompt with its completion were seen, `"all"`, `"prompt"` or `"completion"`.
         reference: padding was counted in, as the released OSRM code does.
         of_finetuned_model: the inputs of the fine-tuned model (`collect_gram`), not of the pre-trained one.
         adapter_sha256: of the weight file of the adapter that the fine-tuned model had, where it is known.
@@ -58,6 +59,7 @@ class TaskFeatures:
     tokenizer_hash: str | None = None
     vocabulary: int | None = None
     embedding_hash: str | None = None
+    tokens: str = "all"
     layers: Mapping[str, FeatureMoments] = field(default_factory=dict)
 
     def same_input(self) -> dict[str, str]:
@@ -95,6 +97,8 @@ class TaskFeatures:
             counts[name] = moments.count
             shapes |= {f"{name}.{part}": shape for part, shape in part_shapes(moments).items()}
         header = {_IN_FILES.get(key, key): value for key, value in vars(self).items() if key != "layers"}
+        if self.tokens == "all":
+            del header["tokens"]  # as in files of earlier versions, which these can read
         header |= {"format": _FORMAT, "counts": counts, "same_input": same_input}
         tensors = (
             (f"{name}.{part}", tensor) for name in leaders for part, tensor in parts_of(self.layers[name]).items()

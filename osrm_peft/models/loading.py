@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import (
     AutoConfig,
+    AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedConfig,
@@ -46,6 +47,11 @@ def load_base(
         except (OSError, ValueError) as error:
             logger.warning("%s has no padding token, and takes one row at a time: no tokenizer (%s)", model, error)
     return base
+
+
+def load_causal(model: str, device_map: str | None = None) -> PreTrainedModel:
+    """A pre-trained causal language model, in its checkpoint's dtype; see `load_base`."""
+    return AutoModelForCausalLM.from_pretrained(resolve_model(model), device_map=device_map)
 
 
 def head_width(model: str | PreTrainedModel, heads: Mapping[str, Sequence[int]]) -> int | None:

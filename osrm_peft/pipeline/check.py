@@ -12,7 +12,13 @@ import torch
 import yaml
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from peft import LoraConfig
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, TrainingArguments
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    TrainingArguments,
+)
 
 from osrm_peft.checks import integer, number, shown
 from osrm_peft.io.yaml import compose_yaml, fits, hints, value_of
@@ -270,7 +276,8 @@ class _Checker:
             self.add("max_length", f"{recipe.max_length} tokens, and {recipe.model} takes at most {longest}")
         try:
             with torch.device("meta"):
-                model = AutoModelForSequenceClassification.from_config(config)
+                auto = AutoModelForCausalLM if recipe.in_words else AutoModelForSequenceClassification
+                model = auto.from_config(config)
             target_layers(model, recipe.lora_config(recipe.task_names()[0]))
         except ValueError as error:
             key = "lora.target_modules" if "lora.target_modules" in self.lines else "lora"

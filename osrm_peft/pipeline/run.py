@@ -20,7 +20,6 @@ from osrm_peft.io.places import alone_in, check_file, check_folder
 from osrm_peft.io.tensors import data_sha256
 from osrm_peft.io.yaml import check_fields
 from osrm_peft.merging.methods.registry import METHODS
-from osrm_peft.models.loading import load_base
 from osrm_peft.osrm.config import OSRMLoraConfig
 from osrm_peft.pipeline.steps import Steps
 from osrm_peft.selection.candidates import DEFAULT, Candidate, expand, read_candidates
@@ -212,6 +211,7 @@ class _Run:
                 "statistic": getattr(config, "statistic", None),
                 "reference": getattr(config, "reference", False),
                 "target_modules": sorted(targets) if isinstance(targets := config.target_modules, set) else targets,
+                **({} if recipe.tokens == "all" else {"tokens": recipe.tokens}),
             }
             if self.steps.needs(f"features/{name}", made_from, path.exists(), path):
                 base = recipe.base() if base is None else base
@@ -250,7 +250,7 @@ class _Run:
         folder = self.out / "interference"
         made_from = {init.label or "adapters": self._hashes(init) for init in self.inits}
         if self.steps.needs("interference", made_from, (folder / "interference.json").is_file()):
-            base, panels = load_base(self.recipe.model, 2), {}
+            base, panels = self.recipe.load_base(), {}
             for init in self.inits:
                 label = init.label or "adapters"
                 panels[label] = interference(init.adapters, self.features, base=base, progress=self.progress)

@@ -17,12 +17,12 @@ from osrm_peft.adapters.live import LiveBase, applied_to
 from osrm_peft.adapters.lora_adapter import LoraAdapter
 from osrm_peft.checks import number
 from osrm_peft.evaluation.bootstrap import metric_on, resamples
-from osrm_peft.evaluation.evaluate import predict, predicted
+from osrm_peft.evaluation.evaluate import outputs_of, predicted, tokens_of
 from osrm_peft.io.places import new_file
 from osrm_peft.merging.emr_adapter import EMRAdapter
 from osrm_peft.merging.merged_adapter import MergedAdapter
 from osrm_peft.selection.split import Split, labels
-from osrm_peft.tasks.task import Task, tokenize
+from osrm_peft.tasks.task import Task
 
 
 class Entry(Protocol):
@@ -158,8 +158,8 @@ class Scorer:
             self._count(contestant, task, size - len(known))
             tokens = self._tokenized(key, task).select(range(len(known), size))
             with contestant.entry.on(self.live, task.name) as model:
-                logits = predict(model, tokens, self.tokenizer)
-            known = np.concatenate([known, predicted(task, logits).double().numpy()])
+                outputs = outputs_of(model, task, tokens, self.tokenizer)
+            known = np.concatenate([known, predicted(task, outputs).double().numpy()])
             contestant.found[key] = known
             contestant.write()
         if (key, size) not in self._counts:
@@ -185,5 +185,5 @@ class Scorer:
 
     def _tokenized(self, key: str, task: Task) -> Any:
         if key not in self._tokens:
-            self._tokens[key] = tokenize(task.validation, self.tokenizer, self.max_length)
+            self._tokens[key] = tokens_of(task, self.tokenizer, self.max_length)
         return self._tokens[key]

@@ -35,6 +35,7 @@ from osrm_peft.selection.race import FACTOR, rounds, survivors
 from osrm_peft.selection.selection import Estimate, Line, Selection, kept_of, value_of
 from osrm_peft.selection.split import Split
 from osrm_peft.tasks.task import Task, fingerprint
+from osrm_peft.tasks.text import TextTask
 
 Rule = Literal["mean", "relative", "worst"]
 Score = Callable[[PreTrainedModel, Task], float]
@@ -202,11 +203,15 @@ class _Field:
         inputs = gather(adapters, base_model=files.get("base_model"), heads="per_task")
         if inputs.base is None:
             raise ValueError("the adapters name no base model: give base_model=, its Hub id or folder")
-        causal = [name for name, one in inputs.adapters.items() if one.config.get("task_type") == "CAUSAL_LM"]
+        causal = [
+            name
+            for name, one in inputs.adapters.items()
+            if one.config.get("task_type") == "CAUSAL_LM" and not isinstance(tasks[name], TextTask)
+        ]
         if causal and not own_score:
             raise ValueError(
                 f"the adapter of {causal[0]!r} is of a causal language model, which has no head for the classes of a "
-                "task: give a score of your own, score= (--score)"
+                "task: give tasks in words (rows of prompt and completion), or a score of your own, score= (--score)"
             )
         plans: dict[str, MergePlan] = {}
         for candidate in candidates:

@@ -23,7 +23,7 @@ from osrm_peft.tasks.columns import (
     label_key,
 )
 from osrm_peft.tasks.rows import FORMATS, Rows, is_hub, read_file, read_hub
-from osrm_peft.tasks.task import METRICS, Task
+from osrm_peft.tasks.task import METRICS, ROW_METRICS, Task
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +46,8 @@ class TaskData:
         label: the column of the label; None: guessed.
         labels: the classes in order, as values of that column; None: the sorted values of `train`.
         metric: `"accuracy"`, `"matthews"` or `"pearson_spearman"` (which makes a regression of whole numbers). None:
-            accuracy for classes, pearson_spearman for fractional numbers.
+            accuracy for classes, pearson_spearman for fractional numbers. Of rows of prompt and completion also
+            `"exact_match"` (their default) or `"rouge_l"`.
     """
 
     train: str
@@ -67,7 +68,7 @@ class TaskData:
         if len(self.texts or ["text"]) not in (1, 2) or not all(isinstance(one, str) for one in self.texts or ()):
             raise ValueError(f"text={shown(self.text)} must be the name of a column, or of two")
         if self.metric is not None:
-            choice("metric", self.metric, METRICS)
+            choice("metric", self.metric, (*METRICS, *ROW_METRICS))
         keys = self.classes
         if keys is not None and (len(set(keys)) < max(2, len(keys)) or self.metric == REGRESSION):
             raise ValueError(f"labels={shown(self.labels)} must be two or more different classes (and no regression)")
@@ -183,7 +184,7 @@ class _Loaded:
 
     @classmethod
     def of(cls, data: TaskData) -> "_Loaded":
-        tables = _read(data)
+        tables = read_tables(data)
         train = tables["train"]
         texts, label = find_columns(train, data.texts, data.label)
         splits = {split: examples(rows, texts, label) for split, rows in tables.items()}
@@ -224,7 +225,7 @@ class _Loaded:
         return Task(name, len(index) or 1, metric, train, validation, test, names, data)
 
 
-def _read(data: TaskData) -> dict[str, Rows]:
+def read_tables(data: TaskData) -> dict[str, Rows]:
     """The tables that are given, by split."""
     if not is_hub(data.train):
         named = {split: getattr(data, split) for split in SPLITS}

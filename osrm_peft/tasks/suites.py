@@ -14,6 +14,7 @@ from osrm_peft.io.json import parse_json
 from osrm_peft.models.packaged import packaged_file
 from osrm_peft.tasks.files import TaskData, tasks_in
 from osrm_peft.tasks.task import Task
+from osrm_peft.tasks.text import has_prompts, in_words, load_text
 
 Suite = str | Mapping[str, TaskData]
 
@@ -21,6 +22,7 @@ Suite = str | Mapping[str, TaskData]
 def list_tasks(suite: Suite) -> list[str]:
     """Names of the tasks of `suite`: `"packaged"`, `"glue"`, `"files:FOLDER"`, or a mapping {task: TaskData}.
 
+    `"packaged-text"` is the packaged suite in words, for causal language models.
     `"jsonl:FOLDER"` is the earlier name of folders `<task>/` with train.jsonl and validation.jsonl, whose columns are
     sentence1, sentence2 and label.
 
@@ -29,7 +31,7 @@ def list_tasks(suite: Suite) -> list[str]:
     """
     if not isinstance(suite, str):
         return task_names(suite)
-    if suite == "packaged":
+    if suite in ("packaged", "packaged-text"):
         return list(_PACKAGED)
     if suite == "glue":
         return list(_GLUE)
@@ -41,11 +43,13 @@ def list_tasks(suite: Suite) -> list[str]:
         if not names:
             raise ValueError(f"no task in {folder}: expected {folder}/<task>/train.jsonl and validation.jsonl")
         return names
-    raise ValueError(f"unknown suite {suite!r}: choose 'packaged', 'glue' or 'files:FOLDER'")
+    raise ValueError(f"unknown suite {suite!r}: choose 'packaged', 'packaged-text', 'glue' or 'files:FOLDER'")
 
 
 def load_task(suite: Suite, name: str) -> Task:
     """Read one task of a suite (see `list_tasks`). GLUE comes from the Hub's `nyu-mll/glue`.
+
+    Own rows with the columns `prompt` and `completion`, or `messages`, are a TextTask.
 
     Raises:
         ValueError: unknown suite or task (the message lists the known), or a malformed row (file, line).
@@ -55,14 +59,20 @@ def load_task(suite: Suite, name: str) -> Task:
         where = suite if isinstance(suite, str) else "own data"
         raise ValueError(f"unknown task {name!r} in suite {shown(where)}: choose from {', '.join(known)}")
     if not isinstance(suite, str):
-        return suite[name].load(name)
+        return _load_own(suite[name], name)
+    if suite == "packaged-text":
+        return in_words(_load_packaged(name))
     if suite == "packaged":
         return _load_packaged(name)
     if suite == "glue":
         return _load_glue(name)
     if suite.startswith("files:"):
-        return tasks_in(suite.removeprefix("files:"))[name].load(name)
+        return _load_own(tasks_in(suite.removeprefix("files:"))[name], name)
     return _load_jsonl(Path(suite.removeprefix("jsonl:")) / name)
+
+
+def _load_own(data: TaskData, name: str) -> Task:
+    return load_text(data, name) if has_prompts(data) else data.load(name)
 
 
 def _dataset(rows: Sequence[tuple[str, str | None, int | float]]) -> Dataset:

@@ -8,6 +8,7 @@ from typing import Any
 from datasets import Dataset
 
 METRICS = ("accuracy", "matthews", "pearson_spearman")
+ROW_METRICS = ("exact_match", "rouge_l")  # of what a causal language model writes: a value a row, and their mean
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,8 @@ def tokenize(rows: Dataset, tokenizer, max_length: int) -> Dataset:
 
 def fingerprint(rows: Dataset) -> str:
     """A hash of texts and labels."""
-    content = [rows[column] for column in ("sentence1", "sentence2", "label")]
+    texts = ("prompt", "completion") if "prompt" in rows.column_names else ("sentence1", "sentence2")
+    content = [rows[column] for column in (*texts, "label")]
     return hashlib.sha256(json.dumps([list(column) for column in content]).encode("utf-8", "replace")).hexdigest()[:16]
 
 

@@ -12,11 +12,17 @@ import torch
 from peft import LoraConfig
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import DataCollatorWithPadding, TrainingArguments
+from transformers import (
+    DataCollatorForTokenClassification,
+    DataCollatorWithPadding,
+    PreTrainedModel,
+    TrainingArguments,
+)
 
 from osrm_peft.adapters.load import load_adapter
 from osrm_peft.checks import LARGEST, SEEDS, choice, integer, kind, number, shown, task_names
 from osrm_peft.distributed import Processes, local_device, shard_model
+from osrm_peft.features.batches import TOKENS
 from osrm_peft.features.collect import collect_features, collect_gram
 from osrm_peft.features.fisher import DiagonalFisher, collect_fisher
 from osrm_peft.features.task_features import TaskFeatures
@@ -24,12 +30,13 @@ from osrm_peft.hub.privacy import public_name
 from osrm_peft.io.tensors import data_sha256
 from osrm_peft.io.yaml import check_fields, fields_from_yaml, named
 from osrm_peft.models.identity import weight_files
-from osrm_peft.models.loading import load_base, load_tokenizer
+from osrm_peft.models.loading import load_base, load_causal, load_tokenizer
 from osrm_peft.osrm.config import OSRMLoraConfig
 from osrm_peft.tasks.files import SPLITS, TaskData
 from osrm_peft.tasks.rows import FORMATS
 from osrm_peft.tasks.suites import Suite, list_tasks, load_task
 from osrm_peft.tasks.task import Task, fingerprint, tokenize
+from osrm_peft.tasks.text import TextTask, tokenize_text, with_labels
 from osrm_peft.training.train import PAPER_LORA, train_task
 
 STATISTIC_KINDS = ("gram", "fisher")
@@ -41,15 +48,18 @@ class Recipe:
 
     Attributes:
         model: Hub id, folder, or `"packaged"`.
-        suite: `"packaged"`, `"glue"` or `"files:FOLDER"`; None with tasks of your own.
+        suite: `"packaged"`, `"packaged-text"`, `"glue"` or `"files:FOLDER"`; None with tasks of your own.
         tasks: which tasks of the suite; None: all. Or your own, {task: fields of `TaskData`}. The *other* tasks are the
             out-of-task ones.
-        lora: LoraConfig fields over the paper's (r = 8, alpha = 16); `target_modules` among them.
+        lora: LoraConfig fields over the paper's (r = 8, alpha = 16); `target_modules` among them. With `task_type:
+            CAUSAL_LM`, the default of the suite packaged-text, tasks are in words (rows of prompt and completion).
         osrm: OSRMLoraConfig fields, or None for plain LoRA. The features files default to those in `features`.
         inits: {name: OSRMLoraConfig fields, or None for plain LoRA}, in the place of `osrm`: several ways to set A,
             which `run` compares.
         features: folder of the features files, `<task>.features.safetensors`; the default is `features` in `out`.
         num_samples: samples a task for its features.
+        tokens: of tasks in words, the tokens that features look at: `"all"`, `"prompt"` or `"completion"`.
+        packing: of tasks in words, see `train_task`.
         training: TrainingArguments fields over the paper's.
         max_length: tokens a row is cut to.
         train_rows, validation_rows: sample sizes; None: all rows.
@@ -68,6 +78,8 @@ class Recipe:
     inits: dict[str, dict[str, Any] | None] | None = None
     features: str = ""
     num_samples: int = 100
+    tokens: str = "all"
+    packing: bool = False
     training: dict[str, Any] = field(default_factory=dict)
     max_length: int = 128
     train_rows: int | None = None
@@ -131,13 +143,18 @@ class Recipe:
                 "your own tasks: tasks: {reviews: {train: reviews.csv}}"
             )
         self.source  # noqa: B018 (checks the fields of each task)
-        lora = PAPER_LORA | self.lora
+        lora = self.lora_fields
         check_fields("lora in the recipe", self.lora, LoraConfig, ("lora_alpha", "init_lora_weights"))
         integer("lora in the recipe: r", lora["r"], 1)
         number("lora in the recipe: lora_alpha", lora["lora_alpha"])
         check_fields("osrm in the recipe", self.osrm or {}, OSRMLoraConfig, ("lora_alpha", "init_lora_weights"))
-        if lora.get("task_type") != "SEQ_CLS":
-            raise ValueError(f"task_type={shown(lora.get('task_type'))} in lora of the recipe must be SEQ_CLS")
+        choice("task_type in lora of the recipe", lora["task_type"], ("SEQ_CLS", "CAUSAL_LM"))
+        choice("tokens", self.tokens, TOKENS)
+        if not self.in_words and (self.packing or self.tokens != "all"):
+            name = "packing" if self.packing else "tokens"
+            raise ValueError(
+                f"{name} in the recipe is of tasks in words (lora: {{task_type: CAUSAL_LM}}): leave it out"
+            )
         for name, instead in _OURS.items():
             if name in self.training:
                 raise ValueError(f"{name} is given by {instead}: leave it out of training in the recipe")
@@ -156,6 +173,17 @@ class Recipe:
                 kind("its fields", osrm, dict | None)
                 check_fields(str(label), osrm or {}, OSRMLoraConfig, ("lora_alpha", "init_lora_weights"))
                 OSRMLoraConfig(**(lora | (osrm or {})))
+
+    @property
+    def lora_fields(self) -> dict[str, Any]:
+        """The fields of `lora` over the paper's."""
+        task_type = "CAUSAL_LM" if self.suite == "packaged-text" else PAPER_LORA["task_type"]
+        return PAPER_LORA | {"task_type": task_type} | self.lora
+
+    @property
+    def in_words(self) -> bool:
+        """Whether the tasks are prompts and completions for a causal language model."""
+        return self.lora_fields["task_type"] == "CAUSAL_LM"
 
     @property
     def source(self) -> Suite:
@@ -185,9 +213,14 @@ class Recipe:
         """One task, sampled as the recipe says."""
         if name not in self.task_names():
             raise ValueError(f"unknown task {name!r}: the recipe has {', '.join(self.task_names())}")
-        return load_task(self.source, name).sample(
-            train=self.train_rows, validation=self.validation_rows, seed=self.seed
-        )
+        return self._load(name).sample(train=self.train_rows, validation=self.validation_rows, seed=self.seed)
+
+    def _load(self, name: str) -> Task:
+        task = load_task(self.source, name)
+        if isinstance(task, TextTask) is not self.in_words:
+            rows, wanted = ("prompts", "CAUSAL_LM") if isinstance(task, TextTask) else ("classes", "SEQ_CLS")
+            raise ValueError(f"the rows of {name!r} are of {rows}: give lora: {{task_type: {wanted}}} in the recipe")
+        return task
 
     def features_file(self, task: str) -> Path:
         """The path of a task's features file."""
@@ -195,7 +228,7 @@ class Recipe:
 
     def lora_config(self, task: str) -> LoraConfig:
         """The task's LoRA configuration: OSRM against all other tasks of the recipe, or plain LoRA."""
-        fields = PAPER_LORA | self.lora
+        fields = self.lora_fields
         if self.osrm is None:
             return LoraConfig(**fields)
         files = {
@@ -219,6 +252,7 @@ class Recipe:
             "training": self.training,
             "max_length": self.max_length,
             "seed": self.seed,
+            **({"packing": True} if self.packing else {}),
         }
         return json.loads(
             json.dumps(made, default=lambda value: sorted(value) if isinstance(value, set) else str(value))
@@ -246,9 +280,13 @@ class Recipe:
         config says so; else each has the whole model on its GPU.
         """
         if not torch.cuda.is_available() or Processes.of(distributed).num_processes > 1:
-            split = shard_model(lambda: load_base(self.model, 2)) if distributed else None
-            return load_base(self.model, 2).to(local_device()) if split is None else split  # type: ignore[arg-type]
-        return load_base(self.model, 2, device_map="auto")
+            split = shard_model(self.load_base) if distributed else None
+            return self.load_base().to(local_device()) if split is None else split  # type: ignore[arg-type]
+        return self.load_base(device_map="auto")
+
+    def load_base(self, device_map: str | None = None) -> PreTrainedModel:
+        """The pre-trained model, as it was loaded: a causal language model, or one with a head for two classes."""
+        return load_causal(self.model, device_map) if self.in_words else load_base(self.model, 2, device_map)
 
     def collect(
         self,
@@ -276,6 +314,7 @@ class Recipe:
             target_modules=config,
             num_samples=self.num_samples,
             seed=self.seed,
+            tokens=self.tokens,  # type: ignore[arg-type]
             group_size=group_size,
             progress=progress,
             distributed=distributed,
@@ -311,7 +350,11 @@ class Recipe:
     def _loader(self, name: str, k: int, padding: str = "longest", processes: int = 1) -> DataLoader:
         """Batches of k training rows of a task, with labels, as the model takes them; at least one for each process."""
         tokenizer = load_tokenizer(self.model)
-        task = load_task(self.source, name).sample(train=k, seed=self.seed)
+        task = self._load(name).sample(train=k, seed=self.seed)
+        if isinstance(task, TextTask):
+            rows = with_labels(tokenize_text(task.train, tokenizer, self.max_length))
+            pad = DataCollatorForTokenClassification(tokenizer)  # which pads labels, too
+            return DataLoader(rows, batch_size=min(16, -(-k // processes)), collate_fn=pad)
         collator = DataCollatorWithPadding(tokenizer, padding=padding, max_length=self.max_length)
         size = min(16, -(-k // processes))
         return DataLoader(tokenize(task.train, tokenizer, self.max_length), batch_size=size, collate_fn=collator)
@@ -326,6 +369,7 @@ class Recipe:
             model=self.model,
             training=self.training,
             max_length=self.max_length,
+            packing=self.packing,
             seed=self.seed,
             made_from=self.made_from(task),
             overwrite=overwrite,
@@ -362,6 +406,8 @@ _KINDS = {
     "osrm": dict | None,
     "inits": dict | None,
     "features": str,
+    "tokens": str,
+    "packing": bool,
     "training": dict,
     "out": str,
     "select": dict,

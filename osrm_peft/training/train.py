@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import CONFIG_NAME
 from torch import Tensor
@@ -29,11 +30,12 @@ from osrm_peft.io.json import read_object, write_json
 from osrm_peft.io.manifest import check_replaceable, command, new_folder, read_manifest, versions
 from osrm_peft.io.places import check_folder
 from osrm_peft.models.identity import located
-from osrm_peft.models.loading import load_base, load_tokenizer
+from osrm_peft.models.loading import load_base, load_causal, load_tokenizer
 from osrm_peft.osrm.callback import OSRMCallback
 from osrm_peft.osrm.config import OSRMLoraConfig
 from osrm_peft.seeding import task_seed
 from osrm_peft.tasks.task import Task, tokenize
+from osrm_peft.tasks.text import TextTask, tokenize_text, with_labels
 
 # The OSRM paper's settings (§5.1 and Table 10), except the learning rate, which depends on model, task and init.
 PAPER_LORA: dict[str, Any] = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.0, "task_type": "SEQ_CLS"}
@@ -57,12 +59,15 @@ def train_task(
     training: dict[str, Any] | None = None,
     callbacks: Sequence[TrainerCallback] = (),
     max_length: int = 128,
+    packing: bool = False,
     seed: int = 42,
     made_from: Mapping[str, Any] | None = None,
     overwrite: bool = False,
     progress: bool = True,
 ) -> Path:
     """Train one adapter on one task and save it with its head as a stock PEFT adapter folder.
+
+    A TextTask trains a causal language model by TRL's `SFTTrainer`, with the loss of the completions alone.
 
     Args:
         task: the rows; its validation split is scored at the end of each epoch where `training` asks for it.
@@ -73,6 +78,7 @@ def train_task(
         training: `transformers.TrainingArguments`, over the paper's settings (`PAPER_TRAINING`).
         callbacks: more callbacks for the Trainer.
         max_length: tokens a row is cut to.
+        packing: of a TextTask, rows share batches without padding (TRL's packing, best fit decreasing).
         seed: of the order of rows and the dropout and, mixed with the task's name, of head and A.
         made_from: goes into the manifest, so that a recipe knows its adapter again.
         overwrite: replace an earlier adapter in `output_dir`.
@@ -91,15 +97,20 @@ def train_task(
         raise FileExistsError(f"{output_dir} holds a trained adapter: pass overwrite=True to train it anew")
     checkpoints = output_dir.with_name(output_dir.name + ".checkpoints")
     check_folder(checkpoints)
-    fields = _training_fields(training or {})
+    in_words = isinstance(task, TextTask)
+    if packing and not in_words:
+        raise ValueError("packing is of rows of prompt and completion: leave it out")
+    fields = _training_fields(training or {}, in_words)
     bar = {"disable_tqdm": not progress}  # by default it depends on how much transformers may print
-    args = TrainingArguments(output_dir=str(checkpoints), seed=seed, **(bar | fields))
+    more = {"max_length": max_length, "packing": packing} if in_words else {}
+    args = _arguments(in_words)(output_dir=str(checkpoints), seed=seed, **(bar | fields | more))
     trainer = _trainer(task, args, lora, model, callbacks, max_length)
     peft_model: Any = trainer.model  # before an engine wraps it
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None)
     weights = whole_adapter(peft_model)
     if trainer.is_world_process_zero():
         made = {"base_model": model, "max_length": max_length, "seed": seed, "training": fields}
+        made |= {"packing": True} if packing else {}
         made |= {} if made_from is None else {"made_from": dict(made_from)}
         _save(peft_model, weights, task, output_dir, made | {"log": trainer.state.log_history})
         shutil.rmtree(checkpoints, ignore_errors=True)
@@ -107,12 +118,25 @@ def train_task(
     return output_dir
 
 
-def _training_fields(training: dict[str, Any]) -> dict[str, Any]:
+def _arguments(in_words: bool) -> type[TrainingArguments]:
+    """The class of the training's arguments."""
+    if not in_words:
+        return TrainingArguments
+    try:
+        from trl import SFTConfig
+    except ImportError as error:
+        raise ImportError("causal language models are trained by TRL: pip install 'osrm_peft[text]'") from error
+    return SFTConfig
+
+
+def _training_fields(training: dict[str, Any], in_words: bool) -> dict[str, Any]:
     """The fields of TrainingArguments: these over the paper's, and what this machine and launch need."""
     fields = PAPER_TRAINING | {"report_to": "none", "save_strategy": "no", "logging_steps": 10} | training
     fields.setdefault("dataloader_pin_memory", torch.cuda.is_available())  # without a GPU torch warns of it
-    # Under several processes the default multiplies the loss by their number (sequence classification).
-    fields.setdefault("average_tokens_across_devices", False)
+    if in_words:  # SFTConfig's own defaults are True
+        fields = {"bf16": False, "gradient_checkpointing": False} | fields
+    else:  # under several processes the default multiplies the loss by their number
+        fields.setdefault("average_tokens_across_devices", False)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available():
         fields.setdefault("use_cpu", True)  # else DeepSpeed wants a GPU
     return fields
@@ -131,25 +155,35 @@ def _trainer(
     tokenizer = load_tokenizer(model)
     # ZeRO-3 wants one dtype: PEFT then leaves the adapter in the base's, and DeepSpeed trains its own float32 copy.
     zero3 = args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3
-    peft_model = get_peft_model(
-        load_base(model, task.num_labels, label_names=task.label_names),
-        copy.deepcopy(lora),
-        autocast_adapter_dtype=not zero3,
-    )
-    trainer = Trainer(
+    in_words = isinstance(task, TextTask)
+    base = load_causal(model) if in_words else load_base(model, task.num_labels, label_names=task.label_names)
+    peft_model = get_peft_model(base, copy.deepcopy(lora), autocast_adapter_dtype=not zero3)
+    more: dict[str, Any] = {"data_collator": DataCollatorWithPadding(tokenizer)}
+    trainer_class: type[Trainer] = Trainer
+    read = tokenize
+    if in_words:
+        from trl import SFTTrainer
+
+        trainer_class, read, more = SFTTrainer, _labelled, {}  # whose collator pads labels
+    trainer = trainer_class(
         peft_model,
         args,
-        train_dataset=tokenize(task.train, tokenizer, max_length),
-        eval_dataset=tokenize(task.validation, tokenizer, max_length),
-        data_collator=DataCollatorWithPadding(tokenizer),
+        train_dataset=read(task.train, tokenizer, max_length),
+        eval_dataset=read(task.validation, tokenizer, max_length),
         processing_class=tokenizer,
         callbacks=[*([OSRMCallback()] if isinstance(lora, OSRMLoraConfig) else []), *callbacks],
+        **more,
     )
     trainer.remove_callback(PrinterCallback)  # with disable_tqdm the Trainer prints every log; ours go to the manifest
     if any(type(one) is ProgressCallback for one in trainer.callback_handler.callbacks):  # a notebook has another
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(_TaskBar(task.name))
     return trainer
+
+
+def _labelled(rows: Dataset, tokenizer: Any, max_length: int) -> Dataset:
+    """Token columns with labels, −100 in the prompts."""
+    return with_labels(tokenize_text(rows, tokenizer, max_length))
 
 
 class _TaskBar(ProgressCallback):

@@ -80,6 +80,21 @@ def test_only_rows_of_which_every_seed_is_there_are_shown(tmp_path, monkeypatch)
     assert tables.of(tmp_path, "mpnet-low").endswith("no row has all seeds yet\n")
 
 
+def test_each_group_is_compared_with_plain_adapters_of_as_many_tasks(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "MERGES", (EMR,))
+    for cell in cells("many"):
+        if cell.tasks < 16:
+            right_rows = range(4 + (cell.init == "ratio") * cell.tasks)
+            write(tmp_path, cell, ENTRIES | {"EMR": right(*right_rows)})
+    text = tables.of(tmp_path, "many")
+    assert (
+        "| scores | plain, N = 2 | plain, N = 4 | plain, N = 8 | ratio, N = 2 | ratio, N = 4 | ratio, N = 8 |" in text
+    )
+    assert "| against plain | ratio, N = 2 | ratio, N = 4 | ratio, N = 8 |" in text
+    differences = text.rpartition("| EMR |")[2].split("|")[:3]
+    assert [float(one.split()[0]) for one in differences] == [16.7, 33.3, 66.7]
+
+
 def test_every_cell_has_a_folder_of_its_own():
     made = {}
     for part in PARTS:

@@ -1,0 +1,195 @@
+"""Tasks in words, for causal language models without heads: a prompt, and its completion."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+
+from osrm_peft.checks import shown
+from osrm_peft.tasks.files import SPLITS, TaskData, read_tables
+from osrm_peft.tasks.rows import Rows
+from osrm_peft.tasks.task import ROW_METRICS, Task
+
+_SENTIMENT = ("negative", "neutral", "positive")
+# task → (what is asked, the answers in the order of the classes)
+_VIEWS = {
+    "questions": ("What does the question ask for?",
+                  ("abbreviation", "description", "thing", "person", "place", "number")),
+    "sms_spam": ("Is the text message spam?", ("no", "yes")),
+    "movie_reviews": ("Is the movie review negative or positive?", ("negative", "positive")),
+    "tweets": ("Is the tweet negative, neutral or positive?", _SENTIMENT),
+    "product_reviews": ("Is the product review negative, neutral or positive?", _SENTIMENT),
+    "editorials": ("Is the sentence of an editorial negative, neutral or positive?", _SENTIMENT),
+}  # fmt: skip
+_NEUTRAL = 0.5  # mean human sentiment, −4 … 4, up to which a text is neutral
+
+
+@dataclass(frozen=True)
+class TextTask(Task):
+    """A task in words: rows with the columns `prompt`, `completion` (str) and `label` (int).
+
+    A prompt is a str, or a list of messages, {"role", "content"}, which the tokenizer's chat template puts into words.
+    The tokens of the completion follow those of the prompt, so behind words it begins with a space.
+
+    Attributes:
+        answers: the completions to choose among, in the order of the labels: the metric is accuracy or matthews of the
+            likeliest (rank classification). None: the model writes, and the metric (`"exact_match"` or `"rouge_l"`)
+            compares that with the completion; every label is 0 then.
+    """
+
+    answers: tuple[str, ...] | None = None
+
+
+def in_words(task: Task) -> TextTask:
+    """The text view of a packaged task: a question, the options, the text, and the answer in words.
+
+    Sentiment from −4 to 4 becomes negative, neutral (within ±0.5) or positive.
+
+    Raises:
+        ValueError: a task without a view in words.
+    """
+    if task.name not in _VIEWS:
+        raise ValueError(f"no view in words of the task {task.name!r}: there are views of {', '.join(_VIEWS)}")
+    question, answers = _VIEWS[task.name]
+    prefix = f"{question}\nOptions: {', '.join(answers)}\n\nText: "
+
+    def rows(given: Dataset) -> Dataset:
+        labels = list(given["label"])
+        if task.num_labels == 1:
+            labels = [1 + (value > _NEUTRAL) - (value < -_NEUTRAL) for value in labels]
+        prompts = [f"{prefix}{text}\nAnswer:" for text in given["sentence1"]]
+        return _dataset(prompts, [completions[label] for label in labels], labels)
+
+    completions = tuple(f" {answer}" for answer in answers)
+    metric = task.metric if task.metric == "matthews" else "accuracy"
+    train, validation = rows(task.train), rows(task.validation)
+    return TextTask(task.name, len(answers), metric, train, validation, label_names=answers, answers=completions)
+
+
+def has_prompts(data: TaskData) -> bool:
+    """Whether a task's own rows have the columns `prompt` and `completion`, or `messages`."""
+    if data.text is not None or data.label is not None or data.labels is not None:
+        return False
+    return _columns_of_text(read_tables(data)["train"].columns)
+
+
+def load_text(data: TaskData, name: str) -> TextTask:
+    """Read a task whose rows have the columns `prompt` and `completion`, or `messages` that end with the completion.
+
+    The metric is `"exact_match"` (the default) or `"rouge_l"`; with `"accuracy"` or `"matthews"` the completions of the
+    training rows are the classes.
+
+    Raises:
+        ValueError: a fault in a file or a row, with file, line and the way out.
+    """
+    pairs = {split: _pairs(table) for split, table in read_tables(data).items()}
+    if "validation" not in pairs:
+        raise ValueError(f"{name}: give validation, rows of prompts that are not in {data.train}")
+    metric = data.metric or "exact_match"
+    answers = None if metric in ROW_METRICS else tuple(sorted({completion for _, completion, _ in pairs["train"]}))
+    if answers is not None and len(answers) < 2:
+        raise ValueError(f"{data.train}: {metric} needs two or more different completions to choose among")
+    index = {answer: label for label, answer in enumerate(answers or ())}
+    tables = {}
+    for split, found in pairs.items():
+        for _, completion, place in found if answers is not None else ():
+            if completion not in index:
+                raise ValueError(f"{place}: the completion {shown(completion)} is in no training row, so no class")
+        prompts, completions, _ = zip(*found, strict=True)
+        tables[split] = _dataset(prompts, completions, [index.get(one, 0) for one in completions])
+    known: dict[str, Any] = {"metric": metric}
+    for split in SPLITS:
+        file = getattr(data, split)
+        known |= {} if file is None else {split: str(Path(file).resolve()) if Path(file).is_file() else file}
+    names = None if answers is None else tuple(answer.strip() for answer in answers)
+    train, validation, test = (tables.get(split) for split in SPLITS)
+    return TextTask(name, len(index) or 1, metric, train, validation, test, names, known, answers)
+
+
+def tokenize_text(rows: Dataset, tokenizer: Any, max_length: int) -> Dataset:
+    """Token columns of prompt and completion, with the end token: `input_ids`, `attention_mask`, `completion_mask`.
+
+    A prompt that is too long loses its first tokens, the completion none; `completion` (str) stays beside the tokens.
+
+    Raises:
+        ValueError: a completion that `max_length` has no room for, or messages without a chat template.
+    """
+    ends = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    columns: dict[str, list] = {name: [] for name in ("input_ids", "attention_mask", "completion_mask")}
+    for prompt, completion in zip(rows["prompt"], rows["completion"], strict=True):
+        before = _tokens_of(prompt, tokenizer)
+        after = tokenizer(completion, add_special_tokens=False)["input_ids"] + ends
+        if len(after) >= max_length:
+            raise ValueError(
+                f"the completion {shown(completion)} has {len(after)} tokens, max_length={max_length} leaves room for "
+                f"{max_length - 1}: raise it"
+            )
+        before = before[-(max_length - len(after)) :]
+        columns["input_ids"].append(before + after)
+        columns["attention_mask"].append([1] * (len(before) + len(after)))
+        columns["completion_mask"].append([0] * len(before) + [1] * len(after))
+    return Dataset.from_dict(columns | {"completion": list(rows["completion"])})
+
+
+def with_labels(tokens: Dataset) -> Dataset:
+    """`input_ids` and `attention_mask` with `labels`, −100 in the prompts, of the columns of `tokenize_text`."""
+    labels = [
+        [token if of_completion else -100 for token, of_completion in zip(ids, mask, strict=True)]
+        for ids, mask in zip(tokens["input_ids"], tokens["completion_mask"], strict=True)
+    ]
+    return tokens.select_columns(["input_ids", "attention_mask"]).add_column("labels", labels)
+
+
+def _tokens_of(prompt: Any, tokenizer: Any) -> list[int]:
+    if isinstance(prompt, str):
+        return tokenizer(prompt)["input_ids"]
+    if tokenizer.chat_template is None:
+        raise ValueError("the rows are messages and the tokenizer has no chat template: give prompt and completion")
+    text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+    return tokenizer(text, add_special_tokens=False)["input_ids"]  # the template has the special tokens
+
+
+def _dataset(prompts: Sequence[Any], completions: Sequence[str], labels: Sequence[int]) -> Dataset:
+    return Dataset.from_dict({"prompt": list(prompts), "completion": list(completions), "label": list(labels)})
+
+
+def _columns_of_text(columns: Sequence[str]) -> bool:
+    return "messages" in columns or {"prompt", "completion"} <= set(columns)
+
+
+def _pairs(rows: Rows) -> list[tuple[Any, str, str]]:
+    """(prompt, completion, place) of each row."""
+    if not _columns_of_text(rows.columns):
+        columns = ", ".join(map(repr, rows.columns))
+        raise ValueError(f"{rows.source} has the columns {columns}: expected prompt and completion, or messages")
+    if "messages" in rows.columns:
+        found = [_of_messages(one, rows.place(row)) for row, one in enumerate(rows.values("messages"))]
+    else:
+        found = list(zip(rows.values("prompt"), rows.values("completion"), strict=True))
+    for row, (prompt, completion) in enumerate(found):
+        if (
+            not isinstance(prompt, str | list)
+            or not prompt
+            or not isinstance(completion, str)
+            or not completion.strip()
+        ):
+            raise ValueError(f"{rows.place(row)}: prompt and completion must be texts that are not empty")
+    kinds = {type(prompt) for prompt, _ in found}
+    if len(kinds) > 1:
+        raise ValueError(f"{rows.source}: some prompts are texts, others messages: give one kind")
+    return [(prompt, completion, rows.place(row)) for row, (prompt, completion) in enumerate(found)]
+
+
+def _of_messages(messages: Any, place: str) -> tuple[list[dict[str, str]], str]:
+    known = isinstance(messages, list) and all(
+        isinstance(one, dict) and isinstance(one.get("role"), str) and isinstance(one.get("content"), str)
+        for one in messages
+    )
+    if not known or len(messages) < 2 or messages[-1]["role"] != "assistant":
+        raise ValueError(
+            f"{place}: messages={shown(messages)} must be a list of {{role, content}} that ends with the assistant's"
+        )
+    before = [{name: one[name] for name in ("role", "content")} for one in messages[:-1]]
+    return before, messages[-1]["content"]
