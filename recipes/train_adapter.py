@@ -15,9 +15,9 @@ from osrm_peft.io.places import check_folder
 from osrm_peft.training.recipe import Recipe
 
 
-def main() -> None:
+def main(description: str | None = __doc__) -> None:
     """Parse the command line and train."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, required=True, help="a YAML of recipes/configs/")
     parser.add_argument("--task", action="append", help="a task; repeat it (default: all of the recipe)")
     parser.add_argument("--out", type=Path, help="OUT/<task> (default: adapters, in the recipe's out)")

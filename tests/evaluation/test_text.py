@@ -63,7 +63,7 @@ def one_by_one(model, prompts, answers):
             places = range(len(prompt) - 1, len(prompt) + len(answer) - 1)
             found.append(sum(float(logits[place, token]) for place, token in zip(places, answer, strict=True)))
         rows.append(found)
-    return torch.tensor(rows)
+    return torch.tensor(rows, dtype=torch.float64)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -15,9 +15,9 @@ SPECIAL = {"eos_token_id": 2, "pad_token_id": 1, "bos_token_id": None}
 LLAMA = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 
 
-def save_tiny(folder, template=None, seed=0):
-    """Write the model and its tokenizer, and return them; the vocabulary is WORDS."""
-    vocabulary = {word: i for i, word in enumerate(["<unk>", "<pad>", "<end>", *WORDS])}
+def save_tiny(folder, template=None, seed=0, words=WORDS):
+    """Write the model and its tokenizer, and return them; the vocabulary is of these words."""
+    vocabulary = {word: i for i, word in enumerate(["<unk>", "<pad>", "<end>", *words])}
     made = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
     made.pre_tokenizer = WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(

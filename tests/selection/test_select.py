@@ -188,7 +188,9 @@ def test_a_causal_adapter_is_refused_before_any_work(cohort, tmp_path, monkeypat
     for folder in copies.values():
         config = json.loads((folder / "adapter_config.json").read_text())
         (folder / "adapter_config.json").write_text(json.dumps(config | {"task_type": "CAUSAL_LM"}))
-    with pytest.raises(ValueError, match=r"'colours' is of a causal language model, .*give a score of your own"):
+    with pytest.raises(
+        ValueError, match=r"'colours' is of a causal language model, .*give tasks in words .*or a score of your own"
+    ):
         select_merge(copies, CANDIDATES[:1], tasks=tasks, max_length=8)
 
 

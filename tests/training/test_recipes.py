@@ -22,12 +22,13 @@ CONFIGS = sorted((ROOT / "recipes/configs").glob("*.yaml"))
 
 def test_every_recipe_parses_and_builds_its_lora_config():
     training = [path for path in CONFIGS if not path.name.startswith(("merge", "reproduce"))]
-    assert len(training) == 3
+    assert len(training) == 4
     for path in training:
         recipe = Recipe.from_yaml(path)
         for task in recipe.task_names():
             config = recipe.lora_config(task)
-            assert (config.r, config.lora_alpha, config.target_modules) == (8, 16, {"query", "value"})
+            expected = (128, {"q_proj", "v_proj"}) if recipe.in_words else (16, {"query", "value"})
+            assert (config.r, config.lora_alpha, config.target_modules) == (8, *expected)
             if recipe.osrm is not None:
                 assert isinstance(config, OSRMLoraConfig) and len(config.out_of_task) == len(recipe.task_names()) - 1
                 assert not any(f"/{task}." in file for file in config.out_of_task)
