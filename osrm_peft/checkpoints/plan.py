@@ -1,7 +1,5 @@
 """CheckpointPlan: a merge of checkpoints with every choice made and checked, before the first byte is written."""
 
-import hashlib
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +15,7 @@ from osrm_peft.checkpoints.names import Names, align
 from osrm_peft.checkpoints.settings import vocabulary_size, with_ids, with_rows
 from osrm_peft.checkpoints.shapes import BASE, OUTPUT_DTYPES, is_matrix, result_dtypes, result_shapes
 from osrm_peft.checkpoints.text import Text, choose_text
+from osrm_peft.checkpoints.work import STATE, Work, shards_of
 from osrm_peft.checks import choice, integer, number, size_in_bytes
 from osrm_peft.io.manifest import MANIFEST, command, versions
 from osrm_peft.merging import advice
@@ -27,7 +26,6 @@ from osrm_peft.merging.weights import Weights, weights_by_layer, weights_by_task
 logger = logging.getLogger(__name__)
 
 Vocab = Literal["error", "intersect"]
-STATE = "merge_state.json"  # in the folder of an unfinished merge
 _RESERVED = ("heads", "README.md", MANIFEST, STATE)
 CHECKPOINT_METHODS = tuple(
     sorted(name for name, one in METHODS.items() if one.needs is None and "weight" in one.spaces)
@@ -42,7 +40,7 @@ _FREE = ("_name_or_path", "architectures", "dtype", "torch_dtype", "id2label", "
 
 
 @dataclass(frozen=True)
-class CheckpointPlan:
+class CheckpointPlan(Work):
     """What `merge_checkpoints` will do.
 
     Attributes:
@@ -74,9 +72,15 @@ class CheckpointPlan:
     text: Text
     settings: dict[str, Any] = field(default_factory=dict)
 
-    def size_of(self, names: Sequence[str]) -> int:
-        """Bytes of these tensors of the result."""
-        return sum(torch.Size(self.shapes[name]).numel() * self.dtypes[name].itemsize for name in names)
+    @property
+    def inputs(self) -> dict[str, ModelFiles]:
+        """The models and their base."""
+        return self.models | ({} if self.base is None else {BASE: self.base})
+
+    @property
+    def verb(self) -> str:
+        """What is done, for the progress bar."""
+        return f"merge {self.method.name}"
 
     @property
     def folders(self) -> list[str]:
@@ -95,7 +99,6 @@ class CheckpointPlan:
 
     def manifest(self) -> dict[str, Any]:
         """The manifest of the result's folder."""
-        every = self.models | ({} if self.base is None else {BASE: self.base})
         return {
             "kind": "checkpoint",
             "method": self.method.name,
@@ -103,24 +106,13 @@ class CheckpointPlan:
             "options": self.options,
             "scale": self.scale,
             "seed": self.seed,
-            "inputs": {name: {"source": one.source, "files": one.identity()} for name, one in every.items()},
+            "inputs": {name: {"source": one.source, "files": one.identity()} for name, one in self.inputs.items()},
             "text": self.text.manifest(),
             **({"averaged": self.averaged} if self.method.spectral else {}),
             **self.settings,
             "command": command(),
             "versions": versions(),
         }
-
-    def fingerprint(self) -> str:
-        """A hash of everything that decides the result."""
-        fields = {name: value for name, value in self.manifest().items() if name not in ("command", "versions")}
-        return hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode()).hexdigest()[:16]
-
-    def check_unchanged(self) -> None:
-        """Raise ValueError if an input was changed since the plan was made."""
-        for name, entry in self.manifest()["inputs"].items():
-            if entry["files"] != self.settings["read"][name]:
-                raise ValueError(f"the files of {name!r} were changed while they were merged: merge again")
 
 
 def plan_checkpoints(
@@ -179,7 +171,7 @@ def plan_checkpoints(
     _warn(plan, aligned)
     for weight in plan.weights.values():
         chosen.check_weights(weight)
-    plan.shards.extend(_shards(plan, shard_size))
+    plan.shards.extend(shards_of(plan, shard_size))
     return plan
 
 
@@ -229,15 +221,3 @@ def _warn(plan: CheckpointPlan, aligned: Names) -> None:
 
 def _listed(names: Sequence[str]) -> str:
     return ", ".join(map(shown, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
-def _shards(plan: CheckpointPlan, most: int) -> list[tuple[str, list[str]]]:
-    """[(file name, its tensors)]: the tensors in their order, as many as fit into each file."""
-    groups: list[list[str]] = [[]]
-    for tensor in plan.shapes:
-        if groups[-1] and plan.size_of([*groups[-1], tensor]) > most:
-            groups.append([])
-        groups[-1].append(tensor)
-    if len(groups) == 1:
-        return [("model.safetensors", groups[0])]
-    return [(f"model-{index:05d}-of-{len(groups):05d}.safetensors", group) for index, group in enumerate(groups, 1)]

@@ -11,28 +11,27 @@ import torch
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
-from osrm_peft.checkpoints.blocks import Blocks
 from osrm_peft.checkpoints.model_files import INDEX
 from osrm_peft.checkpoints.plan import CheckpointPlan
 from osrm_peft.checkpoints.settings import files_of, vocabulary_size, with_rows
 from osrm_peft.checkpoints.text import KINDS
+from osrm_peft.checkpoints.work import Maker, Work
 from osrm_peft.hub.card import write_manifest
 from osrm_peft.io.json import write_json
 from osrm_peft.io.places import FULL, new_file
 from osrm_peft.io.tensors import file_head
 
 
-def write_shard(merge: Blocks, paths: list[Path], names: list[str], bar: tqdm) -> list[str]:
+def write_shard(work: Work, maker: Maker, paths: list[Path], names: list[str], bar: tqdm) -> list[str]:
     """Write one weight file in each folder, complete or absent; returns their checksums."""
-    plan = merge.plan
-    text = file_head({name: plan.shapes[name] for name in names}, plan.dtypes, {"format": "pt"})
+    text = file_head({name: work.shapes[name] for name in names}, work.dtypes, {"format": "pt"})
     sums = [zlib.crc32(text)] * len(paths)
     with ExitStack() as stack:
         files = [stack.enter_context(stack.enter_context(new_file(path)).open("wb")) for path in paths]
         for file in files:
             file.write(text)
         for name in names:
-            for blocks in merge.blocks(name):
+            for blocks in maker.blocks(name):
                 for place, (file, block) in enumerate(zip(files, blocks, strict=False)):
                     data = block.contiguous().view(-1).view(torch.uint8).numpy().data
                     sums[place] = zlib.crc32(data, sums[place])
