@@ -66,7 +66,7 @@ def load_adapter(
     folder = local_folder(str(source), [CONFIG, WEIGHTS, f"{HEADS}/*.safetensors", "*.json"])
     check_folder(folder, str(source))
     head = _head_file(folder, str(source), task, require_single_task)
-    config = _config_in(folder)
+    config = config_in(folder)
     foreign = foreign_config(config, folder)
     if foreign is not None:
         raise ValueError(f"{source} cannot be read: {foreign}")
@@ -107,7 +107,7 @@ def _head_file(folder: Path, source: str, task: str | None, require_single_task:
     return file
 
 
-def _config_in(folder: Path) -> Any:
+def config_in(folder: Path) -> Any:
     """The content of `adapter_config.json`."""
     try:
         return json.loads((folder / CONFIG).read_text(encoding="utf-8"))

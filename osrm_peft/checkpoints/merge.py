@@ -16,6 +16,7 @@ from osrm_peft.checkpoints.shapes import OutputDtype
 from osrm_peft.checkpoints.skeleton import built_config
 from osrm_peft.checkpoints.writing import write_heads, write_rest
 from osrm_peft.checks import printable
+from osrm_peft.hub.card import write_manifest
 from osrm_peft.hub.sources import local_folder
 from osrm_peft.io.json import parse_json
 from osrm_peft.io.manifest import check_replaceable
@@ -100,8 +101,12 @@ def execute(
 
 def _finish(plan: CheckpointPlan, folder: Path, sums: Mapping[str, list[str]]) -> dict[str, Any]:
     """Write what lies beside the weights; further fields of the manifest."""
+    beside = {name: files.folder for name, files in plan.inputs.items()}
     for number, name in enumerate(plan.folders):
-        write_rest(plan, folder / name, {file: each[number] for file, each in sums.items()})
+        write_rest(plan, folder / name, plan.text, beside, plan.config)
+        if plan.method.per_task:
+            own = {file: each[number] for file, each in sums.items()}
+            write_manifest(folder / name, plan.manifest() | {"model": name.rstrip("/"), "crc32": own})
     if plan.heads:
         write_heads(plan, folder / "heads")
     return {"crc32": {file: each[0] for file, each in sums.items()} if plan.folders == [""] else {}}

@@ -93,10 +93,6 @@ class CheckpointPlan(Work):
         floats = (name for name in self.shapes if self.dtypes[name].is_floating_point)
         return [name for name in floats if not is_matrix(self.shapes[name])] if self.method.spectral else []
 
-    def named(self, name: str) -> ModelFiles:
-        """The files of an input."""
-        return self.base if name == BASE and self.base is not None else self.models[name]
-
     def manifest(self) -> dict[str, Any]:
         """The manifest of the result's folder."""
         return {

@@ -1,11 +1,11 @@
-"""The commands around full models: merge-checkpoints, inspect."""
+"""The commands around full models: merge-checkpoints, bake, inspect."""
 
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
-from osrm_peft.cli.app import JsonOption, app, progress, say, show, sources, values, wrote
+from osrm_peft.cli.app import JsonOption, app, progress, quiet_libraries, say, show, sources, values, wrote
 from osrm_peft.cli.methods import FULL_MODELS, listed
 
 
@@ -56,6 +56,52 @@ def merge_checkpoints(
     check_replaceable(folder, "checkpoint", plan.manifest(), overwrite)
     facts = checkpoint_facts(plan, out)
     *before, size = checkpoint_lines(facts)
+    if dry_run:
+        check_space(folder, facts["bytes"])
+        show(facts, lambda _: [*before, f"would write {out}: {size}"])
+        return
+    for line in before:
+        say(line)
+    try:
+        execute(plan, folder, resume=resume, overwrite=overwrite, progress=progress())
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("finished weight files are kept, --resume goes on with them") from None
+    wrote(out, f": {size}")
+    show(facts, lambda _: [])
+
+
+@app.command()
+def bake(
+    base: Annotated[str, typer.Argument(help="The base model: a folder or user/name.")],
+    adapter: Annotated[str, typer.Argument(help="The adapter, or a merge of adapters: a folder or user/name.")],
+    out: Annotated[Path, typer.Option(help="Folder of the full model.")],
+    scale: Annotated[float, typer.Option(help="λ, what multiplies the adapter.")] = 1.0,
+    task: Annotated[str | None, typer.Option("--task", "-t", help="Of a merge: whose head the model has.")] = None,
+    tokenizer: Annotated[
+        Literal["base", "adapter"] | None, typer.Option(help="Whose tokenizer. Default: the adapter's, if it has any.")
+    ] = None,
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16", "float64"] | None,
+        typer.Option(help="Of the result. Default: the base's."),
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where it was interrupted.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace another result of ours.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, say what would be written.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Write an adapter into its base model's weights, from disk to disk; no model is ever in memory as a whole."""
+    from osrm_peft.checkpoints.bake import execute
+    from osrm_peft.checkpoints.baking import plan_bake
+    from osrm_peft.cli.tables import bake_facts, bake_lines
+    from osrm_peft.io.manifest import check_replaceable
+    from osrm_peft.io.places import check_space
+
+    folder = check_replaceable(out, "checkpoint")
+    quiet_libraries()
+    plan = plan_bake(base, adapter, scale=scale, task=task, tokenizer=tokenizer, dtype=dtype)
+    check_replaceable(folder, "checkpoint", plan.manifest(), overwrite)
+    facts = bake_facts(plan, out)
+    *before, size = bake_lines(facts)
     if dry_run:
         check_space(folder, facts["bytes"])
         show(facts, lambda _: [*before, f"would write {out}: {size}"])

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from osrm_peft.adapters.keys import shape_of_name
 from osrm_peft.adapters.lora_adapter import LoraAdapter, shape_in
+from osrm_peft.checkpoints.baking import BakePlan
 from osrm_peft.checkpoints.plan import CheckpointPlan
 from osrm_peft.features.task_features import TaskFeatures
 from osrm_peft.merging.plan import MergePlan
@@ -127,6 +128,26 @@ def checkpoint_lines(facts: Mapping[str, Any]) -> list[str]:
     """Whose tokenizer and settings the result has, if any; and its size."""
     size = f"{facts['tensors']} tensors, {facts['bytes'] / 2**30:.2f} GiB in {facts['files']} files"
     return [*filter(None, [facts["settings_of"]]), size]
+
+
+def bake_facts(plan: BakePlan, out: Path) -> dict[str, Any]:
+    """An adapter that is to be baked: what it changes, and what would be written."""
+    made = plan.manifest()
+    return {name: made[name] for name in ("inputs", "scale", "task", "dtype", "by", "left_out", "untied", "text")} | {
+        "folder": str(out),
+        "changed": len(plan.changes),
+        "tensors": len(plan.shapes),
+        "bytes": plan.size_of(list(plan.shapes)),
+        "files": len(plan.shards),
+        "settings_of": plan.text.line(),
+    }
+
+
+def bake_lines(facts: Mapping[str, Any]) -> list[str]:
+    """What is changed, whose tokenizer the result has, and its size."""
+    by = " by PEFT's layers" if facts["by"] == "PEFT" else ""
+    changed = f"{facts['changed']} of {facts['tensors']} tensors are changed{by}"
+    return [changed, *checkpoint_lines(facts)]
 
 
 REVEALS = {

@@ -177,18 +177,20 @@ def _link(base: str) -> _Plain:
 
 def _metadata(about: dict[str, Any], base: str | None) -> ModelCardData:
     kind, pipeline = about.get("kind"), _PIPELINES.get(str(about.get("task_type")), ("", ""))[0]
-    merge = kind in ("merged", "emr", "checkpoint")
+    baked = about.get("method") == "bake"
+    merge = kind in ("merged", "emr", "checkpoint") and not baked
     tags = ["osrm_peft", *(["lora"] if kind in ("adapter", "merged", "emr") else [])]
     tags += ["osrm"] if _is_osrm(about) or about.get("projected") else []
     tags += ["merge", str(about.get("method"))] if merge else ["features"] if kind == "features" else []
     fields: dict[str, Any] = {"library_name": _LIBRARIES.get(str(kind), "osrm_peft"), "tags": tags}
     models = [base] if base and _is_repository(base) else []
     if kind == "checkpoint":
-        found = (_repository(one.get("source")) for one in (about.get("inputs") or {}).values())
+        inputs = about.get("inputs") or {}
+        found = (_repository(one.get("source")) for name, one in inputs.items() if not baked or name == "base")
         models = [name for name in dict.fromkeys(found) if name]
     if models and kind != "features":
         fields["base_model"] = models[0] if len(models) == 1 else models
-        fields["base_model_relation"] = "merge" if kind == "checkpoint" else "adapter"
+        fields["base_model_relation"] = "adapter" if kind != "checkpoint" else "finetune" if baked else "merge"
     scores = about.get("scores") or []
     datasets = dict.fromkeys(score["dataset"] for score in scores if score.get("dataset"))
     fields |= {"pipeline_tag": pipeline, "datasets": list(datasets)}
@@ -210,6 +212,8 @@ def _metadata(about: dict[str, Any], base: str | None) -> ModelCardData:
 
 def _title(about: dict[str, Any]) -> str:
     kind, tasks = about.get("kind"), ", ".join(about.get("inputs") or {})
+    if about.get("method") == "bake":
+        return "A LoRA adapter in the weights of its base model"
     if kind in ("merged", "emr", "checkpoint"):
         return f"{about.get('method')} merge of {'models' if kind == 'checkpoint' else 'LoRA adapters'}: {tasks}"
     if kind == "features":
