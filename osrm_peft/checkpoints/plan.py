@@ -148,9 +148,9 @@ def plan_checkpoints(
     opened = {name: ModelFiles(source) for name, source in models.items()}
     base_files = None if base is None else ModelFiles(base)
     every = opened | ({} if base_files is None else {BASE: base_files})
-    _check_kinds(every)
+    check_kinds(every)
     aligned = align(every, opened)
-    _check_configs(every, aligned)
+    check_configs(every, aligned)
     shapes, own = result_shapes(every, opened, heads, vocab, aligned)
     cut = any(shape != one.tensors[tensor].shape for one in every.values() for tensor, shape in shapes.items())
     text = choose_text(every, list(opened), tokenizer, vocab, cut)
@@ -171,7 +171,8 @@ def plan_checkpoints(
     return plan
 
 
-def _check_kinds(every: Mapping[str, ModelFiles]) -> None:
+def check_kinds(every: Mapping[str, ModelFiles]) -> None:
+    """Raise ValueError unless all inputs are of one architecture."""
     (first, one), *others = every.items()
     for name, other in others:
         _check_alike(first, one.config.get("model_type"), name, other.config.get("model_type"), "model_type")
@@ -185,7 +186,7 @@ def _check_alike(first: str, one: Any, name: str, other: Any, key: str) -> None:
         )
 
 
-def _check_configs(every: Mapping[str, ModelFiles], aligned: Names) -> None:
+def check_configs(every: Mapping[str, ModelFiles], aligned: Names) -> None:
     """Raise ValueError unless all inputs tie the same weights; warn of other fields that differ."""
     (first, one), *others = every.items()
     for name, other in others:

@@ -1,7 +1,7 @@
-"""The commands around full models: merge-checkpoints, bake, inspect."""
+"""The commands around full models: merge-checkpoints, bake, extract, inspect."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -114,6 +114,49 @@ def bake(
         raise KeyboardInterrupt("finished weight files are kept, --resume goes on with them") from None
     wrote(out, f": {size}")
     show(facts, lambda _: [])
+
+
+@app.command()
+def extract(
+    base: Annotated[str, typer.Argument(help="The model before fine-tuning: a folder or user/name.")],
+    tuned: Annotated[str, typer.Argument(help="The fine-tuned model: a folder or user/name.")],
+    out: Annotated[Path, typer.Option(help="Folder of the adapter.")],
+    rank: Annotated[str, typer.Option(help="Largest rank of the adapter, or serving.")] = "16",
+    keep: Annotated[
+        list[Literal["embeddings", "norms", "heads", "others", "none"]] | None,
+        typer.Option(help="What is kept whole where it changed; repeat it. Default: all four kinds."),
+    ] = None,
+    dtype: Annotated[Literal["float32", "bfloat16", "float16"], typer.Option(help="Of the factors.")] = "float32",
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where it was interrupted.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace another result of ours.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, say what would be written.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Write the difference between a fine-tuned model and its base as a LoRA adapter that stock PEFT loads."""
+    from osrm_peft.checkpoints.extract import execute
+    from osrm_peft.checkpoints.extracting import KINDS, plan_extract
+    from osrm_peft.cli.tables import extract_facts, extract_lines, extraction_facts, extraction_tables
+    from osrm_peft.io.manifest import check_replaceable
+
+    folder = check_replaceable(out, "adapter")
+    quiet_libraries()
+    kinds = list(KINDS) if keep is None else [kind for kind in keep if kind != "none"]
+    wanted: Any = int(rank) if rank.lstrip("-").isdigit() else rank
+    plan = plan_extract(base, tuned, rank=wanted, keep=kinds, dtype=dtype)
+    check_replaceable(folder, "adapter", plan.manifest(), overwrite)
+    facts = extract_facts(plan, out)
+    if dry_run:
+        show(facts, lambda _: [*extract_lines(facts), f"would write {out}"])
+        return
+    for line in extract_lines(facts):
+        say(line)
+    try:
+        found = execute(plan, folder, resume=resume, overwrite=overwrite, progress=progress())
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("finished layers are kept, --resume goes on with them") from None
+    facts |= extraction_facts(found)
+    wrote(out, f": rank {found.rank}, {100 * found.energy:.4g} % of all that changed (‖Δ‖²)")
+    show(facts, extraction_tables)
 
 
 @app.command()

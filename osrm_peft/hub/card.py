@@ -218,6 +218,8 @@ def _title(about: dict[str, Any]) -> str:
         return f"{about.get('method')} merge of {'models' if kind == 'checkpoint' else 'LoRA adapters'}: {tasks}"
     if kind == "features":
         return f"Task features: {', '.join(one['task'] for one in about.get('files', {}).values())}"
+    if about.get("method") == "extract":
+        return "LoRA adapter from a fine-tuned model"
     how = "OSRM-projected LoRA" if about.get("projected") else "OSRM LoRA" if _is_osrm(about) else "LoRA"
     return f"{how} adapter" + (f": {about['task']}" if about.get("task") else "")
 
