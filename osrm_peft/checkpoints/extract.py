@@ -207,12 +207,12 @@ def _finish(plan: ExtractPlan, folder: Path, sums: Mapping[str, list[str]]) -> d
     adapter.heads = {name: whole[name] for name in heads}
     adapter.modules = TensorsOnDemand({n: s for n, s in whole.shapes.items() if n not in heads}, whole.__getitem__)
     _write(plan, adapter, folder)
-    for file in files.values():
-        file.unlink()
     total = sum(square for _, square in energies.values()) + plan.squares + sum(plan.lost.values())
     held = sum(kept * square for kept, square in energies.values()) + plan.squares
     found = (Compressed(factors[layer], energies[layer][0]) for layer in energies)
     more = {} if plan.rank else {"serving": least_energy(found, [one for one in SERVING if one <= adapter.rank])}
+    for file in files.values():
+        file.unlink()
     return more | {
         "written_rank": adapter.rank,
         "energy_kept": {layer: kept for layer, (kept, _) in energies.items()},

@@ -1,7 +1,7 @@
 """The commands around full models: merge-checkpoints, bake, extract, inspect."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 
@@ -123,8 +123,11 @@ def extract(
     out: Annotated[Path, typer.Option(help="Folder of the adapter.")],
     rank: Annotated[str, typer.Option(help="Largest rank of the adapter, or serving.")] = "16",
     keep: Annotated[
-        list[Literal["embeddings", "norms", "heads", "others", "none"]] | None,
-        typer.Option(help="What is kept whole where it changed; repeat it. Default: all four kinds."),
+        list[str] | None,
+        typer.Option(
+            help="embeddings, norms, heads, others, or none: what is kept whole where it changed; repeat it. "
+            "Default: all four."
+        ),
     ] = None,
     dtype: Annotated[Literal["float32", "bfloat16", "float16"], typer.Option(help="Of the factors.")] = "float32",
     resume: Annotated[bool, typer.Option("--resume", help="Go on where it was interrupted.")] = False,
@@ -137,12 +140,12 @@ def extract(
     from osrm_peft.checkpoints.extracting import KINDS, plan_extract
     from osrm_peft.cli.tables import extract_facts, extract_lines, extraction_facts, extraction_tables
     from osrm_peft.io.manifest import check_replaceable
+    from osrm_peft.io.yaml import parse_yaml
 
     folder = check_replaceable(out, "adapter")
     quiet_libraries()
-    kinds = list(KINDS) if keep is None else [kind for kind in keep if kind != "none"]
-    wanted: Any = int(rank) if rank.lstrip("-").isdigit() else rank
-    plan = plan_extract(base, tuned, rank=wanted, keep=kinds, dtype=dtype)
+    kinds = list(KINDS) if keep is None else [] if keep == ["none"] else keep
+    plan = plan_extract(base, tuned, rank=parse_yaml(rank), keep=kinds, dtype=dtype)
     check_replaceable(folder, "adapter", plan.manifest(), overwrite)
     facts = extract_facts(plan, out)
     if dry_run:
