@@ -30,6 +30,7 @@ from osrm_peft.io.manifest import command, versions
 from osrm_peft.io.tensors import tensor_headers
 from osrm_peft.models.identity import Base, common_base
 from osrm_peft.models.loading import head_width
+from osrm_peft.models.packaged import resolve_model
 
 logger = logging.getLogger(__name__)
 
@@ -122,7 +123,7 @@ def plan_bake(
     scale = number("scale", scale)
     if dtype is not None:
         choice("dtype", dtype, OUTPUT_DTYPES)
-    files = ModelFiles(base)
+    files = ModelFiles(resolve_model(str(base)), dequantise=True)
     folder = local_folder(str(adapter), [CONFIG, WEIGHTS, "heads/*.safetensors", *BESIDE], "adapter")
     beside = Beside(pinned(str(adapter), folder), folder)
     read = _read(adapter, folder, task)

@@ -2,7 +2,9 @@
 
 import json
 import logging
+import sys
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from osrm_peft.checkpoints import resumable as engine
 from osrm_peft.checkpoints.model_files import ModelFiles
 from osrm_peft.io.manifest import read_manifest
 from tests.helpers.checkpoints import hashes, same, tensors_of
+from tests.helpers.checkpoints import write as write_checkpoint
 from tests.zoo.adapters import adapted, stock, write
 from tests.zoo.models import ZOO, noisy, outputs
 from tests.zoo.test_adapters import EVERY, made, of
@@ -350,6 +353,64 @@ def test_experts_one_by_one_are_refused_with_the_way_out(tmp_path):
     expected = outputs(stock("mixtral", tmp_path / "adapter"))
     torch.testing.assert_close(outputs(loaded("mixtral", bake_adapter(whole, tmp_path / "adapter", tmp_path / "out"))),
                                expected)  # fmt: skip
+
+
+# 4-bit bases
+
+TABLE = torch.linspace(-1, 1, 16)  # what a 4-bit code stands for, times the largest entry of its block of 64
+
+
+def pack(folder):
+    """The linear layers of a model's folder in 4 bits, as bitsandbytes stores them; returns what they stand for."""
+    tensors, whole = tensors_of(folder), {}
+    for name in [one for one in tensors if "_proj" in one]:
+        weight = tensors.pop(name)
+        blocks = weight.reshape(-1, 64)
+        absmax = blocks.abs().amax(1)
+        codes = (blocks[..., None] / absmax[:, None, None] - TABLE).abs().argmin(-1)
+        whole[name] = (TABLE[codes] * absmax[:, None]).reshape(weight.shape)
+        pairs = codes.reshape(-1, 2).to(torch.uint8)
+        state = {"quant_type": "nf4", "blocksize": 64, "dtype": "float32", "shape": list(weight.shape)}
+        tensors |= {
+            name: (pairs[:, :1] << 4) | pairs[:, 1:], f"{name}.absmax": absmax, f"{name}.quant_map": TABLE.clone(),
+            f"{name}.quant_state.bitsandbytes__nf4": torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8),
+        }  # fmt: skip
+    settings = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    write_checkpoint(
+        folder, tensors, json.loads((folder / "config.json").read_text()) | {"quantization_config": settings}
+    )
+    return whole
+
+
+def unpacked(codes, state):
+    codes = torch.cat([codes >> 4, codes & 15], 1).flatten().long()
+    return (state["quant_map"][codes].reshape(-1, 64) * state["absmax"][:, None]).flatten()
+
+
+def test_a_4_bit_base_is_unpacked_on_the_way(tmp_path, monkeypatch):
+    base, adapter = pair(tmp_path, target_modules=["q_proj", "down_proj"])
+    whole = tensors_of(base) | pack(base)
+    functional = SimpleNamespace(
+        QuantState=SimpleNamespace(from_dict=lambda parts, device: parts), dequantize_4bit=unpacked
+    )
+    monkeypatch.setitem(sys.modules, "bitsandbytes", SimpleNamespace(functional=functional))
+    monkeypatch.setitem(sys.modules, "bitsandbytes.functional", functional)
+    found = tensors_of(bake_adapter(base, adapter, tmp_path / "out"))
+    plain = base_of("llama", tmp_path / "plain")
+    write_checkpoint(plain, whole, json.loads((plain / "config.json").read_text()))
+    same(found, tensors_of(bake_adapter(plain, adapter, tmp_path / "expected")))
+    assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
+    assert loaded("llama", tmp_path / "out")
+
+
+def test_a_4_bit_base_without_bitsandbytes_is_refused_with_the_remedy(tmp_path, monkeypatch):
+    base, adapter = pair(tmp_path)
+    pack(base)
+    monkeypatch.setitem(sys.modules, "bitsandbytes.functional", None)
+    with pytest.raises(
+        ValueError, match=r"bitsandbytes, 4 bits: bitsandbytes unpacks them \(pip install bitsandbytes\), or"
+    ):
+        bake_adapter(base, adapter, tmp_path / "out")
 
 
 def test_the_command_bakes(call, tmp_path):
