@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from osrm_peft.adapters.config import CONFIG, checked_config
 from osrm_peft.adapters.keys import is_head, part_of, saved_modules
-from osrm_peft.adapters.layouts import model_of
+from osrm_peft.adapters.layouts import fused_in, model_of
 from osrm_peft.adapters.load import config_in, load_adapter
 from osrm_peft.adapters.lora_adapter import WEIGHTS, LoraAdapter, shape_in, tensors_of
 from osrm_peft.checkpoints.changes import Change, changes_by_peft, plain_changes
@@ -30,7 +30,6 @@ from osrm_peft.io.manifest import command, versions
 from osrm_peft.io.tensors import tensor_headers
 from osrm_peft.models.identity import Base, common_base
 from osrm_peft.models.loading import head_width
-from osrm_peft.models.packaged import resolve_model
 
 logger = logging.getLogger(__name__)
 
@@ -123,7 +122,7 @@ def plan_bake(
     scale = number("scale", scale)
     if dtype is not None:
         choice("dtype", dtype, OUTPUT_DTYPES)
-    files = ModelFiles(resolve_model(str(base)), dequantise=True)
+    files = ModelFiles(base, dequantise=True)
     folder = local_folder(str(adapter), [CONFIG, WEIGHTS, "heads/*.safetensors", *BESIDE], "adapter")
     beside = Beside(pinned(str(adapter), folder), folder)
     read = _read(adapter, folder, task)
@@ -271,6 +270,11 @@ def _changes(read: _Read, model: PreTrainedModel | None, files: ModelFiles) -> d
         wanted = [*adapter.heads, *adapter.modules, *adapter.copies]
         lost = [name for name in wanted if name not in known]
         lost += [name for name in adapter.factors if not {f"{name}.weight", f"{name}.in_proj_weight"} & known]
+        if lost and lost[0] in fused_in(model, lost):
+            raise ValueError(
+                f"the adapter {read.source} changes {lost[0]!r}, which {files.source} has in one piece with others: "
+                "save the base anew, from_pretrained(…).save_pretrained(folder), which keeps experts one by one"
+            )
         if lost:
             raise ValueError(
                 f"{files.source} ({type(model).__name__}) has no {lost[0]!r}, which the adapter {read.source} changes "

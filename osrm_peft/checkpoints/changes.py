@@ -20,6 +20,8 @@ from osrm_peft.adapters.keys import PREFIX, part_of, saved_modules
 from osrm_peft.adapters.lora_adapter import LoraAdapter, shape_in
 from osrm_peft.io.tensors import tensor_headers, tensor_reader
 
+_WRAPPERS = {"base_layer", "original_module", "token_adapter"}  # what PEFT puts into the names of the base's tensors
+
 Read = Callable[[str], Tensor]  # from a parameter's name in the model to the base's tensor; KeyError: it has none
 
 
@@ -171,8 +173,7 @@ class _Merge:
         if whole in self.reading.keys:
             value = self.reading.read(self.reading.keys[whole])
         else:
-            own = whole.removeprefix(PREFIX).replace(".base_layer.", ".").replace(".original_module.", ".")
-            own = own.replace(".token_adapter.", ".")
+            own = ".".join(part for part in whole.removeprefix(PREFIX).split(".") if part not in _WRAPPERS)
             try:
                 value = self.reading.read(self.reading.copies[own]) if own in self.reading.copies else base(own)
             except KeyError:

@@ -22,9 +22,10 @@ from osrm_peft.checkpoints.resumable import carry_out
 from osrm_peft.io.json import write_json
 from osrm_peft.io.manifest import check_replaceable, read_manifest
 from osrm_peft.io.tensors import file_head
-from osrm_peft.merging.lowrank import SERVING, Compressed, compress, compress_matrix, least_energy
+from osrm_peft.merging.lowrank import SERVING, Compressed, compress, compress_matrix
 from osrm_peft.merging.methods.svt import leading
 
+_ROUNDING = 1e-6  # of a layer's energy: what a model's dtype may have added to a difference of low rank
 _EXACT = 1024  # the width up to which a dense SVD in float64 is quick
 
 logger = logging.getLogger(__name__)
@@ -41,7 +42,7 @@ class Extraction:
         energy: the same of the whole model: what LoRA and the modules that are kept whole hold of all that changed.
         kept: the parameters that are kept whole.
         lost: {parameter: share of all that changed} of parameters that changed and are not in the adapter.
-        serving: with `rank="serving"`, {smaller rank: what the layer would keep that loses most by it}.
+        serving: with `rank="serving"`, {rank up to it: what the layer would keep that loses most by it}.
     """
 
     folder: Path
@@ -77,8 +78,8 @@ def extract_adapter(
         base: the model that `tuned` was trained from: a folder that `save_pretrained` wrote, or Hub id.
         tuned: the same of the fine-tuned model. Safetensors only.
         out: the adapter's folder.
-        rank: the largest. `"serving"`: the least of vLLM's 8, 16, 32, 64, 128, 256, 320 and 512 that holds all, else
-            512.
+        rank: the largest. `"serving"`: the least of vLLM's 8, 16, 32, 64, 128, 256, 320 and 512 that keeps all but
+            10⁻⁶ of every layer's energy, else 512.
         keep: the kinds that are kept whole: `"embeddings"`, `"norms"`, `"heads"` and `"others"` (convolutions, stacks
             of experts). What changed and is not kept is lost, and named.
         dtype: of the factors. What is kept whole has its own.
@@ -185,12 +186,19 @@ def _finish(plan: ExtractPlan, folder: Path, sums: Mapping[str, list[str]]) -> d
         raise ValueError("the tuned model is the base: none of its tensors differs")
     if not energies:
         raise ValueError(f"no linear layer differs, only {', '.join(plan.saved[:4])}: LoRA has nothing to hold")
-    ranks = {layer: int((part(layer, "A").square().sum(1) > 0).sum()) for layer in energies}
-    shapes = {
-        layer: (plan.shapes[f"{layer}|B"][0], max(1, ranks[layer]), plan.shapes[f"{layer}|A"][1]) for layer in energies
-    }
-    exact = max(one for _, one, _ in shapes.values())
-    serving = next((one for one in SERVING if one >= exact), SERVING[-1])
+    squares = {layer: part(layer, "A").double().square().sum(1).square() for layer in energies}  # σ², balanced factors
+
+    def kept_at(rank: int, layer: str) -> float:
+        return energies[layer][0] * float(squares[layer][:rank].sum() / squares[layer].sum())
+
+    least = {rank: min(kept_at(rank, layer) for layer in energies) for rank in SERVING}
+    serving = next((rank for rank in SERVING if least[rank] >= 1 - _ROUNDING), SERVING[-1])
+    most = serving if plan.rank is None else plan.rank
+    shapes = {}
+    for layer, (_, square) in energies.items():
+        rank = max(1, min(most, int((squares[layer] > 0).sum())))
+        energies[layer] = kept_at(rank, layer), square
+        shapes[layer] = plan.shapes[f"{layer}|B"][0], rank, plan.shapes[f"{layer}|A"][1]
     factors = FactorsOnDemand(
         shapes, lambda layer: Factors(part(layer, "A")[: shapes[layer][1]], part(layer, "B")[:, : shapes[layer][1]])
     )
@@ -209,8 +217,7 @@ def _finish(plan: ExtractPlan, folder: Path, sums: Mapping[str, list[str]]) -> d
     _write(plan, adapter, folder)
     total = sum(square for _, square in energies.values()) + plan.squares + sum(plan.lost.values())
     held = sum(kept * square for kept, square in energies.values()) + plan.squares
-    found = (Compressed(factors[layer], energies[layer][0]) for layer in energies)
-    more = {} if plan.rank else {"serving": least_energy(found, [one for one in SERVING if one <= adapter.rank])}
+    more = {} if plan.rank else {"serving": {rank: kept for rank, kept in least.items() if rank <= serving}}
     for file in files.values():
         file.unlink()
     return more | {

@@ -89,8 +89,9 @@ class ExtractPlan(Work):
     @property
     def labels(self) -> list[str]:
         """The names of a task's classes, if the adapter has its head."""
-        names = list((self.tuned.config.get("id2label") or {}).values())
-        return list(map(str, names)) if self.fields["task_type"] == "SEQ_CLS" and self.kept else []
+        names = list(map(str, (self.tuned.config.get("id2label") or {}).values()))
+        given = names != [f"LABEL_{label}" for label in range(len(names))]
+        return names if given and self.fields["task_type"] == "SEQ_CLS" and self.kept else []
 
     def manifest(self) -> dict[str, Any]:
         """The manifest of the adapter's folder."""
@@ -125,7 +126,7 @@ def plan_extract(
     for one in keep:
         choice("kind of keep", one, KINDS)
     choice("dtype", dtype, get_args(FACTORS))
-    every = {TUNED: ModelFiles(resolve_model(str(tuned))), BASE: ModelFiles(resolve_model(str(base)))}
+    every = {TUNED: ModelFiles(tuned), BASE: ModelFiles(base)}
     check_kinds(every)
     aligned = align(every, [TUNED])
     check_configs(every, aligned)

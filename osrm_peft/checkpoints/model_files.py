@@ -25,6 +25,7 @@ from osrm_peft.hub.sources import local_folder, pinned
 from osrm_peft.io.json import read_object
 from osrm_peft.io.manifest import MANIFEST, read_manifest
 from osrm_peft.io.tensors import DTYPES
+from osrm_peft.models.packaged import MODEL, packaged_model
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 # files of a model besides weights and configuration
@@ -74,7 +75,7 @@ class ModelFiles:
         dequantise: take 4-bit weights of bitsandbytes, too, as what they stand for.
 
     Attributes:
-        source: folder or Hub id; a Hub id with the commit that was read.
+        source: folder, Hub id or `"packaged"`; a Hub id with the commit that was read.
         folder: the folder on this machine.
         config: its config.json.
         tensors: {name: Entry} of all its tensors.
@@ -87,8 +88,12 @@ class ModelFiles:
 
     def __init__(self, source: str | Path, dequantise: bool = False) -> None:
         self.source = str(source)
-        self.folder = local_folder(str(source), ["*.safetensors", INDEX, MANIFEST, *BESIDE], "model folder")
-        self.source = pinned(self.source, self.folder)
+        self.folder = local_folder(
+            str(packaged_model()) if self.source == MODEL else self.source,
+            ["*.safetensors", INDEX, MANIFEST, *BESIDE],
+            "model folder",
+        )
+        self.source = MODEL if self.source == MODEL else pinned(self.source, self.folder)
         if not (self.folder / "config.json").is_file():
             raise FileNotFoundError(f"{source} holds no config.json: {self._instead()}")
         self.config: dict[str, Any] = read_object(self.folder / "config.json")

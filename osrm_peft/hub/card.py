@@ -112,6 +112,7 @@ def model_card(manifest: Mapping[str, Any]) -> ModelCard:
 def _model_card(manifest: Mapping[str, Any]) -> ModelCard:
     about, base = public(dict(manifest)), public_name(manifest.get("base_model"))
     inputs, task_type = list(about.get("inputs") or {}), about.get("task_type")
+    merged = about.get("kind") != "adapter"  # an extracted adapter has inputs, too
     auto = _PIPELINES.get(str(task_type), ("", "AutoModel"))[1]
     labels = f", num_labels={int(about['num_labels'])}" if about.get("num_labels") and task_type == "SEQ_CLS" else ""
     label_names = label_names_in(about)
@@ -141,7 +142,7 @@ def _model_card(manifest: Mapping[str, Any]) -> ModelCard:
         repo=repr(repo),
         base_name=repr(base or name),
         load_base=f"from transformers import {auto}\n\nbase = {auto}.from_pretrained({name!r}{labels})\n",
-        head=f", task={inputs[0]!r}" if inputs and task_type == "SEQ_CLS" else "",
+        head=f", task={inputs[0]!r}" if inputs and merged and task_type == "SEQ_CLS" else "",
         first_task=repr(inputs[0]) if inputs else "task",
         features="\n".join(f"TaskFeatures.load({f'{repo}:{file}'!r})" for file in files),
         facts=list(_facts(about)),

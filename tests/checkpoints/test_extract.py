@@ -16,7 +16,7 @@ from osrm_peft.checkpoints import extract
 from osrm_peft.checkpoints import resumable as engine
 from osrm_peft.io.manifest import read_manifest
 from osrm_peft.merging.methods.svt import leading
-from tests.helpers.checkpoints import hashes, same, tensors_of
+from tests.helpers.checkpoints import edit, hashes, same, tensors_of
 from tests.zoo.adapters import adapted, write
 from tests.zoo.models import ZOO, noisy, outputs
 
@@ -233,13 +233,15 @@ def test_a_fine_tune_merges_with_an_adapter(tmp_path):
 # ranks, dtypes, manifest
 
 
-def test_serving_is_the_least_rank_that_servers_have_room_for(tmp_path):
-    write(adapted("llama", r=5, target_modules=["q_proj", "v_proj"]), tmp_path / "adapter")
+@pytest.mark.parametrize(("rank", "written"), [(5, 8), (9, 16)])
+def test_serving_is_the_least_rank_of_servers_that_keeps_all_but_rounding(tmp_path, rank, written):
+    write(adapted("llama", r=rank, target_modules=["q_proj", "o_proj"]), tmp_path / "adapter")
     base = base_of("llama", tmp_path / "base")
-    baked = bake_adapter(base, tmp_path / "adapter", tmp_path / "baked", dtype="float64")
+    baked = bake_adapter(base, tmp_path / "adapter", tmp_path / "baked")
     found = extract_adapter(base, baked, tmp_path / "out", rank="serving")
-    assert found.rank == load_adapter(tmp_path / "out").rank in (8, 16)
-    assert next(iter(found.serving)) == 8 and found.serving[8] > 1 - 1e-9
+    assert found.rank == load_adapter(tmp_path / "out").rank == written
+    assert list(found.serving) == [one for one in (8, 16) if one <= written]
+    assert found.serving[written] > 1 - 1e-6 and min(found.energy_kept.values()) > 1 - 1e-6
 
 
 def test_factors_have_the_dtype_asked_for_and_the_rest_its_own(tmp_path):
@@ -253,13 +255,14 @@ def test_factors_have_the_dtype_asked_for_and_the_rest_its_own(tmp_path):
 def test_the_manifest_says_how_it_was_made(tmp_path):
     base = base_of("bert", tmp_path / "base")
     tuned("bert", tmp_path / "tuned")
+    edit(tmp_path / "tuned", id2label={"0": "no", "1": "yes", "2": "perhaps"})
     found = extract_adapter(base, tmp_path / "tuned", tmp_path / "out", rank=4)
     made = read_manifest(tmp_path / "out")
     assert (made["kind"], made["method"], made["rank"], made["written_rank"]) == ("adapter", "extract", 4, 4)
     assert made["energy_kept"] == found.energy_kept and made["base_model"] == str(base)
     assert {name: one["source"] for name, one in made["inputs"].items()} == {
         "tuned": str(tmp_path / "tuned"), "base": str(base)}  # fmt: skip
-    assert made["label_names"] == ["LABEL_0", "LABEL_1", "LABEL_2"] and made["versions"]["torch"]
+    assert made["label_names"] == ["no", "yes", "perhaps"] and made["versions"]["torch"]
     assert {one.name for one in (tmp_path / "out").iterdir()} == {
         "adapter_config.json", "adapter_model.safetensors", "osrm_peft.json", "README.md"}  # fmt: skip
     assert "# LoRA adapter from a fine-tuned model" in (tmp_path / "out" / "README.md").read_text()
