@@ -2,6 +2,9 @@
 
 from .adapters.load import load_adapter as load_adapter
 from .adapters.lora_adapter import LoraAdapter as LoraAdapter
+from .checkpoints.bake import bake_adapter as bake_adapter
+from .checkpoints.extract import Extraction as Extraction
+from .checkpoints.extract import extract_adapter as extract_adapter
 from .checkpoints.merge import load_merged_checkpoint as load_merged_checkpoint
 from .checkpoints.merge import merge_checkpoints as merge_checkpoints
 from .evaluation.evaluate import evaluate_task as evaluate_task

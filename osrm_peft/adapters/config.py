@@ -13,7 +13,8 @@ from osrm_peft.checks import number
 logger = logging.getLogger(__name__)
 
 CONFIG = "adapter_config.json"
-BAKE = "bake it into full weights with PEFT's merge_and_unload and merge the checkpoints"
+BAKE = "bake it into full weights (osrm-peft bake) and merge the checkpoints"
+BAKE_BY_PEFT = "bake it into full weights with PEFT's merge_and_unload and merge the checkpoints"
 
 # LoraConfig fields under which an adapter is not just s·B·A: {field: what to do}
 NOT_PLAIN = {
@@ -26,16 +27,17 @@ NOT_PLAIN = {
     "use_qalora": f"QALoRA pools its inputs: {BAKE}",
     "use_bdlora": f"block-diagonal LoRA: {BAKE}",
     "arrow_config": "Arrow routes between adapters: merge the single adapters",
-    "kasa_config": f"KaSA changed the base weights: {BAKE}",
-    "monteclora_config": f"MonteCLoRA draws its weights: {BAKE}",
+    "kasa_config": f"KaSA changed the base weights: {BAKE_BY_PEFT}",
+    "monteclora_config": f"MonteCLoRA draws its weights: {BAKE_BY_PEFT}",
 }
 _INITIAL = (
-    f"save it as a plain adapter with PEFT's save_pretrained(…, path_initial_model_for_weight_conversion=…), or {BAKE}"
+    "save it as a plain adapter with PEFT's save_pretrained(…, path_initial_model_for_weight_conversion=…), or "
+    + BAKE_BY_PEFT
 )
 # initialisations that changed the base model's weights: {beginning of the name: what to do}
 BASE_CHANGING_INITS = {
     "pissa": _INITIAL, "olora": _INITIAL, "corda": _INITIAL, "lora_ga": _INITIAL,
-    "loftq": f"load it on its own quantised base and {BAKE}",
+    "loftq": f"load it on its own quantised base and {BAKE_BY_PEFT}",
 }  # fmt: skip
 
 _NUMBER, _TEXT, _FLAG, _MAPPING, _NAMES = (

@@ -12,7 +12,7 @@ from peft import PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from osrm_peft.adapters.config import BAKE, CONFIG, checked_config, scale_of
+from osrm_peft.adapters.config import BAKE, BAKE_BY_PEFT, CONFIG, checked_config, scale_of
 from osrm_peft.adapters.factors import Factors, FactorsOnDemand, TensorsOnDemand
 from osrm_peft.adapters.foreign import check_folder, describe_file, foreign_config
 from osrm_peft.adapters.keys import (
@@ -66,7 +66,7 @@ def load_adapter(
     folder = local_folder(str(source), [CONFIG, WEIGHTS, f"{HEADS}/*.safetensors", "*.json"])
     check_folder(folder, str(source))
     head = _head_file(folder, str(source), task, require_single_task)
-    config = _config_in(folder)
+    config = config_in(folder)
     foreign = foreign_config(config, folder)
     if foreign is not None:
         raise ValueError(f"{source} cannot be read: {foreign}")
@@ -107,7 +107,7 @@ def _head_file(folder: Path, source: str, task: str | None, require_single_task:
     return file
 
 
-def _config_in(folder: Path) -> Any:
+def config_in(folder: Path) -> Any:
     """The content of `adapter_config.json`."""
     try:
         return json.loads((folder / CONFIG).read_text(encoding="utf-8"))
@@ -273,7 +273,7 @@ def _sorted_out(
     if unknown or broken or strange:
         raise ValueError(
             f"{source} is not plain LoRA; not understood: {', '.join(sorted(unknown + broken + strange)[:6])}"
-            f": merge plain LoRA adapters, or {BAKE}"
+            f": merge plain LoRA adapters, or {BAKE_BY_PEFT}"
         )
     if not halves:
         held = f" (it holds {', '.join(sorted(known)[:3])})" if known else ""

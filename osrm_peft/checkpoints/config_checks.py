@@ -1,9 +1,11 @@
 """Whether a model's config.json and the dtypes of its weights allow a merge, and why not."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 _DEEPEST, _LARGEST = 32, 2**63
 _MOST = 2**14  # layers, heads or experts (rows of a tensor in Doge) that a file with fewer tensors may have
@@ -23,6 +25,35 @@ _PACKED = {
 _ANEW = (
     "merge the weights before quantisation (the folder or Hub id that this one was made from), and quantise the result"
 )
+
+
+FOUR_BIT = ".quant_state.bitsandbytes__"  # in the name of the tensor that says how a 4-bit weight is packed
+
+
+def is_four_bit(config: Mapping[str, Any]) -> bool:
+    """Whether a config.json says that bitsandbytes packed the weights into 4 bits."""
+    settings = config.get("quantization_config")
+    return (
+        isinstance(settings, dict)
+        and settings.get("quant_method") == "bitsandbytes"
+        and bool(settings.get("load_in_4bit", settings.get("_load_in_4bit")))
+    )
+
+
+def four_bit_reader(path: Path) -> Callable[[Tensor, dict[str, Tensor]], Tensor]:
+    """A function from 4-bit codes, and what is stored beside them, to the weight: bitsandbytes' own.
+
+    Raises:
+        ValueError: bitsandbytes is not installed.
+    """
+    try:
+        from bitsandbytes.functional import QuantState, dequantize_4bit
+    except ImportError as error:
+        raise ValueError(
+            f"{path}: quantization_config says bitsandbytes, 4 bits: bitsandbytes unpacks them (pip install "
+            "bitsandbytes), or give the model before quantisation, the folder or Hub id that this one was made from"
+        ) from error
+    return lambda codes, parts: dequantize_4bit(codes, QuantState.from_dict(parts, device=codes.device))
 
 
 def check_config(path: Path, config: Mapping[str, Any], tensors: int) -> None:

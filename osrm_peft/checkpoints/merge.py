@@ -1,28 +1,25 @@
 """merge_checkpoints: merges from disk to disk, tensor by tensor; an interrupted merge can go on."""
 
-import os
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
 from safetensors.torch import load_file
-from tqdm.auto import tqdm
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from osrm_peft.checkpoints.blocks import Blocks
-from osrm_peft.checkpoints.model_files import crc32_of
-from osrm_peft.checkpoints.plan import STATE, CheckpointPlan, Vocab, plan_checkpoints
+from osrm_peft.checkpoints.plan import CheckpointPlan, Vocab, plan_checkpoints
+from osrm_peft.checkpoints.resumable import carry_out
 from osrm_peft.checkpoints.shapes import OutputDtype
 from osrm_peft.checkpoints.skeleton import built_config
-from osrm_peft.checkpoints.writing import write_heads, write_rest, write_shard
+from osrm_peft.checkpoints.writing import write_heads, write_rest
 from osrm_peft.checks import printable
 from osrm_peft.hub.card import write_manifest
 from osrm_peft.hub.sources import local_folder
-from osrm_peft.io.json import parse_json, read_object, write_json
-from osrm_peft.io.manifest import MANIFEST, check_replaceable
-from osrm_peft.io.places import FULL, alone_in, check_space, put_in_place
+from osrm_peft.io.json import parse_json
+from osrm_peft.io.manifest import check_replaceable
 from osrm_peft.merging.weights import Weights
 
 
@@ -96,72 +93,23 @@ def execute(
     progress: bool = False,
 ) -> Path:
     """Merge as planned, into a folder beside `out` that is renamed to it at the end."""
-    check_replaceable(out, "checkpoint", plan.manifest(), overwrite)
-    partial = out.with_name(f".{out.name}.merging")
-    if not partial.exists():  # else a part of the result may be written already
-        check_space(out, len(plan.folders) * plan.size_of(list(plan.shapes)))
-    with alone_in(partial):
-        state = _state(partial, plan, resume, overwrite)
-        return _execute(plan, out, partial, state, overwrite, verify, progress)
+    return carry_out(
+        plan, lambda: Blocks(plan), partial(_finish, plan), out,
+        resume=resume, overwrite=overwrite, verify=verify, progress=progress,
+    )  # fmt: skip
 
 
-def _execute(
-    plan: CheckpointPlan,
-    out: Path,
-    partial: Path,
-    state: dict[str, Any],
-    overwrite: bool,
-    verify: bool,
-    progress: bool,
-) -> Path:
-    folders = plan.folders
-    missing = [name for file, names in plan.shards if file not in state["crc32"] for name in names]
-    _clear(partial, {partial / STATE, *(partial / folder / file for file in state["crc32"] for folder in folders)})
-    check_space(out, len(folders) * plan.size_of(missing))
-    write_json(partial / STATE, state)
-    with ExitStack() as stack:
-        for files in [*plan.models.values(), *([plan.base] if plan.base else [])]:
-            stack.callback(files.close)
-            if verify:
-                files.verify()
-        merge = Blocks(plan)
-        stack.callback(merge.close)
-        merge.summarise(state["summary"])
-        if merge.summary is not None:
-            state["summary"] = merge.summary
-            write_json(partial / STATE, state)
-        total = plan.size_of([name for _, names in plan.shards for name in names])
-        with tqdm(
-            total=total, desc=f"merge {plan.method.name}", unit="B", unit_scale=True, disable=not progress
-        ) as bar:
-            for file, names in plan.shards:
-                if file not in state["crc32"]:
-                    paths = [partial / folder / file for folder in folders]
-                    try:
-                        state["crc32"][file] = write_shard(merge, paths, names, bar)
-                    except OSError as error:
-                        if error.errno not in FULL:
-                            raise
-                        reason = f"{os.strerror(error.errno)}: {paths[0]} could not be written"
-                        raise OSError(error.errno, f"{reason}; make room, and go on with resume (--resume)") from error
-                    write_json(partial / STATE, state)
-                else:
-                    bar.update(plan.size_of(names))
-        plan.check_unchanged()
-        for number, folder in enumerate(folders):
-            write_rest(plan, partial / folder, {file: sums[number] for file, sums in state["crc32"].items()})
-        if plan.heads:
-            write_heads(plan, partial / "heads")
-    checksums = {file: sums[0] for file, sums in state["crc32"].items()} if folders == [""] else {}
-    written = {path.relative_to(partial).as_posix() for path in partial.rglob("*") if path.is_file()} - {STATE}
-    written |= {MANIFEST, "README.md"}
-    made = plan.manifest()
-    write_manifest(partial, made | {"crc32": checksums, "files": sorted(written)})
-    check_replaceable(out, "checkpoint", made, overwrite)  # the place may have changed meanwhile
-    (partial / STATE).unlink()
-    with alone_in(out) if out.is_dir() else nullcontext():  # the earlier result, until it is removed
-        put_in_place(partial, out)
-    return out
+def _finish(plan: CheckpointPlan, folder: Path, sums: Mapping[str, list[str]]) -> dict[str, Any]:
+    """Write what lies beside the weights; further fields of the manifest."""
+    beside = {name: files.folder for name, files in plan.inputs.items()}
+    for number, name in enumerate(plan.folders):
+        write_rest(plan, folder / name, plan.text, beside, plan.config)
+        if plan.method.per_task:
+            own = {file: each[number] for file, each in sums.items()}
+            write_manifest(folder / name, plan.manifest() | {"model": name.rstrip("/"), "crc32": own})
+    if plan.heads:
+        write_heads(plan, folder / "heads")
+    return {"crc32": {file: each[0] for file, each in sums.items()} if plan.folders == [""] else {}}
 
 
 def load_merged_checkpoint(
@@ -192,48 +140,3 @@ def load_merged_checkpoint(
     if left:
         raise ValueError(f"{file} holds {left[0]!r}, which {type(model).__name__} has not: give another auto_class")
     return model.eval()
-
-
-def _state(partial: Path, plan: CheckpointPlan, resume: bool, overwrite: bool) -> dict[str, Any]:
-    """The state of an interrupted merge, without files that are damaged, to go on with; or a new state."""
-    state: dict[str, Any] = {"fingerprint": plan.fingerprint(), "summary": None, "crc32": {}}
-    if not (partial / STATE).is_file() or (overwrite and not resume):
-        return state
-    try:
-        earlier = read_object(partial / STATE)
-        done = {file: sums for file, sums in earlier["crc32"].items() if _sound(partial, file, plan.folders, sums)}
-        same = earlier.get("fingerprint") == state["fingerprint"]
-    except (KeyError, AttributeError, TypeError, ValueError) as error:
-        if not resume:
-            return state  # nothing that could be gone on with
-        raise ValueError(f"{partial / STATE} is damaged ({error}): begin anew, without resume") from error
-    if resume and not same:
-        raise ValueError(
-            f"{partial} is of another merge (other inputs or options): begin anew with overwrite=True (--overwrite), "
-            "without resume"
-        )
-    finished = done if same else earlier["crc32"]
-    if finished and not resume:
-        what = "this merge" if same else "another merge"
-        way = "go on with resume=True (--resume), or begin anew" if same else "begin anew"
-        raise FileExistsError(
-            f"{partial} holds {len(finished)} finished weight files of {what}, which was interrupted: {way} with "
-            "overwrite=True (--overwrite)"
-        )
-    return state | {"summary": earlier.get("summary"), "crc32": done} if resume else state
-
-
-def _sound(partial: Path, file: str, folders: list[str], sums: list[str]) -> bool:
-    """Whether each folder has this weight file as it was written."""
-    paths = [partial / folder / file for folder in folders]
-    return all(path.is_file() and crc32_of(path) == one for path, one in zip(paths, sums, strict=True))
-
-
-def _clear(partial: Path, kept: set[Path]) -> None:
-    """Remove all but these files from the folder: what a killed process had half written."""
-    for path in sorted(partial.rglob("*"), reverse=True):  # a folder comes after its content
-        if path.is_dir():
-            if not any(path.iterdir()):
-                path.rmdir()
-        elif path not in kept:
-            path.unlink()

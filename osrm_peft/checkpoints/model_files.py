@@ -11,11 +11,21 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from osrm_peft.checkpoints.config_checks import check_config, check_not_packed, check_not_quantised, refusal, shown
+from osrm_peft.checkpoints.config_checks import (
+    FOUR_BIT,
+    check_config,
+    check_not_packed,
+    check_not_quantised,
+    four_bit_reader,
+    is_four_bit,
+    refusal,
+    shown,
+)
 from osrm_peft.hub.sources import local_folder, pinned
 from osrm_peft.io.json import read_object
 from osrm_peft.io.manifest import MANIFEST, read_manifest
 from osrm_peft.io.tensors import DTYPES
+from osrm_peft.models.packaged import MODEL, packaged_model
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 # files of a model besides weights and configuration
@@ -61,8 +71,11 @@ class Entry:
 class ModelFiles:
     """A model's folder.
 
+    Args:
+        dequantise: take 4-bit weights of bitsandbytes, too, as what they stand for.
+
     Attributes:
-        source: folder or Hub id; a Hub id with the commit that was read.
+        source: folder, Hub id or `"packaged"`; a Hub id with the commit that was read.
         folder: the folder on this machine.
         config: its config.json.
         tensors: {name: Entry} of all its tensors.
@@ -73,15 +86,25 @@ class ModelFiles:
         ValueError: pickled or quantised weights; a file is damaged; or a field of config.json is of the wrong type.
     """
 
-    def __init__(self, source: str | Path) -> None:
+    def __init__(self, source: str | Path, dequantise: bool = False) -> None:
         self.source = str(source)
-        self.folder = local_folder(str(source), ["*.safetensors", INDEX, MANIFEST, *BESIDE], "model folder")
-        self.source = pinned(self.source, self.folder)
+        self.folder = local_folder(
+            str(packaged_model()) if self.source == MODEL else self.source,
+            ["*.safetensors", INDEX, MANIFEST, *BESIDE],
+            "model folder",
+        )
+        self.source = MODEL if self.source == MODEL else pinned(self.source, self.folder)
         if not (self.folder / "config.json").is_file():
             raise FileNotFoundError(f"{source} holds no config.json: {self._instead()}")
         self.config: dict[str, Any] = read_object(self.folder / "config.json")
+        packed = dequantise and is_four_bit(self.config)
+        if packed:
+            four_bit_reader(self.folder / "config.json")
+            self.config.pop("quantization_config")
         check_not_quantised(self.folder / "config.json", self.config)
         self.tensors: dict[str, Entry] = {}
+        self._packed: dict[Entry, dict[str, Entry]] = {}
+        self._last: tuple[Entry, Tensor] | None = None
         self._open: dict[tuple[int, Path], BinaryIO] = {}
         weight_map = self._weight_map()
         for file in dict.fromkeys(weight_map.values()) if weight_map else [WEIGHTS]:
@@ -92,8 +115,36 @@ class ModelFiles:
                 raise ValueError(f"{self.folder / file} and {INDEX} disagree about {wrong!r}: download the model again")
             self.tensors |= entries
         self.paths: list[Path] = list(dict.fromkeys(entry.path for entry in self.tensors.values()))
+        if packed:
+            self._unpack()
         check_config(self.folder / "config.json", self.config, len(self.tensors))
         check_not_packed(self.paths[0] if self.paths else self.folder, self.tensors)
+
+    def _unpack(self) -> None:
+        """Put one tensor in the place of the parts of each 4-bit weight; it is made when it is read."""
+        marks = [name for name in self.tensors if FOUR_BIT in name]
+        for mark in marks:
+            weight = mark.partition(FOUR_BIT)[0]
+            inside = [name for name in self.tensors if name.startswith(f"{weight}.")]
+            parts = {name.removeprefix(f"{weight}."): self.tensors[name] for name in inside}
+            try:
+                state = json.loads(bytes(self.read(mark).flatten().tolist()))
+                codes = self.tensors[weight]
+                entry = Entry(codes.path, codes.start, tuple(state["shape"]), getattr(torch, state["dtype"]))
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise ValueError(f"{self.tensors[mark].path} is damaged: {mark!r} ({error})") from error
+            self._packed[entry] = {"": codes, **parts}
+            self.tensors = {name: one for name, one in self.tensors.items() if name not in inside} | {weight: entry}
+
+    def _dequantised(self, entry: Entry) -> Tensor:
+        """(rows, width) of a 4-bit weight, kept until another is asked for."""
+        if self._last is None or self._last[0] != entry:
+            packed = self._packed[entry].items()
+            parts = {name: self._bytes(name, one, 0, one.rows).view(one.shape) for name, one in packed}
+            codes = parts.pop("")
+            whole = four_bit_reader(self.folder / "config.json")(codes, parts)
+            self._last = entry, whole.to(entry.dtype).reshape(entry.rows, entry.width)
+        return self._last[1]
 
     def _instead(self) -> str:
         """What to give instead of a folder without config.json, for the error."""
@@ -142,6 +193,12 @@ class ModelFiles:
         """
         entry = self.tensors[name]
         stop = entry.rows if stop is None else min(stop, entry.rows)
+        if entry in self._packed:
+            block = self._dequantised(entry)[start:stop]
+            return block.clone() if out is None else out.copy_(block)
+        return self._bytes(name, entry, start, stop, out)
+
+    def _bytes(self, name: str, entry: Entry, start: int, stop: int, out: Tensor | None = None) -> Tensor:
         out = torch.empty(stop - start, entry.width, dtype=entry.dtype) if out is None else out
         key = threading.get_ident(), entry.path  # each thread has its own place in a file
         if key not in self._open:

@@ -1,7 +1,5 @@
 """CheckpointPlan: a merge of checkpoints with every choice made and checked, before the first byte is written."""
 
-import hashlib
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +15,7 @@ from osrm_peft.checkpoints.names import Names, align
 from osrm_peft.checkpoints.settings import vocabulary_size, with_ids, with_rows
 from osrm_peft.checkpoints.shapes import BASE, OUTPUT_DTYPES, is_matrix, result_dtypes, result_shapes
 from osrm_peft.checkpoints.text import Text, choose_text
+from osrm_peft.checkpoints.work import STATE, Work, shards_of
 from osrm_peft.checks import choice, integer, number, size_in_bytes
 from osrm_peft.io.manifest import MANIFEST, command, versions
 from osrm_peft.merging import advice
@@ -27,7 +26,6 @@ from osrm_peft.merging.weights import Weights, weights_by_layer, weights_by_task
 logger = logging.getLogger(__name__)
 
 Vocab = Literal["error", "intersect"]
-STATE = "merge_state.json"  # in the folder of an unfinished merge
 _RESERVED = ("heads", "README.md", MANIFEST, STATE)
 CHECKPOINT_METHODS = tuple(
     sorted(name for name, one in METHODS.items() if one.needs is None and "weight" in one.spaces)
@@ -42,7 +40,7 @@ _FREE = ("_name_or_path", "architectures", "dtype", "torch_dtype", "id2label", "
 
 
 @dataclass(frozen=True)
-class CheckpointPlan:
+class CheckpointPlan(Work):
     """What `merge_checkpoints` will do.
 
     Attributes:
@@ -74,9 +72,15 @@ class CheckpointPlan:
     text: Text
     settings: dict[str, Any] = field(default_factory=dict)
 
-    def size_of(self, names: Sequence[str]) -> int:
-        """Bytes of these tensors of the result."""
-        return sum(torch.Size(self.shapes[name]).numel() * self.dtypes[name].itemsize for name in names)
+    @property
+    def inputs(self) -> dict[str, ModelFiles]:
+        """The models and their base."""
+        return self.models | ({} if self.base is None else {BASE: self.base})
+
+    @property
+    def verb(self) -> str:
+        """What is done, for the progress bar."""
+        return f"merge {self.method.name}"
 
     @property
     def folders(self) -> list[str]:
@@ -89,13 +93,8 @@ class CheckpointPlan:
         floats = (name for name in self.shapes if self.dtypes[name].is_floating_point)
         return [name for name in floats if not is_matrix(self.shapes[name])] if self.method.spectral else []
 
-    def named(self, name: str) -> ModelFiles:
-        """The files of an input."""
-        return self.base if name == BASE and self.base is not None else self.models[name]
-
     def manifest(self) -> dict[str, Any]:
         """The manifest of the result's folder."""
-        every = self.models | ({} if self.base is None else {BASE: self.base})
         return {
             "kind": "checkpoint",
             "method": self.method.name,
@@ -103,24 +102,13 @@ class CheckpointPlan:
             "options": self.options,
             "scale": self.scale,
             "seed": self.seed,
-            "inputs": {name: {"source": one.source, "files": one.identity()} for name, one in every.items()},
+            "inputs": {name: {"source": one.source, "files": one.identity()} for name, one in self.inputs.items()},
             "text": self.text.manifest(),
             **({"averaged": self.averaged} if self.method.spectral else {}),
             **self.settings,
             "command": command(),
             "versions": versions(),
         }
-
-    def fingerprint(self) -> str:
-        """A hash of everything that decides the result."""
-        fields = {name: value for name, value in self.manifest().items() if name not in ("command", "versions")}
-        return hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode()).hexdigest()[:16]
-
-    def check_unchanged(self) -> None:
-        """Raise ValueError if an input was changed since the plan was made."""
-        for name, entry in self.manifest()["inputs"].items():
-            if entry["files"] != self.settings["read"][name]:
-                raise ValueError(f"the files of {name!r} were changed while they were merged: merge again")
 
 
 def plan_checkpoints(
@@ -160,9 +148,9 @@ def plan_checkpoints(
     opened = {name: ModelFiles(source) for name, source in models.items()}
     base_files = None if base is None else ModelFiles(base)
     every = opened | ({} if base_files is None else {BASE: base_files})
-    _check_kinds(every)
+    check_kinds(every)
     aligned = align(every, opened)
-    _check_configs(every, aligned)
+    check_configs(every, aligned)
     shapes, own = result_shapes(every, opened, heads, vocab, aligned)
     cut = any(shape != one.tensors[tensor].shape for one in every.values() for tensor, shape in shapes.items())
     text = choose_text(every, list(opened), tokenizer, vocab, cut)
@@ -179,11 +167,12 @@ def plan_checkpoints(
     _warn(plan, aligned)
     for weight in plan.weights.values():
         chosen.check_weights(weight)
-    plan.shards.extend(_shards(plan, shard_size))
+    plan.shards.extend(shards_of(plan, shard_size))
     return plan
 
 
-def _check_kinds(every: Mapping[str, ModelFiles]) -> None:
+def check_kinds(every: Mapping[str, ModelFiles]) -> None:
+    """Raise ValueError unless all inputs are of one architecture."""
     (first, one), *others = every.items()
     for name, other in others:
         _check_alike(first, one.config.get("model_type"), name, other.config.get("model_type"), "model_type")
@@ -197,7 +186,7 @@ def _check_alike(first: str, one: Any, name: str, other: Any, key: str) -> None:
         )
 
 
-def _check_configs(every: Mapping[str, ModelFiles], aligned: Names) -> None:
+def check_configs(every: Mapping[str, ModelFiles], aligned: Names) -> None:
     """Raise ValueError unless all inputs tie the same weights; warn of other fields that differ."""
     (first, one), *others = every.items()
     for name, other in others:
@@ -229,15 +218,3 @@ def _warn(plan: CheckpointPlan, aligned: Names) -> None:
 
 def _listed(names: Sequence[str]) -> str:
     return ", ".join(map(shown, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
-def _shards(plan: CheckpointPlan, most: int) -> list[tuple[str, list[str]]]:
-    """[(file name, its tensors)]: the tensors in their order, as many as fit into each file."""
-    groups: list[list[str]] = [[]]
-    for tensor in plan.shapes:
-        if groups[-1] and plan.size_of([*groups[-1], tensor]) > most:
-            groups.append([])
-        groups[-1].append(tensor)
-    if len(groups) == 1:
-        return [("model.safetensors", groups[0])]
-    return [(f"model-{index:05d}-of-{len(groups):05d}.safetensors", group) for index, group in enumerate(groups, 1)]

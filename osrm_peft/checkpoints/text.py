@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from transformers import AutoTokenizer
 
 from osrm_peft.checkpoints.config_checks import shown
-from osrm_peft.checkpoints.model_files import GENERATION, PROCESSORS, TOKENIZERS, ModelFiles
+from osrm_peft.checkpoints.model_files import GENERATION, PROCESSORS, TOKENIZERS
 from osrm_peft.checkpoints.settings import (
     chosen_ids,
     differing,
@@ -29,6 +29,22 @@ logger = logging.getLogger(__name__)
 _VOCABULARIES = ("tokenizer.json", "vocab*", "*.model", "spiece*", "merges.txt")  # a tokenizer has one of them
 _MOST = 2**24  # tokens
 KINDS = {"tokenizer": TOKENIZERS, "generation": GENERATION, "processor": PROCESSORS}  # {kind: its files}
+
+
+class Beside(Protocol):
+    """An input, as far as its tokenizer and settings go (`ModelFiles`)."""
+
+    @property
+    def source(self) -> str:
+        """Folder or Hub id."""
+
+    @property
+    def folder(self) -> Path:
+        """The folder on this machine."""
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Its config.json."""
 
 
 @dataclass(frozen=True)
@@ -64,9 +80,7 @@ class Text:
         return {"asked": self.asked, **self.sources, "tokens_compared": self.compared, "no_tokenizer": self.without}
 
 
-def choose_text(
-    every: Mapping[str, ModelFiles], models: Sequence[str], asked: str | None, vocab: str, cut: bool
-) -> Text:
+def choose_text(every: Mapping[str, Beside], models: Sequence[str], asked: str | None, vocab: str, cut: bool) -> Text:
     """Compare tokens and settings of all inputs, and choose those of the result.
 
     Models must number their tokens alike; a base model may have more or fewer tokens. The settings are those of the
@@ -134,7 +148,7 @@ def _mark(folder: Path) -> str:
     ).hexdigest()
 
 
-def _tokenizers(every: Mapping[str, ModelFiles], marks: Mapping[str, str]) -> dict[str, Any]:
+def _tokenizers(every: Mapping[str, Beside], marks: Mapping[str, str]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, mark in marks.items():
         if mark not in found:
@@ -164,7 +178,7 @@ def _check_numbers(folder: Path) -> None:
 
 
 def _check_tokens(
-    tokens: Mapping[str, dict[str, int]], every: Mapping[str, ModelFiles], models: Sequence[str], rows: str | None
+    tokens: Mapping[str, dict[str, int]], every: Mapping[str, Beside], models: Sequence[str], rows: str | None
 ) -> None:
     """Raise ValueError for the first token whose number differs, or that only one of two models has."""
     if rows is not None and tokens:
@@ -196,7 +210,7 @@ def _check_tokens(
 
 
 def _sources(
-    every: Mapping[str, ModelFiles], models: Sequence[str], asked: str | None, have: Sequence[str]
+    every: Mapping[str, Beside], models: Sequence[str], asked: str | None, have: Sequence[str]
 ) -> dict[str, str]:
     """{kind of files: its input}; refuses generation and processor settings that differ between models."""
     sources = {}

@@ -4,35 +4,35 @@ import json
 import os
 import shutil
 import zlib
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
-from osrm_peft.checkpoints.blocks import Blocks
 from osrm_peft.checkpoints.model_files import INDEX
 from osrm_peft.checkpoints.plan import CheckpointPlan
 from osrm_peft.checkpoints.settings import files_of, vocabulary_size, with_rows
-from osrm_peft.checkpoints.text import KINDS
-from osrm_peft.hub.card import write_manifest
+from osrm_peft.checkpoints.text import KINDS, Text
+from osrm_peft.checkpoints.work import Maker, Work
 from osrm_peft.io.json import write_json
 from osrm_peft.io.places import FULL, new_file
 from osrm_peft.io.tensors import file_head
 
 
-def write_shard(merge: Blocks, paths: list[Path], names: list[str], bar: tqdm) -> list[str]:
+def write_shard(work: Work, maker: Maker, paths: list[Path], names: list[str], bar: tqdm) -> list[str]:
     """Write one weight file in each folder, complete or absent; returns their checksums."""
-    plan = merge.plan
-    text = file_head({name: plan.shapes[name] for name in names}, plan.dtypes, {"format": "pt"})
+    text = file_head({name: work.shapes[name] for name in names}, work.dtypes, {"format": "pt"})
     sums = [zlib.crc32(text)] * len(paths)
     with ExitStack() as stack:
         files = [stack.enter_context(stack.enter_context(new_file(path)).open("wb")) for path in paths]
         for file in files:
             file.write(text)
         for name in names:
-            for blocks in merge.blocks(name):
+            for blocks in maker.blocks(name):
                 for place, (file, block) in enumerate(zip(files, blocks, strict=False)):
                     data = block.contiguous().view(-1).view(torch.uint8).numpy().data
                     sums[place] = zlib.crc32(data, sums[place])
@@ -41,26 +41,29 @@ def write_shard(merge: Blocks, paths: list[Path], names: list[str], bar: tqdm) -
     return [f"{one:08x}" for one in sums]
 
 
-def write_rest(plan: CheckpointPlan, folder: Path, sums: dict[str, str]) -> None:
-    """Write configuration, tokenizer and index beside the weights."""
+def write_rest(work: Work, folder: Path, text: Text, beside: Mapping[str, Path], config: Mapping[str, Any]) -> None:
+    """Write configuration, tokenizer and index beside the weights.
+
+    Args:
+        beside: {input: its folder}, for the files that `text` takes from them.
+        config: the content of config.json, without the dtype of the weights.
+    """
     for kind, patterns in KINDS.items():
-        if kind in plan.text.sources:
-            beside = plan.named(plan.text.sources[kind]).folder
-            for path in files_of(beside, patterns):
-                place = folder / path.relative_to(beside)
+        if kind in text.sources:
+            source = beside[text.sources[kind]]
+            for path in files_of(source, patterns):
+                place = folder / path.relative_to(source)
                 place.parent.mkdir(exist_ok=True)
                 shutil.copyfile(path, place)
-    kinds = {dtype for dtype in plan.dtypes.values() if dtype.is_floating_point}
-    config = {name: value for name, value in plan.config.items() if name not in ("dtype", "torch_dtype")}
+    kinds = {dtype for dtype in work.dtypes.values() if dtype.is_floating_point}
+    config = {name: value for name, value in config.items() if name not in ("dtype", "torch_dtype")}
     if len(kinds) == 1:
         config["dtype"] = str(next(iter(kinds))).removeprefix("torch.")
     write_json(folder / "config.json", config)
-    if len(plan.shards) > 1:
-        weight_map = {name: file for file, names in plan.shards for name in names}
-        total = plan.size_of(list(plan.shapes))
+    if len(work.shards) > 1:
+        weight_map = {name: file for file, names in work.shards for name in names}
+        total = work.size_of(list(work.shapes))
         write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-    if plan.method.per_task:
-        write_manifest(folder, plan.manifest() | {"model": folder.name, "crc32": sums})
 
 
 def write_heads(plan: CheckpointPlan, folder: Path) -> None:

@@ -25,7 +25,7 @@ from osrm_peft.cli.words import in_words
 PANELS = {
     "From data to a merge": ("init", "check", "run", "demo"),
     "Adapters": ("features", "train", "project", "inspect"),
-    "Merge": ("interference", "methods", "statistics", "merge", "merge-checkpoints", "select"),
+    "Merge": ("interference", "methods", "statistics", "merge", "merge-checkpoints", "bake", "extract", "select"),
     "Results": ("evaluate", "report", "push"),
     "This installation": ("env",),
 }

@@ -1,11 +1,11 @@
-"""The commands around full models: merge-checkpoints, inspect."""
+"""The commands around full models: merge-checkpoints, bake, extract, inspect."""
 
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
-from osrm_peft.cli.app import JsonOption, app, progress, say, show, sources, values, wrote
+from osrm_peft.cli.app import JsonOption, app, progress, quiet_libraries, say, show, sources, values, wrote
 from osrm_peft.cli.methods import FULL_MODELS, listed
 
 
@@ -68,6 +68,98 @@ def merge_checkpoints(
         raise KeyboardInterrupt("finished weight files are kept, --resume goes on with them") from None
     wrote(out, f": {size}")
     show(facts, lambda _: [])
+
+
+@app.command()
+def bake(
+    base: Annotated[str, typer.Argument(help="The base model: a folder or user/name.")],
+    adapter: Annotated[str, typer.Argument(help="The adapter, or a merge of adapters: a folder or user/name.")],
+    out: Annotated[Path, typer.Option(help="Folder of the full model.")],
+    scale: Annotated[float, typer.Option(help="λ, what multiplies the adapter.")] = 1.0,
+    task: Annotated[str | None, typer.Option("--task", "-t", help="Of a merge: whose head the model has.")] = None,
+    tokenizer: Annotated[
+        Literal["base", "adapter"] | None, typer.Option(help="Whose tokenizer. Default: the adapter's, if it has any.")
+    ] = None,
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16", "float64"] | None,
+        typer.Option(help="Of the result. Default: the base's."),
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where it was interrupted.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace another result of ours.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, say what would be written.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Write an adapter into its base model's weights, from disk to disk; no model is ever in memory as a whole."""
+    from osrm_peft.checkpoints.bake import execute
+    from osrm_peft.checkpoints.baking import plan_bake
+    from osrm_peft.cli.tables import bake_facts, bake_lines
+    from osrm_peft.io.manifest import check_replaceable
+    from osrm_peft.io.places import check_space
+
+    folder = check_replaceable(out, "checkpoint")
+    quiet_libraries()
+    plan = plan_bake(base, adapter, scale=scale, task=task, tokenizer=tokenizer, dtype=dtype)
+    check_replaceable(folder, "checkpoint", plan.manifest(), overwrite)
+    facts = bake_facts(plan, out)
+    *before, size = bake_lines(facts)
+    if dry_run:
+        check_space(folder, facts["bytes"])
+        show(facts, lambda _: [*before, f"would write {out}: {size}"])
+        return
+    for line in before:
+        say(line)
+    try:
+        execute(plan, folder, resume=resume, overwrite=overwrite, progress=progress())
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("finished weight files are kept, --resume goes on with them") from None
+    wrote(out, f": {size}")
+    show(facts, lambda _: [])
+
+
+@app.command()
+def extract(
+    base: Annotated[str, typer.Argument(help="The model before fine-tuning: a folder or user/name.")],
+    tuned: Annotated[str, typer.Argument(help="The fine-tuned model: a folder or user/name.")],
+    out: Annotated[Path, typer.Option(help="Folder of the adapter.")],
+    rank: Annotated[str, typer.Option(help="Largest rank of the adapter, or serving.")] = "16",
+    keep: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="embeddings, norms, heads, others, or none: what is kept whole where it changed; repeat it. "
+            "Default: all four."
+        ),
+    ] = None,
+    dtype: Annotated[Literal["float32", "bfloat16", "float16"], typer.Option(help="Of the factors.")] = "float32",
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where it was interrupted.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace another result of ours.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, say what would be written.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Write the difference between a fine-tuned model and its base as a LoRA adapter that stock PEFT loads."""
+    from osrm_peft.checkpoints.extract import execute
+    from osrm_peft.checkpoints.extracting import KINDS, plan_extract
+    from osrm_peft.cli.tables import extract_facts, extract_lines, extraction_facts, extraction_tables
+    from osrm_peft.io.manifest import check_replaceable
+    from osrm_peft.io.yaml import parse_yaml
+
+    folder = check_replaceable(out, "adapter")
+    quiet_libraries()
+    kinds = list(KINDS) if keep is None else [] if keep == ["none"] else keep
+    plan = plan_extract(base, tuned, rank=parse_yaml(rank), keep=kinds, dtype=dtype)
+    check_replaceable(folder, "adapter", plan.manifest(), overwrite)
+    facts = extract_facts(plan, out)
+    if dry_run:
+        show(facts, lambda _: [*extract_lines(facts), f"would write {out}"])
+        return
+    for line in extract_lines(facts):
+        say(line)
+    try:
+        found = execute(plan, folder, resume=resume, overwrite=overwrite, progress=progress())
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("finished layers are kept, --resume goes on with them") from None
+    facts |= extraction_facts(found)
+    wrote(out, f": rank {found.rank}, {100 * found.energy:.4g} % of all that changed (‖Δ‖²)")
+    show(facts, extraction_tables)
 
 
 @app.command()

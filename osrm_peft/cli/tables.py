@@ -1,5 +1,6 @@
 """What adapters and features files hold, and what a merge would do: facts for JSON, and tables of them."""
 
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,9 @@ from rich.table import Table
 
 from osrm_peft.adapters.keys import shape_of_name
 from osrm_peft.adapters.lora_adapter import LoraAdapter, shape_in
+from osrm_peft.checkpoints.baking import BakePlan
+from osrm_peft.checkpoints.extract import Extraction
+from osrm_peft.checkpoints.extracting import ExtractPlan
 from osrm_peft.checkpoints.plan import CheckpointPlan
 from osrm_peft.features.task_features import TaskFeatures
 from osrm_peft.merging.plan import MergePlan
@@ -127,6 +131,74 @@ def checkpoint_lines(facts: Mapping[str, Any]) -> list[str]:
     """Whose tokenizer and settings the result has, if any; and its size."""
     size = f"{facts['tensors']} tensors, {facts['bytes'] / 2**30:.2f} GiB in {facts['files']} files"
     return [*filter(None, [facts["settings_of"]]), size]
+
+
+def bake_facts(plan: BakePlan, out: Path) -> dict[str, Any]:
+    """An adapter that is to be baked: what it changes, and what would be written."""
+    made = plan.manifest()
+    return {name: made[name] for name in ("inputs", "scale", "task", "dtype", "by", "left_out", "untied", "text")} | {
+        "folder": str(out),
+        "changed": len(plan.changes),
+        "tensors": len(plan.shapes),
+        "bytes": plan.size_of(list(plan.shapes)),
+        "files": len(plan.shards),
+        "settings_of": plan.text.line(),
+    }
+
+
+def bake_lines(facts: Mapping[str, Any]) -> list[str]:
+    """What is changed, whose tokenizer the result has, and its size."""
+    by = " by PEFT's layers" if facts["by"] == "PEFT" else ""
+    changed = f"{facts['changed']} of {facts['tensors']} tensors are changed{by}"
+    return [changed, *checkpoint_lines(facts)]
+
+
+def extract_facts(plan: ExtractPlan, out: Path) -> dict[str, Any]:
+    """An adapter that is to be extracted: what gets LoRA, what is kept whole, and what is lost."""
+    made = plan.manifest()
+    kept = {plan.kept[name]: plan.tuned.tensors[plan.kept[name]] for name in plan.kept}
+    return {name: made[name] for name in ("inputs", "base_model", "rank", "keep", "dtype", "left_out")} | {
+        "folder": str(out),
+        "layers": len(plan.layers),
+        "kept": list(plan.kept),
+        "bytes_kept": sum(entry.entries * entry.dtype.itemsize for entry in kept.values()),
+        "lost": list(plan.lost),
+    }
+
+
+def extract_lines(facts: Mapping[str, Any]) -> list[str]:
+    """How many layers get LoRA, what is kept whole, and what is lost."""
+    lines = [f"{facts['layers']} linear layers at rank {facts['rank']}"]
+    if facts["kept"]:
+        lines.append(f"kept whole, {decimal(facts['bytes_kept'])}: {_some(facts['kept'])}")
+    if facts["lost"]:
+        lines.append(f"changed and lost: {_some(facts['lost'])}")
+    return lines
+
+
+def extraction_facts(found: Extraction) -> dict[str, Any]:
+    """What an extracted adapter holds."""
+    return {"written_rank": found.rank, "energy": found.energy, "energy_kept": found.energy_kept,
+            "lost": found.lost, "serving": found.serving}  # fmt: skip
+
+
+def extraction_tables(facts: Mapping[str, Any]) -> list[Table | str]:
+    """One line a group of like layers with the energy that their LoRA keeps, and what is lost."""
+    groups: dict[str, list[float]] = {}
+    for layer, kept in facts["energy_kept"].items():
+        groups.setdefault(shape_of_name(layer), []).append(kept)
+    result = _table("Energy kept", "layers", "number", "least", "mean")
+    for name, kept in groups.items():
+        result.add_row(escape(name), str(len(kept)), f"{min(kept):.4f}", f"{sum(kept) / len(kept):.4f}")
+    lost = [f"lost: {name}, {share:.2g} of all that changed" for name, share in facts["lost"].items()]
+    smaller = [f"rank {rank} would keep {kept:.4f} in the worst layer" for rank, kept in facts["serving"].items()]
+    return [result, *smaller, *lost]
+
+
+def _some(names: Collection[str]) -> str:
+    """Names, like ones once."""
+    groups = Counter(map(shape_of_name, names))
+    return ", ".join(f"{name}{f' ({count})' if count > 1 else ''}" for name, count in groups.items())
 
 
 REVEALS = {

@@ -112,6 +112,7 @@ def model_card(manifest: Mapping[str, Any]) -> ModelCard:
 def _model_card(manifest: Mapping[str, Any]) -> ModelCard:
     about, base = public(dict(manifest)), public_name(manifest.get("base_model"))
     inputs, task_type = list(about.get("inputs") or {}), about.get("task_type")
+    merged = about.get("kind") != "adapter"  # an extracted adapter has inputs, too
     auto = _PIPELINES.get(str(task_type), ("", "AutoModel"))[1]
     labels = f", num_labels={int(about['num_labels'])}" if about.get("num_labels") and task_type == "SEQ_CLS" else ""
     label_names = label_names_in(about)
@@ -141,7 +142,7 @@ def _model_card(manifest: Mapping[str, Any]) -> ModelCard:
         repo=repr(repo),
         base_name=repr(base or name),
         load_base=f"from transformers import {auto}\n\nbase = {auto}.from_pretrained({name!r}{labels})\n",
-        head=f", task={inputs[0]!r}" if inputs and task_type == "SEQ_CLS" else "",
+        head=f", task={inputs[0]!r}" if inputs and merged and task_type == "SEQ_CLS" else "",
         first_task=repr(inputs[0]) if inputs else "task",
         features="\n".join(f"TaskFeatures.load({f'{repo}:{file}'!r})" for file in files),
         facts=list(_facts(about)),
@@ -177,18 +178,20 @@ def _link(base: str) -> _Plain:
 
 def _metadata(about: dict[str, Any], base: str | None) -> ModelCardData:
     kind, pipeline = about.get("kind"), _PIPELINES.get(str(about.get("task_type")), ("", ""))[0]
-    merge = kind in ("merged", "emr", "checkpoint")
+    baked = about.get("method") == "bake"
+    merge = kind in ("merged", "emr", "checkpoint") and not baked
     tags = ["osrm_peft", *(["lora"] if kind in ("adapter", "merged", "emr") else [])]
     tags += ["osrm"] if _is_osrm(about) or about.get("projected") else []
     tags += ["merge", str(about.get("method"))] if merge else ["features"] if kind == "features" else []
     fields: dict[str, Any] = {"library_name": _LIBRARIES.get(str(kind), "osrm_peft"), "tags": tags}
     models = [base] if base and _is_repository(base) else []
     if kind == "checkpoint":
-        found = (_repository(one.get("source")) for one in (about.get("inputs") or {}).values())
+        inputs = about.get("inputs") or {}
+        found = (_repository(one.get("source")) for name, one in inputs.items() if not baked or name == "base")
         models = [name for name in dict.fromkeys(found) if name]
     if models and kind != "features":
         fields["base_model"] = models[0] if len(models) == 1 else models
-        fields["base_model_relation"] = "merge" if kind == "checkpoint" else "adapter"
+        fields["base_model_relation"] = "adapter" if kind != "checkpoint" else "finetune" if baked else "merge"
     scores = about.get("scores") or []
     datasets = dict.fromkeys(score["dataset"] for score in scores if score.get("dataset"))
     fields |= {"pipeline_tag": pipeline, "datasets": list(datasets)}
@@ -210,10 +213,14 @@ def _metadata(about: dict[str, Any], base: str | None) -> ModelCardData:
 
 def _title(about: dict[str, Any]) -> str:
     kind, tasks = about.get("kind"), ", ".join(about.get("inputs") or {})
+    if about.get("method") == "bake":
+        return "A LoRA adapter in the weights of its base model"
     if kind in ("merged", "emr", "checkpoint"):
         return f"{about.get('method')} merge of {'models' if kind == 'checkpoint' else 'LoRA adapters'}: {tasks}"
     if kind == "features":
         return f"Task features: {', '.join(one['task'] for one in about.get('files', {}).values())}"
+    if about.get("method") == "extract":
+        return "LoRA adapter from a fine-tuned model"
     how = "OSRM-projected LoRA" if about.get("projected") else "OSRM LoRA" if _is_osrm(about) else "LoRA"
     return f"{how} adapter" + (f": {about['task']}" if about.get("task") else "")
 

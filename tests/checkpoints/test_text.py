@@ -373,7 +373,7 @@ def test_a_source_without_a_tokenizer_is_refused(folders, tmp_path):
 
 
 def test_the_source_is_part_of_what_an_interrupted_merge_is_of(folders, tmp_path, monkeypatch):
-    from osrm_peft.checkpoints import merge as engine
+    from osrm_peft.checkpoints import resumable as engine
 
     for folder in folders.values():
         tokenizer(folder)

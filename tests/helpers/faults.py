@@ -3,7 +3,7 @@
 import pytest
 
 from osrm_peft import merge_checkpoints
-from osrm_peft.checkpoints import merge as engine
+from osrm_peft.checkpoints import resumable as engine
 from tests.helpers.checkpoints import hashes
 
 SHARDS = [f"model-{place:05d}-of-00003.safetensors" for place in (1, 2, 3)]

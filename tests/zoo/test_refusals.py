@@ -10,9 +10,9 @@ import torch
 from peft import IA3Config, LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from osrm_peft import load_adapter, merge_adapters, merge_checkpoints
+from osrm_peft import bake_adapter, load_adapter, merge_adapters, merge_checkpoints
 from osrm_peft.adapters import config as adapter_config
-from tests.zoo.adapters import CONFIG, WEIGHTS, adapted, edit, stock, write
+from tests.zoo.adapters import CONFIG, WEIGHTS, adapted, edit, write
 from tests.zoo.models import ZOO, noisy, outputs
 
 QV = {"target_modules": ["q_proj", "v_proj"]}
@@ -30,11 +30,13 @@ BAKED = {
 
 @pytest.mark.parametrize(("name", "config", "message"), BAKED.values(), ids=BAKED)
 def test_what_must_be_baked_is_baked_and_merged_as_checkpoints(name, config, message, tmp_path):
+    base = tmp_path / "base"
+    noisy(name, 0).save_pretrained(base, save_original_format=False)
     for seed in (1, 2):
         folder = write(adapted(name, seed, **config), tmp_path / f"t{seed}")
-        with pytest.raises(ValueError, match=rf"{message}.*merge_and_unload and merge the checkpoints"):
+        with pytest.raises(ValueError, match=rf"{message}.*\(osrm-peft bake\) and merge the checkpoints"):
             load_adapter(folder)
-        stock(name, folder).merge_and_unload().save_pretrained(tmp_path / f"full{seed}")  # the way out
+        bake_adapter(base, folder, tmp_path / f"full{seed}")  # the way out
     out = merge_checkpoints({f"m{seed}": tmp_path / f"full{seed}" for seed in (1, 2)}, tmp_path / "out")
     kind = type(noisy(name, 0))
     one, other, merged = (kind.from_pretrained(tmp_path / x).state_dict() for x in ("full1", "full2", out))

@@ -75,6 +75,27 @@ def strongest(X: Tensor, rank: int) -> Directions:
     return Directions(found.V[:, :rank], found.S[:rank])
 
 
+def leading(X: Tensor, rank: int) -> Directions:
+    """Directions that hold as much of (o, n) X as the `rank` strongest, to about 10⁻⁶ of it, in a fraction of the time.
+
+    Subspace iterations with some directions more, until a round adds less than 10⁻⁷ to Σσ². Where singular values lie
+    close, it is those directions that settle last, and little energy depends on which of them are found. More than an
+    eighth of all directions, and those of matrices up to a width of 256: `strongest`.
+    """
+    narrow = min(X.shape)
+    if narrow <= SMALL or rank > narrow // 8:
+        return strongest(X, rank)
+    V, energy = _random(X, rank + max(16, rank // 4), torch.Generator(X.device).manual_seed(0)), 0.0
+    for _ in range(100):
+        basis, R = torch.linalg.qr(X.mT @ torch.linalg.qr(X @ V).Q)
+        _, S, vh = torch.linalg.svd(R.mT, full_matrices=False)
+        V, before = basis @ vh.mT, energy
+        energy = float(S[:rank].double().square().sum())
+        if energy - before <= 1e-7 * energy:
+            break
+    return Directions(V[:, :rank], S[:rank])
+
+
 def top_value(X: Tensor) -> float:
     """The largest singular value of (o, n) X."""
     if min(X.shape) <= SMALL:

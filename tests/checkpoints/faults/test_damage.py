@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from osrm_peft import load_merged_checkpoint, merge_checkpoints
 from osrm_peft.checkpoints import blocks
-from osrm_peft.checkpoints import merge as engine
+from osrm_peft.checkpoints import resumable as engine
 from tests.helpers.checkpoints import CASES, QUICK, hashes, rewrite
 from tests.helpers.faults import PARTIAL, SHARDS, STATE, StopHereError, arguments, interrupted
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from osrm_peft import merge_checkpoints
-from osrm_peft.checkpoints import merge as engine
+from osrm_peft.checkpoints import resumable as engine
 from tests.helpers.adapters import make_adapter
 from tests.helpers.checkpoints import hashes
 from tests.helpers.faults import PARTIAL, arguments, names, weights_of

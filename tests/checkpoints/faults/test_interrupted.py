@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from osrm_peft import merge_checkpoints
 from osrm_peft.checkpoints import blocks
-from osrm_peft.checkpoints import merge as engine
+from osrm_peft.checkpoints import resumable as engine
 from tests.helpers.checkpoints import hashes, same, tensors_of
 from tests.helpers.faults import PARTIAL, SHARDS, STATE, arguments, interrupted, names, weights_of
 
@@ -27,9 +27,9 @@ def written(monkeypatch):
     """Names of the weight files that are written from now on."""
     write_shard, seen = engine.write_shard, []
 
-    def spying(merge, paths, *rest):
+    def spying(work, maker, paths, *rest):
         seen.append(paths[0].name)
-        return write_shard(merge, paths, *rest)
+        return write_shard(work, maker, paths, *rest)
 
     monkeypatch.setattr(engine, "write_shard", spying)
     return seen
@@ -41,7 +41,7 @@ SCRIPT = """
 import json, os, resource, signal, sys
 from pathlib import Path
 import osrm_peft.checkpoints.blocks as rows_of
-import osrm_peft.checkpoints.merge as engine
+import osrm_peft.checkpoints.resumable as engine
 from osrm_peft import load_merged_checkpoint, merge_checkpoints
 
 given = json.loads(sys.argv[1])
