@@ -105,7 +105,8 @@ class Subject:
         base = self.base_model or self.manifest.get("base_model")
         if self.kind == "emr":
             return self._masked.load(base or "", task), self._tokenizer(base or "")
-        adapter = load_adapter(self.folder, task=task if self.kind == "merged" and self.tasks else None)
+        own = self.kind == "merged" and self.tasks and (not in_words or self._has_head(task))
+        adapter = load_adapter(self.folder, task=task if own else None)
         base = base or adapter.base_model or ""
         task_type = adapter.config.get("task_type")
         if task_type is not None and (task_type == "CAUSAL_LM") is not in_words:
@@ -113,13 +114,16 @@ class Subject:
         tokenizer = self._tokenizer(base)
         return adapter.attach(base), tokenizer  # type: ignore[return-value]
 
+    def _has_head(self, task: str) -> bool:
+        return (self.folder / "heads" / f"{task}.safetensors").is_file()
+
     def _full_model(self, task: str, in_words: bool) -> PreTrainedModel:
         classes = AutoConfig.from_pretrained(self.folder).architectures or []
         if any("CausalLM" in name or "LMHead" in name for name in classes) is not in_words:
             raise ValueError(_other_kind(self.name, task, in_words))
         if in_words:
             return AutoModelForCausalLM.from_pretrained(self.folder).eval()
-        if (self.folder / "heads" / f"{task}.safetensors").is_file():
+        if self._has_head(task):
             return load_merged_checkpoint(self.folder, task)
         return AutoModelForSequenceClassification.from_pretrained(self.folder).eval()
 
