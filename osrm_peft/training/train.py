@@ -133,7 +133,8 @@ def _training_fields(training: dict[str, Any], in_words: bool) -> dict[str, Any]
     """The fields of TrainingArguments: these over the paper's, and what this machine and launch need."""
     fields = PAPER_TRAINING | {"report_to": "none", "save_strategy": "no", "logging_steps": 10} | training
     fields.setdefault("dataloader_pin_memory", torch.cuda.is_available())  # without a GPU torch warns of it
-    if in_words:  # SFTConfig's own default is True
+    if in_words:  # SFTConfig's own defaults of both are True
+        fields = {"bf16": False} | fields
         new = "activation_checkpointing"  # its name in newer versions of transformers
         names = [name for name in (new, "gradient_checkpointing") if name in TrainingArguments.__dataclass_fields__]
         fields = ({} if set(names) & set(fields) else {names[0]: False}) | fields

@@ -53,7 +53,7 @@ def test_the_first_loss_is_the_mean_over_the_tokens_of_the_completions(place):
         each = cross_entropy(logits, torch.tensor(ids[1:]), reduction="none")
         losses += each[torch.tensor(mask[1:], dtype=torch.bool)].tolist()
     log = read_manifest(folder / "films")["log"]
-    assert log[0]["loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-4)
+    assert log[0]["loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-6)  # in float32, not in bfloat16
 
 
 @pytest.mark.parametrize("osrm", [None, {}])
