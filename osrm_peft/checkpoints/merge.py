@@ -18,6 +18,7 @@ from osrm_peft.checkpoints.shapes import OutputDtype
 from osrm_peft.checkpoints.skeleton import built_config
 from osrm_peft.checkpoints.writing import write_heads, write_rest, write_shard
 from osrm_peft.checks import printable
+from osrm_peft.devices import computing
 from osrm_peft.hub.card import write_manifest
 from osrm_peft.hub.sources import local_folder
 from osrm_peft.io.json import parse_json, read_object, write_json
@@ -40,6 +41,7 @@ def merge_checkpoints(
     dtype: OutputDtype | None = None,
     shard_size: int | str = "5GB",
     seed: int = 0,
+    device: str | None = None,
     resume: bool = False,
     overwrite: bool = False,
     verify: bool = True,
@@ -48,10 +50,11 @@ def merge_checkpoints(
 ) -> Path:
     """Merge full checkpoints into one that `from_pretrained` loads, without holding one of them in memory.
 
-    Element-wise methods see some rows of a tensor at a time; LoRE, TSV-M and Iso-C see a whole matrix, on the GPU if
-    there is one. These average what is no matrix (norms, biases, stacks of experts), W₀ + λ mean τ_t (LoRE: mean θ_t,
-    its θ₀, to which λ adds nothing), and the manifest names it. Tensors are matched under the names that transformers
-    gives them when it loads the files. Computed in float32. EMR writes a whole model for each input, `out/<name>`.
+    Element-wise methods see some rows of a tensor at a time; LoRE, TSV-M and Iso-C see a whole matrix, which a GPU
+    speeds up (`device`). These average what is no matrix (norms, biases, stacks of experts), W₀ + λ mean τ_t (LoRE:
+    mean θ_t, its θ₀, to which λ adds nothing), and the manifest names it. Tensors are matched under the names that
+    transformers gives them when it loads the files. Computed in float32. EMR writes a whole model for each input,
+    `out/<name>`.
 
     Args:
         models: {name: folder that `save_pretrained` wrote, or Hub id}. Safetensors only.
@@ -68,6 +71,8 @@ def merge_checkpoints(
         dtype: of the result; None: the models' own, if it is the same.
         shard_size: of a weight file, at most: bytes, or `"5GB"` (5·10⁹), `"500MB"`, `"2GiB"` (2·2³⁰).
         seed: of the methods that draw.
+        device: where blocks are merged: `"cpu"`, which is the default, `"cuda"` or `"cuda:1"`. The result is the CPU's
+            to rounding, and another device may go on with an interrupted merge.
         resume: go on with an interrupted merge of the same inputs and options: finished weight files are kept.
         overwrite: replace another result, or what an interrupted merge has finished.
         verify: compare the weight files of earlier merges with the checksums in their manifests.
@@ -81,7 +86,7 @@ def merge_checkpoints(
     out = check_replaceable(out, "checkpoint")
     plan = plan_checkpoints(
         models, method, base=base, weights=weights, scale=scale, heads=heads, vocab=vocab,
-        tokenizer=tokenizer, dtype=dtype, shard_size=shard_size, seed=seed, **options,
+        tokenizer=tokenizer, dtype=dtype, shard_size=shard_size, seed=seed, device=device, **options,
     )  # fmt: skip
     return execute(plan, out, resume=resume, overwrite=overwrite, verify=verify, progress=progress)
 
@@ -100,7 +105,7 @@ def execute(
     partial = out.with_name(f".{out.name}.merging")
     if not partial.exists():  # else a part of the result may be written already
         check_space(out, len(plan.folders) * plan.size_of(list(plan.shapes)))
-    with alone_in(partial):
+    with alone_in(partial), computing(plan.device):
         state = _state(partial, plan, resume, overwrite)
         return _execute(plan, out, partial, state, overwrite, verify, progress)
 

@@ -18,6 +18,7 @@ from osrm_peft.checkpoints.settings import vocabulary_size, with_ids, with_rows
 from osrm_peft.checkpoints.shapes import BASE, OUTPUT_DTYPES, is_matrix, result_dtypes, result_shapes
 from osrm_peft.checkpoints.text import Text, choose_text
 from osrm_peft.checks import choice, integer, number, size_in_bytes
+from osrm_peft.devices import CPU, chosen_device, described
 from osrm_peft.io.manifest import MANIFEST, command, versions
 from osrm_peft.merging import advice
 from osrm_peft.merging.inputs import check_names
@@ -57,6 +58,7 @@ class CheckpointPlan:
         config: the result's config.json: the first model's, with the token ids of `text`.
         text: the choice of tokenizer and generation settings.
         settings: further fields of the manifest.
+        device: where blocks are merged.
     """
 
     models: dict[str, ModelFiles]
@@ -73,6 +75,7 @@ class CheckpointPlan:
     config: dict[str, Any]
     text: Text
     settings: dict[str, Any] = field(default_factory=dict)
+    device: torch.device = CPU
 
     def size_of(self, names: Sequence[str]) -> int:
         """Bytes of these tensors of the result."""
@@ -107,13 +110,15 @@ class CheckpointPlan:
             "text": self.text.manifest(),
             **({"averaged": self.averaged} if self.method.spectral else {}),
             **self.settings,
+            "device": described(self.device),
             "command": command(),
             "versions": versions(),
         }
 
     def fingerprint(self) -> str:
-        """A hash of everything that decides the result."""
-        fields = {name: value for name, value in self.manifest().items() if name not in ("command", "versions")}
+        """A hash of everything that decides the result; the device decides only how it is rounded."""
+        left_out = ("command", "versions", "device")
+        fields = {name: value for name, value in self.manifest().items() if name not in left_out}
         return hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
     def check_unchanged(self) -> None:
@@ -136,12 +141,14 @@ def plan_checkpoints(
     dtype: str | None,
     shard_size: int | str,
     seed: int,
+    device: str | None = None,
     **options: Any,
 ) -> CheckpointPlan:
     """Check everything and open all files; see `merge_checkpoints` for arguments and errors."""
     chosen = get_method(choice("checkpoint method", method, CHECKPOINT_METHODS))
     options, scale = chosen.bind(options), number("scale", chosen.scale if scale is None else scale)
     choice("vocab", vocab, get_args(Vocab))
+    place = chosen_device(device)
     if dtype is not None:
         choice("dtype", dtype, OUTPUT_DTYPES)
     shard_size = integer("shard_size", size_in_bytes("shard_size", shard_size), 2**20)
@@ -175,6 +182,7 @@ def plan_checkpoints(
         {"weights": {name: dict(one) for name, one in named.items()}, "heads": list(heads), "vocab": vocab,
          "dtype": dtype, "shard_size": shard_size, "read": {n: one.identity() for n, one in every.items()},
          "left_out": aligned.left_out},
+        place,
     )  # fmt: skip
     _warn(plan, aligned)
     for weight in plan.weights.values():

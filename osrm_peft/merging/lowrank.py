@@ -1,11 +1,12 @@
 """Exact algebra on products B·A without forming them: balancing, bases, recompression. All in float64."""
 
 import math
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
-from scipy.sparse.linalg import svds
+from scipy.sparse.linalg import LinearOperator, svds
 from torch import Tensor
 
 from osrm_peft.adapters.factors import Factors
@@ -67,13 +68,24 @@ def compress_matrix(X: Tensor, rank: int | None = None, by: Tensor | None = None
         return _cut(U[:, :k], S[:k], Vh[:k], rank)
     if rank is None:
         half = 2.0 ** round(math.log2(float(X.abs().max())) / 2)  # both factors alike, for float16
-        eye, X = half * torch.eye(narrow, dtype=X.dtype), X / half
+        eye, X = half * torch.eye(narrow, dtype=X.dtype, device=X.device), X / half
         return Compressed(Factors(eye, X) if X.shape[1] == narrow else Factors(X, eye), 1.0)
     start = torch.linspace(1, 2, narrow, dtype=X.dtype).numpy()  # fixed: ARPACK would draw one
-    U, S, Vh = (torch.from_numpy(found.copy()) for found in svds(X.numpy(), k=rank, v0=start))
+    found = svds(X.numpy() if X.device.type == "cpu" else _products_on_device(X), k=rank, v0=start)
+    U, S, Vh = (torch.from_numpy(one.copy()).to(X.device) for one in found)
     U, S, Vh = U.flip(1), S.flip(0), Vh.flip(0)  # the largest first
     cut = _cut(U, S, Vh, rank)
     return cut._replace(energy_kept=float(S.square().sum()) / square)
+
+
+def _products_on_device(X: Tensor) -> LinearOperator:
+    """X for ARPACK, which runs on the CPU and asks for products with vectors."""
+
+    def product(matrix: Tensor) -> Callable[[Any], Any]:
+        return lambda x: (matrix @ torch.from_numpy(np.ascontiguousarray(x)).to(X.device, X.dtype)).cpu().numpy()
+
+    there, back = product(X), product(X.mT)
+    return LinearOperator(X.shape, matvec=there, rmatvec=back, matmat=there, rmatmat=back, dtype=np.float64)
 
 
 def least_energy(found: Iterable[Compressed], ranks: Sequence[int]) -> dict[int, float]:
@@ -140,11 +152,11 @@ def _cross_energies(products: list[tuple[Tensor, Tensor]], moments: FeatureMomen
     A = torch.cat([A.double() for _, A in products])  # (R, n)
     root = moments.root()
     reads = A @ moments.second_moment() @ A.mT if root is None else (A @ root.mT) @ (root @ A.mT)  # (R, R) A S Aᵀ
-    owner = torch.repeat_interleave(torch.tensor([len(A) for _, A in products]))  # (R,)
+    owner = torch.repeat_interleave(torch.tensor([len(A) for _, A in products])).to(A.device)  # (R,)
 
     def blocks(terms: Tensor) -> Tensor:  # (R, R) → (P, P) sums over each pair of products
-        rows = torch.zeros(len(products), len(A), dtype=torch.float64).index_add_(0, owner, terms)
-        return torch.zeros(len(products), len(products), dtype=torch.float64).index_add_(1, owner, rows)
+        rows = terms.new_zeros(len(products), len(A)).index_add_(0, owner, terms)
+        return terms.new_zeros(len(products), len(products)).index_add_(1, owner, rows)
 
     inner = B.mT @ B
     sums = blocks(inner * ((A * moments.rounding()) @ A.mT)).diagonal()  # Σ_i ε_i ‖X_j e_i‖²

@@ -110,7 +110,7 @@ def lore(
         descent.mu = descent.threshold(0.1 if mu_ratio is None else mu_ratio)
     report = descent.run(max_iterations, tolerance)
     if combine == "ties":
-        delta, kept = descent.deltas(), partial(ties, weights=torch.ones(len(tau)), density=density)
+        delta, kept = descent.deltas(), partial(ties, weights=torch.ones(len(tau), device=tau.device), density=density)
         delta = delta if delta.shape == tau.shape else delta.mT
         return Merged(delta.to(tau.dtype), offset.to(tau.dtype), report, kept)
     direction = torch.zeros_like(offset)

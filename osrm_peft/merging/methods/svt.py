@@ -34,7 +34,7 @@ def above(X: Tensor, mu: float, start: Directions | None = None) -> Directions:
     narrow = min(X.shape)
     if narrow <= SMALL:
         return _cut(_svd(X), mu)
-    generator = torch.Generator(X.device).manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
     V = _random(X, 32 if start is None or start.more is None else 4, generator)
     if start is not None and start.more is not None:
         V = torch.cat([start.V, start.more, V], 1)
@@ -79,7 +79,7 @@ def top_value(X: Tensor) -> float:
     """The largest singular value of (o, n) X."""
     if min(X.shape) <= SMALL:
         return float(torch.linalg.matrix_norm(X, ord=2))
-    V, last = _random(X, 8, torch.Generator(X.device).manual_seed(0)), 0.0
+    V, last = _random(X, 8, torch.Generator().manual_seed(0)), 0.0
     for _ in range(200):
         V, R = torch.linalg.qr(X.mT @ (X @ V))
         top = math.sqrt(float(torch.linalg.matrix_norm(R, ord=2)))
@@ -127,5 +127,5 @@ def _cut(found: Directions, mu: float) -> Directions:
 
 
 def _random(X: Tensor, columns: int, generator: torch.Generator) -> Tensor:
-    drawn = torch.randn(X.shape[1], columns, generator=generator, device=X.device, dtype=X.dtype)
-    return torch.linalg.qr(drawn).Q
+    drawn = torch.randn(X.shape[1], columns, generator=generator, dtype=X.dtype)  # on the CPU: the same on any device
+    return torch.linalg.qr(drawn.to(X.device)).Q
