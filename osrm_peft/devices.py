@@ -39,7 +39,7 @@ def chosen_device(value: Any, default: torch.device = CPU) -> torch.device:
         return CPU
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if count <= (device.index or 0):
-        has = f"has {count} GPUs" if count else "has no GPU that torch can use"
+        has = f"has {count} GPU{'s' * (count > 1)}" if count else "has no GPU that torch can use"
         raise ValueError(f"device={shown(value)} and this machine {has}: give device='cpu', or leave it out")
     return local_device() if device.index is None else device
 
