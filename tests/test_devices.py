@@ -62,7 +62,9 @@ def test_the_commands_say_it_too(gpus, call, tmp_path):
     gpus(0)
     said = call("merge", f"s={tmp_path}", "--device", "cuda", code=2)
     assert "--device cuda and this machine has no GPU that torch can use: give --device cpu, or leave it out" in said
-    said = call("merge-checkpoints", f"s={tmp_path}", f"t={tmp_path}", "--out", tmp_path / "out", "--device", "mps", code=2)
+    said = call(
+        "merge-checkpoints", f"s={tmp_path}", f"t={tmp_path}", "--out", tmp_path / "out", "--device", "mps", code=2
+    )
     assert "--device mps must be" in said
 
 
@@ -86,7 +88,10 @@ def test_what_is_on_no_gpu_counts_as_on_the_cpu():
 
 
 def test_too_little_memory_is_an_error_that_names_the_way_out():
-    with pytest.raises(ValueError, match=r"cpu has too little memory \(out of it\): device='cpu' has more"), computing(CPU):
+    with (
+        pytest.raises(ValueError, match=r"cpu has too little memory \(out of it\): device='cpu' has more"),
+        computing(CPU),
+    ):
         raise torch.OutOfMemoryError("out of it. Tried to allocate 20.00 GiB.\nGPU 0 has …")
 
 
@@ -160,4 +165,4 @@ def test_operands_on_two_devices_are_found(there, monkeypatch):
             x + torch.ones(3, 4)
         with pytest.raises((RuntimeError, TypeError)):
             x.numpy()
-    assert devices.CPU == torch.zeros(1).device
+    assert torch.zeros(1).device == devices.CPU

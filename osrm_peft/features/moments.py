@@ -193,7 +193,8 @@ class FeatureMoments:
             self.second += torch.mm(h.mT, h, out_dtype=torch.float32)
         else:
             with full_float32(h.device):
-                self.second.addmm_(h.mT, h.float())
+                h = h.float()
+                self.second.addmm_(h.mT, h)
 
     def _sum_up_rows(self) -> None:
         if self.rows is not None:

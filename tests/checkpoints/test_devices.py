@@ -47,7 +47,9 @@ def test_every_method(there, three, base, tmp_path, method, scale):
     assert json.loads((cpu / "osrm_peft.json").read_text())["device"] == "cpu"
 
 
-@pytest.mark.parametrize("options", [{"combine": "ties", "max_iterations": 3}, {"rank_ratio": 0.2, "max_iterations": 3}])
+@pytest.mark.parametrize(
+    "options", [{"combine": "ties", "max_iterations": 3}, {"rank_ratio": 0.2, "max_iterations": 3}]
+)
 def test_options_of_lore(there, three, tmp_path, options):
     cpu, gpu = (merge_checkpoints(three, tmp_path / one, "lore", device=one, **options) for one in ("cpu", "cuda"))
     same(tensors_of(gpu), tensors_of(cpu), rtol=1e-5, atol=1e-6)
@@ -75,6 +77,8 @@ def test_a_fault_of_the_device_names_the_tensor_and_the_cpu(there, three, base, 
         raise error
 
     monkeypatch.setattr(blocks.Blocks, "_merge", fail)
-    message = r"'.+' \(.+\) cannot be merged by lore \(.+\): take device='cpu', which has more memory, or an element-wise"
+    message = (
+        r"'.+' \(.+\) cannot be merged by lore \(.+\): take device='cpu', which has more memory, or an element-wise"
+    )
     with pytest.raises(ValueError, match=message):
         merge_checkpoints(three, tmp_path / "out", "lore", base=base, device="cuda")

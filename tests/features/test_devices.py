@@ -1,4 +1,4 @@
-"""Features, Gram matrices, Fisher information and A are made where the model is, are the CPU's to rounding, and come back."""
+"""Features, Gram matrices, Fisher information and A are made where the model is, and are the CPU's to rounding."""
 
 import copy
 
@@ -121,7 +121,9 @@ def test_too_little_memory_for_features_names_the_groups(monkeypatch, base):
         raise torch.OutOfMemoryError("no")
 
     monkeypatch.setattr(FeatureMoments, "_add_squares", no_room)
-    with pytest.raises(ValueError, match=r"the memory of cpu is too small .* sums of 4 layers: give a smaller group_size"):
+    with pytest.raises(
+        ValueError, match=r"the memory of cpu is too small .* sums of 4 layers: give a smaller group_size"
+    ):
         features_of("a", 1, base)
     assert not [1 for one in base.modules() if one._forward_pre_hooks]
 
@@ -213,7 +215,9 @@ class TestModelsOnAGPU:
             torch.testing.assert_close((there.mT @ there).cpu(), A.mT @ A, rtol=0, atol=1e-4)
 
     def test_interference_with_a_base_on_a_gpu(self, marked, tmp_path):
-        adapters = {f"t{seed}": make_adapter(tmp_path / f"t{seed}", seed=seed) and tmp_path / f"t{seed}" for seed in (1, 2)}
+        adapters = {
+            f"t{seed}": make_adapter(tmp_path / f"t{seed}", seed=seed) and tmp_path / f"t{seed}" for seed in (1, 2)
+        }
         features = {task: features_of(task, seed) for seed, task in enumerate(adapters, 1)}
         cpu, gpu = (interference(adapters, features, base=make_base().to(one)) for one in ("cpu", "cuda"))
         assert {n: v.tolist() for n, v in gpu.layers.items()} == {n: v.tolist() for n, v in cpu.layers.items()}

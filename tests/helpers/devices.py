@@ -1,7 +1,7 @@
 """A device that is not there: it computes on the CPU, and like a GPU refuses to compute with tensors of the CPU.
 
-`torch.device("meta")` stands for it in torch's eyes. Whatever the library runs on it without an error and with the CPU's
-results also finds all its operands on one device where there is a GPU.
+`torch.device("meta")` stands for it in torch's eyes. Whatever the library runs on it without an error, and with the
+results of the CPU, also finds all its operands on one device where there is a GPU.
 """
 
 from contextlib import contextmanager

@@ -97,15 +97,21 @@ def spectrum(o, n, values):
 
 def test_singular_values_above_a_threshold(there):
     """Wider than 256, where directions are found by iterations to 10⁻⁵ from a start that is drawn."""
-    X = (spectrum(400, 300, 10 * 0.9 ** torch.arange(100.0, dtype=torch.float64)) + 1e-3 * torch.randn(400, 300)).float()
+    X = (
+        spectrum(400, 300, 10 * 0.9 ** torch.arange(100.0, dtype=torch.float64)) + 1e-3 * torch.randn(400, 300)
+    ).float()
     cpu, gpu = above(X, 1.0), above(X.to(there), 1.0)
     torch.testing.assert_close(gpu.S.cpu(), cpu.S, rtol=1e-5, atol=0)
-    torch.testing.assert_close(gpu.soft(X.to(there), 1.0).cpu(), cpu.soft(X, 1.0), rtol=0, atol=2e-5 * float(cpu.S.norm()))
+    torch.testing.assert_close(
+        gpu.soft(X.to(there), 1.0).cpu(), cpu.soft(X, 1.0), rtol=0, atol=2e-5 * float(cpu.S.norm())
+    )
     assert top_value(X.to(there)) == pytest.approx(top_value(X), rel=1e-6)
 
 
 def test_lore_of_wide_matrices(there):
-    tau = torch.stack([spectrum(320, 280, 5 * 0.8 ** torch.arange(20.0, dtype=torch.float64)).float() for _ in range(3)])
+    tau = torch.stack(
+        [spectrum(320, 280, 5 * 0.8 ** torch.arange(20.0, dtype=torch.float64)).float() for _ in range(3)]
+    )
     cpu, gpu = (lore.lore(one, torch.ones(3, device=one.device), max_iterations=5) for one in (tau, tau.to(there)))
     for found, expected in zip(gpu[:2], cpu[:2], strict=True):
         assert float((found.cpu() - expected).norm()) <= 1e-4 * float(tau.norm())
@@ -161,7 +167,9 @@ class TestModelsOnAGPU:
         assert merge_adapters(live, "ties", device="cpu").manifest["device"] == "cpu"
         for task, model in live.items():
             assert all(torch.equal(value, before[task][name]) for name, value in model.state_dict().items())
-            assert not [one for module in model.modules() for one in (module._forward_hooks, module._forward_pre_hooks) if one]
+            assert not [
+                one for module in model.modules() for one in (module._forward_hooks, module._forward_pre_hooks) if one
+            ]
 
     @pytest.mark.parametrize("method", ["task_arithmetic", "lore", "emr"])
     def test_a_merge_in_a_live_base_on_a_gpu(self, marked, method, tmp_path):
