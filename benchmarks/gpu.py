@@ -75,7 +75,7 @@ def main() -> None:
 
 def features(device: torch.device, small: bool) -> list[dict[str, Any]]:
     """The same padded batches through the bare model and through collect_features, by turns."""
-    model = LlamaForCausalLM._from_config(_llama(small, layers=16), dtype=torch.bfloat16).to(device).eval()
+    model = _random_model(_llama(small, layers=16), device)
     loader = _batches(small)
     rows = _overheads(model, loader, device, [
         ("token, q and v", {"target_modules": QV}, True),
@@ -94,7 +94,7 @@ def quantised(device: torch.device, small: bool) -> list[dict[str, Any]]:
     if importlib.util.find_spec("bitsandbytes") is None or device.type != "cuda":
         return _show(title, [{"what": "not measured: it takes a GPU and bitsandbytes (pip install bitsandbytes)"}])
     with tempfile.TemporaryDirectory() as folder:
-        LlamaForCausalLM._from_config(_llama(small, layers=4), dtype=torch.bfloat16).save_pretrained(folder)
+        _random_model(_llama(small, layers=4), device).save_pretrained(folder)
         bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
         model = LlamaForCausalLM.from_pretrained(folder, quantization_config=bits, device_map=0).eval()
     kinds = {type(module).__name__ for name, module in model.named_modules() if name.endswith("q_proj")}
@@ -149,6 +149,11 @@ def _llama(small: bool, layers: int) -> LlamaConfig:
         vocab_size=100 if small else 32000, hidden_size=width, intermediate_size=inner, pad_token_id=0,
         num_hidden_layers=2 if small else layers, num_attention_heads=heads, num_key_value_heads=groups,
     )  # fmt: skip
+
+
+def _random_model(config: LlamaConfig, device: torch.device) -> Any:
+    with device:
+        return LlamaForCausalLM._from_config(config, dtype=torch.bfloat16).eval()
 
 
 def _batches(small: bool) -> list[dict[str, Tensor]]:
