@@ -14,7 +14,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +85,9 @@ def features(device: torch.device, small: bool) -> list[dict[str, Any]]:
         ("sample, q and v", {"target_modules": QV, "statistic": "sample"}, True),
     ])  # fmt: skip
     size = sum(parameter.numel() for parameter in model.parameters()) / 1e9
-    return _show(f"Features of a made-up Llama of {size:.2f} B parameters in bfloat16, {_tokens(loader)} tokens", rows)
+    return _show(
+        f"Features of a made-up Llama of {size:.2f} B parameters in bfloat16, {_tokens(loader)} tokens a batch", rows
+    )
 
 
 def quantised(device: torch.device, small: bool) -> list[dict[str, Any]]:
@@ -105,39 +107,42 @@ def quantised(device: torch.device, small: bool) -> list[dict[str, Any]]:
 def _overheads(
     model: Any, loader: list[dict[str, Tensor]], device: torch.device, cases: list[tuple[str, dict[str, Any], bool]]
 ) -> list[dict[str, Any]]:
-    def bare() -> None:
+    """What a batch costs, from runs of one and of three times the batches; and what a run costs besides."""
+
+    def bare(batches: list[dict[str, Tensor]]) -> None:
         with torch.no_grad():
-            for batch in loader:
+            for batch in batches:
                 model(**{key: value.to(device) for key, value in batch.items()}, use_cache=False)
 
-    def collected(options: dict[str, Any], wider: bool) -> Callable[[], Any]:
-        def work() -> Any:
+    def collected(options: dict[str, Any], wider: bool) -> Callable[[list[dict[str, Tensor]]], Any]:
+        def work(batches: list[dict[str, Tensor]]) -> None:
             known, moments_module._SUMS_WIDER = moments_module._SUMS_WIDER, moments_module._SUMS_WIDER and wider
             try:
-                return collect_features(
-                    model, loader, task="t", num_samples=sum(len(batch["input_ids"]) for batch in loader),
-                    progress=False, **options,
-                )  # fmt: skip
+                count = sum(len(batch["input_ids"]) for batch in batches)
+                collect_features(model, batches, task="t", num_samples=count, progress=False, **options)
             finally:
                 moments_module._SUMS_WIDER = known
 
         return work
 
     ways = {"bare": bare} | {what: collected(options, wider) for what, options, wider in cases}
-    times: dict[str, list[float]] = {what: [] for what in ways}
+    times: dict[tuple[str, int], list[float]] = {}
     for turn in range(4):  # by turns, so that drift hits all alike; the first warms up
         for what, work in ways.items():
-            seconds = _timed(work, device)[0]
-            times[what] += [seconds] if turn else []
-    base = min(times.pop("bare"))
+            for size in (1, 3):
+                seconds = _timed(lambda work=work, size=size: work(size * loader), device)[0]
+                times.setdefault((what, size), []).extend([seconds] if turn else [])
+    best = {key: min(found) for key, found in times.items()}
+    batch = {what: (best[what, 3] - best[what, 1]) / (2 * len(loader)) for what in ways}
     return [
         {
             "what": what,
-            "bare forward (s)": f"{base:.2f}",
-            "collecting (s)": f"{min(found):.2f}",
-            "overhead": f"{100 * (min(found) / base - 1):.0f} %",
+            "a batch: bare forward (ms)": f"{1e3 * batch['bare']:.1f}",
+            "collecting (ms)": f"{1e3 * batch[what]:.1f}",
+            "overhead": f"{100 * (batch[what] / batch['bare'] - 1):.0f} %",
+            "once (s)": f"{best[what, 1] - len(loader) * batch[what]:.2f}",
         }
-        for what, found in times.items()
+        for what in list(ways)[1:]
     ]
 
 
@@ -158,7 +163,7 @@ def _random_model(config: LlamaConfig, device: torch.device) -> Any:
 
 def _batches(small: bool) -> list[dict[str, Tensor]]:
     """Padded on the right, up to half of a row."""
-    count, rows, length = (2, 4, 16) if small else (16, 16, 512)
+    count, rows, length = (2, 4, 16) if small else (10, 16, 512)
     generator = torch.Generator().manual_seed(1)
     found = []
     for _ in range(count):
@@ -168,8 +173,8 @@ def _batches(small: bool) -> list[dict[str, Tensor]]:
     return found
 
 
-def _tokens(loader: Iterable[dict[str, Tensor]]) -> int:
-    return int(sum(batch["attention_mask"].sum() for batch in loader))
+def _tokens(loader: list[dict[str, Tensor]]) -> int:
+    return round(float(sum(batch["attention_mask"].sum() for batch in loader)) / len(loader))
 
 
 # --- A ---------------------------------------------------------------------------------------------------------------

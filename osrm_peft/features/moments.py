@@ -1,18 +1,19 @@
 """FeatureMoments: the streaming statistic of one layer's inputs for one task; nothing else crosses tasks."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import InitVar, dataclass, field, replace
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from osrm_peft.checks import choice
-from osrm_peft.devices import device_of, full_float32
+from osrm_peft.devices import CPU, device_of, full_float32
 
 FeatureStatistic = Literal["mean", "sample", "token"]
 STATISTICS = get_args(FeatureStatistic)
 _UNIT = torch.finfo(torch.float32).eps / 2  # the relative rounding of h
+_TERMS = 2048  # of a sum in a GPU's matrix units
 # whether a GPU multiplies numbers of 16 bits and returns the sums in float32 (CUDA, torch 2.8)
 _SUMS_WIDER = torch.version.cuda is not None and tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 8)
 
@@ -33,6 +34,7 @@ class FeatureMoments:
         total: (n,) Σh, float32.
         second: (n, n) Σhhᵀ, float32, or None.
         rows: (k, n) the h themselves, float32, or None; only `"sample"` with k < n.
+        made_on: where empty sums are made.
     """
 
     statistic: str
@@ -41,15 +43,16 @@ class FeatureMoments:
     total: Tensor = field(default=None)  # type: ignore[assignment]  # set below when not given
     second: Tensor | None = None
     rows: Tensor | None = None
+    made_on: InitVar[torch.device] = CPU
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, made_on: torch.device) -> None:
         choice("statistic", self.statistic, STATISTICS)
         if self.total is None:
-            self.total = torch.zeros(self.width)
+            self.total = torch.zeros(self.width, device=made_on)
             if self.statistic == "token":
-                self.second = torch.zeros(self.width, self.width)
+                self.second = torch.zeros(self.width, self.width, device=made_on)
             elif self.statistic == "sample":
-                self.rows = torch.zeros(0, self.width)
+                self.rows = torch.zeros(0, self.width, device=made_on)
 
     def add_(self, x: Tensor, keep: Tensor | None = None, samples: Tensor | None = None) -> None:
         """Add a batch of layer inputs.
@@ -187,10 +190,14 @@ class FeatureMoments:
             self._add_squares(h)
 
     def _add_squares(self, h: Tensor) -> None:
-        """Add Σhhᵀ, as float32 multiplies and adds: a product of two numbers of 16 bits is exact in it."""
+        """Add Σhhᵀ, as float32 multiplies and adds: a product of two numbers of 16 bits is exact in it.
+
+        A GPU's matrix units cut off what they add up, 2⁻²⁴ for each 16 of the terms, so they get a few at a time.
+        """
         assert self.second is not None
         if h.is_cuda and h.dtype in (torch.bfloat16, torch.float16) and _SUMS_WIDER:
-            self.second += torch.mm(h.mT, h, out_dtype=torch.float32)
+            for some in h.split(_TERMS):
+                self.second += torch.mm(some.mT, some, out_dtype=torch.float32)
         else:
             with full_float32(h.device):
                 h = h.float()
