@@ -1,7 +1,7 @@
 """One GPU beside the CPUs of its machine, and the library beside torch on the same card, in one run.
 
     python benchmarks/gpu.py --out gpu.json      # all of it, at most 8 minutes on one card; 25 GB of its memory
-    python benchmarks/gpu.py --only lore         # one part: features, quantised, choose, lore, adapters
+    python benchmarks/gpu.py --only lore         # one part: features, quantised, choose, lore, adapters, weights
     python benchmarks/gpu.py --small             # sizes for a CPU, to try the program: no numbers to go by
 
 Models and adapters are made up. The table is Markdown. Ratios matter, not seconds.
@@ -49,6 +49,7 @@ def main() -> None:
         "choose": choose,
         "lore": full_matrices,
         "adapters": adapters,
+        "weights": in_weights,
     }
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=list(parts), action="append")
@@ -252,31 +253,41 @@ def _decaying(o: int, n: int, seed: int, device: torch.device) -> Tensor:
 
 def adapters(device: torch.device, small: bool) -> list[dict[str, Any]]:
     """Eight adapters from disk to one of rank 16 on disk, on the CPU and on the GPU."""
-    rows, blocks = [], 1 if small else 32
+    chosen = {name: options for name, options in METHODS.items() if name not in ("task_arithmetic", "concat")}
+    return _beside(device, 1 if small else 32, {"average": {}} if small else chosen)
+
+
+def in_weights(device: torch.device, small: bool) -> list[dict[str, Any]]:
+    """The same where a method sees the layers' own entries; of one block, as the CPU takes long."""
+    chosen: dict[str, dict[str, Any]] = {"ties": {}, "dare": {}, "emr": {}, "lore (ties)": {"combine": "ties"}}
+    return _beside(device, 1, {"emr": {}} if small else chosen)
+
+
+def _beside(device: torch.device, blocks: int, methods: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    rows = []
     with tempfile.TemporaryDirectory() as folder:
         write_adapters(Path(folder), blocks)
         named = {path.name: str(path) for path in sorted(Path(folder).glob("adapter*"))}
         merge_adapters(dict(list(named.items())[:2]), "lore", device=device.type)  # what the first merge on a GPU loads
-        for name, options in METHODS.items():
-            if name in ("task_arithmetic", "concat") or (small and options):  # as much work as the average
-                continue
+        for name, options in methods.items():
             (slow, cpu), (fast, gpu) = (_merged(named, name, options, one) for one in (CPU, device))
             some = list(cpu)[:: max(1, blocks // 4)]
             apart = max(float((gpu[layer] - cpu[layer]).norm() / cpu[layer].norm()) for layer in some)
             rows.append({"what": name, "CPU (s)": f"{slow:.2f}", "GPU (s)": f"{fast:.2f}",
                          "times faster": f"{slow / fast:.1f}", "largest difference": f"{apart:.0e}"})  # fmt: skip
-    return _show(f"8 adapters of Llama-3-8B's q and v, {blocks} blocks: read, merged to rank {RANK}, written", rows)
+    return _show(f"8 adapters of Llama-3-8B's q and v, blocks: {blocks}; read, merged to rank {RANK}, written", rows)
 
 
 def _merged(named: dict[str, str], name: str, options: dict[str, Any], device: torch.device) -> tuple[float, Any]:
     def work() -> Any:
-        merged = merge_adapters(named, name.split(" (")[0], rank=RANK, device=device.type, **options)
+        rank = None if name == "emr" else RANK
+        merged = merge_adapters(named, name.split(" (")[0], rank=rank, device=device.type, **options)
         with tempfile.TemporaryDirectory() as out:
             merged.save_pretrained(Path(out) / "merged")
         return merged
 
     seconds, merged = _timed(work, device)
-    return seconds, merged.deltas()
+    return seconds, merged.deltas("adapter0") if name == "emr" else merged.deltas()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from osrm_peft.features.moments import FeatureMoments
 
 _EPS = torch.finfo(torch.float64).eps
 _WIDE = 1024
+SMALL = 256  # up to this width a decomposition is the CPU's work
 SERVING = (8, 16, 32, 64, 128, 256, 320, 512)  # the ranks that vLLM makes room for
 
 
@@ -63,7 +64,7 @@ def compress_matrix(X: Tensor, rank: int | None = None, by: Tensor | None = None
     if square == 0:
         return Compressed(Factors(X[:0], X[:, :0]), 1.0)
     if narrow <= _WIDE or (rank is not None and rank > narrow // 8):
-        U, S, Vh = torch.linalg.svd(X, full_matrices=False)
+        U, S, Vh = thin_svd(X)
         k = _exact_rank(S, X.shape)
         return _cut(U[:, :k], S[:k], Vh[:k], rank)
     if rank is None:
@@ -115,7 +116,7 @@ def squared_values(factors: Factors) -> Tensor | None:
 def column_basis(parts: list[Tensor]) -> Tensor:
     """(o, p) orthonormal basis of the columns of all `parts` (o, k_t): left singular vectors of the stack."""
     Q, R = torch.linalg.qr(torch.cat(parts, dim=1))  # first, so that the SVD is of a small matrix
-    U, S, _ = torch.linalg.svd(R, full_matrices=False)
+    U, S, _ = thin_svd(R)
     return Q @ U[:, : _exact_rank(S, (len(Q), R.shape[1]))]
 
 
@@ -164,6 +165,14 @@ def _cross_energies(products: list[tuple[Tensor, Tensor]], moments: FeatureMomen
     return blocks(inner * reads), sums + len(A.mT) * _EPS * blocks(norms * norms[:, None]).diagonal()
 
 
+def thin_svd(X: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """U (o, k), S (k,), Vh (k, n) with k = min(o, n); of a small matrix by the CPU, for which a GPU takes longer."""
+    if X.device.type == "cpu" or min(X.shape) > SMALL:
+        return torch.linalg.svd(X, full_matrices=False)
+    U, S, Vh = (found.to(X.device) for found in torch.linalg.svd(X.cpu(), full_matrices=False))
+    return U, S, Vh
+
+
 def numerical_rank(S: Tensor) -> int:
     """How many singular values (descending) are more than rounding: above 10⁻⁶ of the largest.
 
@@ -183,7 +192,7 @@ def _thin_svd(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """SVD of B·A, cut at its numerical rank: U (o, k), S (k,), Vh (k, n)."""
     Q_B, R_B = torch.linalg.qr(B)
     Q_A, R_A = torch.linalg.qr(A.mT)
-    U, S, Vh = torch.linalg.svd(R_B @ R_A.mT, full_matrices=False)
+    U, S, Vh = thin_svd(R_B @ R_A.mT)
     k = _exact_rank(S, (len(B), A.shape[1]))
     return Q_B @ U[:, :k], S[:k], Vh[:k] @ Q_A.mT
 

@@ -17,7 +17,7 @@ from osrm_peft.merging import advice
 from osrm_peft.merging.emr_adapter import EMRAdapter, EMRLayer
 from osrm_peft.merging.engine import Engine, rescalers
 from osrm_peft.merging.inputs import Adapters, HeadPolicy
-from osrm_peft.merging.lowrank import Compressed, compress, compress_matrix
+from osrm_peft.merging.lowrank import SMALL, Compressed, compress, compress_matrix
 from osrm_peft.merging.merged_adapter import MergedAdapter, MergedLayer
 from osrm_peft.merging.modules import merge_modules
 from osrm_peft.merging.plan import MergePlan, plan_merge
@@ -165,6 +165,10 @@ class _Stacks:
 
     def layer(self, name: str) -> Layer:
         layer = enter(self.plan.space, self.plan.factors(name))
+        if (
+            layer.left is not None and max(layer.stack.shape[1:]) <= SMALL
+        ):  # the method is the CPU's work, the bases are the device's
+            layer = layer._replace(stack=layer.stack.cpu())
         return layer._replace(stack=self.engine.prepare(layer.stack, name))
 
     def __iter__(self) -> Iterator[Tensor]:
@@ -176,18 +180,18 @@ class _Stacks:
 def _merge_layer(
     plan: MergePlan, engine: Engine, stacks: _Stacks, name: str, weights: Tensor
 ) -> tuple[MergedLayer, dict[str, Any]]:
-    weights = weights.to(plan.device)
     statistics = None if plan.statistics is None else plan.statistics(name)
     report: dict[str, Any] = {}
     offset: Factors | None = None
     try:
         if plan.space == "factors":
-            exact = engine(plan.factors(name), weights, statistics)
+            exact = engine(plan.factors(name), weights.to(plan.device), statistics)
             exact = Factors(exact.A, exact.s * exact.B)
             direction = Compressed(exact, 1.0) if plan.rank is None else compress(exact.B, exact.A, plan.rank)
         else:
             layer = stacks.layer(name)
             _check_finite(layer.stack)
+            weights = weights.to(layer.stack.device)
             merged = engine.merged(layer.stack, weights.to(layer.stack.dtype), statistics)
             _check_finite(merged.direction)
             report = dict(merged.report)
@@ -198,8 +202,9 @@ def _merge_layer(
                 by = None if cut is None or plan.method.cut_by is None else plan.method.cut_by(layer.stack, weights)
                 direction = layer.compress(merged.direction, cut, by)
             else:  # both in the same bases: A is shared
-                direction = Compressed(Factors(layer.right.mT.float(), layer.left @ merged.direction), 1.0)
-                offset = Factors(direction.factors.A, layer.left @ merged.offset)
+                A, left = layer.right.mT.float(), layer.left
+                direction = Compressed(Factors(A, left @ merged.direction.to(left)), 1.0)
+                offset = Factors(A, left @ merged.offset.to(left))
             if merged.offset is not None and offset is None:
                 offset = layer.compress(merged.offset).factors
         _check_size(plan.scale, direction.factors, offset)

@@ -28,13 +28,14 @@ class Layer(NamedTuple):
     def compress(self, merged: Tensor, rank: int | None = None, by: Tensor | None = None) -> Compressed:
         """A merged (p, q) matrix as factors in the layer, of at most `rank`; the bases are orthonormal, so cut here."""
         factors, energy = compress_matrix(merged, rank, by)
+        factors = factors if self.left is None else factors.to(self.left.device)
         A, B = factors.A, factors.B
         A = A if self.right is None else A @ self.right.mT
         return Compressed(Factors(A, B if self.left is None else self.left @ B), energy)
 
     def dense(self, stack: Tensor) -> Tensor:
         """(T, p, q) matrices as (T, o, n) ones of the layer, float32."""
-        stack = stack if self.left is None else self.left @ stack
+        stack = stack if self.left is None else self.left @ stack.to(self.left)
         return (stack if self.right is None else stack @ self.right.mT).float()
 
 

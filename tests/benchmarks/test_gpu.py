@@ -7,7 +7,7 @@ import gpu
 import pytest
 import torch
 
-PARTS = ["features", "quantised", "choose", "lore", "adapters"]
+PARTS = ["features", "quantised", "choose", "lore", "adapters", "weights"]
 
 
 @pytest.mark.parametrize("part", PARTS)

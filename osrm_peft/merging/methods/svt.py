@@ -6,7 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-SMALL = 256  # up to this width a full SVD in float64 is quick
+from osrm_peft.merging.lowrank import SMALL, thin_svd
+
 TOLERANCE = 1e-5  # of the norm of what is found
 _NEXT = 0.5  # of μ: as far as the directions go that are iterated
 _ROUNDS = 30
@@ -60,7 +61,7 @@ def above(X: Tensor, mu: float, start: Directions | None = None) -> Directions:
             del U
         Y = torch.linalg.qr(Y).Q
         basis, R = torch.linalg.qr(X.mT @ Y)
-        u, S, vh = torch.linalg.svd(R.mT, full_matrices=False)
+        u, S, vh = thin_svd(R.mT)
         U, V = Y @ u, basis @ vh.mT
         if S[-1] > _NEXT * mu:  # too few directions to tell, or too close to the next to settle soon
             V = torch.cat([V, _random(X, max(8, V.shape[1] // 2), generator)], 1)
@@ -117,7 +118,7 @@ def _gram(X: Tensor) -> Tensor:
 
 
 def _svd(X: Tensor) -> Directions:
-    _, S, Vh = torch.linalg.svd(X, full_matrices=False)
+    _, S, Vh = thin_svd(X)
     return Directions(Vh.mT, S)
 
 
