@@ -1,6 +1,6 @@
 """One GPU beside the CPUs of its machine, and the library beside torch on the same card, in one run.
 
-    python benchmarks/gpu.py --out gpu.json      # all of it, at most 8 minutes on one card; 25 GB of its memory
+    python benchmarks/gpu.py --out gpu.json      # all of it; sizes are meant for 8 minutes on one card
     python benchmarks/gpu.py --only lore         # one part: features, quantised, choose, lore, adapters, weights
     python benchmarks/gpu.py --small             # sizes for a CPU, to try the program: no numbers to go by
 

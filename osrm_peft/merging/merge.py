@@ -165,9 +165,8 @@ class _Stacks:
 
     def layer(self, name: str) -> Layer:
         layer = enter(self.plan.space, self.plan.factors(name))
-        if (
-            layer.left is not None and max(layer.stack.shape[1:]) <= SMALL
-        ):  # the method is the CPU's work, the bases are the device's
+        # of a small core the bases are the device's work, and the method is the CPU's
+        if layer.left is not None and max(layer.stack.shape[1:]) <= SMALL:
             layer = layer._replace(stack=layer.stack.cpu())
         return layer._replace(stack=self.engine.prepare(layer.stack, name))
 
