@@ -165,14 +165,13 @@ def plan_merge(request: MergeRequest) -> MergePlan:
     serving = request.rank == "serving"
     rank = None if request.rank is None or serving else integer("rank", request.rank, 1)
     seed = integer("seed", request.seed, 0)
-    device = chosen_device(request.device)
     scale = _scale(method, request)
     if method.per_task and (rank is not None or serving or isinstance(request.scale, LeastSquares)):
         raise ValueError(f"{method.name} gives a shared vector and masks, not one LoRA: no rank, no scale to choose")
     if method.needs is None and request.statistics is not None:
         raise ValueError(f"{method.name} takes no statistics: leave them out (for a rule: LeastSquares(features))")
     names = check_names(request.adapters)
-    device = _home(request.adapters) if request.device is None else device
+    device = chosen_device(request.device, _home(request.adapters))
     weights = weights_by_task(None if isinstance(request.weights, LeastSquares) else request.weights, names)
 
     inputs = gather(request.adapters, base_model=request.base_model, heads=request.heads)
