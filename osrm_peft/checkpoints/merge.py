@@ -50,11 +50,9 @@ def merge_checkpoints(
 ) -> Path:
     """Merge full checkpoints into one that `from_pretrained` loads, without holding one of them in memory.
 
-    Element-wise methods see some rows of a tensor at a time; LoRE, TSV-M and Iso-C see a whole matrix, which a GPU
-    speeds up (`device`). These average what is no matrix (norms, biases, stacks of experts), W₀ + λ mean τ_t (LoRE:
-    mean θ_t, its θ₀, to which λ adds nothing), and the manifest names it. Tensors are matched under the names that
-    transformers gives them when it loads the files. Computed in float32. EMR writes a whole model for each input,
-    `out/<name>`.
+    Element-wise methods see some rows of a tensor at a time; LoRE, TSV-M and Iso-C see a whole matrix (`device` is for
+    these) and average what is no matrix (norms, biases, stacks of experts), W₀ + λ mean τ_t, LoRE mean θ_t: the manifest
+    names it. Names are those that transformers loads. Computed in float32. EMR writes a model an input, `out/<name>`.
 
     Args:
         models: {name: folder that `save_pretrained` wrote, or Hub id}. Safetensors only.
@@ -71,8 +69,7 @@ def merge_checkpoints(
         dtype: of the result; None: the models' own, if it is the same.
         shard_size: of a weight file, at most: bytes, or `"5GB"` (5·10⁹), `"500MB"`, `"2GiB"` (2·2³⁰).
         seed: of the methods that draw.
-        device: where blocks are merged: `"cpu"`, which is the default, `"cuda"` or `"cuda:1"`. The result is the CPU's
-            to rounding, and another device may go on with an interrupted merge.
+        device: `"cpu"` (the default), `"cuda"` or `"cuda:1"`, equal to rounding; either may resume an interrupted one.
         resume: go on with an interrupted merge of the same inputs and options: finished weight files are kept.
         overwrite: replace another result, or what an interrupted merge has finished.
         verify: compare the weight files of earlier merges with the checksums in their manifests.

@@ -148,11 +148,10 @@ def plan_checkpoints(
     chosen = get_method(choice("checkpoint method", method, CHECKPOINT_METHODS))
     options, scale = chosen.bind(options), number("scale", chosen.scale if scale is None else scale)
     choice("vocab", vocab, get_args(Vocab))
-    place = chosen_device(device)
     if dtype is not None:
         choice("dtype", dtype, OUTPUT_DTYPES)
     shard_size = integer("shard_size", size_in_bytes("shard_size", shard_size), 2**20)
-    seed, names = integer("seed", seed, 0), check_names(models)
+    seed, names, place = integer("seed", seed, 0), check_names(models), chosen_device(device)
     taken = [name for name in names if name in _RESERVED or (name == BASE and base is not None)]
     if taken:
         raise ValueError(f"a model cannot be called {taken[0]!r}, which is a name in the result: give it another")
@@ -181,8 +180,7 @@ def plan_checkpoints(
         result_dtypes(every, shapes, dtype, aligned), own, [], config, text,
         {"weights": {name: dict(one) for name, one in named.items()}, "heads": list(heads), "vocab": vocab,
          "dtype": dtype, "shard_size": shard_size, "read": {n: one.identity() for n, one in every.items()},
-         "left_out": aligned.left_out},
-        place,
+         "left_out": aligned.left_out}, place,
     )  # fmt: skip
     _warn(plan, aligned)
     for weight in plan.weights.values():

@@ -51,9 +51,8 @@ def merge_checkpoints(
 
     folder = check_replaceable(out, "checkpoint")
     plan = plan_checkpoints(
-        sources(models), method, base=base, weights=values(weight) or None, scale=scale, heads=heads or [],
-        vocab=vocab, tokenizer=tokenizer, dtype=dtype, shard_size=shard_size, seed=seed, device=device,
-        **values(option),
+        sources(models), method, base=base, weights=values(weight) or None, scale=scale, heads=heads or [], vocab=vocab,
+        tokenizer=tokenizer, dtype=dtype, shard_size=shard_size, seed=seed, device=device, **values(option),
     )  # fmt: skip
     check_replaceable(folder, "checkpoint", plan.manifest(), overwrite)
     facts = checkpoint_facts(plan, out)

@@ -97,9 +97,8 @@ def merge(
     plan = plan_merge(request.at_first_scale())
     _check_folders(plan, folders, out, overwrite)
     if dry_run:
-        _show(plan, folders)
-    else:
-        _write(plan, folders, overwrite)
+        return _show(plan, folders)
+    _write(plan, folders, overwrite)
 
 
 def _folders(request: "MergeRequest", out: Path) -> list[tuple[Any, Path]]:

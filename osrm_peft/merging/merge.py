@@ -76,8 +76,7 @@ def merge_adapters(
         base_model: the base model of all adapters, where their configs name it differently (a local copy, say).
         statistics: {task: file or object} for Fisher (`collect_fisher`) and RegMean (`collect_gram`).
         seed: of the methods that draw (DARE).
-        device: where layers are merged: `"cpu"`, `"cuda"` or `"cuda:1"`. None: the GPU that the live models are on, and
-            the CPU for files. The result is the CPU's to rounding: what is drawn is drawn on the CPU.
+        device: `"cpu"`, `"cuda"` or `"cuda:1"`, equal to rounding. None: the GPU that all live models are on, else CPU.
         progress: show a bar over the layers.
         distributed: all processes of torch.distributed call this and share the layers; each gets the whole result.
         **options: the method's own, such as TIES' `density` or LoRE's `mu_ratio`.

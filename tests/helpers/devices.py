@@ -81,6 +81,8 @@ def device_named(name, monkeypatch):
     with monkeypatch.context() as patch, _Mode():
         for module in (osrm_peft.merging.plan, osrm_peft.checkpoints.plan):
             own = module.chosen_device
-            patch.setattr(module, "chosen_device", lambda value, own=own: IMAGINED if value == "cuda" else own(value))
+            patch.setattr(
+                module, "chosen_device", lambda value, *d, own=own: IMAGINED if value == "cuda" else own(value, *d)
+            )
         patch.setattr(osrm_peft.features.moments, "device_of", lambda tensor: tensor.device)
         yield IMAGINED
