@@ -51,8 +51,8 @@ def merge_checkpoints(
     """Merge full checkpoints into one that `from_pretrained` loads, without holding one of them in memory.
 
     Element-wise methods see some rows of a tensor at a time; LoRE, TSV-M and Iso-C see a whole matrix (`device` is for
-    these) and average what is no matrix (norms, biases, stacks of experts), W₀ + λ mean τ_t, LoRE mean θ_t: the manifest
-    names it. Names are those that transformers loads. Computed in float32. EMR writes a model an input, `out/<name>`.
+    these) and average what is no matrix (norms, biases, stacks of experts), W₀ + λ mean τ_t, LoRE mean θ_t: the
+    manifest names it. Names are those that transformers loads. Computed in float32. EMR writes one for each input.
 
     Args:
         models: {name: folder that `save_pretrained` wrote, or Hub id}. Safetensors only.
