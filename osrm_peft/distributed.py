@@ -13,6 +13,8 @@ from accelerate.utils import align_module_device
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from osrm_peft.devices import local_device
+
 T = TypeVar("T")
 _WRAPPERS = {"DataParallel", "DistributedDataParallel", "FullyShardedDataParallel", "DeepSpeedEngine"}
 
@@ -99,14 +101,6 @@ def start() -> Processes:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     return Processes.of(True)
-
-
-def local_device() -> torch.device:
-    """This process' GPU; the CPU where there is none."""
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    rank = os.environ.get("LOCAL_RANK")
-    return torch.device("cuda", torch.cuda.current_device() if rank is None else int(rank) % torch.cuda.device_count())
 
 
 def shard_model(load: Callable[[], nn.Module]) -> nn.Module | None:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
+import torch
 from torch import Tensor
 
 
@@ -31,6 +32,10 @@ class Factors:
     def delta(self) -> Tensor:
         """(o, n) the task vector τ."""
         return self.s * self.B @ self.A
+
+    def to(self, device: torch.device) -> "Factors":
+        """The same on this device."""
+        return Factors(self.A.to(device), self.B.to(device), self.s)
 
 
 _Value = TypeVar("_Value")

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from osrm_peft.adapters.factors import TensorsOnDemand
 from osrm_peft.adapters.lora_adapter import LoraAdapter, tensors_of
-from osrm_peft.distributed import local_device
+from osrm_peft.devices import local_device
 from osrm_peft.models.layers import as_weight, weight_shape
 
 

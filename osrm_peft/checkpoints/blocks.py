@@ -14,6 +14,7 @@ from torch import Tensor
 from osrm_peft.checkpoints.config_checks import shown
 from osrm_peft.checkpoints.plan import CheckpointPlan
 from osrm_peft.checkpoints.shapes import is_matrix
+from osrm_peft.devices import CPU
 from osrm_peft.merging.engine import Engine, rescalers
 from osrm_peft.merging.methods.average import average
 
@@ -84,11 +85,13 @@ class Blocks:
         except (RuntimeError, MemoryError) as error:
             shape = "×".join(map(str, self.plan.shapes[name]))
             reason = shown(" ".join(str(error).split()))[:200] or "no memory"
+            elsewhere = "" if self.plan.device == CPU else "device='cpu', which has more memory, or "
             raise ValueError(
-                f"{name!r} ({shape}) cannot be merged by {self.plan.method.name} ({reason}): take an element-wise "
-                "method (average, ties, …), which needs little memory and no decomposition, or name it in heads="
+                f"{name!r} ({shape}) cannot be merged by {self.plan.method.name} ({reason}): take {elsewhere}an "
+                "element-wise method (average, ties, …), which needs little memory and no decomposition, or name "
+                "it in heads="
             ) from error
-        results = [result.to(dtype) for result in merged]
+        results = [result.to(dtype).cpu() for result in merged]
         # the next block reuses the stack's memory
         results = [result.clone() if result.data_ptr() == stack.data_ptr() else result for result in results]
         if not all(map(_finite, results)):
@@ -99,7 +102,7 @@ class Blocks:
 
     def _merge(self, name: str, stack: Tensor, under: Tensor | None) -> list[Tensor]:
         """The results of one block: one tensor, or with EMR one for each model."""
-        plan, weights = self.plan, self.plan.weights[name].to(stack.dtype)
+        plan, weights = self.plan, self.plan.weights[name].to(stack)
         if plan.method.spectral and not is_matrix(plan.shapes[name]):
             # θ* = θ₀ + λ τ with τ the mean task vector; LoRE's θ₀ is the mean itself, its δ_t sum to 0
             return [_sum(under, average(stack, weights).mul_(1.0 if plan.method.baseless else plan.scale))]
@@ -107,11 +110,10 @@ class Blocks:
             unified, masks = self.engine(stack, weights)
             scales = [plan.scale * one for one in self.summary or []]
             return [_sum(under, scale * mask * unified) for scale, mask in zip(scales, masks, strict=True)]
-        device = torch.device("cuda" if plan.method.spectral and torch.cuda.is_available() else "cpu")
-        merged = self.engine.merged(stack.to(device), weights.to(device))
+        merged = self.engine.merged(stack, weights)
         direction = merged.direction if merged.finish is None else merged.finish(merged.direction)
-        direction = direction.mul_(plan.scale).cpu()
-        return [_sum(under, direction if merged.offset is None else direction.add_(merged.offset.cpu()))]
+        direction = direction.mul_(plan.scale)
+        return [_sum(under, direction if merged.offset is None else direction.add_(merged.offset))]
 
     def _rows(self, name: str) -> Iterator[tuple[int, int]]:
         rows, width = self._shape(name)
@@ -121,7 +123,7 @@ class Blocks:
         return ((start, min(start + size, rows)) for start in range(0, rows, size))
 
     def _stack(self, name: str, start: int, stop: int) -> tuple[Tensor, Tensor | None]:
-        """(T, rows, width) task vectors, or whole weights without a base; and the base's rows; float32."""
+        """On the device, float32: (T, rows, width) task vectors, or weights without a base; and the base's rows."""
         plan, (_, width) = self.plan, self._shape(name)
         stack = self._memory(len(plan.models), stop - start, width)
         for rows, files in zip(stack, plan.models.values(), strict=True):
@@ -135,6 +137,7 @@ class Blocks:
             stack -= under
         if not self._nan_shows:
             self._check_inputs(name, stack)
+        stack, under = stack.to(plan.device), None if under is None else under.to(plan.device)
         if plan.method.prepare is not None:
             key = (name, start)
             if start == 0 or key != self._drawing:
@@ -183,9 +186,9 @@ class Blocks:
             weights = self.plan.weights[name]
             for start, stop in self._rows(name):
                 stack, _ = self._stack(name, start, stop)
-                _, _, of_tasks, of_masks = self.engine.masked(stack, weights)
-                full += of_tasks
-                kept += of_masks
+                _, _, of_tasks, of_masks = self.engine.masked(stack, weights.to(stack.device))
+                full += of_tasks.cpu()
+                kept += of_masks.cpu()
         return rescalers(full, kept)
 
 

@@ -16,6 +16,7 @@ from osrm_peft.checkpoints.shapes import OutputDtype
 from osrm_peft.checkpoints.skeleton import built_config
 from osrm_peft.checkpoints.writing import write_heads, write_rest
 from osrm_peft.checks import printable
+from osrm_peft.devices import computing
 from osrm_peft.hub.card import write_manifest
 from osrm_peft.hub.sources import local_folder
 from osrm_peft.io.json import parse_json
@@ -37,6 +38,7 @@ def merge_checkpoints(
     dtype: OutputDtype | None = None,
     shard_size: int | str = "5GB",
     seed: int = 0,
+    device: str | None = None,
     resume: bool = False,
     overwrite: bool = False,
     verify: bool = True,
@@ -45,10 +47,9 @@ def merge_checkpoints(
 ) -> Path:
     """Merge full checkpoints into one that `from_pretrained` loads, without holding one of them in memory.
 
-    Element-wise methods see some rows of a tensor at a time; LoRE, TSV-M and Iso-C see a whole matrix, on the GPU if
-    there is one. These average what is no matrix (norms, biases, stacks of experts), W₀ + λ mean τ_t (LoRE: mean θ_t,
-    its θ₀, to which λ adds nothing), and the manifest names it. Tensors are matched under the names that transformers
-    gives them when it loads the files. Computed in float32. EMR writes a whole model for each input, `out/<name>`.
+    Element-wise methods see some rows of a tensor at a time; LoRE, TSV-M and Iso-C see a whole matrix (`device` is for
+    these) and average what is no matrix (norms, biases, stacks of experts), W₀ + λ mean τ_t, LoRE mean θ_t: the
+    manifest names it. Names are those that transformers loads. Computed in float32. EMR writes one for each input.
 
     Args:
         models: {name: folder that `save_pretrained` wrote, or Hub id}. Safetensors only.
@@ -65,6 +66,7 @@ def merge_checkpoints(
         dtype: of the result; None: the models' own, if it is the same.
         shard_size: of a weight file, at most: bytes, or `"5GB"` (5·10⁹), `"500MB"`, `"2GiB"` (2·2³⁰).
         seed: of the methods that draw.
+        device: `"cpu"` (the default), `"cuda"` or `"cuda:1"`, equal to rounding; either may resume an interrupted one.
         resume: go on with an interrupted merge of the same inputs and options: finished weight files are kept.
         overwrite: replace another result, or what an interrupted merge has finished.
         verify: compare the weight files of earlier merges with the checksums in their manifests.
@@ -78,7 +80,7 @@ def merge_checkpoints(
     out = check_replaceable(out, "checkpoint")
     plan = plan_checkpoints(
         models, method, base=base, weights=weights, scale=scale, heads=heads, vocab=vocab,
-        tokenizer=tokenizer, dtype=dtype, shard_size=shard_size, seed=seed, **options,
+        tokenizer=tokenizer, dtype=dtype, shard_size=shard_size, seed=seed, device=device, **options,
     )  # fmt: skip
     return execute(plan, out, resume=resume, overwrite=overwrite, verify=verify, progress=progress)
 
@@ -93,10 +95,11 @@ def execute(
     progress: bool = False,
 ) -> Path:
     """Merge as planned, into a folder beside `out` that is renamed to it at the end."""
-    return carry_out(
-        plan, lambda: Blocks(plan), partial(_finish, plan), out,
-        resume=resume, overwrite=overwrite, verify=verify, progress=progress,
-    )  # fmt: skip
+    with computing(plan.device):
+        return carry_out(
+            plan, lambda: Blocks(plan), partial(_finish, plan), out,
+            resume=resume, overwrite=overwrite, verify=verify, progress=progress,
+        )  # fmt: skip
 
 
 def _finish(plan: CheckpointPlan, folder: Path, sums: Mapping[str, list[str]]) -> dict[str, Any]:

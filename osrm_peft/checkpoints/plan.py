@@ -17,6 +17,7 @@ from osrm_peft.checkpoints.shapes import BASE, OUTPUT_DTYPES, is_matrix, result_
 from osrm_peft.checkpoints.text import Text, choose_text
 from osrm_peft.checkpoints.work import STATE, Work, shards_of
 from osrm_peft.checks import choice, integer, number, size_in_bytes
+from osrm_peft.devices import CPU, chosen_device, described
 from osrm_peft.io.manifest import MANIFEST, command, versions
 from osrm_peft.merging import advice
 from osrm_peft.merging.inputs import check_names
@@ -55,6 +56,7 @@ class CheckpointPlan(Work):
         config: the result's config.json: the first model's, with the token ids of `text`.
         text: the choice of tokenizer and generation settings.
         settings: further fields of the manifest.
+        device: where blocks are merged.
     """
 
     models: dict[str, ModelFiles]
@@ -71,6 +73,7 @@ class CheckpointPlan(Work):
     config: dict[str, Any]
     text: Text
     settings: dict[str, Any] = field(default_factory=dict)
+    device: torch.device = CPU
 
     @property
     def inputs(self) -> dict[str, ModelFiles]:
@@ -106,6 +109,7 @@ class CheckpointPlan(Work):
             "text": self.text.manifest(),
             **({"averaged": self.averaged} if self.method.spectral else {}),
             **self.settings,
+            "device": described(self.device),
             "command": command(),
             "versions": versions(),
         }
@@ -124,6 +128,7 @@ def plan_checkpoints(
     dtype: str | None,
     shard_size: int | str,
     seed: int,
+    device: str | None = None,
     **options: Any,
 ) -> CheckpointPlan:
     """Check everything and open all files; see `merge_checkpoints` for arguments and errors."""
@@ -133,7 +138,7 @@ def plan_checkpoints(
     if dtype is not None:
         choice("dtype", dtype, OUTPUT_DTYPES)
     shard_size = integer("shard_size", size_in_bytes("shard_size", shard_size), 2**20)
-    seed, names = integer("seed", seed, 0), check_names(models)
+    seed, names, place = integer("seed", seed, 0), check_names(models), chosen_device(device)
     taken = [name for name in names if name in _RESERVED or (name == BASE and base is not None)]
     if taken:
         raise ValueError(f"a model cannot be called {taken[0]!r}, which is a name in the result: give it another")
@@ -162,7 +167,7 @@ def plan_checkpoints(
         result_dtypes(every, shapes, dtype, aligned), own, [], config, text,
         {"weights": {name: dict(one) for name, one in named.items()}, "heads": list(heads), "vocab": vocab,
          "dtype": dtype, "shard_size": shard_size, "read": {n: one.identity() for n, one in every.items()},
-         "left_out": aligned.left_out},
+         "left_out": aligned.left_out}, place,
     )  # fmt: skip
     _warn(plan, aligned)
     for weight in plan.weights.values():

@@ -55,8 +55,9 @@ class Work(ABC):
         return sum(torch.Size(self.shapes[name]).numel() * self.dtypes[name].itemsize for name in names)
 
     def fingerprint(self) -> str:
-        """A hash of everything that decides the result."""
-        fields = {name: value for name, value in self.manifest().items() if name not in ("command", "versions")}
+        """A hash of everything that decides the result; the device decides only how it is rounded."""
+        left_out = ("command", "versions", "device")
+        fields = {name: value for name, value in self.manifest().items() if name not in left_out}
         return hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
     def check_unchanged(self) -> None:

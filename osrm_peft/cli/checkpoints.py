@@ -36,6 +36,7 @@ def merge_checkpoints(
     ] = None,
     shard_size: Annotated[str, typer.Option(help="Of a weight file, at most: 500MB, 2GiB, or bytes.")] = "5GB",
     seed: Annotated[int, typer.Option(help="Of methods that draw (dare).")] = 0,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N. Default: cpu.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with this merge where it was interrupted.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace another result of ours.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, say what would be written.")] = False,
@@ -50,8 +51,8 @@ def merge_checkpoints(
 
     folder = check_replaceable(out, "checkpoint")
     plan = plan_checkpoints(
-        sources(models), method, base=base, weights=values(weight) or None, scale=scale, heads=heads or [],
-        vocab=vocab, tokenizer=tokenizer, dtype=dtype, shard_size=shard_size, seed=seed, **values(option),
+        sources(models), method, base=base, weights=values(weight) or None, scale=scale, heads=heads or [], vocab=vocab,
+        tokenizer=tokenizer, dtype=dtype, shard_size=shard_size, seed=seed, device=device, **values(option),
     )  # fmt: skip
     check_replaceable(folder, "checkpoint", plan.manifest(), overwrite)
     facts = checkpoint_facts(plan, out)

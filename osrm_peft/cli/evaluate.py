@@ -109,7 +109,7 @@ def _check_folder(subject: "Subject", records: list[dict[str, Any]], source: str
 
 def _values(subject: "Subject", tasks: "dict[str, Task]", max_length: int) -> dict[str, float]:
     """{task: score}."""
-    from osrm_peft.distributed import local_device
+    from osrm_peft.devices import local_device
     from osrm_peft.evaluation.evaluate import evaluate_task
     from osrm_peft.tasks.text import TextTask
 

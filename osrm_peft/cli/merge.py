@@ -65,6 +65,7 @@ def merge(
     statistics: StatisticsOption = None,
     features: FeaturesOption = None,
     seed: Annotated[int | None, typer.Option(help="Of methods that draw (dare).")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N. Default: cpu.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace another result of ours.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, say what would be merged.")] = False,
     as_json: JsonOption = False,
@@ -90,6 +91,7 @@ def merge(
         "statistics": pairs(statistics) or None,
         "features": pairs(features) or None,
         "seed": seed,
+        "device": device,
     }
     given = {name: value for name, value in given.items() if value not in (None, {})}
     request = MergeRequest.from_fields(**given) if config is None else MergeRequest.from_yaml(config, **given)
@@ -97,9 +99,8 @@ def merge(
     plan = plan_merge(request.at_first_scale())
     _check_folders(plan, folders, out, overwrite)
     if dry_run:
-        _show(plan, folders)
-    else:
-        _write(plan, folders, overwrite)
+        return _show(plan, folders)
+    _write(plan, folders, overwrite)
 
 
 def _folders(request: "MergeRequest", out: Path) -> list[tuple[Any, Path]]:

@@ -170,6 +170,16 @@ class _Collection:
     @torch.inference_mode(False)  # its tensors count no changes, and cannot be changed outside of it
     def features(self, group_size: int | None) -> TaskFeatures:
         """The features of all target layers, in one pass or in one pass a group of distinct inputs."""
+        try:
+            return self._in_groups(group_size)
+        except torch.OutOfMemoryError as error:
+            raise ValueError(
+                f"the memory of {self.device} is too small for the model, a batch and the sums of {len(self.layers)} "
+                "layers: give a smaller group_size (--group-size), which collects some layers at a time, or smaller "
+                "batches"
+            ) from error
+
+    def _in_groups(self, group_size: int | None) -> TaskFeatures:
         if group_size is None:
             return self._features(self.layers, self.num_samples, f"features of {self.task}")
         check_rereadable(self.loader, "group_size reads the loader several times, and needs the same samples each time")

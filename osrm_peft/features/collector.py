@@ -3,8 +3,10 @@
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from osrm_peft.devices import CPU, device_of
 from osrm_peft.features.batches import Batch
 from osrm_peft.features.moments import FeatureMoments
 from osrm_peft.features.padding import EncoderDecoder, TokenMask, same_tensor, tensors_in
@@ -67,7 +69,7 @@ class Collector:
         for tensor, version, first in self.received.values():
             if same_tensor(x, tensor) and x._version == version:
                 leader = first
-        self.follow(name, leader)
+        self.follow(name, leader, device_of(x))
         if leader != name:
             return
         positions = self.in_decoder if self.sides.in_decoder(name, x, self.encoded) else self.positions
@@ -83,13 +85,13 @@ class Collector:
             self.moments[name].add_(*positions.of(name, x, self.whole_samples))
         self.received["encoded" if same_tensor(x, self.encoded) else "last"] = (x, x._version, name)
 
-    def follow(self, name: str, leader: str) -> None:
-        """Note that the layer receives the leader's input, here or in another process."""
+    def follow(self, name: str, leader: str, device: torch.device = CPU) -> None:
+        """Note that the layer receives the leader's input, here on this device, or in another process."""
         if self.leaders.setdefault(name, leader) != leader:
             raise RuntimeError(
                 f"layer {name!r} shared its input with another layer in some batches and not in others: "
                 "collect its features on its own (target_modules with this layer alone)"
             )
         if leader not in self.moments:
-            self.moments[leader] = FeatureMoments(self.statistic, self.widths[leader])
+            self.moments[leader] = FeatureMoments(self.statistic, self.widths[leader], made_on=device)
         self.moments[name] = self.moments[leader]

@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from osrm_peft.checks import choice, integer
-from osrm_peft.distributed import ALONE
+from osrm_peft.devices import full_float32
+from osrm_peft.distributed import ALONE, execution_device
 from osrm_peft.features.batches import Batch, samples
 from osrm_peft.features.hooks import preserve_state
 from osrm_peft.hub.sources import local_file
@@ -109,7 +110,7 @@ def collect_fisher(
 
     Args:
         model: the fine-tuned model with `.logits` of shape (b, classes): a PeftModel with its adapter on, or full
-            weights.
+            weights; runs on the device it is on.
         loader: batches as the model takes them; `labels` are needed for labels="true" only.
         task: the task's name, for the record.
         target_modules: which `nn.Linear` layers, see `layers.target_layers`.
@@ -125,7 +126,7 @@ def collect_fisher(
     model = unwrapped(model)
     layers = target_layers(model, target_modules)
     base = base_of(model)
-    device = next(base.parameters()).device
+    device = execution_device(base)
     squares: dict[str, Tensor] = {}
     seen = 0
     if labels == "true":
@@ -218,8 +219,9 @@ def _add_squares(total: dict[str, Tensor], scores: list[tuple[Tensor, Tensor]], 
             h, delta = h.reshape(b, -1, h.shape[-1]).float(), delta.reshape(b, -1, delta.shape[-1]).float()
             if name not in total:
                 total[name] = torch.zeros(delta.shape[2], h.shape[2], device=h.device)
-            for w, d, x in zip(weight, delta, h, strict=True):  # one example at a time: one o×n matrix in memory
-                total[name].addcmul_(gradient := d.mT @ x, gradient * w)
+            with full_float32(h.device):
+                for w, d, x in zip(weight, delta, h, strict=True):  # one example at a time: one o×n matrix in memory
+                    total[name].addcmul_(gradient := d.mT @ x, gradient * w)
 
 
 @contextmanager

@@ -1,17 +1,21 @@
 """FeatureMoments: the streaming statistic of one layer's inputs for one task; nothing else crosses tasks."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field, replace
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from osrm_peft.checks import choice
+from osrm_peft.devices import CPU, device_of, full_float32
 
 FeatureStatistic = Literal["mean", "sample", "token"]
 STATISTICS = get_args(FeatureStatistic)
 _UNIT = torch.finfo(torch.float32).eps / 2  # the relative rounding of h
+_TERMS = 2048  # of a sum in a GPU's matrix units
+# whether a GPU multiplies numbers of 16 bits and returns the sums in float32 (CUDA, torch 2.8)
+_SUMS_WIDER = torch.version.cuda is not None and tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 8)
 
 
 @dataclass
@@ -30,6 +34,7 @@ class FeatureMoments:
         total: (n,) Σh, float32.
         second: (n, n) Σhhᵀ, float32, or None.
         rows: (k, n) the h themselves, float32, or None; only `"sample"` with k < n.
+        made_on: where empty sums are made.
     """
 
     statistic: str
@@ -38,15 +43,16 @@ class FeatureMoments:
     total: Tensor = field(default=None)  # type: ignore[assignment]  # set below when not given
     second: Tensor | None = None
     rows: Tensor | None = None
+    made_on: InitVar[torch.device] = CPU
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, made_on: torch.device) -> None:
         choice("statistic", self.statistic, STATISTICS)
         if self.total is None:
-            self.total = torch.zeros(self.width)
+            self.total = torch.zeros(self.width, device=made_on)
             if self.statistic == "token":
-                self.second = torch.zeros(self.width, self.width)
+                self.second = torch.zeros(self.width, self.width, device=made_on)
             elif self.statistic == "sample":
-                self.rows = torch.zeros(0, self.width)
+                self.rows = torch.zeros(0, self.width, device=made_on)
 
     def add_(self, x: Tensor, keep: Tensor | None = None, samples: Tensor | None = None) -> None:
         """Add a batch of layer inputs.
@@ -58,7 +64,7 @@ class FeatureMoments:
         """
         if x.dim() == 2:
             x, keep = x[:, None], None
-        kept = (x.flatten(0, 1) if keep is None else x[keep]).float()  # (N', n): padding never reaches a sum
+        kept = x.flatten(0, 1) if keep is None else x[keep]  # (N', n): padding never reaches a sum
         if self.statistic == "token":
             h = kept
         elif keep is None and samples is None:
@@ -68,8 +74,16 @@ class FeatureMoments:
             _, owner, tokens = (
                 rows[keep if keep is not None else ...].flatten().unique(return_inverse=True, return_counts=True)
             )
-            h = kept.new_zeros(len(tokens), self.width).index_add_(0, owner, kept) / tokens[:, None]
-        self._add_vectors(h.to(self.total.device))
+            sums = torch.zeros(len(tokens), self.width, device=x.device).index_add_(0, owner, kept.float())
+            h = sums / tokens[:, None]
+        self._add_vectors(h)
+
+    def to(self, device: torch.device) -> "FeatureMoments":
+        """The same on this device."""
+        if self.total.device == device:
+            return self
+        second, rows = (None if tensor is None else tensor.to(device) for tensor in (self.second, self.rows))
+        return replace(self, total=self.total.to(device), second=second, rows=rows)
 
     def merge_(self, other: "FeatureMoments") -> None:
         """Add the sums of `other`, which saw other rows of the same task."""
@@ -79,8 +93,9 @@ class FeatureMoments:
                 f"to {self.statistic!r} of width {self.width}"
             )
         if other.rows is not None:
-            self._add_vectors(other.rows.to(self.total.device))
+            self._add_vectors(other.rows)
             return
+        other = other.to(self.total.device)
         self.count += other.count
         self.total += other.total
         if other.second is not None:
@@ -98,7 +113,7 @@ class FeatureMoments:
         """
         if self.statistic == "sample" and sum(counts) < self.width:
             assert self.rows is not None
-            rows = torch.zeros(sum(counts), self.width)
+            rows = self.rows.new_zeros(sum(counts), self.width)
             start = sum(counts[:rank])
             rows[start : start + self.count] = self.rows
             self.rows = sum_(rows)
@@ -110,15 +125,16 @@ class FeatureMoments:
         self.count = sum(counts)
 
     def settle_(self) -> None:
-        """Round the sums as a features file rounds them, so that memory and file hold the same numbers.
+        """Round the sums as a features file rounds them, so that memory and file hold the same numbers; on the CPU.
 
         The file holds float32 quotients by N. The float32 nearest to quotient · N has the same quotient, so a second
         file is equal to the first.
         """
         self._require_rows()
-        self.total = sum_of(self.total.double() / self.count, self.count)
+        self.total = sum_of(self.total.double() / self.count, self.count).cpu()
         if self.second is not None:
-            self.second = sum_of(symmetric(self.second).double() / self.count, self.count)
+            self.second = sum_of(symmetric(self.second).double() / self.count, self.count).cpu()
+        self.rows = None if self.rows is None else self.rows.cpu()
 
     def mean(self) -> Tensor:
         """(n,) Σh / N, float64."""
@@ -160,18 +176,37 @@ class FeatureMoments:
         return min(1 if self.statistic == "mean" else self.count, self.width)
 
     def _add_vectors(self, h: Tensor) -> None:
+        if self.count == 0:  # the sums are where the layer's inputs are
+            moved = self.to(device_of(h))
+            self.total, self.second, self.rows = moved.total, moved.second, moved.rows
+        h = h.to(self.total.device)
         self.count += len(h)
-        self.total += h.sum(0)
+        self.total += h.sum(0, dtype=torch.float32) if h.is_cuda else h.float().sum(0)
         if self.rows is not None:
-            self.rows = torch.cat([self.rows, h])
+            self.rows = torch.cat([self.rows, h.float()])
             if len(self.rows) >= self.width:
                 self._sum_up_rows()
         elif self.second is not None:
-            self.second.addmm_(h.mT, h)
+            self._add_squares(h)
+
+    def _add_squares(self, h: Tensor) -> None:
+        """Add Σhhᵀ, as float32 multiplies and adds: a product of two numbers of 16 bits is exact in it.
+
+        A GPU's matrix units cut off what they add up, 2⁻²⁴ for each 16 of the terms, so they get a few at a time.
+        """
+        assert self.second is not None
+        if h.is_cuda and h.dtype in (torch.bfloat16, torch.float16) and _SUMS_WIDER:
+            for some in h.split(_TERMS):
+                self.second += torch.mm(some.mT, some, out_dtype=torch.float32)
+        else:
+            with full_float32(h.device):
+                h = h.float()
+                self.second.addmm_(h.mT, h)
 
     def _sum_up_rows(self) -> None:
         if self.rows is not None:
-            self.second, self.rows = self.rows.mT @ self.rows, None
+            with full_float32(self.rows.device):
+                self.second, self.rows = self.rows.mT @ self.rows, None
 
     def _require_rows(self) -> None:
         if self.count == 0:

@@ -48,7 +48,7 @@ class Engine:
 
         Args:
             tau: (T, o, n) task vectors, or a list of factors for a method of the space "factors".
-            weights: (T,) one a task.
+            weights: (T,) one a task, on the device of `tau`.
             statistics: one a task, for a method that needs them.
         """
         arguments = self._options
@@ -69,7 +69,7 @@ class Engine:
         Returns:
             (o, n) τ_uni; (T, o, n) masks M_t; (T,) Σ|w_t τ_t| and (T,) Σ|M_t ⊙ τ_uni|, float64.
         """
-        unified, masks = self(stack, weights.to(stack.dtype))
+        unified, masks = self(stack, weights.to(stack))
         full = weights.abs() * stack.abs().sum((1, 2), dtype=torch.float64)
         kept = (masks * unified.abs()).sum((1, 2), dtype=torch.float64)
         return unified, masks, full, kept

@@ -1,11 +1,12 @@
 """Exact algebra on products B·A without forming them: balancing, bases, recompression. All in float64."""
 
 import math
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
-from scipy.sparse.linalg import svds
+from scipy.sparse.linalg import LinearOperator, svds
 from torch import Tensor
 
 from osrm_peft.adapters.factors import Factors
@@ -13,6 +14,7 @@ from osrm_peft.features.moments import FeatureMoments
 
 _EPS = torch.finfo(torch.float64).eps
 _WIDE = 1024
+SMALL = 256  # up to this width a decomposition is the CPU's work
 SERVING = (8, 16, 32, 64, 128, 256, 320, 512)  # the ranks that vLLM makes room for
 
 
@@ -52,7 +54,7 @@ def compress_outputs(factors: Factors, moments: Sequence[FeatureMoments], rank: 
         moments: of the layer's inputs, one a task.
     """
     B, A = balanced(factors)
-    S = torch.stack([one.second_moment() for one in moments]).mean(0)
+    S = torch.stack([one.second_moment() for one in moments]).mean(0).to(B.device)
     S.diagonal().add_(1e-8 * float(S.trace()) / len(S) or 1.0)
     values, V = torch.linalg.eigh(A @ S @ A.mT)  # = C Cᵀ, and B C has the left singular vectors of B A S^½
     U = torch.linalg.svd(B @ (V * values.clamp_min(0).sqrt()), full_matrices=False).U[:, :rank]
@@ -82,18 +84,29 @@ def compress_matrix(X: Tensor, rank: int | None = None, by: Tensor | None = None
     if square == 0:
         return Compressed(Factors(X[:0], X[:, :0]), 1.0)
     if narrow <= _WIDE or (rank is not None and rank > narrow // 8):
-        U, S, Vh = torch.linalg.svd(X, full_matrices=False)
+        U, S, Vh = thin_svd(X)
         k = _exact_rank(S, X.shape)
         return _cut(U[:, :k], S[:k], Vh[:k], rank)
     if rank is None:
         half = 2.0 ** round(math.log2(float(X.abs().max())) / 2)  # both factors alike, for float16
-        eye, X = half * torch.eye(narrow, dtype=X.dtype), X / half
+        eye, X = half * torch.eye(narrow, dtype=X.dtype, device=X.device), X / half
         return Compressed(Factors(eye, X) if X.shape[1] == narrow else Factors(X, eye), 1.0)
     start = torch.linspace(1, 2, narrow, dtype=X.dtype).numpy()  # fixed: ARPACK would draw one
-    U, S, Vh = (torch.from_numpy(found.copy()) for found in svds(X.numpy(), k=rank, v0=start))
+    found = svds(X.numpy() if X.device.type == "cpu" else _products_on_device(X), k=rank, v0=start)
+    U, S, Vh = (torch.from_numpy(one.copy()).to(X.device) for one in found)
     U, S, Vh = U.flip(1), S.flip(0), Vh.flip(0)  # the largest first
     cut = _cut(U, S, Vh, rank)
     return cut._replace(energy_kept=float(S.square().sum()) / square)
+
+
+def _products_on_device(X: Tensor) -> LinearOperator:
+    """X for ARPACK, which runs on the CPU and asks for products with vectors."""
+
+    def product(matrix: Tensor) -> Callable[[Any], Any]:
+        return lambda x: (matrix @ torch.from_numpy(np.ascontiguousarray(x)).to(X.device, X.dtype)).cpu().numpy()
+
+    there, back = product(X), product(X.mT)
+    return LinearOperator(X.shape, matvec=there, rmatvec=back, matmat=there, rmatmat=back, dtype=np.float64)
 
 
 def least_energy(found: Iterable[Compressed], ranks: Sequence[int]) -> dict[int, float]:
@@ -123,7 +136,7 @@ def squared_values(factors: Factors) -> Tensor | None:
 def column_basis(parts: list[Tensor]) -> Tensor:
     """(o, p) orthonormal basis of the columns of all `parts` (o, k_t): left singular vectors of the stack."""
     Q, R = torch.linalg.qr(torch.cat(parts, dim=1))  # first, so that the SVD is of a small matrix
-    U, S, _ = torch.linalg.svd(R, full_matrices=False)
+    U, S, _ = thin_svd(R)
     return Q @ U[:, : _exact_rank(S, (len(Q), R.shape[1]))]
 
 
@@ -160,16 +173,24 @@ def _cross_energies(products: list[tuple[Tensor, Tensor]], moments: FeatureMomen
     A = torch.cat([A.double() for _, A in products])  # (R, n)
     root = moments.root()
     reads = A @ moments.second_moment() @ A.mT if root is None else (A @ root.mT) @ (root @ A.mT)  # (R, R) A S Aᵀ
-    owner = torch.repeat_interleave(torch.tensor([len(A) for _, A in products]))  # (R,)
+    owner = torch.repeat_interleave(torch.tensor([len(A) for _, A in products])).to(A.device)  # (R,)
 
     def blocks(terms: Tensor) -> Tensor:  # (R, R) → (P, P) sums over each pair of products
-        rows = torch.zeros(len(products), len(A), dtype=torch.float64).index_add_(0, owner, terms)
-        return torch.zeros(len(products), len(products), dtype=torch.float64).index_add_(1, owner, rows)
+        rows = terms.new_zeros(len(products), len(A)).index_add_(0, owner, terms)
+        return terms.new_zeros(len(products), len(products)).index_add_(1, owner, rows)
 
     inner = B.mT @ B
     sums = blocks(inner * ((A * moments.rounding()) @ A.mT)).diagonal()  # Σ_i ε_i ‖X_j e_i‖²
     norms = inner.diagonal().sqrt() * reads.diagonal().clamp_min(0).sqrt()  # (R,): what terms may cancel to rounding
     return blocks(inner * reads), sums + len(A.mT) * _EPS * blocks(norms * norms[:, None]).diagonal()
+
+
+def thin_svd(X: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """U (o, k), S (k,), Vh (k, n) with k = min(o, n); of a small matrix by the CPU, for which a GPU takes longer."""
+    if X.device.type == "cpu" or min(X.shape) > SMALL:
+        return torch.linalg.svd(X, full_matrices=False)
+    U, S, Vh = (found.to(X.device) for found in torch.linalg.svd(X.cpu(), full_matrices=False))
+    return U, S, Vh
 
 
 def numerical_rank(S: Tensor) -> int:
@@ -191,7 +212,7 @@ def _thin_svd(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """SVD of B·A, cut at its numerical rank: U (o, k), S (k,), Vh (k, n)."""
     Q_B, R_B = torch.linalg.qr(B)
     Q_A, R_A = torch.linalg.qr(A.mT)
-    U, S, Vh = torch.linalg.svd(R_B @ R_A.mT, full_matrices=False)
+    U, S, Vh = thin_svd(R_B @ R_A.mT)
     k = _exact_rank(S, (len(B), A.shape[1]))
     return Q_B @ U[:, :k], S[:k], Vh[:k] @ Q_A.mT
 

@@ -11,12 +11,13 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from osrm_peft.adapters.factors import Factors
+from osrm_peft.devices import computing
 from osrm_peft.distributed import ALONE, Processes
 from osrm_peft.merging import advice
 from osrm_peft.merging.emr_adapter import EMRAdapter, EMRLayer
 from osrm_peft.merging.engine import Engine, rescalers
 from osrm_peft.merging.inputs import Adapters, HeadPolicy
-from osrm_peft.merging.lowrank import Compressed, compress, compress_matrix, compress_outputs
+from osrm_peft.merging.lowrank import SMALL, Compressed, compress, compress_matrix, compress_outputs
 from osrm_peft.merging.merged_adapter import MergedAdapter, MergedLayer
 from osrm_peft.merging.modules import merge_modules
 from osrm_peft.merging.plan import MergePlan, plan_merge
@@ -48,6 +49,7 @@ def merge_adapters(
     base_model: str | None = None,
     statistics: Statistics | None = None,
     seed: int = 0,
+    device: str | None = None,
     progress: bool = False,
     distributed: bool = False,
     **options: Any,
@@ -77,6 +79,7 @@ def merge_adapters(
         base_model: the base model of all adapters, where their configs name it differently (a local copy, say).
         statistics: {task: file or object} for Fisher (`collect_fisher`) and RegMean (`collect_gram`).
         seed: of the methods that draw (DARE).
+        device: `"cpu"`, `"cuda"` or `"cuda:1"`, equal to rounding. None: the GPU that all live models are on, else CPU.
         progress: show a bar over the layers.
         distributed: all processes of torch.distributed call this and share the layers; each gets the whole result.
         **options: the method's own, such as TIES' `density` or LoRE's `mu_ratio`.
@@ -90,8 +93,9 @@ def merge_adapters(
             different base models or vocabularies, or an adapter that is not plain LoRA. Nothing was computed then.
     """
     request = MergeRequest(
-        adapters, method, options, weights, scale, space, rank, cut, heads, modules, base_model, statistics, seed
-    )
+        adapters, method, options, weights, scale, space, rank, cut, heads, modules, base_model, statistics, seed,
+        device,
+    )  # fmt: skip
     return merge(request, Processes.of(distributed), progress=progress)
 
 
@@ -102,6 +106,11 @@ def merge(request: MergeRequest, processes: Processes = ALONE, *, progress: bool
 
 def execute(plan: MergePlan, processes: Processes = ALONE, *, progress: bool = False) -> MergedAdapter | EMRAdapter:
     """Merge as planned, one layer in memory at a time besides the result; each process merges its share of layers."""
+    with computing(plan.device):
+        return _execute(plan, processes, progress)
+
+
+def _execute(plan: MergePlan, processes: Processes, progress: bool) -> MergedAdapter | EMRAdapter:
     share = processes.share(list(plan.inputs.shapes))
     names = tqdm(share, desc=f"merge {plan.method.name}", disable=not progress or not processes.is_main_process)
     if processes.is_main_process:
@@ -139,8 +148,9 @@ def execute(plan: MergePlan, processes: Processes = ALONE, *, progress: bool = F
     whole = {name.rpartition(".")[0] for name in trained.shared}  # one task's: LoRA of others on it has no place
     layers = {name: layer for name, layer in layers.items() if name not in whole}
     return MergedAdapter(
-        layers, plan.scale, plan.rank, own, plan.dtype, manifest, plan.padded, trained.shared, trained.copies
-    )
+        layers, plan.scale, plan.rank, own, plan.dtype, manifest, plan.padded, trained.shared, trained.copies,
+        plan.device,
+    )  # fmt: skip
 
 
 def _gathered(plan: MergePlan, merge: Callable[[], dict[str, Any]], processes: Processes) -> dict[str, Any]:
@@ -156,7 +166,10 @@ class _Stacks:
         self.plan, self.engine, self.share = plan, engine, share
 
     def layer(self, name: str) -> Layer:
-        layer = enter(self.plan.space, self.plan.inputs.factors(name))
+        layer = enter(self.plan.space, self.plan.factors(name))
+        # of a small core the bases are the device's work, and the method is the CPU's
+        if layer.left is not None and max(layer.stack.shape[1:]) <= SMALL:
+            layer = layer._replace(stack=layer.stack.cpu())
         return layer._replace(stack=self.engine.prepare(layer.stack, name))
 
     def __iter__(self) -> Iterator[Tensor]:
@@ -174,12 +187,13 @@ def _merge_layer(
     rank = None if plan.cuts_by_features else plan.rank
     try:
         if plan.space == "factors":
-            exact = engine(plan.inputs.factors(name), weights, statistics)
+            exact = engine(plan.factors(name), weights.to(plan.device), statistics)
             exact = Factors(exact.A, exact.s * exact.B)
             direction = Compressed(exact, 1.0) if rank is None else compress(exact.B, exact.A, rank)
         else:
             layer = stacks.layer(name)
             _check_finite(layer.stack)
+            weights = weights.to(layer.stack.device)
             merged = engine.merged(layer.stack, weights.to(layer.stack.dtype), statistics)
             _check_finite(merged.direction)
             report = dict(merged.report)
@@ -190,8 +204,9 @@ def _merge_layer(
                 by = None if cut is None or plan.method.cut_by is None else plan.method.cut_by(layer.stack, weights)
                 direction = layer.compress(merged.direction, cut, by)
             else:  # both in the same bases: A is shared
-                direction = Compressed(Factors(layer.right.mT.float(), layer.left @ merged.direction), 1.0)
-                offset = Factors(direction.factors.A, layer.left @ merged.offset)
+                A, left = layer.right.mT.float(), layer.left
+                direction = Compressed(Factors(A, left @ merged.direction.to(left)), 1.0)
+                offset = Factors(A, left @ merged.offset.to(left))
             if merged.offset is not None and offset is None:
                 offset = layer.compress(merged.offset).factors
         if plan.cuts_by_features and plan.features is not None and plan.rank is not None:
@@ -207,11 +222,13 @@ def _merge_layer(
     if plan.chooses_scale and plan.features is not None:
         fixed = None if offset is None else (offset.B, offset.A)
         found = direction.factors
-        scale = best_scale((found.s * found.B, found.A), fixed, plan.inputs.products(name), plan.features(name))
+        scale = best_scale((found.s * found.B, found.A), fixed, plan.products(name), plan.features(name))
         direction = Compressed(Factors(found.A, scale * found.B, found.s), direction.energy_kept)
         report["scale"] = scale
-    factors = _float32(direction.factors)  # solved in float64, kept as it will be written at most
-    return MergedLayer(direction._replace(factors=factors), offset and _float32(offset)), report
+    kept = _kept(direction.factors)
+    if offset is not None:
+        offset = replace(_kept(offset), A=kept.A) if offset.A is direction.factors.A else _kept(offset)
+    return MergedLayer(direction._replace(factors=kept), offset), report
 
 
 def _check_finite(tensor: Tensor) -> None:
@@ -230,18 +247,22 @@ def _check_size(scale: float, direction: Factors, offset: Factors | None) -> Non
         raise ValueError(_TOO_LARGE)
 
 
-def _float32(factors: Factors) -> Factors:
-    return Factors(factors.A.float(), factors.B.float(), factors.s)
+def _kept(factors: Factors) -> Factors:
+    """Solved in float64 on the device, kept on the CPU as it will be written at most."""
+    return Factors(factors.A.to("cpu", torch.float32), factors.B.to("cpu", torch.float32), factors.s)
 
 
 def _guided_weights(plan: MergePlan, share: list[str], processes: Processes) -> dict[str, Tensor]:
     """{layer: (T,) weights}: as given, or solved from the features."""
     if plan.weights_rule is None or plan.features is None:
         return plan.weights
-    products, features = plan.inputs.products, plan.features
-    equations = _gathered(
-        plan, lambda: {name: normal_equations(products(name), features(name)) for name in share}, processes
-    )
+    features = plan.features
+
+    def equation(name: str) -> tuple[Tensor, Tensor]:
+        normal, right = normal_equations(plan.products(name), features(name))
+        return normal.cpu(), right.cpu()
+
+    equations = _gathered(plan, lambda: {name: equation(name) for name in share}, processes)
     if not plan.weights_rule.shared:
         return {name: solve(*equation) for name, equation in equations.items()}
     normals, rights = zip(*equations.values(), strict=True)
@@ -253,14 +274,14 @@ def _masked(plan: MergePlan, engine: Engine, names: Iterable[str], processes: Pr
     """A method whose result differs by task: shared vector and masks a layer, and the rescalers over all layers."""
 
     def one(name: str) -> tuple[EMRLayer, Tensor, Tensor]:
-        stack, weights = enter(plan.space, plan.inputs.factors(name)).stack, plan.weights[name]
+        stack, weights = enter(plan.space, plan.factors(name)).stack, plan.weights[name].to(plan.device)
         unified, masks, full, kept = engine.masked(stack, weights)
         try:
             _check_finite(stack)
             _check_finite(plan.scale * unified)
         except ValueError as error:
             raise ValueError(f"layer {name!r}: {error}") from error
-        return EMRLayer.pack(unified.to(plan.dtype), masks), full, kept
+        return EMRLayer.pack(unified.to("cpu", plan.dtype), masks.cpu()), full.cpu(), kept.cpu()
 
     found = _gathered(plan, lambda: {name: one(name) for name in names}, processes)
     layers = {name: layer for name, (layer, _, _) in found.items()}

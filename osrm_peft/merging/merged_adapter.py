@@ -16,6 +16,7 @@ from osrm_peft.adapters.factors import Factors
 from osrm_peft.adapters.live import applied_to
 from osrm_peft.adapters.lora_adapter import HEADS, LoraAdapter, save_head
 from osrm_peft.checks import number
+from osrm_peft.devices import CPU, computing
 from osrm_peft.hub.card import write_manifest
 from osrm_peft.hub.push import Pushable
 from osrm_peft.io.manifest import new_folder
@@ -34,14 +35,17 @@ class MergedLayer(NamedTuple):
     direction: Compressed
     offset: Factors | None
 
-    def at(self, scale: float, rank: int | None) -> Compressed:
-        """The layer at this scale, of at most this rank: one multiply where there is no offset."""
+    def at(self, scale: float, rank: int | None, device: torch.device = CPU) -> Compressed:
+        """The layer at this scale, of at most this rank: one multiply where there is no offset, else on the device."""
         B, A = self.direction.factors.B, self.direction.factors.A
         if self.offset is None:
             return Compressed(Factors(A, scale * B), self.direction.energy_kept)
         if self.offset.A is A:
-            return compress(self.offset.B + scale * B, A, rank)
-        return compress(torch.cat([self.offset.B, scale * B], dim=1), torch.cat([self.offset.A, A]), rank)
+            B = self.offset.B + scale * B
+        else:
+            B, A = torch.cat([self.offset.B, scale * B], dim=1), torch.cat([self.offset.A, A])
+        found = compress(B.to(device), A.to(device), rank)
+        return found._replace(factors=found.factors.to(CPU))
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,7 @@ class MergedAdapter(Pushable):
         padded: the least rank to write; layers of lower rank get zero directions.
         modules: {parameter: tensor} of trained modules of the pre-trained model, shared by the tasks.
         copies: the same of frozen base weights that the adapters brought along (of a vocabulary with new rows).
+        device: where layers are compressed again; they themselves are on the CPU.
     """
 
     layers: dict[str, MergedLayer]
@@ -69,6 +74,7 @@ class MergedAdapter(Pushable):
     padded: int = 1
     modules: dict[str, Tensor] = field(default_factory=dict)
     copies: dict[str, Tensor] = field(default_factory=dict)
+    device: torch.device = CPU
 
     def at_scale(self, scale: float) -> "MergedAdapter":
         """The same merge at another λ, without merging again."""
@@ -132,7 +138,8 @@ class MergedAdapter(Pushable):
 
     @cached_property
     def _found(self) -> dict[str, Compressed]:
-        return {name: layer.at(self.scale, self.rank) for name, layer in self.layers.items()}
+        with computing(self.device):
+            return {name: layer.at(self.scale, self.rank, self.device) for name, layer in self.layers.items()}
 
     def _adapter(self, task: str | None, found: dict[str, Compressed]) -> LoraAdapter:
         if task is not None and task not in self.tasks:

@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from osrm_peft.adapters.factors import Factors
 from osrm_peft.adapters.lora_adapter import LoraAdapter
 from osrm_peft.checks import choice, integer, number, shown
+from osrm_peft.devices import CPU, chosen_device, described, device_of
 from osrm_peft.features.fisher import DiagonalFisher
 from osrm_peft.features.task_features import TaskFeatures
 from osrm_peft.hub.sources import local_folder, pinned
@@ -49,6 +51,7 @@ class MergePlan:
         statistics: layer → that layer's statistic of each task, for methods that need one.
         features: layer → that layer's FeatureMoments of each task, where features choose something.
         sources: {"statistics" or "features": {task: file}}, for the manifest.
+        device: where layers are merged, one at a time; the result is on the CPU.
     """
 
     request: MergeRequest
@@ -67,6 +70,7 @@ class MergePlan:
     statistics: Callable[[str], list[Any]] | None
     features: Callable[[str], list[Any]] | None
     sources: dict[str, dict[str, str]]
+    device: torch.device = CPU
 
     @property
     def weights_rule(self) -> LeastSquares | None:
@@ -82,6 +86,14 @@ class MergePlan:
     def cuts_by_features(self) -> bool:
         """Whether features choose what the rank keeps."""
         return self.request.cut is not None and self.rank is not None
+
+    def factors(self, layer: str) -> list[Factors | None]:
+        """One layer of each adapter, on the device; None where it has none."""
+        return [None if one is None else one.to(self.device) for one in self.inputs.factors(layer)]
+
+    def products(self, layer: str) -> list[tuple[Tensor, Tensor]]:
+        """(s·B, A) of each adapter, on the device; of rank 0 where it has none of the layer."""
+        return [(B.to(self.device), A.to(self.device)) for B, A in self.inputs.products(layer)]
 
     def engine(self) -> Engine:
         """The method, ready to run."""
@@ -116,6 +128,7 @@ class MergePlan:
                 name: {"source": adapter.source, "sha256": adapter.sha256, "rank": adapter.rank}
                 for name, adapter in self.inputs.adapters.items()
             },
+            "device": described(self.device),
             "command": command(),
             "versions": versions(),
             **self.sources,
@@ -165,6 +178,7 @@ def plan_merge(request: MergeRequest) -> MergePlan:
     if method.needs is None and request.statistics is not None:
         raise ValueError(f"{method.name} takes no statistics: leave them out (for a rule: LeastSquares(features))")
     names = check_names(request.adapters)
+    device = chosen_device(request.device, _home(request.adapters))
     weights = weights_by_task(None if isinstance(request.weights, LeastSquares) else request.weights, names)
 
     inputs = gather(request.adapters, base_model=request.base_model, heads=request.heads)
@@ -177,15 +191,27 @@ def plan_merge(request: MergeRequest) -> MergePlan:
         except ValueError as error:
             raise ValueError(f"layer {layer!r}: {error}") from error
     statistics, features, sources = _read(method, request, inputs)
+    statistics, features = (_moved(one, device) for one in (statistics, features))
     plan = MergePlan(
         request, method, options, space, scale, rank, 1, modules, fates, weights, seed, inputs, by_layer, statistics,
-        features, sources,
+        features, sources, device,
     )  # fmt: skip
     if not serving:
         return plan
     exact = max(map(plan.output_rank, inputs.shapes))
     legal = next((one for one in SERVING if one >= exact), SERVING[-1])
     return replace(plan, padded=legal, rank=legal if legal < exact else None)
+
+
+def _home(adapters: Mapping[str, Any]) -> torch.device:
+    """The GPU that all adapters' models are on; the CPU for files, and for models elsewhere."""
+    models = [one if isinstance(one, nn.Module) else None for one in adapters.values()]
+    places = {CPU if model is None else device_of(next(model.parameters(), torch.empty(0))) for model in models}
+    return places.pop() if len(places) == 1 else CPU
+
+
+def _moved(read: Callable[[str], list[Any]] | None, device: torch.device) -> Callable[[str], list[Any]] | None:
+    return None if read is None else lambda layer: [one.to(device) for one in read(layer)]
 
 
 def _of_training(adapters: Mapping[str, LoraAdapter]) -> dict[str, Any]:

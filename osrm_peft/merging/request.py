@@ -41,6 +41,7 @@ class MergeRequest:
     base_model: str | None = None
     statistics: Statistics | None = None
     seed: int = 0
+    device: str | None = None
 
     @classmethod
     def from_yaml(cls, path: str | Path, **changes: Any) -> "MergeRequest":

@@ -28,13 +28,14 @@ class Layer(NamedTuple):
     def compress(self, merged: Tensor, rank: int | None = None, by: Tensor | None = None) -> Compressed:
         """A merged (p, q) matrix as factors in the layer, of at most `rank`; the bases are orthonormal, so cut here."""
         factors, energy = compress_matrix(merged, rank, by)
+        factors = factors if self.left is None else factors.to(self.left.device)
         A, B = factors.A, factors.B
         A = A if self.right is None else A @ self.right.mT
         return Compressed(Factors(A, B if self.left is None else self.left @ B), energy)
 
     def dense(self, stack: Tensor) -> Tensor:
         """(T, p, q) matrices as (T, o, n) ones of the layer, float32."""
-        stack = stack if self.left is None else self.left @ stack
+        stack = stack if self.left is None else self.left @ stack.to(self.left)
         return (stack if self.right is None else stack @ self.right.mT).float()
 
 
@@ -49,10 +50,12 @@ def enter(space: str, adapters: Sequence[Factors | None]) -> Layer:
       arXiv:2410.19735), from a QR of the stacked B and an SVD of Σr × Σr; the o×Tn matrix is never formed.
     At least one adapter must adapt the layer, and all that do must agree on its shape.
     """
-    o, n = next((len(factors.B), factors.A.shape[1]) for factors in adapters if factors is not None)
+    one = next(factors for factors in adapters if factors is not None)
+    o, n, new = len(one.B), one.A.shape[1], one.A.new_zeros
     if space == "weight":
-        return Layer(torch.stack([torch.zeros(o, n) if factors is None else factors.delta() for factors in adapters]))
-    empty = torch.zeros(o, 0, dtype=torch.float64), torch.zeros(0, n, dtype=torch.float64)
+        zero = new(o, n, dtype=torch.float32)
+        return Layer(torch.stack([zero if factors is None else factors.delta() for factors in adapters]))
+    empty = new(o, 0, dtype=torch.float64), new(0, n, dtype=torch.float64)
     pairs = [empty if factors is None else balanced(factors) for factors in adapters]
     if space == "knots":
         left = column_basis([B * A.norm(dim=1) for B, A in pairs])  # balanced rows of A are orthogonal: same τ τᵀ

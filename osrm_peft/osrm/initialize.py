@@ -7,10 +7,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftModel
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from osrm_peft.devices import CPU, device_of
 from osrm_peft.distributed import Processes, check_writable, gather_parameter, write_parameter
 from osrm_peft.features.fit import check_model, check_other_tasks
 from osrm_peft.features.task_features import TaskFeatures
@@ -35,6 +37,8 @@ def initialize_osrm_weights(
     distributed: bool = False,
 ) -> dict[str, float]:
     """Set A of one LoRA adapter to the directions chosen by its `OSRMLoraConfig`. B must be 0: outputs do not change.
+
+    A of a layer is computed on the GPU that the layer is on, else on the CPU.
 
     Args:
         model: a PeftModel made by `get_peft_model(base, OSRMLoraConfig(…))`.
@@ -108,8 +112,15 @@ class _Features:
 
     def choose(self, name: str) -> tuple[Tensor, float]:
         """(r, n) float32 A of a layer, and the share of the others' energy that it lets through."""
-        A, share = _choose(self.config, self.others, self.own, self.layers[name].r[self.adapter_name], name)
-        return A.float(), share
+        layer = self.layers[name]
+        device = device_of(layer.lora_A[self.adapter_name].weight)
+        arguments = self.config, self.others, self.own, layer.r[self.adapter_name], name
+        try:
+            A, share = _choose(*arguments, device)
+        except torch.OutOfMemoryError:
+            logger.warning("%s has too little memory to choose A of layer %s: the CPU does", device, name)
+            A, share = _choose(*arguments, CPU)
+        return A.float().cpu(), share
 
     def _all(self) -> list[TaskFeatures]:
         return [*self.others.features, *([self.own] if self.own else [])]
@@ -145,10 +156,13 @@ def load_out_of_task(model: PeftModel, adapter_name: str = "default") -> list[Ta
 
 
 def _choose(
-    config: OSRMLoraConfig, out: OtherTasks, own: TaskFeatures | None, r: int, name: str
+    config: OSRMLoraConfig, out: OtherTasks, own: TaskFeatures | None, r: int, name: str, device: torch.device
 ) -> tuple[Tensor, float]:
-    """(r, n) float64, one layer's A as the config says, and the share of the others' energy that it lets through."""
-    moments, pool, spectrum = out.at(name)
+    """(r, n) float64, one layer's A as the config says, and the share of the others' energy that it lets through.
+
+    It is computed on the device; the released code's choice on the CPU, for it is LAPACK's where directions are free.
+    """
+    moments, pool, spectrum = out.at(name, CPU if config.reference else device)
     if config.reference:
         A = reference_directions(moments, r)
         return A, pool.share(A)
@@ -156,7 +170,7 @@ def _choose(
         spectrum,
         r,
         generator=task_generator(config.osrm_seed, out.task if own is None else own.task, name),
-        own=None if own is None else own.layers[name],
+        own=None if own is None else own.layers[name].to(device),
         null_space=config.null_space,
         objective=config.objective,
         in_task_weight=config.in_task_weight,

@@ -3,6 +3,9 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
+from osrm_peft.devices import CPU
 from osrm_peft.features.moments import FeatureMoments
 from osrm_peft.features.task_features import TaskFeatures
 from osrm_peft.osrm.spectrum import PooledMoment, Spectrum
@@ -39,12 +42,12 @@ class OtherTasks:
         """The tasks' moments of one layer, pooled."""
         return PooledMoment.of([one.layers[name] for one in self.features])
 
-    def at(self, name: str) -> tuple[list[FeatureMoments], PooledMoment, Spectrum]:
-        """The tasks' moments of one layer, pooled, and their spectrum."""
-        leaders = self.input_of(name)
+    def at(self, name: str, device: torch.device = CPU) -> tuple[list[FeatureMoments], PooledMoment, Spectrum]:
+        """The tasks' moments of one layer, pooled, and their spectrum, made on this device."""
+        leaders = *self.input_of(name), str(device)
         if self._last is None or self._last[0] != leaders:
             self._last = None  # before the next is read: memory holds one
-            moments = [one.layers[name] for one in self.features]
+            moments = [one.layers[name].to(device) for one in self.features]
             pool = PooledMoment.of(moments)
             self._last = (leaders, moments, pool, Spectrum.of(pool))
         return self._last[1:]

@@ -79,7 +79,7 @@ def quietest_directions(
     n, m, V = others.width, others.rank, others.vectors
     found = V.new_zeros(0, n) if beside is None else beside
     if m + len(found) <= n - r:
-        G = torch.randn(r, n, generator=generator, dtype=V.dtype)
+        G = torch.randn(r, n, generator=generator, dtype=V.dtype).to(V.device)
         walls = V.mT if len(found) == 0 else _row_space(torch.cat([V.mT, found]))
         return _orthonormal_rows(_project_off(G, walls))
     if len(found) == 0:
@@ -177,7 +177,7 @@ def _top(values: Tensor, vectors: Tensor, r: int, generator: torch.Generator) ->
     if missing == tied.shape[1]:
         return torch.cat([above, tied], dim=1).mT
     # Projecting an n-vector makes the pick depend on the tied space alone, not on LAPACK's basis of it.
-    G = torch.randn(missing, len(vectors), generator=generator, dtype=vectors.dtype) @ tied @ tied.mT
+    G = torch.randn(missing, len(vectors), generator=generator, dtype=vectors.dtype).to(tied.device) @ tied @ tied.mT
     return torch.cat([above.mT, _orthonormal_rows(G)])
 
 

@@ -21,7 +21,8 @@ from transformers import (
 
 from osrm_peft.adapters.load import load_adapter
 from osrm_peft.checks import LARGEST, SEEDS, choice, integer, kind, number, shown, task_names
-from osrm_peft.distributed import Processes, local_device, shard_model
+from osrm_peft.devices import local_device
+from osrm_peft.distributed import Processes, shard_model
 from osrm_peft.features.batches import TOKENS
 from osrm_peft.features.collect import collect_features, collect_gram
 from osrm_peft.features.fisher import DiagonalFisher, collect_fisher

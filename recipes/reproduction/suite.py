@@ -16,7 +16,8 @@ from osrm_peft import (
     load_task,
     project_adapter,
 )
-from osrm_peft.distributed import Processes, local_device
+from osrm_peft.devices import local_device
+from osrm_peft.distributed import Processes
 from osrm_peft.features.task_features import TaskFeatures
 from osrm_peft.io.json import write_json
 from osrm_peft.io.yaml import check_fields, fields_from_yaml, named

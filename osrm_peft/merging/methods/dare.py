@@ -27,15 +27,15 @@ def drop_and_rescale(tau: Tensor, generators: Sequence[torch.Generator], *, drop
 
     Args:
         tau: (T, o, n) task vectors of one layer.
-        generators: T, on the CPU; the engine seeds each from the seed, the task's and the layer's name, so that
-            neither the order of adapters nor that of layers matters.
+        generators: T, on the CPU whatever the device of `tau`; the engine seeds each from the seed, the task's and the
+            layer's name, so that neither the order of adapters nor that of layers matters.
         drop_rate: p in [0, 1).
 
     Returns:
         (T, o, n) in the dtype of `tau`.
     """
     kept = [torch.rand(tau.shape[1:], generator=generator) >= drop_rate for generator in generators]
-    return torch.where(torch.stack(kept), tau / (1 - drop_rate), 0)
+    return torch.where(torch.stack(kept).to(tau.device), tau / (1 - drop_rate), 0)
 
 
 register("dare", paper=_PAPER, scale=0.3, check=check, prepare=drop_and_rescale)(task_arithmetic)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from osrm_peft.merging.lowrank import numerical_rank
+from osrm_peft.merging.lowrank import numerical_rank, thin_svd
 from osrm_peft.merging.methods.registry import register
 
 
@@ -34,6 +34,6 @@ def iso(tau: Tensor, weights: Tensor) -> Tensor:
     Returns:
         (o, n) in the dtype of `tau`.
     """
-    U, S, Vh = torch.linalg.svd(summed(tau, weights), full_matrices=False)
+    U, S, Vh = thin_svd(summed(tau, weights))
     k = numerical_rank(S)
     return (S[:k].mean() * U[:, :k] @ Vh[:k]).to(tau.dtype) if k else torch.zeros_like(tau[0])

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from osrm_peft.checks import choice, integer, number
+from osrm_peft.merging.lowrank import SMALL
 from osrm_peft.merging.methods.registry import Merged, register
 from osrm_peft.merging.methods.sparsify import check_density
-from osrm_peft.merging.methods.svt import SMALL, TOLERANCE, Directions, above, strongest, top_value
+from osrm_peft.merging.methods.svt import TOLERANCE, Directions, above, strongest, top_value
 from osrm_peft.merging.methods.ties import ties
 
 Combine = Literal["sum", "average", "ties"]
@@ -111,13 +112,18 @@ def lore(
         descent.mu = descent.threshold(0.1 if mu_ratio is None else mu_ratio)
     report = descent.run(max_iterations, tolerance)
     if combine == "ties":
-        delta, kept = descent.deltas(), partial(ties, weights=torch.ones(len(tau)), density=density)
+        delta = descent.deltas()
         delta = delta if delta.shape == tau.shape else delta.mT
-        return Merged(delta.to(tau.dtype), offset.to(tau.dtype), report, kept)
+        return Merged(delta.to(tau.dtype), offset.to(tau.dtype), report, partial(_selected, density=density))
     direction = torch.zeros_like(offset)
     descent.add_deltas_to(_tall(direction))
     direction /= 1 if combine == "sum" else len(theta)
     return Merged(direction.to(tau.dtype), offset.to(tau.dtype), report)
+
+
+def _selected(delta: Tensor, density: float) -> Tensor:
+    """TIES of the (T, o, n) δ_t, wherever they are."""
+    return ties(delta, torch.ones(len(delta), device=delta.device), density=density)
 
 
 @dataclass

@@ -62,7 +62,7 @@ def regmean(
         ValueError: Σ G̃ is not positive definite: more rows, a lower off_diagonal or a ridge.
     """
     n = next(len(f.A.mT) for f in factors if f is not None)
-    total = torch.zeros(n, n, dtype=torch.float64)
+    total = torch.zeros(n, n, dtype=torch.float64, device=gram[0].total.device)
     reads: list[Tensor | None] = []  # (n, r_t) G̃_t A_tᵀ
     for w, f, moments in zip(weights, factors, gram, strict=True):
         G = _reduced(moments.second_moment(), off_diagonal, ridge)
@@ -98,7 +98,7 @@ def condition(S: Tensor, *, off_diagonal: float = 0.9, ridge: float = 0.0) -> fl
     L, info = torch.linalg.cholesky_ex(M)
     if int(info):
         return math.inf
-    return _norm(M.matmul, len(M)) * _norm(lambda x: torch.cholesky_solve(x, L), len(M))
+    return _norm(M.matmul, M) * _norm(lambda x: torch.cholesky_solve(x, L), M)
 
 
 def _reduced(G: Tensor, off_diagonal: float, ridge: float) -> Tensor:
@@ -106,9 +106,9 @@ def _reduced(G: Tensor, off_diagonal: float, ridge: float) -> Tensor:
     return off_diagonal * G + torch.diag((1 - off_diagonal) * G.diagonal() + ridge * G.trace() / len(G))
 
 
-def _norm(apply: Callable[[Tensor], Tensor], n: int, steps: int = 50) -> float:
-    """Largest eigenvalue of a positive definite matrix, by power iteration."""
-    x = torch.linspace(1, 2, n, dtype=torch.float64)[:, None]
+def _norm(apply: Callable[[Tensor], Tensor], M: Tensor, steps: int = 50) -> float:
+    """Largest eigenvalue of a positive definite matrix of the size of M, by power iteration."""
+    x = torch.linspace(1, 2, len(M), dtype=torch.float64, device=M.device)[:, None]
     for _ in range(steps):
         x = apply(x / x.norm())
     return float(x.norm())
@@ -116,4 +116,4 @@ def _norm(apply: Callable[[Tensor], Tensor], n: int, steps: int = 50) -> float:
 
 def _least_eigenvalue(size: Tensor, L: Tensor) -> float:
     """Least eigenvalue, by inverse iteration, of LLᵀ scaled to a diagonal of ones (`size`: roots of its diagonal)."""
-    return 1 / _norm(lambda x: size[:, None] * torch.cholesky_solve(size[:, None] * x, L), len(L), steps=5)
+    return 1 / _norm(lambda x: size[:, None] * torch.cholesky_solve(size[:, None] * x, L), L, steps=5)

@@ -26,7 +26,7 @@ def magnitude_thresholds(stacks: Stacks, density: float, add_up: AddUp = alone) 
         add_up: sums the counts over processes, which have a share of the layers each.
 
     Returns:
-        (T,) float32: keep the entries with |τ| ≥ threshold. Entries equal to the threshold are all kept.
+        (T,) float32 on the CPU: keep the entries with |τ| ≥ threshold. Entries equal to it are all kept.
     """
     check_density(density)
     prefix: Tensor | None = None  # (T,) the bits found so far
@@ -35,15 +35,15 @@ def magnitude_thresholds(stacks: Stacks, density: float, add_up: AddUp = alone) 
         counts = None
         for tau in stacks:
             if counts is None:
-                counts = torch.zeros(len(tau), bins, dtype=torch.int64)
+                counts = torch.zeros(len(tau), bins, dtype=torch.int64, device=tau.device)
             for t, entries in enumerate(tau):
                 bits = _bits(entries)
                 if prefix is not None:
-                    bits = bits[(bits >> (shift + 10)) == prefix[t]]
+                    bits = bits[(bits >> (shift + 10)) == int(prefix[t])]
                 counts[t] += torch.bincount((bits >> shift) & (bins - 1), minlength=bins)
         if counts is None:
             raise ValueError("there is no layer to take a threshold of")
-        counts = add_up(counts)
+        counts = add_up(counts.cpu())
         if prefix is None:
             rank = (counts.sum(1).double() * density).round().long().clamp_min(1)  # (T,)
             prefix = torch.zeros_like(rank)
@@ -57,9 +57,9 @@ def magnitude_thresholds(stacks: Stacks, density: float, add_up: AddUp = alone) 
 
 def keep_above(tau: Tensor, thresholds: Tensor) -> Tensor:
     """(T, o, n) with the entries of |τ_t| < thresholds[t] set to 0."""
-    return torch.where(tau.float().abs() >= thresholds[:, None, None], tau, 0)
+    return torch.where(tau.float().abs() >= thresholds.to(tau.device)[:, None, None], tau, 0)
 
 
 def _bits(entries: Tensor) -> Tensor:
     """(o·n,) int32 bit patterns of |float32|: ordered as the numbers are."""
-    return entries.detach().float().abs().flatten().cpu().view(torch.int32)
+    return entries.detach().float().abs().flatten().view(torch.int32)

@@ -6,7 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-SMALL = 256  # up to this width a full SVD in float64 is quick
+from osrm_peft.merging.lowrank import SMALL, thin_svd
+
 TOLERANCE = 1e-5  # of the norm of what is found
 _NEXT = 0.5  # of μ: as far as the directions go that are iterated
 _ROUNDS = 30
@@ -34,7 +35,7 @@ def above(X: Tensor, mu: float, start: Directions | None = None) -> Directions:
     narrow = min(X.shape)
     if narrow <= SMALL:
         return _cut(_svd(X), mu)
-    generator = torch.Generator(X.device).manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
     V = _random(X, 32 if start is None or start.more is None else 4, generator)
     if start is not None and start.more is not None:
         V = torch.cat([start.V, start.more, V], 1)
@@ -60,7 +61,7 @@ def above(X: Tensor, mu: float, start: Directions | None = None) -> Directions:
             del U
         Y = torch.linalg.qr(Y).Q
         basis, R = torch.linalg.qr(X.mT @ Y)
-        u, S, vh = torch.linalg.svd(R.mT, full_matrices=False)
+        u, S, vh = thin_svd(R.mT)
         U, V = Y @ u, basis @ vh.mT
         if S[-1] > _NEXT * mu:  # too few directions to tell, or too close to the next to settle soon
             V = torch.cat([V, _random(X, max(8, V.shape[1] // 2), generator)], 1)
@@ -100,7 +101,7 @@ def top_value(X: Tensor) -> float:
     """The largest singular value of (o, n) X."""
     if min(X.shape) <= SMALL:
         return float(torch.linalg.matrix_norm(X, ord=2))
-    V, last = _random(X, 8, torch.Generator(X.device).manual_seed(0)), 0.0
+    V, last = _random(X, 8, torch.Generator().manual_seed(0)), 0.0
     for _ in range(200):
         V, R = torch.linalg.qr(X.mT @ (X @ V))
         top = math.sqrt(float(torch.linalg.matrix_norm(R, ord=2)))
@@ -138,7 +139,7 @@ def _gram(X: Tensor) -> Tensor:
 
 
 def _svd(X: Tensor) -> Directions:
-    _, S, Vh = torch.linalg.svd(X, full_matrices=False)
+    _, S, Vh = thin_svd(X)
     return Directions(Vh.mT, S)
 
 
@@ -148,5 +149,5 @@ def _cut(found: Directions, mu: float) -> Directions:
 
 
 def _random(X: Tensor, columns: int, generator: torch.Generator) -> Tensor:
-    drawn = torch.randn(X.shape[1], columns, generator=generator, device=X.device, dtype=X.dtype)
-    return torch.linalg.qr(drawn).Q
+    drawn = torch.randn(X.shape[1], columns, generator=generator, dtype=X.dtype)  # on the CPU: the same on any device
+    return torch.linalg.qr(drawn.to(X.device)).Q

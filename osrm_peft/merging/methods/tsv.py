@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from osrm_peft.checks import number
-from osrm_peft.merging.lowrank import numerical_rank
+from osrm_peft.merging.lowrank import numerical_rank, thin_svd
 from osrm_peft.merging.methods.registry import register
 
 
@@ -35,7 +35,7 @@ def tsv(tau: Tensor, weights: Tensor, *, rank_share: float = 1.0) -> Tensor:
     """
     lefts, values, rights = [], [], []
     for theta in weights.double()[:, None, None] * tau.double():
-        U, S, Vh = torch.linalg.svd(theta, full_matrices=False)
+        U, S, Vh = thin_svd(theta)
         k = math.ceil(rank_share * numerical_rank(S))
         lefts.append(U[:, :k])
         values.append(S[:k])
@@ -45,6 +45,6 @@ def tsv(tau: Tensor, weights: Tensor, *, rank_share: float = 1.0) -> Tensor:
 
 
 def _nearest_orthonormal(X: Tensor) -> Tensor:
-    P, D, Qh = torch.linalg.svd(X, full_matrices=False)
+    P, D, Qh = thin_svd(X)
     k = numerical_rank(D)
     return P[:, :k] @ Qh[:k]
