@@ -214,6 +214,8 @@ def _read(adapter: str | Path, folder: Path, task: str | None) -> _Read:
 def _say_base(read: _Read, base: str, files: ModelFiles) -> None:
     """Warn if the adapter names another base model."""
     named = read.fields.get("base_model_name_or_path")
+    if not named:
+        return
     try:
         common_base({ADAPTER: Base(named, read.fields.get("revision")), BASE: Base(base)}, None)
     except ValueError:
