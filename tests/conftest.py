@@ -32,6 +32,8 @@ MARKED = {
         "training/",
     ),
     "slow": (
+        "checkpoints/test_bake.py",
+        "checkpoints/test_extract.py",
         "checkpoints/test_heads_and_vocabularies.py",
         "checkpoints/test_merge.py",
         "checkpoints/test_names.py",

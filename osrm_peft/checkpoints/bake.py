@@ -109,7 +109,7 @@ class Baker:
             block = plan.files.read(plan.of_base[name], start, stop) if whole is None else whole[start:stop]
             if product is not None:
                 left, right = product
-                block = _wide(block) + plan.scale * (left[start:stop] @ right).to(_wide(block).dtype)
+                block = block + plan.scale * (left[start:stop] @ right)  # float32, or float64 if the base is
             yield [self._rounded(name, block, changed=name in plan.changes)]
 
     def _value(self, name: str) -> tuple[Tensor | None, tuple[Tensor, Tensor] | None]:

@@ -124,54 +124,49 @@ def plan_bake(
         choice("dtype", dtype, OUTPUT_DTYPES)
     files = ModelFiles(base, dequantise=True)
     folder = local_folder(str(adapter), [CONFIG, WEIGHTS, "heads/*.safetensors", *BESIDE], "adapter")
-    beside = Beside(pinned(str(adapter), folder), folder)
     read = _read(adapter, folder, task)
     _say_base(read, str(base), files)
     original = architecture(files.config)
     files.config, model, changes = _fitted(read, files)
+    beside = Beside(pinned(str(adapter), folder), folder, files.config)
     aligned = align({BASE: files}, [BASE])
     names = {aligned.canonical[name]: name for name in files.tensors}  # {parameter in the model: the base's tensor}
     ties = {} if aligned.ties is None else aligned.ties[BASE]
     shared = {target: source for target, source in ties.items() if target not in names and source in names}
-    changes = {names.get(name, name) if name not in files.tensors else name: one for name, one in changes.items()}
+    changes = {name if name in files.tensors else names.get(name, name): one for name, one in changes.items()}
     places = names | {target: names[source] for target, source in shared.items()}
     apart = _apart(changes, shared, names, lambda name: _whole(files, places[name]))
-    state = None if model is None else {name: tuple(one.shape) for name, one in model.state_dict().items()}
-    other_class = state is not None and architecture(files.config) != original
-    left = [name for name in files.tensors if other_class and aligned.canonical[name] not in (state or {})]
-    of_base = {aligned.canonical[name] if other_class else name: name for name in files.tensors if name not in left} | {
-        target: names[shared[target]] for target in apart
-    }
-    if other_class:
+    other_class = model is not None and architecture(files.config) != original
+    of_base = {name: name for name in files.tensors}
+    if model is not None and other_class:  # then transformers' own names, and none that the class has not
+        state = model.state_dict()
+        of_base = {aligned.canonical[name]: name for name in files.tensors if aligned.canonical[name] in state}
         changes = {aligned.canonical.get(name, name): one for name, one in changes.items()}
-        lacking = sorted(set(state or ()) - set(of_base) - set(changes) - set(shared))
-        if lacking:
-            raise ValueError(
-                f"{base} lacks {lacking[0]!r}, which {architecture(files.config)} has, and the adapter has not trained "
-                "it: it was drawn at random when the adapter was trained, so it cannot be baked"
-            )
-    _check_changes(changes, of_base, files, aligned.canonical, read, str(base))
+        _check_whole(set(state) - set(of_base) - set(changes) - set(shared), files)
+    left = sorted({*files.tensors} - {*of_base.values()} | {*aligned.left_out.get(BASE, [])})
+    of_base |= {target: names[shared[target]] for target in apart}
+    _check_changes(changes, of_base, files, aligned.canonical, read)
     shapes = {name: files.tensors[tensor].shape for name, tensor in of_base.items()}
-    own = {name: one.shape for name, one in changes.items() if one.shape is not None}
-    shapes |= own
+    shapes |= {name: one.shape for name, one in changes.items() if one.shape is not None}
     config = _with_vocabulary(files.config, shapes, of_base, files)
-    if apart:
-        config = _untied(config, files, apart)
+    config = _untied(config, files, apart) if apart else config
     _check_state(shapes, config, files, {name: aligned.canonical.get(name, name) for name in shapes})
-    text = choose_text(
-        {ADAPTER: beside, BASE: files},
-        [ADAPTER],
-        tokenizer if tokenizer in (None, BASE, ADAPTER) else None,
-        "error",
-        False,
-    )
+    text = choose_text({ADAPTER: beside, BASE: files}, [ADAPTER], tokenizer, "error", False)
     return BakePlan(
         files, beside, changes, places, of_base, scale, shapes, _dtypes(shapes, of_base, files, dtype),
         _shards(shapes, of_base, files), with_ids(config, text.ids), text,
         {"task": task, "dtype": dtype, "by": "osrm_peft" if read.plain is not None else "PEFT",
-         "left_out": sorted({*left, *aligned.left_out.get(BASE, [])}), "untied": sorted(apart),
-         "read": {BASE: files.identity(), ADAPTER: _identity(folder)}},
+         "left_out": left, "untied": sorted(apart), "read": {BASE: files.identity(), ADAPTER: _identity(folder)}},
     )  # fmt: skip
+
+
+def _check_whole(lacking: set[str], files: ModelFiles) -> None:
+    """Raise ValueError for parameters of a class that neither the base nor the adapter has."""
+    if lacking:
+        raise ValueError(
+            f"{files.source} lacks {min(lacking)!r}, which {architecture(files.config)} has, and the adapter has not "
+            "trained it: it was drawn at random when the adapter was trained, so it cannot be baked"
+        )
 
 
 @dataclass(frozen=True)
@@ -219,6 +214,8 @@ def _read(adapter: str | Path, folder: Path, task: str | None) -> _Read:
 def _say_base(read: _Read, base: str, files: ModelFiles) -> None:
     """Warn if the adapter names another base model."""
     named = read.fields.get("base_model_name_or_path")
+    if not named:
+        return
     try:
         common_base({ADAPTER: Base(named, read.fields.get("revision")), BASE: Base(base)}, None)
     except ValueError:
@@ -335,15 +332,14 @@ def _check_changes(
     files: ModelFiles,
     canonical: Mapping[str, str],
     read: _Read,
-    base: str,
 ) -> None:
     """Raise ValueError for a change of a tensor that the base has not, or has in another shape."""
     lost = [name for name, one in changes.items() if name not in of_base and (one.value is None or one.product)]
     if lost:
         parts = [name for name in canonical.values() if name.startswith(f"{lost[0]}{PART}")]
         raise ValueError(
-            f"{base} holds no {lost[0]!r}, which the adapter {read.source} changes ({len(lost)} of {len(changes)} "
-            "tensors): "
+            f"{files.source} holds no {lost[0]!r}, which the adapter {read.source} changes ({len(lost)} of "
+            f"{len(changes)} tensors): "
             + (
                 "its file has it in other pieces; save the base anew, "
                 "from_pretrained(…).save_pretrained(folder, save_original_format=False)"
@@ -358,8 +354,8 @@ def _check_changes(
         rows, width = (shape[0] if len(shape) > 1 else 1), torch.Size(shape).numel() // max(shape[0], 1)
         if (len(left), right.shape[1]) != (rows, width):
             raise ValueError(
-                f"{name!r} is {rows}×{width} in {base} and {len(left)}×{right.shape[1]} in the adapter {read.source}: "
-                "it is of another base model"
+                f"{name!r} is {rows}×{width} in {files.source} and {len(left)}×{right.shape[1]} in the adapter "
+                f"{read.source}: it is of another base model"
             )
 
 

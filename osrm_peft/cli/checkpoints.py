@@ -160,7 +160,7 @@ def extract(
         raise KeyboardInterrupt("finished layers are kept, --resume goes on with them") from None
     facts |= extraction_facts(found)
     wrote(out, f": rank {found.rank}, {100 * found.energy:.4g} % of all that changed (‖Δ‖²)")
-    show(facts, extraction_tables)
+    show(facts, extraction_tables if progress() else lambda _: [])
 
 
 @app.command()

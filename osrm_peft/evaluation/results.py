@@ -193,7 +193,7 @@ def _parse(content: dict[str, Any], name: str, folder: Path) -> Iterator[tuple[s
             found = [_drift(entry) for entry in log if DRIFT in entry]
         if found:
             yield "drift", found
-    if kind in ("merged", "emr", "checkpoint"):
+    if kind in ("merged", "emr", "checkpoint") and content.get("method") != "bake":
         yield "merged", _merge(content)
 
 

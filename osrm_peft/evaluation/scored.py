@@ -283,7 +283,7 @@ def _of_folder(manifest: Mapping[str, Any], scores: Mapping[str, float], source:
     kind, method, options = manifest.get("kind"), manifest.get("method"), manifest.get("options") or {}
     mean = Measured(statistics.fmean(scores.values()))
     measured = {task: Measured(value) for task, value in scores.items()}
-    if kind not in ("merged", "emr", "checkpoint") or not method:
+    if kind not in ("merged", "emr", "checkpoint") or not method or method == "bake":
         return Scored("adapter", "adapter", None, "adapter", measured, mean, source=source, place=place)
     space = None if kind == "checkpoint" else manifest.get("space")
     label = _label(str(method), options, space, manifest.get("rank"))

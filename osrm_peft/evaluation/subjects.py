@@ -56,7 +56,7 @@ class Subject:
     @property
     def tasks(self) -> list[str] | None:
         """The tasks that the manifest names; None for none."""
-        if isinstance(self.manifest.get("inputs"), dict):
+        if self.kind != "adapter" and isinstance(self.manifest.get("inputs"), dict):
             heads = {file.stem for file in (self.folder / "heads").glob("*.safetensors")}
             names = list(self.manifest["inputs"])
             return names if self.kind != "checkpoint" or heads >= set(names) else None

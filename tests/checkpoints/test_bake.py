@@ -127,8 +127,9 @@ def test_a_scale_multiplies_the_task_vector(tmp_path, config):
     same(tensors_of(bake_adapter(base, adapter, tmp_path / "none", scale=0.0)), under)
 
 
-def test_heads_stay_whole_at_any_scale(tmp_path):
-    base, adapter = pair(tmp_path, "bert", target_modules=["query"])
+@pytest.mark.parametrize("dora", [False, True])
+def test_heads_stay_whole_at_any_scale(tmp_path, dora):
+    base, adapter = pair(tmp_path, "bert", target_modules=["query"], use_dora=dora)
     out = bake_adapter(base, adapter, tmp_path / "out", scale=0.0)
     trained, under = tensors_of(adapter), tensors_of(base)
     found = tensors_of(out)

@@ -24,6 +24,7 @@ from osrm_peft.merging import METHODS
 from osrm_peft.models.loading import load_base
 from osrm_peft.training.recipe import Recipe
 from tests.helpers.adapters import make_adapter
+from tests.helpers.checkpoints import noisy
 from tests.helpers.files import write
 from tests.helpers.merging import features_of
 from tests.helpers.models import make_base
@@ -75,12 +76,13 @@ def places(tmp_path):
     for seed, name in enumerate(("base", "one", "two")):
         make_base(base_seed=seed).save_pretrained(tmp_path / name)
         found[name] = tmp_path / name
+    found["tuned"] = noisy(tmp_path / "tuned", 1)
     shapes = {name: (16, 16, 4) for name in (f"bert.encoder.layer.{i}.attention.self.{part}"
               for i in range(2) for part in ("query", "value"))}  # fmt: skip
     for name, features in features_of(["a", "b"], layers=shapes)[0].items():
         features.save(tmp_path / f"{name}.safetensors")
         found[f"features of {name}"] = f"--features={name}={tmp_path}/{name}.safetensors"
-    return found | {"out": tmp_path / "out", "file": tmp_path / "a.safetensors"}
+    return found | {"out": tmp_path / "out", "adapter": tmp_path / "a", "file": tmp_path / "a.safetensors"}
 
 
 # --- help, versions, completion --------------------------------------------------------------------------------------
@@ -148,6 +150,9 @@ JSON = {
     "models": (["merge-checkpoints", "one", "two", "--out", "out", "--dry-run", "--shard-size", "2MiB"],
                lambda found: found["files"] == 1 and found["weights"] == {"one": {"*": 1.0}, "two": {"*": 1.0}}),
     "models merged": (["merge-checkpoints", "one", "two", "--out", "out"], lambda found: found["tensors"] > 10),
+    "bake": (["bake", "base", "adapter", "--out", "out"], lambda found: found["changed"] >= 4 and found["bytes"]),
+    "extract": (["extract", "base", "tuned", "--out", "out", "--rank", "2"],
+                lambda found: found["written_rank"] == 2 and found["energy"] != round(found["energy"], 6)),
     "features": (["features", "show", "file"], lambda found: found["statistic"] == "token"
                  and found["inputs"][0]["energy"] != round(found["inputs"][0]["energy"], 6)),
     "env": (["env"], lambda found: found["torch"] and found["CPUs"]),
@@ -189,6 +194,7 @@ def test_quiet_prints_nothing_but_errors_and_what_was_asked_for(before, places, 
     assert quiet(*merge) == (0, "", "")
     assert (places["out"] / "adapter_model.safetensors").is_file()
     assert quiet("merge-checkpoints", places["one"], places["two"], "--out", tmp_path / "model") == (0, "", "")
+    assert quiet("extract", places["base"], places["tuned"], "--out", tmp_path / "adapter") == (0, "", "")
     assert "error: " in quiet(*merge, "-m", "best")[2]
     assert "Adapters" in quiet("inspect", places["a"])[1]
     assert os.environ["TQDM_DISABLE"] == "1"
@@ -349,6 +355,8 @@ INTERRUPTED = {
     "inspect": ("osrm_peft.adapters.load.load_adapter", ["a"], "interrupted"),
     "merge-checkpoints": ("osrm_peft.checkpoints.merge.execute", ["one", "two", "--out", "out"],
                           "interrupted; finished weight files are kept, --resume goes on with them"),
+    "bake": ("osrm_peft.checkpoints.baking.plan_bake", ["base", "adapter", "--out", "out"], "interrupted"),
+    "extract": ("osrm_peft.checkpoints.extracting.plan_extract", ["base", "tuned", "--out", "out"], "interrupted"),
     "interference": ("osrm_peft.evaluation.interference.interference", ["a", "features of a"], "interrupted"),
     "report": ("osrm_peft.evaluation.page.write_report", ["out"], "interrupted"),
     "env": ("osrm_peft.io.manifest.versions", [], "interrupted"),

@@ -5,10 +5,11 @@ import shutil
 
 import pytest
 
-from osrm_peft import load_tokenizer, merge_adapters, merge_checkpoints
-from osrm_peft.evaluation.subjects import subjects
+from osrm_peft import bake_adapter, extract_adapter, load_tokenizer, merge_adapters, merge_checkpoints
+from osrm_peft.evaluation.subjects import Subject, subjects
 from osrm_peft.io.manifest import read_manifest
 from osrm_peft.training.recipe import Recipe
+from tests.helpers.adapters import make_adapter
 from tests.helpers.models import make_base
 from tests.helpers.suites import tiny_recipe
 
@@ -141,3 +142,13 @@ def test_a_folder_of_something_else_is_refused(tmp_path, call):
     assert "holds no adapter, merge or model (none of adapter_config.json, emr.safetensors, config.json)" in call(
         "evaluate", tmp_path / "nothing", code=2
     )
+
+
+def test_baked_and_extracted_folders_name_no_inputs_as_tasks(tmp_path):
+    make_base().save_pretrained(tmp_path / "base")
+    make_adapter(tmp_path / "adapter")
+    bake_adapter(tmp_path / "base", tmp_path / "adapter", tmp_path / "baked")
+    extract_adapter(tmp_path / "base", tmp_path / "baked", tmp_path / "extracted", rank=4)
+    for name in ("baked", "extracted"):
+        found = Subject(name, tmp_path / name, read_manifest(tmp_path / name))
+        assert found.tasks is None and found.kind == {"baked": "checkpoint", "extracted": "adapter"}[name]
