@@ -44,9 +44,7 @@ def merge(
     adapters: AdaptersArgument = None,
     out: Annotated[Path, typer.Option(help="Folder of the merged adapter.")] = Path("results/merged"),
     config: Annotated[Path | None, typer.Option("--config", "-c", help="A merge recipe; flags go before it.")] = None,
-    method: Annotated[
-        str | None, typer.Option("--method", "-m", help="One of those listed below. Default: average.")
-    ] = None,
+    method: Annotated[str | None, typer.Option("--method", "-m", help="See below. Default: average.")] = None,
     weight: Annotated[list[str] | None, typer.Option(help="TASK=NUMBER; repeat it.")] = None,
     weights: Annotated[str | None, typer.Option(help="features or features_global: chosen by --features.")] = None,
     option: Annotated[list[str] | None, typer.Option("--option", "-o", help="NAME=VALUE of the method.")] = None,

@@ -63,23 +63,20 @@ def merge_adapters(
         weights: one a task, by name or in the order of `adapters`; 1 each by default, negative ones too. By name, a
             weight may itself map layer name patterns to numbers, the first that matches counts:
             `{"cola": 1, "sst2": {"*.layer.0.*": 0.5, "*": 1}}`. Or the rule `LeastSquares(features)`.
-        scale: λ, which multiplies the merged direction; None: the paper's default of the method, or 1 with weights
-            from a rule. Or the rule `LeastSquares(features)`.
+        scale: λ, which multiplies the merged direction; None: the method's own, or 1 with a rule's weights. Or the rule.
         space: `"weight"`, `"core"`, `"knots"`, or `"auto"`: the core where that is exact, else as in the paper.
-        rank: largest rank of the result, at least 1; None keeps it exact. `"serving"`: the least of vLLM's 8, 16, 32,
-            64, 128, 256, 320 and 512 that holds the exact result, with zero directions up to it (512 may cut it). The
-            manifest tells the energy kept, for `"serving"` also what each smaller rank would keep.
-        cut: what a rank keeps: None, the largest singular values of the merged ΔW; `LeastSquares(features)`, the
-            directions that lose least of the outputs on the tasks' features, Σ_t E‖(ΔW − cut) h_t‖².
+        rank: largest rank of the result, at least 1; None keeps it exact. `"serving"`: the least of vLLM's, 8 to 512,
+            that holds the exact result, with zero directions up to it. The manifest tells the energy kept.
+        cut: what a rank keeps: None, ΔW's largest singular values; or by the rule `LeastSquares(features)` what loses
+            least of the outputs on the tasks' features, Σ_t E‖(ΔW − cut) h_t‖².
         heads: `"per_task"` keeps each trained head, `"error"` refuses them.
         modules: what becomes of modules of the pre-trained model that adapters trained whole (`lm_head`, embeddings,
             norms): `"average"` by weights, Σ w_t M_t / Σ w_t (λ does not touch them), `"per_task"`, a task's name (that
-            one's), or `"error"`. None: the average (EMR: per task), and copies of frozen base weights must be equal;
-            where a policy is named, copies that differ follow it, too.
+            one's), or `"error"`; copies of frozen base weights, too. None: the average (EMR: per task) of equal copies.
         base_model: the base model of all adapters, where their configs name it differently (a local copy, say).
         statistics: {task: file or object} for Fisher (`collect_fisher`) and RegMean (`collect_gram`).
         seed: of the methods that draw (DARE).
-        device: `"cpu"`, `"cuda"` or `"cuda:1"`, equal to rounding. None: the GPU that all live models are on, else CPU.
+        device: `"cpu"`, `"cuda"` or `"cuda:1"`, equal to rounding. None: the GPU of all live models, else the CPU.
         progress: show a bar over the layers.
         distributed: all processes of torch.distributed call this and share the layers; each gets the whole result.
         **options: the method's own, such as TIES' `density` or LoRE's `mu_ratio`.

@@ -97,36 +97,33 @@ def train_task(
         raise FileExistsError(f"{output_dir} holds a trained adapter: pass overwrite=True to train it anew")
     checkpoints = output_dir.with_name(output_dir.name + ".checkpoints")
     check_folder(checkpoints)
-    in_words = isinstance(task, TextTask)
-    if packing and not in_words:
-        raise ValueError("packing is of rows of prompt and completion: leave it out")
-    fields = _training_fields(training or {}, in_words)
-    bar = {"disable_tqdm": not progress}  # by default it depends on how much transformers may print
-    more = {"max_length": max_length, "packing": packing} if in_words else {}
-    args = _arguments(in_words)(output_dir=str(checkpoints), seed=seed, **(bar | fields | more))
+    fields = _training_fields(training or {}, isinstance(task, TextTask))
+    given = {"disable_tqdm": not progress} | fields | {"output_dir": str(checkpoints), "seed": seed}
+    args = _arguments(given, max_length if isinstance(task, TextTask) else None, packing)
     trainer = _trainer(task, args, lora, model, callbacks, max_length)
     peft_model: Any = trainer.model  # before an engine wraps it
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None)
     weights = whole_adapter(peft_model)
     if trainer.is_world_process_zero():
         made = {"base_model": model, "max_length": max_length, "seed": seed, "training": fields}
-        made |= {"packing": True} if packing else {}
-        made |= {} if made_from is None else {"made_from": dict(made_from)}
+        made |= ({"packing": True} if packing else {}) | ({} if made_from is None else {"made_from": dict(made_from)})
         _save(peft_model, weights, task, output_dir, made | {"log": trainer.state.log_history})
         shutil.rmtree(checkpoints, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
     return output_dir
 
 
-def _arguments(in_words: bool) -> type[TrainingArguments]:
-    """The class of the training's arguments."""
-    if not in_words:
-        return TrainingArguments
+def _arguments(fields: dict[str, Any], max_length: int | None, packing: bool) -> TrainingArguments:
+    """The Trainer's arguments; with a length those of TRL's SFTTrainer."""
+    if max_length is None:
+        if packing:
+            raise ValueError("packing is of rows of prompt and completion: leave it out")
+        return TrainingArguments(**fields)
     try:
         from trl import SFTConfig
     except ImportError as error:
         raise ImportError("causal language models are trained by TRL: pip install 'osrm_peft[text]'") from error
-    return SFTConfig
+    return SFTConfig(max_length=max_length, packing=packing, **fields)
 
 
 def _training_fields(training: dict[str, Any], in_words: bool) -> dict[str, Any]:
