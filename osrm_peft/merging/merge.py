@@ -63,7 +63,7 @@ def merge_adapters(
         weights: one a task, by name or in the order of `adapters`; 1 each by default, negative ones too. By name, a
             weight may itself map layer name patterns to numbers, the first that matches counts:
             `{"cola": 1, "sst2": {"*.layer.0.*": 0.5, "*": 1}}`. Or the rule `LeastSquares(features)`.
-        scale: λ, which multiplies the merged direction; None: the method's own, or 1 with a rule's weights. Or the rule.
+        scale: λ, which multiplies the merged direction; None: the paper's, or 1 with a rule's weights. Or the rule.
         space: `"weight"`, `"core"`, `"knots"`, or `"auto"`: the core where that is exact, else as in the paper.
         rank: largest rank of the result, at least 1; None keeps it exact. `"serving"`: the least of vLLM's, 8 to 512,
             that holds the exact result, with zero directions up to it. The manifest tells the energy kept.

@@ -67,7 +67,7 @@ def train_task(
 ) -> Path:
     """Train one adapter on one task and save it with its head as a stock PEFT adapter folder.
 
-    A TextTask trains a causal language model by TRL's `SFTTrainer`, with the loss of the completions alone.
+    A TextTask trains a causal language model by TRL's `SFTTrainer`, on the loss of the completions.
 
     Args:
         task: the rows; its validation split is scored at the end of each epoch where `training` asks for it.
@@ -77,8 +77,7 @@ def train_task(
         model: Hub id, folder, or `"packaged"`.
         training: `transformers.TrainingArguments`, over the paper's settings (`PAPER_TRAINING`).
         callbacks: more callbacks for the Trainer.
-        max_length: tokens a row is cut to.
-        packing: of a TextTask, rows share batches without padding (TRL's packing, best fit decreasing).
+        max_length, packing: tokens a row is cut to; of a TextTask, rows share batches without padding, as TRL packs.
         seed: of the order of rows and the dropout and, mixed with the task's name, of head and A.
         made_from: goes into the manifest, so that a recipe knows its adapter again.
         overwrite: replace an earlier adapter in `output_dir`.
@@ -95,8 +94,7 @@ def train_task(
     check_replaceable(output_dir, "adapter")
     if output_dir.is_dir() and any(output_dir.iterdir()) and not overwrite:
         raise FileExistsError(f"{output_dir} holds a trained adapter: pass overwrite=True to train it anew")
-    checkpoints = output_dir.with_name(output_dir.name + ".checkpoints")
-    check_folder(checkpoints)
+    checkpoints = check_folder(output_dir.with_name(output_dir.name + ".checkpoints"))
     fields = _training_fields(training or {}, isinstance(task, TextTask))
     given = {"disable_tqdm": not progress} | fields | {"output_dir": str(checkpoints), "seed": seed}
     args = _arguments(given, max_length if isinstance(task, TextTask) else None, packing)
@@ -106,7 +104,7 @@ def train_task(
     weights = whole_adapter(peft_model)
     if trainer.is_world_process_zero():
         made = {"base_model": model, "max_length": max_length, "seed": seed, "training": fields}
-        made |= ({"packing": True} if packing else {}) | ({} if made_from is None else {"made_from": dict(made_from)})
+        made |= ({"packing": True} if packing else {}) | ({"made_from": dict(made_from)} if made_from else {})
         _save(peft_model, weights, task, output_dir, made | {"log": trainer.state.log_history})
         shutil.rmtree(checkpoints, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
