@@ -37,7 +37,7 @@ def files(folder):
 
 def test_the_demo_runs_stops_goes_on_and_reports(tmp_path, monkeypatch):
     out, calls = tmp_path / "out", []
-    original = contestants.predict
+    original = contestants.outputs_of
 
     def interrupted(*args, **kwargs):
         calls.append(args)
@@ -45,7 +45,7 @@ def test_the_demo_runs_stops_goes_on_and_reports(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(contestants, "predict", interrupted)
+    monkeypatch.setattr(contestants, "outputs_of", interrupted)
     with pytest.raises(KeyboardInterrupt):
         demo.run_demo(out, recipe=SMALL, progress=False)
     before = files(out)
