@@ -273,7 +273,7 @@ WORDS = [
     (["merge", "a", "b", "-m", "regmean", "--out", "out"], "needs --statistics TASK=FILE of every task, missing a, b"),
     (["merge", "a", "b", "-m", "concat", "--weights", "features", "--out", "out"],
      "needs --features TASK=FILE of every task"),
-    (["merge", "a", "b", "features of a", "--out", "out"], "are for --weights features and --scale features: give"),
+    (["merge", "a", "b", "features of a", "--out", "out"], "are for --weights features, --scale features and --cut features: give"),
     (["merge", "a", "b", "-m", "ties", "--weights", "features", "--out", "out"], "give the rule to --scale, which"),
     (["merge", "a", "b", "-m", "svd", "--out", "out"], "'task_arithmetic' with --rank, which is the same"),
     (["merge", "a", "b", "-m", "concat", "--space", "core", "--out", "out"], "not 'core': leave --space auto"),
