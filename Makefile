@@ -38,9 +38,9 @@ reproduce-smollm2: $(INSTALLED)  ## the main table of a decoder: about 30 minute
 	$(BIN)/python recipes/smollm2.py --out results/models/smollm2-135m
 	$(BIN)/python recipes/reproduce.py --config recipes/configs/reproduce_smollm2.yaml --out docs/results/smollm2
 
-# Two workers of one thread each: some tests wait, for processes or for a server.
-test: lint $(ENGINES)  ## linters, types and all tests: 10 to 12 minutes
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+# Two workers of one thread each: some tests wait, for processes or for a server. Files of one long test do not come last.
+test: lint $(ENGINES)  ## linters, types and all tests: 13 to 15 minutes
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-fast: $(INSTALLED)  ## maths and readers, no process, server or browser: under 90 seconds
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -m 'not (process or slow or browser)'

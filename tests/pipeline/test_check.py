@@ -70,7 +70,7 @@ MISTAKES = {
     ),
     "training folder": ({"training.output_dir": "x"}, "training.output_dir", "output_dir", "the adapter's folder"),
     "seed of the training": ({"training.seed": 3}, "training.seed", "seed", "the recipe's own seed"),
-    "causal": ({"lora.task_type": "CAUSAL_LM"}, "lora.task_type", "task_type", "must be SEQ_CLS"),
+    "task type": ({"lora.task_type": "SEQ_2_SEQ_LM"}, "lora.task_type", "task_type", "SEQ_CLS, CAUSAL_LM"),
     "others' features": (
         {"osrm.out_of_task": ["x.safetensors"]}, "osrm.out_of_task", "out_of_task", "no features file .*x.safetensors",
     ),

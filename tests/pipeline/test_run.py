@@ -151,7 +151,7 @@ def test_what_was_being_made_anew_when_it_was_interrupted_is_made_again(step, pa
 
     with monkeypatch.context() as patch:
         owner = Recipe if step == "collect" else pipeline
-        patch.setattr(owner, step if step == "collect" else "load_base", stop)
+        patch.setattr(owner, step if step == "collect" else "interference", stop)
         with pytest.raises(KeyboardInterrupt):
             again(path, max_length=6, seed=3)
     assert again(path, max_length=6, seed=3)[part] == "making it anew (an earlier run was interrupted)"
