@@ -36,7 +36,7 @@ def there(request, monkeypatch):
         yield device
 
 
-@pytest.mark.parametrize("scale", [None, 0.5])
+@pytest.mark.parametrize("scale", [0.5])
 @pytest.mark.parametrize("method", CASES)
 def test_every_method(there, three, base, tmp_path, method, scale):
     options = QUICK.get(method, {}) | {"base": base, "scale": scale}

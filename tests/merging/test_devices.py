@@ -57,7 +57,7 @@ def same(found, expected, tolerance=TOLERANCE):
         assert float((found[name] - value).norm()) <= tolerance * float(value.norm()), name
 
 
-@pytest.mark.parametrize("weights", [None, {"s": 1.0, "t": -0.5, "u": 2.0}])
+@pytest.mark.parametrize("weights", [{"s": 1.0, "t": -0.5, "u": 2.0}])
 @pytest.mark.parametrize(("method", "space"), PLACES)
 def test_every_method_in_every_space(there, adapters, method, space, weights):
     space = "auto" if space == "factors" else space
