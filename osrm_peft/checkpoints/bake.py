@@ -64,17 +64,10 @@ def bake_adapter(
 def execute(
     plan: BakePlan,
     out: Path,
-    *,
-    resume: bool = False,
-    overwrite: bool = False,
-    verify: bool = True,
-    progress: bool = False,
+    **how: bool,
 ) -> Path:
-    """Bake as planned, into a folder beside `out` that is renamed to it at the end."""
-    return carry_out(
-        plan, lambda: Baker(plan), partial(_finish, plan), out,
-        resume=resume, overwrite=overwrite, verify=verify, progress=progress,
-    )  # fmt: skip
+    """Bake as planned; `how` has resume, overwrite, verify and progress, see `carry_out`."""
+    return carry_out(plan, lambda: Baker(plan), partial(_finish, plan), out, **how)
 
 
 def _finish(plan: BakePlan, folder: Path, sums: Mapping[str, list[str]]) -> dict[str, Any]:

@@ -100,17 +100,10 @@ def extract_adapter(
 def execute(
     plan: ExtractPlan,
     out: Path,
-    *,
-    resume: bool = False,
-    overwrite: bool = False,
-    verify: bool = True,
-    progress: bool = False,
+    **how: bool,
 ) -> Extraction:
-    """Extract as planned, into a folder beside `out` that is renamed to it at the end."""
-    carry_out(
-        plan, lambda: Extractor(plan), partial(_finish, plan), out,
-        resume=resume, overwrite=overwrite, verify=verify, progress=progress,
-    )  # fmt: skip
+    """Extract as planned; `how` has resume, overwrite, verify and progress, see `carry_out`."""
+    carry_out(plan, lambda: Extractor(plan), partial(_finish, plan), out, **how)
     made = read_manifest(out)
     found = Extraction(
         out, made["written_rank"], made["energy_kept"], made["energy"], list(plan.kept), made["lost"],

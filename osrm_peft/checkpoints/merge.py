@@ -88,18 +88,11 @@ def merge_checkpoints(
 def execute(
     plan: CheckpointPlan,
     out: Path,
-    *,
-    resume: bool = False,
-    overwrite: bool = False,
-    verify: bool = True,
-    progress: bool = False,
+    **how: bool,
 ) -> Path:
-    """Merge as planned, into a folder beside `out` that is renamed to it at the end."""
+    """Merge as planned; `how` has resume, overwrite, verify and progress, see `carry_out`."""
     with computing(plan.device):
-        return carry_out(
-            plan, lambda: Blocks(plan), partial(_finish, plan), out,
-            resume=resume, overwrite=overwrite, verify=verify, progress=progress,
-        )  # fmt: skip
+        return carry_out(plan, lambda: Blocks(plan), partial(_finish, plan), out, **how)
 
 
 def _finish(plan: CheckpointPlan, folder: Path, sums: Mapping[str, list[str]]) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """The commands around full models: merge-checkpoints, bake, extract, inspect."""
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -47,7 +48,6 @@ def merge_checkpoints(
     from osrm_peft.checkpoints.plan import plan_checkpoints
     from osrm_peft.cli.tables import checkpoint_facts, checkpoint_lines
     from osrm_peft.io.manifest import check_replaceable
-    from osrm_peft.io.places import check_space
 
     folder = check_replaceable(out, "checkpoint")
     plan = plan_checkpoints(
@@ -56,19 +56,8 @@ def merge_checkpoints(
     )  # fmt: skip
     check_replaceable(folder, "checkpoint", plan.manifest(), overwrite)
     facts = checkpoint_facts(plan, out)
-    *before, size = checkpoint_lines(facts)
-    if dry_run:
-        check_space(folder, facts["bytes"])
-        show(facts, lambda _: [*before, f"would write {out}: {size}"])
-        return
-    for line in before:
-        say(line)
-    try:
-        execute(plan, folder, resume=resume, overwrite=overwrite, progress=progress())
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt("finished weight files are kept, --resume goes on with them") from None
-    wrote(out, f": {size}")
-    show(facts, lambda _: [])
+    how = {"resume": resume, "overwrite": overwrite, "progress": progress()}
+    _written(folder, facts, checkpoint_lines(facts), None if dry_run else lambda: execute(plan, folder, **how))
 
 
 @app.command()
@@ -95,22 +84,34 @@ def bake(
     from osrm_peft.checkpoints.baking import plan_bake
     from osrm_peft.cli.tables import bake_facts, bake_lines
     from osrm_peft.io.manifest import check_replaceable
-    from osrm_peft.io.places import check_space
 
     folder = check_replaceable(out, "checkpoint")
     quiet_libraries()
     plan = plan_bake(base, adapter, scale=scale, task=task, tokenizer=tokenizer, dtype=dtype)
     check_replaceable(folder, "checkpoint", plan.manifest(), overwrite)
     facts = bake_facts(plan, out)
-    *before, size = bake_lines(facts)
-    if dry_run:
+    how = {"resume": resume, "overwrite": overwrite, "progress": progress()}
+    _written(folder, facts, bake_lines(facts), None if dry_run else lambda: execute(plan, folder, **how))
+
+
+def _written(folder: Path, facts: dict[str, Any], lines: list[str], execute: Callable[[], Any] | None) -> None:
+    """Say what a full model will be, and write it; None: a dry run, which says what would be written.
+
+    Args:
+        folder: of the model, links resolved.
+        lines: for people; the last is its size.
+    """
+    from osrm_peft.io.places import check_space
+
+    (*before, size), out = lines, facts["folder"]
+    if execute is None:
         check_space(folder, facts["bytes"])
         show(facts, lambda _: [*before, f"would write {out}: {size}"])
         return
     for line in before:
         say(line)
     try:
-        execute(plan, folder, resume=resume, overwrite=overwrite, progress=progress())
+        execute()
     except KeyboardInterrupt:
         raise KeyboardInterrupt("finished weight files are kept, --resume goes on with them") from None
     wrote(out, f": {size}")

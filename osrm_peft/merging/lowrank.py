@@ -57,7 +57,7 @@ def compress_outputs(factors: Factors, moments: Sequence[FeatureMoments], rank: 
     S = torch.stack([one.second_moment() for one in moments]).mean(0).to(B.device)
     S.diagonal().add_(1e-8 * float(S.trace()) / len(S) or 1.0)
     values, V = torch.linalg.eigh(A @ S @ A.mT)  # = C Cᵀ, and B C has the left singular vectors of B A S^½
-    U = torch.linalg.svd(B @ (V * values.clamp_min(0).sqrt()), full_matrices=False).U[:, :rank]
+    U = thin_svd(B @ (V * values.clamp_min(0).sqrt()))[0][:, :rank]
     cut = compress(U, (U.mT @ B) @ A)
     whole, kept = (float((b.mT @ b * (a @ a.mT)).sum()) for b, a in ((B, A), (cut.factors.B, cut.factors.A)))
     return cut._replace(energy_kept=kept / whole if whole else 1.0)

@@ -3,7 +3,7 @@
 import hashlib
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -83,13 +83,16 @@ class TaskData:
         """The classes as text."""
         return None if self.labels is None else [label_key(one, "labels") or "" for one in self.labels]
 
-    def load(self, name: str) -> Task:
+    def load(self, name: str, tables: Mapping[str, Rows] | None = None) -> Task:
         """Read the task.
+
+        Args:
+            tables: its rows, if `read_tables` has read them already.
 
         Raises:
             ValueError: a fault in a file, a column or a row, with file, line and the way out.
         """
-        return _Loaded.of(self).task(name)
+        return _Loaded.of(self, tables).task(name)
 
 
 @dataclass(frozen=True)
@@ -183,8 +186,8 @@ class _Loaded:
     by_number: bool = False  # the user has not named the classes
 
     @classmethod
-    def of(cls, data: TaskData) -> "_Loaded":
-        tables = read_tables(data)
+    def of(cls, data: TaskData, tables: Mapping[str, Rows] | None = None) -> "_Loaded":
+        tables = read_tables(data) if tables is None else tables
         train = tables["train"]
         texts, label = find_columns(train, data.texts, data.label)
         splits = {split: examples(rows, texts, label) for split, rows in tables.items()}

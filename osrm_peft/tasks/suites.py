@@ -12,9 +12,9 @@ from datasets import Dataset, load_dataset
 from osrm_peft.checks import number, shown, task_names
 from osrm_peft.io.json import parse_json
 from osrm_peft.models.packaged import packaged_file
-from osrm_peft.tasks.files import TaskData, tasks_in
+from osrm_peft.tasks.files import TaskData, read_tables, tasks_in
 from osrm_peft.tasks.task import Task
-from osrm_peft.tasks.text import has_prompts, in_words, load_text
+from osrm_peft.tasks.text import in_prompts, in_words, load_text
 
 Suite = str | Mapping[str, TaskData]
 
@@ -72,7 +72,8 @@ def load_task(suite: Suite, name: str) -> Task:
 
 
 def _load_own(data: TaskData, name: str) -> Task:
-    return load_text(data, name) if has_prompts(data) else data.load(name)
+    tables = read_tables(data)
+    return load_text(data, tables, name) if in_prompts(data, tables) else data.load(name, tables)
 
 
 def _dataset(rows: Sequence[tuple[str, str | None, int | float]]) -> Dataset:

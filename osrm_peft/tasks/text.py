@@ -1,6 +1,6 @@
 """Tasks in words, for causal language models without heads: a prompt, and its completion."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,7 @@ from typing import Any
 from datasets import Dataset
 
 from osrm_peft.checks import shown
-from osrm_peft.tasks.files import SPLITS, TaskData, read_tables
+from osrm_peft.tasks.files import SPLITS, TaskData
 from osrm_peft.tasks.rows import Rows
 from osrm_peft.tasks.task import ROW_METRICS, Task
 
@@ -68,15 +68,14 @@ def in_words(task: Task) -> TextTask:
     return TextTask(task.name, len(answers), metric, train, validation, label_names=answers, answers=completions)
 
 
-def has_prompts(data: TaskData) -> bool:
-    """Whether a task's own rows have the columns `prompt` and `completion`, or `messages`."""
-    if data.text is not None or data.label is not None or data.labels is not None:
-        return False
-    return _columns_of_text(read_tables(data)["train"].columns)
+def in_prompts(data: TaskData, tables: Mapping[str, Rows]) -> bool:
+    """Whether a task's own rows have the columns `prompt` and `completion`, or `messages`, and no others are named."""
+    named = data.text is not None or data.label is not None or data.labels is not None
+    return not named and _columns_of_text(tables["train"].columns)
 
 
-def load_text(data: TaskData, name: str) -> TextTask:
-    """Read a task whose rows have the columns `prompt` and `completion`, or `messages` that end with the completion.
+def load_text(data: TaskData, tables: Mapping[str, Rows], name: str) -> TextTask:
+    """A task whose rows have the columns `prompt` and `completion`, or `messages` that end with the completion.
 
     The metric is `"exact_match"` (the default) or `"rouge_l"`; with `"accuracy"` or `"matthews"` the completions of the
     training rows are the classes.
@@ -84,7 +83,7 @@ def load_text(data: TaskData, name: str) -> TextTask:
     Raises:
         ValueError: a fault in a file or a row, with file, line and the way out.
     """
-    pairs = {split: _pairs(table) for split, table in read_tables(data).items()}
+    pairs = {split: _pairs(table) for split, table in tables.items()}
     if "validation" not in pairs:
         raise ValueError(f"{name}: give validation, rows of prompts that are not in {data.train}")
     metric = data.metric or "exact_match"
@@ -140,6 +139,11 @@ def with_labels(tokens: Dataset) -> Dataset:
         for ids, mask in zip(tokens["input_ids"], tokens["completion_mask"], strict=True)
     ]
     return tokens.select_columns(["input_ids", "attention_mask"]).add_column("labels", labels)
+
+
+def tokenize_labelled(rows: Dataset, tokenizer: Any, max_length: int) -> Dataset:
+    """Token columns as a causal language model is trained on: `with_labels` of `tokenize_text`."""
+    return with_labels(tokenize_text(rows, tokenizer, max_length))
 
 
 def _tokens_of(prompt: Any, tokenizer: Any) -> list[int]:

@@ -37,7 +37,7 @@ from osrm_peft.tasks.files import SPLITS, TaskData
 from osrm_peft.tasks.rows import FORMATS
 from osrm_peft.tasks.suites import Suite, list_tasks, load_task
 from osrm_peft.tasks.task import Task, fingerprint, tokenize
-from osrm_peft.tasks.text import TextTask, tokenize_text, with_labels
+from osrm_peft.tasks.text import TextTask, tokenize_labelled
 from osrm_peft.training.train import PAPER_LORA, train_task
 
 STATISTIC_KINDS = ("gram", "fisher")
@@ -352,13 +352,13 @@ class Recipe:
         """Batches of k training rows of a task, with labels, as the model takes them; at least one for each process."""
         tokenizer = load_tokenizer(self.model)
         task = self._load(name).sample(train=k, seed=self.seed)
-        if isinstance(task, TextTask):
-            rows = with_labels(tokenize_text(task.train, tokenizer, self.max_length))
-            pad = DataCollatorForTokenClassification(tokenizer)  # which pads labels, too
-            return DataLoader(rows, batch_size=min(16, -(-k // processes)), collate_fn=pad)
-        collator = DataCollatorWithPadding(tokenizer, padding=padding, max_length=self.max_length)
+        options: dict[str, Any] = {"padding": padding, "max_length": self.max_length}
+        collator: Any = DataCollatorWithPadding(tokenizer, **options)
+        read = tokenize
+        if isinstance(task, TextTask):  # whose labels are padded, too
+            collator, read = DataCollatorForTokenClassification(tokenizer, **options), tokenize_labelled
         size = min(16, -(-k // processes))
-        return DataLoader(tokenize(task.train, tokenizer, self.max_length), batch_size=size, collate_fn=collator)
+        return DataLoader(read(task.train, tokenizer, self.max_length), batch_size=size, collate_fn=collator)
 
     def train(self, task: str, out: str | Path, *, overwrite: bool = False, progress: bool = True) -> Path:
         """Train one task's adapter (see `train_task`)."""

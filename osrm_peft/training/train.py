@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import CONFIG_NAME
 from torch import Tensor
@@ -35,7 +34,7 @@ from osrm_peft.osrm.callback import OSRMCallback
 from osrm_peft.osrm.config import OSRMLoraConfig
 from osrm_peft.seeding import task_seed
 from osrm_peft.tasks.task import Task, tokenize
-from osrm_peft.tasks.text import TextTask, tokenize_text, with_labels
+from osrm_peft.tasks.text import TextTask, tokenize_labelled
 
 # The OSRM paper's settings (§5.1 and Table 10), except the learning rate, which depends on model, task and init.
 PAPER_LORA: dict[str, Any] = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.0, "task_type": "SEQ_CLS"}
@@ -162,7 +161,7 @@ def _trainer(
     if in_words:
         from trl import SFTTrainer
 
-        trainer_class, read, more = SFTTrainer, _labelled, {}  # whose collator pads labels
+        trainer_class, read, more = SFTTrainer, tokenize_labelled, {}  # whose collator pads labels
     trainer = trainer_class(
         peft_model,
         args,
@@ -177,11 +176,6 @@ def _trainer(
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(_TaskBar(task.name))
     return trainer
-
-
-def _labelled(rows: Dataset, tokenizer: Any, max_length: int) -> Dataset:
-    """Token columns with labels, −100 in the prompts."""
-    return with_labels(tokenize_text(rows, tokenizer, max_length))
 
 
 class _TaskBar(ProgressCallback):

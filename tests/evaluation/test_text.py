@@ -18,9 +18,10 @@ from transformers import (
     Qwen2Config,
 )
 
-from osrm_peft import evaluate_task, load_task
+from osrm_peft import TaskData, evaluate_task, load_task
 from osrm_peft.evaluation.bootstrap import metric_on
 from osrm_peft.evaluation.text import generate, likelihoods, settings_of
+from osrm_peft.tasks.text import tokenize_text
 from tests.helpers.causal import LLAMA, SPECIAL, TEMPLATE, save_tiny
 from tests.tasks.test_text import CHATS, ROWS, write
 
@@ -111,9 +112,6 @@ def test_what_is_written_in_batches_is_what_is_written_alone(kind, tokenizer, tm
 def test_a_model_trained_on_the_rows_scores_1_and_is_left_as_it_was(rows, metric, tmp_path):
     model, tokenizer = save_tiny(tmp_path / "model", TEMPLATE)
     write(tmp_path / "data", rows)
-    from osrm_peft import TaskData
-    from osrm_peft.tasks.text import tokenize_text
-
     files = {split: str(tmp_path / f"data/films/{split}.jsonl") for split in ("train", "validation")}
     task = load_task({"films": TaskData(**files, metric=metric)}, "films")
     tokens = tokenize_text(task.train, tokenizer, 32)

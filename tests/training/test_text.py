@@ -16,8 +16,6 @@ from osrm_peft.training.recipe import Recipe
 from tests.helpers.causal import save_tiny
 from tests.tasks.test_text import ROWS, write
 
-WORDS = ["good", "bad", "very", "film", "the", "was", "yes", "no"]
-
 
 @pytest.fixture
 def place(tmp_path):

@@ -86,10 +86,10 @@ def leading(X: Tensor, rank: int) -> Directions:
     narrow = min(X.shape)
     if narrow <= SMALL or rank > narrow // 8:
         return strongest(X, rank)
-    V, energy = _random(X, rank + max(16, rank // 4), torch.Generator(X.device).manual_seed(0)), 0.0
+    V, energy = _random(X, rank + max(16, rank // 4), torch.Generator().manual_seed(0)), 0.0
     for _ in range(100):
         basis, R = torch.linalg.qr(X.mT @ torch.linalg.qr(X @ V).Q)
-        _, S, vh = torch.linalg.svd(R.mT, full_matrices=False)
+        _, S, vh = thin_svd(R.mT)
         V, before = basis @ vh.mT, energy
         energy = float(S[:rank].double().square().sum())
         if energy - before <= 1e-7 * energy:
