@@ -117,7 +117,7 @@ def _check_same(found: "TaskFeatures", recipe: "Recipe") -> None:
     from osrm_peft.models.packaged import resolve_model
 
     asked = {"statistic": (recipe.osrm or {}).get("statistic", found.statistic), "seed": recipe.seed}
-    asked |= {"base_model": public_name(resolve_model(recipe.model))}
+    asked |= {"base_model": public_name(resolve_model(recipe.model)), "tokens": recipe.tokens}
     wrong = [name for name, value in asked.items() if getattr(found, name) != value]
     if wrong or found.num_samples > recipe.num_samples:
         name = wrong[0] if wrong else "num_samples"

@@ -9,6 +9,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, DataCollatorForTokenClassification
 
 from osrm_peft import collect_features, load_adapter, merge_adapters
+from osrm_peft.cli.features import _check_same
 from osrm_peft.io.manifest import read_manifest
 from osrm_peft.pipeline.check import check_recipe
 from osrm_peft.tasks.text import tokenize_text, with_labels
@@ -102,6 +103,15 @@ def test_features_look_at_the_tokens_that_are_named(place, tokens, statistic, tm
         torch.testing.assert_close(moments.second_moment(), expected, rtol=0, atol=1e-6)
     found.save(tmp_path / "f.safetensors")
     assert type(found).load(tmp_path / "f.safetensors").tokens == tokens
+
+
+def test_a_file_of_other_tokens_is_not_what_is_asked_for(place):
+    folder, *_ = place
+    recipe = recipe_of(folder, tokens="prompt")
+    found = recipe.collect("films", progress=False)
+    _check_same(found, recipe)
+    with pytest.raises(ValueError, match=r"is there already, with tokens='prompt' and not 'completion'"):
+        _check_same(found, recipe_of(folder, tokens="completion"))
 
 
 def test_tokens_need_a_label_each(place):
