@@ -174,11 +174,25 @@ def inspect(
         str | None, typer.Option("--base-model", help="Full models' base. Default: their mean, as LoRE begins.")
     ] = None,
     layer: Annotated[str, typer.Option(help="Which matrices: a pattern of their names.")] = "*",
+    serve: Annotated[
+        bool, typer.Option("--serve", help="Which servers take the adapters, alone and swapped for each other.")
+    ] = False,
     out: Annotated[Path, typer.Option(help="Folder for spectrum.json and .png.")] = Path("results/spectrum"),
     as_json: JsonOption = False,
 ) -> None:
     """Show what adapters hold: layers, ranks, scales, norms, heads, base; or how task vectors' singular values fall."""
     named = sources(models)
+    if serve and spectrum:
+        raise ValueError("--serve and --spectrum are two questions: ask one")
+    if serve:
+        from osrm_peft.cli.tables import served_facts, served_tables
+        from osrm_peft.merging.serving import served
+
+        show(
+            served_facts({name: served(one, [o for o in named.values() if o != one]) for name, one in named.items()}),
+            served_tables,
+        )
+        return
     if not spectrum:
         from osrm_peft.adapters.load import load_adapter
         from osrm_peft.cli.tables import adapter_facts, adapter_tables

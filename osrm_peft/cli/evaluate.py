@@ -24,6 +24,9 @@ def evaluate(
     task: TaskOption = None,
     base_model: Annotated[str | None, typer.Option(help="Default: the one the adapter names.")] = None,
     rows: Annotated[int | None, typer.Option(help="Validation rows a task. Default: all.")] = None,
+    metric: Annotated[
+        str | None, typer.Option(help="Of tasks in words, in place of their own: exact_match, rouge_l, …")
+    ] = None,
     max_length: Annotated[
         int | None, typer.Option(help="Tokens a row is cut to. Default: as in training, else 128.")
     ] = None,
@@ -48,18 +51,20 @@ def evaluate(
     if max_length is not None:
         integer("max_length", max_length, 1)
     settings = {"adapter": adapter, "suite": suite, "model": base_model, "rows": rows, "max_length": max_length}
+    settings |= {} if metric is None else {"metric": metric}
     if out is not None:
         _check_scores_file(check_file(out), settings, overwrite)
     found = subjects(adapter, base_model)
     chosen = suite_of(suite) if suite is not None else found[0].suite or "packaged"
     named = chosen if isinstance(chosen, str) else "own data"
-    tasks = _tasks(found[0], chosen, task, rows)
+    tasks = _tasks(found[0], chosen, task, rows, metric)
     records = _records(tasks, named)
     for subject in found if save else ():
         _check_folder(subject, records, adapter, overwrite)
     scores, processes = [], start()
     for subject in found:
-        values = _values(subject, tasks, (subject.max_length or LENGTH) if max_length is None else max_length)
+        values, how = _values(subject, tasks, (subject.max_length or LENGTH) if max_length is None else max_length)
+        records = [record | how[record["task"]] for record in records]
         scale = subject.manifest.get("scale") if "method" in subject.manifest else None
         scores += [Score(subject.name, subject.method, scale, 0, name, value) for name, value in values.items()]
         if save and processes.is_main_process:
@@ -82,18 +87,28 @@ def _write_scores(
 
     by_name = {one.name: {score.task: score.score for score in scores if score.init == one.name} for one in found}
     content = {"scores": by_name[found[0].name] if len(found) == 1 else by_name, "settings": settings}
-    content["tasks"] = {one["task"]: {name: one[name] for name in ("metric", "rows", "split")} for one in records}
+    names = ("metric", "rows", "split", "generation")
+    content["tasks"] = {one["task"]: {name: one[name] for name in names if name in one} for one in records}
     write_json(out, content | {"manifest": dict(found[0].manifest), "versions": versions()})
     wrote(out)
 
 
-def _tasks(subject: "Subject", suite: Any, names: list[str] | None, rows: int | None) -> "dict[str, Task]":
+def _tasks(
+    subject: "Subject", suite: Any, names: list[str] | None, rows: int | None, metric: str | None
+) -> "dict[str, Task]":
     from osrm_peft.tasks.suites import load_task
+    from osrm_peft.tasks.text import TextTask
 
     names = names or subject.tasks
     if names is None:
         raise ValueError(f"{subject.folder} does not say which task it is for: name it with --task")
-    return {name: load_task(suite, name).sample(validation=rows) for name in names}
+    tasks = {name: load_task(suite, name).sample(validation=rows) for name in names}
+    if metric is None:
+        return tasks
+    classes = [name for name, one in tasks.items() if not isinstance(one, TextTask)]
+    if classes:
+        raise ValueError(f"--metric is of tasks in words, and {classes[0]!r} has classes: leave it out")
+    return {name: one.measured_by(metric) for name, one in tasks.items() if isinstance(one, TextTask)}
 
 
 def _check_folder(subject: "Subject", records: list[dict[str, Any]], source: str, overwrite: bool) -> None:
@@ -107,20 +122,24 @@ def _check_folder(subject: "Subject", records: list[dict[str, Any]], source: str
     _check_scores(dict(subject.manifest), records, str(subject.folder), overwrite)
 
 
-def _values(subject: "Subject", tasks: "dict[str, Task]", max_length: int) -> dict[str, float]:
-    """{task: score}."""
+def _values(
+    subject: "Subject", tasks: "dict[str, Task]", max_length: int
+) -> tuple[dict[str, float], dict[str, dict[str, Any]]]:
+    """{task: score} and {task: how completions were written}."""
     from osrm_peft.devices import local_device
     from osrm_peft.evaluation.evaluate import evaluate_task
+    from osrm_peft.evaluation.text import written_by
     from osrm_peft.tasks.text import TextTask
 
-    values = {}
+    values, how = {}, {}
     for name, task in tasks.items():
         with_task, tokenizer = subject.load(name, in_words=isinstance(task, TextTask))
         on_device: Any = with_task.to(local_device())  # type: ignore[arg-type]
         values[name] = evaluate_task(
             on_device, task, tokenizer, max_length=max_length, distributed=True, progress=progress()
         )
-    return values
+        how[name] = written_by(task, tokenizer)
+    return values, how
 
 
 def _records(tasks: "dict[str, Task]", suite: str) -> list[dict[str, Any]]:

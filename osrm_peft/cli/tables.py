@@ -1,7 +1,7 @@
 """What adapters and features files hold, and what a merge would do: facts for JSON, and tables of them."""
 
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from osrm_peft.checkpoints.extracting import ExtractPlan
 from osrm_peft.checkpoints.plan import CheckpointPlan
 from osrm_peft.features.task_features import TaskFeatures
 from osrm_peft.merging.plan import MergePlan
+from osrm_peft.merging.serving import Served
 from osrm_peft.osrm.spectrum import PooledMoment
 
 _KINDS: dict[Any, str] = {None: "linear", (): "embedding"}
@@ -338,3 +339,20 @@ def task_table(facts: Mapping[str, Mapping[str, Any]]) -> Table:
         columns = text if isinstance(text, str) else " + ".join(text)
         table.add_row(*map(escape, (name, columns, str(data["label"]), rows, labels[:200], fact["metric"], words)))
     return table
+
+
+def served_facts(found: Mapping[str, Sequence[Served]]) -> dict[str, Any]:
+    """{adapter: {server: whether it takes the adapter, and what to change or set}}."""
+    return {
+        name: {one.server: {"takes": one.takes, "notes": list(one.notes)} for one in servers}
+        for name, servers in found.items()
+    }
+
+
+def served_tables(facts: Mapping[str, Mapping[str, Any]]) -> list[Table]:
+    """A line for each adapter and server."""
+    table = _table("Servers", "adapter", "server", "takes it", "what to change or set")
+    for name, servers in facts.items():
+        for server, one in servers.items():
+            table.add_row(escape(name), server, "yes" if one["takes"] else "no", escape("; ".join(one["notes"])))
+    return [table]

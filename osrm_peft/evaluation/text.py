@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig
 
 from osrm_peft.distributed import ALONE, Processes
+from osrm_peft.tasks.task import WRITTEN, Task
 from osrm_peft.tasks.text import TextTask
 
 _MOST_NEW = 256  # tokens that a completion may have at most
@@ -34,8 +35,10 @@ def predict_text(
 
     Returns:
         (N, C) log-likelihoods of the C answers, natural logarithms summed over their tokens (the end token is none of
-        them); or (N, 1) the metric of each row between the written and the wanted completion.
+        them); or (N, 1) the metric of each row: between the written and the wanted completion, or of the wanted one.
     """
+    if task.metric == "inverse_perplexity":
+        return inverse_perplexities(model, rows, tokenizer, processes, batch_size=batch_size, progress=progress)
     prompts = [tokens[: mask.index(1)] for tokens, mask in zip(rows["input_ids"], rows["completion_mask"], strict=True)]
     options: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
     if task.answers is not None:
@@ -69,7 +72,7 @@ def likelihoods(
 
     def one(batch: Sequence[int]) -> Tensor:
         inputs = _padded([prompts[row] for row in batch], tokenizer, model)
-        output = model(**inputs, use_cache=True, **_last(model))
+        output = model(**inputs, use_cache=True, **_last(model, 1))
         logits = [output.logits[:, -1].float().log_softmax(-1).repeat_interleave(len(answers), 0)[:, None]]
         ids = tokens.repeat(len(batch), 1)
         if most > 1:
@@ -90,6 +93,34 @@ def likelihoods(
 
     found = _in_batches(model, one, [len(prompt) for prompt in prompts], processes, batch_size, progress)
     return torch.stack(found)
+
+
+def inverse_perplexities(
+    model: nn.Module,
+    rows: Dataset,
+    tokenizer: Any,
+    processes: Processes = ALONE,
+    *,
+    batch_size: int = 64,
+    progress: str | None = None,
+) -> Tensor:
+    """(N, 1) exp of the mean log p of a completion's tokens, its end token among them: exp(−loss) of the row, float32.
+
+    Args:
+        rows: of `tokenize_text`.
+    """
+    sequences = rows["input_ids"]
+    lengths = [sum(mask) for mask in rows["completion_mask"]]
+
+    def one(batch: Sequence[int]) -> list[float]:
+        inputs = _padded([sequences[row] for row in batch], tokenizer, model)
+        most = max(lengths[row] for row in batch)
+        logits = model(**inputs, **_last(model, most + 1)).logits[:, -most - 1 : -1].float().log_softmax(-1)
+        found = logits.gather(2, inputs["input_ids"][:, -most:, None])[..., 0]
+        return [found[at, most - lengths[row] :].mean().exp().item() for at, row in enumerate(batch)]
+
+    found = _in_batches(model, one, list(map(len, sequences)), processes, batch_size, progress)
+    return torch.tensor(found)[:, None]
 
 
 def generate(
@@ -127,6 +158,14 @@ def settings_of(task: TextTask, tokenizer: Any, model: Any = None) -> Generation
     )
 
 
+def written_by(task: Task, tokenizer: Any) -> dict[str, Any]:
+    """{"generation": how its completions are written}, for the records of a score that compares them; else nothing."""
+    if not isinstance(task, TextTask) or task.metric not in WRITTEN:
+        return {}
+    settings = settings_of(task, tokenizer)
+    return {"generation": {name: getattr(settings, name) for name in ("do_sample", "max_new_tokens")}}
+
+
 def _compare(metric: str, written: str, wanted: str) -> float:
     """One row's metric, from 0 to 1."""
     if metric == "exact_match":
@@ -155,9 +194,11 @@ def _padded(sequences: Sequence[Sequence[int]], tokenizer: Any, model: nn.Module
     return inputs
 
 
-def _last(model: nn.Module) -> dict[str, int]:
-    """The argument by which the model computes the logits of its last position alone, if it has one."""
-    return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(_inner(model).forward).parameters else {}
+def _last(model: nn.Module, positions: int) -> dict[str, int]:
+    """The argument by which the model computes the logits of its last positions alone, if it has one."""
+    return (
+        {"logits_to_keep": positions} if "logits_to_keep" in inspect.signature(_inner(model).forward).parameters else {}
+    )
 
 
 def _inner(model: Any) -> Any:

@@ -13,7 +13,7 @@ from osrm_peft.merging.methods.registry import METHODS
 from osrm_peft.osrm.config import OSRMLoraConfig
 from osrm_peft.pipeline.run import PushFields, SelectFields
 from osrm_peft.tasks.files import TaskData
-from osrm_peft.tasks.task import METRICS
+from osrm_peft.tasks.task import METRICS, ROW_METRICS
 from osrm_peft.training.recipe import Recipe
 
 NESTED: dict[str, type] = {
@@ -36,7 +36,7 @@ def recipe_schema() -> dict[str, Any]:
     inits = {"type": "object", "additionalProperties": properties["osrm"]}
     properties["inits"] = {"anyOf": [inits, {"type": "null"}]}
     task = _fields(TaskData) | {"required": ["train"]}
-    task["properties"]["metric"] = {"enum": [*METRICS, None]}
+    task["properties"]["metric"] = {"enum": [*METRICS, *ROW_METRICS, None]}
     names = {"type": "array", "items": {"type": "string"}, "uniqueItems": True}
     properties["tasks"] = {"anyOf": [names, {"type": "object", "additionalProperties": task}, {"type": "null"}]}
     candidate = {"type": "object", "properties": {"method": {"enum": sorted(METHODS)}}, "required": ["method"]}

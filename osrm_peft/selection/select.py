@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from osrm_peft.adapters.live import LiveBase
 from osrm_peft.adapters.lora_adapter import LoraAdapter
 from osrm_peft.checks import choice, integer
+from osrm_peft.evaluation.text import written_by
 from osrm_peft.hub.privacy import public_name
 from osrm_peft.io.manifest import command, versions
 from osrm_peft.io.places import alone_in, check_folder
@@ -333,6 +334,7 @@ class _Race:
                 "metric": rows.choose.metric,
                 "rows": len(rows.choose.validation),
                 "test_rows": 0 if rows.test is None else len(rows.test.validation),
+                **written_by(rows.choose, self.scorer.tokenizer),
             }
             for name, rows in self.field.rows.items()
         }

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from datasets import Dataset
 
@@ -32,6 +32,19 @@ _VALIDATION = ("validation", "valid", "val", "dev", "test")  # of a Hub dataset,
 _SHARE = 10  # 1 text in 10 is of validation, and 1 of test
 
 
+class Labelled(Protocol):
+    """A row as the splits see it: what makes two rows equal, and the label."""
+
+    @property
+    def text(self) -> str: ...  # noqa: D102
+
+    @property
+    def label(self) -> str: ...  # noqa: D102
+
+
+Row = TypeVar("Row", bound=Labelled)
+
+
 @dataclass(frozen=True)
 class TaskData:
     """Where a task's rows are, and what its columns mean.
@@ -47,7 +60,7 @@ class TaskData:
         labels: the classes in order, as values of that column; None: the sorted values of `train`.
         metric: `"accuracy"`, `"matthews"` or `"pearson_spearman"` (which makes a regression of whole numbers). None:
             accuracy for classes, pearson_spearman for fractional numbers. Of rows of prompt and completion also
-            `"exact_match"` (their default) or `"rouge_l"`.
+            `"exact_match"` (their default), `"rouge_l"` or `"inverse_perplexity"`.
     """
 
     train: str
@@ -189,16 +202,21 @@ class _Loaded:
     def of(cls, data: TaskData, tables: Mapping[str, Rows] | None = None) -> "_Loaded":
         tables = read_tables(data) if tables is None else tables
         train = tables["train"]
+        if data.metric in ROW_METRICS:
+            raise ValueError(
+                f"{train.source}: metric {data.metric} is of rows of prompt and completion (or messages): choose from "
+                f"{', '.join(METRICS)}"
+            )
         texts, label = find_columns(train, data.texts, data.label)
         splits = {split: examples(rows, texts, label) for split, rows in tables.items()}
         named = data.classes or (None if data.metric == REGRESSION else _hub_classes(train, label))
         every = [one for found in splits.values() for one in found]
         regression = is_regression(every, data.metric, named)
-        splits = _without_overlap(splits, train.source)
+        splits = without_overlap(splits, train.source)
         classes = None if regression else classes_of(splits["train"], named, train.source)
         if "validation" not in splits:
             wanted = [split for split in SPLITS[1:] if split not in splits]
-            splits |= _shares(splits["train"], wanted, train.source, regression)
+            splits |= shares(splits["train"], wanted, train.source, regression)
         for split, found in splits.items() if classes is not None else ():
             _check_labels(found, split, classes or [], named)
         metric = data.metric or (REGRESSION if regression else "accuracy")
@@ -262,9 +280,13 @@ def _check_labels(found: Sequence[Example], split: str, classes: Sequence[str], 
 # --- splits -------------------------------------------------------------------------------------------------------
 
 
-def _without_overlap(splits: dict[str, list[Example]], source: str) -> dict[str, list[Example]]:
-    """The splits without rows whose text is in a later one: train gives way to validation, and both to test."""
-    kept, taken, lost = {}, set(), Counter[str]()
+def without_overlap(splits: Mapping[str, list[Row]], source: str) -> dict[str, list[Row]]:
+    """The splits without rows whose text is in a later one: train gives way to validation, and both to test.
+
+    Raises:
+        ValueError: no row of a split is left.
+    """
+    kept, taken, lost = {}, set[str](), Counter[str]()
     for split in reversed(SPLITS):
         if split in splits:
             kept[split] = [one for one in splits[split] if one.text not in taken]
@@ -278,10 +300,11 @@ def _without_overlap(splits: dict[str, list[Example]], source: str) -> dict[str,
     return kept
 
 
-def _shares(found: list[Example], wanted: Sequence[str], source: str, regression: bool) -> dict[str, list[Example]]:
+def shares(found: list[Row], wanted: Sequence[str], source: str, regression: bool) -> dict[str, list[Row]]:
     """Train and the `wanted` splits of one table, decided by the SHA-256 of the texts.
 
-    1 text in 10 is of each, and at least 2; no text is in two splits, and train keeps a text of every class.
+    1 text in 10 is of each, and at least 2; no text is in two splits, and train keeps a text of every class (of a
+    regression, labels are no classes).
 
     Raises:
         ValueError: too few texts; says how many are needed.

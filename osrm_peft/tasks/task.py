@@ -8,7 +8,8 @@ from typing import Any
 from datasets import Dataset
 
 METRICS = ("accuracy", "matthews", "pearson_spearman")
-ROW_METRICS = ("exact_match", "rouge_l")  # of what a causal language model writes: a value a row, and their mean
+WRITTEN = ("exact_match", "rouge_l")  # of what a causal language model writes
+ROW_METRICS = (*WRITTEN, "inverse_perplexity")  # a value a row, and their mean
 
 
 @dataclass(frozen=True)

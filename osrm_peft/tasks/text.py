@@ -1,14 +1,15 @@
 """Tasks in words, for causal language models without heads: a prompt, and its completion."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
 
-from osrm_peft.checks import shown
-from osrm_peft.tasks.files import SPLITS, TaskData
+from osrm_peft.checks import choice, shown
+from osrm_peft.tasks.columns import REGRESSION
+from osrm_peft.tasks.files import SPLITS, TaskData, shares, without_overlap
 from osrm_peft.tasks.rows import Rows
 from osrm_peft.tasks.task import ROW_METRICS, Task
 
@@ -35,11 +36,26 @@ class TextTask(Task):
 
     Attributes:
         answers: the completions to choose among, in the order of the labels: the metric is accuracy or matthews of the
-            likeliest (rank classification). None: the model writes, and the metric (`"exact_match"` or `"rouge_l"`)
-            compares that with the completion; every label is 0 then.
+            likeliest (rank classification). None: the metric is `"exact_match"` or `"rouge_l"` of what the model
+            writes, or `"inverse_perplexity"` of the completion; every label is 0 then.
     """
 
     answers: tuple[str, ...] | None = None
+
+    def measured_by(self, metric: str) -> "TextTask":
+        """The same rows by another metric: `"exact_match"`, `"rouge_l"` or `"inverse_perplexity"`.
+
+        Raises:
+            ValueError: no such metric, or one that needs classes.
+        """
+        choice("metric", metric, ROW_METRICS)
+        splits = {split: getattr(self, split) for split in SPLITS}
+        rows: dict[str, Any] = {
+            split: None if one is None else _dataset(one["prompt"], one["completion"], [0] * len(one))
+            for split, one in splits.items()
+        }
+        data = None if self.data is None else self.data | {"metric": metric}
+        return replace(self, num_labels=1, metric=metric, label_names=None, answers=None, data=data, **rows)
 
 
 def in_words(task: Task) -> TextTask:
@@ -77,33 +93,37 @@ def in_prompts(data: TaskData, tables: Mapping[str, Rows]) -> bool:
 def load_text(data: TaskData, tables: Mapping[str, Rows], name: str) -> TextTask:
     """A task whose rows have the columns `prompt` and `completion`, or `messages` that end with the completion.
 
-    The metric is `"exact_match"` (the default) or `"rouge_l"`; with `"accuracy"` or `"matthews"` the completions of the
-    training rows are the classes.
+    The metric is `"exact_match"` (the default), `"rouge_l"` or `"inverse_perplexity"`; with `"accuracy"` or
+    `"matthews"` the completions of the training rows are the classes. A row whose prompt is in a later split, too, is
+    left out of the earlier one.
 
     Raises:
         ValueError: a fault in a file or a row, with file, line and the way out.
     """
-    pairs = {split: _pairs(table) for split, table in tables.items()}
+    metric, source = data.metric or "exact_match", tables["train"].source
+    if metric == REGRESSION:
+        raise ValueError(f"{source}: metric {metric} is of numbers, the rows have completions: choose another")
+    pairs = without_overlap({split: _pairs(table) for split, table in tables.items()}, source)
     if "validation" not in pairs:
-        raise ValueError(f"{name}: give validation, rows of prompts that are not in {data.train}")
-    metric = data.metric or "exact_match"
-    answers = None if metric in ROW_METRICS else tuple(sorted({completion for _, completion, _ in pairs["train"]}))
+        wanted = [split for split in SPLITS[1:] if split not in pairs]
+        pairs |= shares(pairs["train"], wanted, source, metric in ROW_METRICS)
+    answers = None if metric in ROW_METRICS else tuple(sorted({one.label for one in pairs["train"]}))
     if answers is not None and len(answers) < 2:
         raise ValueError(f"{data.train}: {metric} needs two or more different completions to choose among")
     index = {answer: label for label, answer in enumerate(answers or ())}
-    tables = {}
+    rows = {}
     for split, found in pairs.items():
-        for _, completion, place in found if answers is not None else ():
-            if completion not in index:
-                raise ValueError(f"{place}: the completion {shown(completion)} is in no training row, so no class")
-        prompts, completions, _ = zip(*found, strict=True)
-        tables[split] = _dataset(prompts, completions, [index.get(one, 0) for one in completions])
+        for one in found if answers is not None else ():
+            if one.label not in index:
+                raise ValueError(f"{one.place}: the completion {shown(one.label)} is in no training row, so no class")
+        completions = [one.label for one in found]
+        rows[split] = _dataset([one.prompt for one in found], completions, [index.get(one, 0) for one in completions])
     known: dict[str, Any] = {"metric": metric}
     for split in SPLITS:
         file = getattr(data, split)
         known |= {} if file is None else {split: str(Path(file).resolve()) if Path(file).is_file() else file}
     names = None if answers is None else tuple(answer.strip() for answer in answers)
-    train, validation, test = (tables.get(split) for split in SPLITS)
+    train, validation, test = (rows.get(split) for split in SPLITS)
     return TextTask(name, len(index) or 1, metric, train, validation, test, names, known, answers)
 
 
@@ -163,8 +183,22 @@ def _columns_of_text(columns: Sequence[str]) -> bool:
     return "messages" in columns or {"prompt", "completion"} <= set(columns)
 
 
-def _pairs(rows: Rows) -> list[tuple[Any, str, str]]:
-    """(prompt, completion, place) of each row."""
+@dataclass(frozen=True)
+class _Pair:
+    """One row: prompt, completion (its label), and where it is."""
+
+    prompt: str | list[dict[str, str]]
+    label: str
+    place: str
+
+    @property
+    def text(self) -> str:
+        """What makes two rows equal: the prompt, white space as single spaces."""
+        messages = [self.prompt] if isinstance(self.prompt, str) else [one["content"] for one in self.prompt]
+        return "\n".join(" ".join(one.split()) for one in messages)
+
+
+def _pairs(rows: Rows) -> list[_Pair]:
     if not _columns_of_text(rows.columns):
         columns = ", ".join(map(repr, rows.columns))
         raise ValueError(f"{rows.source} has the columns {columns}: expected prompt and completion, or messages")
@@ -183,7 +217,7 @@ def _pairs(rows: Rows) -> list[tuple[Any, str, str]]:
     kinds = {type(prompt) for prompt, _ in found}
     if len(kinds) > 1:
         raise ValueError(f"{rows.source}: some prompts are texts, others messages: give one kind")
-    return [(prompt, completion, rows.place(row)) for row, (prompt, completion) in enumerate(found)]
+    return [_Pair(prompt, completion, rows.place(row)) for row, (prompt, completion) in enumerate(found)]
 
 
 def _of_messages(messages: Any, place: str) -> tuple[list[dict[str, str]], str]:

@@ -44,7 +44,7 @@ def test_from_rows_to_a_merge_on_the_hub(tmp_path, hub):
     block = next(text for text in re.findall(r"```bash\n(.*?)```", GUIDE.read_text(), re.S) if "train_sft" in text)
     commands = [shlex.split(line, comments=True) for line in block.splitlines()]
     assert [words[1] for words in commands] == [
-        "recipes/smollm2.py", "features", "launch", "select", "evaluate", "push"
+        "recipes/smollm2.py", "features", "launch", "select", "evaluate", "evaluate", "push"
     ]  # fmt: skip
     data = load_task("packaged-text", "questions"), load_task("packaged-text", "tweets")
     known = Counter(word for task in data for row in task.train for word in (row["prompt"] + row["completion"]).split())
@@ -77,6 +77,8 @@ def test_from_rows_to_a_merge_on_the_hub(tmp_path, hub):
     assert {path.name for path in (out / "adapters").iterdir()} == {"questions", "tweets"}
     provenance = json.loads((out / "adapters/tweets/osrm_peft.json").read_text())
     assert provenance["task_type"] == "CAUSAL_LM" and provenance["label_names"] == ["negative", "neutral", "positive"]
+    written = json.loads((out / "written.json").read_text())["tasks"]["tweets"]
+    assert written["metric"] == "exact_match" and written["generation"] == {"do_sample": False, "max_new_tokens": 3}
     winner = json.loads((out / "selection/winner/osrm_peft.json").read_text())
     assert {score["task"] for score in winner["scores"]} == {"questions", "tweets"}
     repo = commands[-1][-1]

@@ -21,7 +21,7 @@ from transformers import (
 from osrm_peft import TaskData, evaluate_task, load_task
 from osrm_peft.evaluation.bootstrap import metric_on
 from osrm_peft.evaluation.text import generate, likelihoods, settings_of
-from osrm_peft.tasks.text import tokenize_text
+from osrm_peft.tasks.text import tokenize_labelled, tokenize_text
 from tests.helpers.causal import LLAMA, SPECIAL, TEMPLATE, save_tiny
 from tests.tasks.test_text import CHATS, ROWS, write
 
@@ -114,6 +114,7 @@ def test_a_model_trained_on_the_rows_scores_1_and_is_left_as_it_was(rows, metric
     write(tmp_path / "data", rows)
     files = {split: str(tmp_path / f"data/films/{split}.jsonl") for split in ("train", "validation")}
     task = load_task({"films": TaskData(**files, metric=metric)}, "films")
+    task = dataclasses.replace(task, validation=task.train)
     tokens = tokenize_text(task.train, tokenizer, 32)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
     for _ in range(60):
@@ -132,6 +133,22 @@ def test_a_model_trained_on_the_rows_scores_1_and_is_left_as_it_was(rows, metric
     wrong = dataclasses.replace(wrong, validation=swapped)
     expected = 0 if metric == "matthews" else 0.25
     assert evaluate_task(model, wrong, tokenizer, progress=False) == expected
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral, a window", "gpt2", "falcon, alibi"])
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_inverse_perplexity_is_exp_of_the_loss_of_each_row_alone(kind, batch_size, tokenizer, tmp_path):
+    model, rows = model_of(kind), [*ROWS, {"prompt": "it was", "completion": " very very good"}]
+    write(tmp_path / "data", rows)
+    files = {split: str(tmp_path / f"data/films/{split}.jsonl") for split in ("train", "validation")}
+    task = load_task({"films": TaskData(**files, metric="inverse_perplexity")}, "films")
+    expected = []
+    for row in tokenize_labelled(task.validation, tokenizer, 32):
+        batch = {name: torch.tensor([row[name]]) for name in ("input_ids", "labels")}
+        with torch.no_grad():
+            expected.append(float(torch.exp(-model(**batch).loss)))
+    found = evaluate_task(model, task, tokenizer, batch_size=batch_size, progress=False)
+    assert found == pytest.approx(np.mean(expected), rel=1e-5)
 
 
 def test_a_metric_of_rows_on_resamples_is_their_weighted_mean():

@@ -25,7 +25,7 @@ def trained(folder, config, batch):
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sft")
     save_tiny(folder / "model")
-    write(folder / "data", ROWS * 4, "films", ROWS)
+    write(folder / "data", ROWS * 4)
     return folder
 
 

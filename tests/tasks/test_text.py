@@ -19,7 +19,9 @@ CHATS = [
 
 
 def write(folder, rows=ROWS, name="films", validation=None):
-    for split, found in (("train", rows), ("validation", validation or rows)):
+    """The suite of one task; its validation rows are by default of songs where the training rows are of films."""
+    songs = json.loads(json.dumps(rows).replace("film", "song"))
+    for split, found in (("train", rows), ("validation", songs if validation is None else validation)):
         file = folder / name / f"{split}.jsonl"
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text("".join(json.dumps(row) + "\n" for row in found))
@@ -71,6 +73,8 @@ def test_own_rows_of_prompts_or_messages(tmp_path, rows, kind):
          r"validation.jsonl, line 1: the completion ' x' is in no training row"),
         (ROWS[:1], {"metric": "matthews"}, r"matthews needs two or more different completions"),
         (ROWS, {"metric": "bleu"}, r"metric 'bleu'"),
+        (ROWS, {"metric": "pearson_spearman"}, r"metric pearson_spearman is of numbers, the rows have completions"),
+        (ROWS, {"validation": ROWS}, r"every text of train is in another split, too"),
     ],
 )  # fmt: skip
 def test_mistakes_name_the_row_and_the_way_out(tmp_path, rows, more, message):
@@ -80,10 +84,23 @@ def test_mistakes_name_the_row_and_the_way_out(tmp_path, rows, more, message):
         load_task({"films": TaskData(**files, metric=more.get("metric"))}, "films")
 
 
-def test_prompts_need_validation_rows(tmp_path):
-    write(tmp_path)
-    with pytest.raises(ValueError, match="give validation"):
-        load_task({"films": TaskData(str(tmp_path / "films/train.jsonl"))}, "films")
+@pytest.mark.parametrize("chats", [False, True])
+@pytest.mark.parametrize("metric", ["exact_match", "accuracy"])
+def test_no_prompt_is_in_two_splits(tmp_path, chats, metric, caplog):
+    rows = [{"prompt": f"film {i}", "completion": " yes" if i % 2 else " no"} for i in range(40)]
+    others = [{"prompt": f"film   {i}", "completion": " no"} for i in range(35, 45)]  # white space makes no difference
+    if chats:
+        rows, others = ([{"messages": [{"role": "user", "content": one["prompt"]},
+                                       {"role": "assistant", "content": one["completion"]}]} for one in found]
+                        for found in (rows, others))  # fmt: skip
+    write(tmp_path, rows, validation=others)
+    files = [str(tmp_path / f"films/{split}.jsonl") for split in ("train", "validation")]
+    task = load_task({"films": TaskData(*files, metric=metric)}, "films")
+    assert (len(task.train), len(task.validation)) == (35, 10)
+    assert "rows with the text of a row in another split are left out: 5 of train" in caplog.text
+    shared = load_task({"films": TaskData(files[0], metric=metric)}, "films")  # shares of one file
+    splits = [[str(one) for one in found["prompt"]] for found in (shared.train, shared.validation, shared.test)]
+    assert sum(map(len, splits)) == len(set().union(*splits)) == 40 and min(map(len, splits)) >= 2
 
 
 def test_tokens_are_prompt_completion_and_end(tmp_path):

@@ -23,7 +23,7 @@ def place(tmp_path):
     """A folder with a tiny model and two tasks of 12 rows."""
     model, tokenizer = save_tiny(tmp_path / "model")
     for name in ("films", "songs"):
-        write(tmp_path / "data", ROWS * 3, name, ROWS)
+        write(tmp_path / "data", ROWS * 3, name)
     return tmp_path, model, tokenizer
 
 
