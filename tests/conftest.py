@@ -1,5 +1,6 @@
 """What `make test-fast` leaves out, and the fixtures that all tests share."""
 
+import gc
 import sys
 from pathlib import Path
 
@@ -64,6 +65,12 @@ MARKED = {
 
 HERE = Path(__file__).parent
 FAST = "not (process or slow or browser)"
+
+
+def pytest_collection_finish(session) -> None:
+    """What the imports made is not searched for garbage again: Trainer collects after each run, at length."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_ignore_collect(collection_path, config):

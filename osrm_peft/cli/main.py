@@ -96,16 +96,27 @@ def demo(
     osrm: Annotated[
         list[str] | None, typer.Option(help="NAME=VALUE of OSRMLoraConfig, for one more kind of adapters; repeat it.")
     ] = None,
+    recipe: Annotated[
+        Path | None, typer.Option(help="A recipe with inits, in the place of the demo's own: the same tables of it.")
+    ] = None,
 ) -> None:
     """Everything once, on a real small model and six real tasks that need no network."""
     import warnings
 
     from osrm_peft.demo.run import run_demo
+    from osrm_peft.training.recipe import Recipe
 
     quiet_libraries()
     warnings.filterwarnings("ignore", module=r"osrm_peft\.merging")  # it merges with every method on purpose
     try:
-        run_demo(out, seeds=range(42, 42 + seeds), osrm=values(osrm) or None, console=console, progress=progress())
+        run_demo(
+            out,
+            seeds=range(42, 42 + seeds),
+            recipe=None if recipe is None else Recipe.from_yaml(recipe),
+            osrm=values(osrm) or None,
+            console=console,
+            progress=progress(),
+        )
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"what is finished lies in {out}: run the same command to go on") from None
 

@@ -52,6 +52,14 @@ def lead(selections: Selections) -> str:
     return "\n".join(rows)
 
 
+def _metrics(selections: Selections) -> str:
+    """`Metrics: accuracy (questions, movie_reviews), matthews (sms_spam).`"""
+    tasks = next(iter(next(iter(selections.values())).values()))["tasks"]
+    names = dict.fromkeys(about["metric"] for about in tasks.values())
+    of = {name: ", ".join(task for task, about in tasks.items() if about["metric"] == name) for name in names}
+    return f"Metrics: {', '.join(f'{name} ({found})' for name, found in of.items())}."
+
+
 def _percent(values: Sequence[float], digits: int) -> str:
     if not values:
         return ""
@@ -59,7 +67,9 @@ def _percent(values: Sequence[float], digits: int) -> str:
     return f"{100 * statistics.mean(values):.{digits}f}{spread}"
 
 
-def report(table: MultiTaskTable, default: MultiTaskTable, selections: Selections, settings: Mapping[str, Any]) -> str:
+def report(
+    table: MultiTaskTable, default: MultiTaskTable, selections: Selections, settings: Mapping[str, Any], command: str | None
+) -> str:
     """The Markdown report: the answers, tables, plots, settings and versions."""
     made = ", ".join(f"{name} {version}" for name, version in versions().items())
     seeds = list(selections)
@@ -80,8 +90,7 @@ In percent, on rows that had no say in the choice of the merge{spread}.
 {answers}
 
 Scores in percent on the rows that choose; seed {", ".join(map(str, seeds))}{noise}.
-Metrics: accuracy (questions, movie_reviews), Matthews correlation (sms_spam), mean of Pearson and Spearman correlation
-(tweets, product_reviews, editorials).
+{_metrics(selections)}
 
 ## Each merge at its paper's scale
 
@@ -103,7 +112,7 @@ Below: what two adapters share of A, the inputs that they read, and of B, the ou
 
 ## How it was made
 
-`osrm-peft demo --seeds {len(seeds)}` on {platform.system()} {platform.machine()}, {made}
+`{command or 'run_demo(…)'}` on {platform.system()} {platform.machine()}, {made}
 
 ```json
 {json.dumps(settings, ensure_ascii=False)}

@@ -13,7 +13,7 @@ from osrm_peft.evaluation.page import write_report
 from osrm_peft.evaluation.plots import plot_scales
 from osrm_peft.evaluation.tables import MultiTaskTable
 from osrm_peft.io.json import read_object, write_json
-from osrm_peft.io.manifest import versions
+from osrm_peft.io.manifest import command, versions
 from osrm_peft.io.places import check_file, check_folder, new_file
 from osrm_peft.merging.methods.registry import METHODS
 from osrm_peft.pipeline.run import check_steps, read_selections, run_recipe
@@ -65,10 +65,10 @@ def run_demo(
     table = MultiTaskTable.of(scores)
     default = replace(table, rows=[row for row in table.rows if _is_default(row)])
     plot_scales(table, out / "scales.png")
-    made = {"command": "osrm-peft demo", "settings": _settings(recipe), "versions": versions()}
+    made = {"command": command(), "settings": _settings(recipe), "versions": versions()}
     write_json(out / "scores.json", made | {"scores": [asdict(score) for score in scores]})
     with new_file(out / "report.md") as path:
-        path.write_text(report(table, default, selections, _settings(recipe)), encoding="utf-8")
+        path.write_text(report(table, default, selections, _settings(recipe), command()), encoding="utf-8")
     write_report([out], out / "report.html")
     spread = "one seed" if len(seeds) == 1 else f"mean ± sample standard deviation over {len(seeds)} seeds"
     console.print(default.terminal(f"Scores in percent, each merge at its paper's λ ({spread})"))
