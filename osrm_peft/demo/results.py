@@ -68,7 +68,11 @@ def _percent(values: Sequence[float], digits: int) -> str:
 
 
 def report(
-    table: MultiTaskTable, default: MultiTaskTable, selections: Selections, settings: Mapping[str, Any], command: str | None
+    table: MultiTaskTable,
+    default: MultiTaskTable,
+    selections: Selections,
+    settings: Mapping[str, Any],
+    command: str | None,
 ) -> str:
     """The Markdown report: the answers, tables, plots, settings and versions."""
     made = ", ".join(f"{name} {version}" for name, version in versions().items())
@@ -112,7 +116,7 @@ Below: what two adapters share of A, the inputs that they read, and of B, the ou
 
 ## How it was made
 
-`{command or 'run_demo(…)'}` on {platform.system()} {platform.machine()}, {made}
+`{command or "run_demo(…)"}` on {platform.system()} {platform.machine()}, {made}
 
 ```json
 {json.dumps(settings, ensure_ascii=False)}

@@ -155,7 +155,8 @@ def lore(suite: Suite, options: Mapping[str, Any]) -> Experiment:
             raise ValueError("lore trains in one process: make it without accelerate launch (--experiments lore)")
         recipe.reproduce(path)
 
-    made = Node("lore", recipe.settings(), make, cost=len(recipe.TASKS) * recipe.STEPS, unit="steps")
+    setting = recipe.CLASSIFIER
+    made = Node("lore", setting.about(), make, cost=len(setting.tasks) * setting.steps, unit="steps")
     return Experiment("lore", "Full models and checkpoints of one run (LoRE, Table 1 and Fig. 1)", made=made)
 
 

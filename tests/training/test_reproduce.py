@@ -1,6 +1,7 @@
 """The reproduction: its graph, and every experiment on a tiny model through the real command."""
 
 import csv
+import dataclasses
 import json
 import os
 import re
@@ -11,14 +12,16 @@ from pathlib import Path
 from statistics import fmean, stdev
 
 import pytest
+import torch
 import yaml
 from reproduction.experiments import EXPERIMENTS, planned
 from reproduction.graph import Node, levels, make, missing, ordered, plan_table, run
 from reproduction.outputs import write_outputs
 from reproduction.suite import OSRM, PLAIN, Suite
 from rich.console import Console
-from transformers import BertTokenizerFast
+from transformers import AutoModelForCausalLM, BertTokenizerFast
 
+from tests.helpers.causal import save_tiny
 from tests.helpers.models import make_base
 
 ROOT = Path(__file__).parents[2]
@@ -274,15 +277,16 @@ def test_what_osrm_adds_is_paired_by_seed(out):
 def test_what_the_lore_recipe_wrote_is_shown(tmp_path):
     import lore_checkpoints as recipe
 
-    swept = [f"{key}={value:g}" for key, values in recipe.SWEEPS.items() for value in values]
-    scores = {f"tasks/{name} alone": {name: 0.9} for name in recipe.TASKS}
-    scores |= {"run/checkpoint-0": {recipe.LONG: 0.25}}
-    scores |= {f"run/{name}": {recipe.LONG: 0.5} for name in ("checkpoint-1", *recipe.MERGES, *swept)}
-    for place, name in enumerate((*recipe.MERGES, *swept)):
-        scores[f"tasks/{name}"] = {task: place / 100 + number / 10 for number, task in enumerate(recipe.TASKS)}
+    setting = recipe.CLASSIFIER
+    merges = [*setting.merges, *setting.swept()]
+    scores = {f"tasks/{name} alone": {name: 0.9} for name in setting.tasks}
+    scores |= {"run/checkpoint-0": {setting.long: 0.25}}
+    scores |= {f"run/{name}": {setting.long: 0.5} for name in ("checkpoint-1", *merges)}
+    for place, name in enumerate(merges):
+        scores[f"tasks/{name}"] = {task: place / 100 + number / 10 for number, task in enumerate(setting.tasks)}
     (experiment,) = planned(suite_of(experiments={"lore": {}}), [])
     recipe.report(
-        scores, ["checkpoint-0", "checkpoint-1"], {"versions": {}}, experiment.made.path(tmp_path) / "results"
+        setting, scores, ["checkpoint-0", "checkpoint-1"], {"versions": {}}, experiment.made.path(tmp_path) / "results"
     )
     write_outputs(suite_of(), [experiment], tmp_path, tmp_path / "out", "the command")
     for name in ("tasks/scores.json", "run/scores.json", "scores.csv", "sweep.png", "table.md"):
@@ -298,6 +302,25 @@ def test_what_the_lore_recipe_wrote_is_shown(tmp_path):
         table.strip() in (tmp_path / "out/README.md").read_text()
         and "TIES" in (tmp_path / "out/report.html").read_text()
     )
+
+
+def test_a_language_model_s_checkpoints_are_merged_as_a_classifier_s(tmp_path):
+    import lore_checkpoints as recipe
+
+    save_tiny(tmp_path / "model", words=["What", "Is", "the", "negative", "positive", "person", "number", "Answer:"])
+    changes = {"rows": 8, "validation": 6, "steps": 3, "batch": 4}
+    setting = dataclasses.replace(recipe.causal(str(tmp_path / "model")), **changes)
+    recipe.reproduce(tmp_path / "out", setting)
+    table = (tmp_path / "out/results/table.md").read_text()
+    for row in ("average | 1", "DARE | 0.5", "TIES | 1", "LoRE, average | 1", "LoRE, sum | 1"):
+        assert f"| task models | {row} |" in table and f"| one run | {row} |" in table
+    assert "| checkpoint-3 | individual |" in table
+    folders = [tmp_path / "out/merged" / name / "tasks" for name in ("LoRE, average", "average")]
+    found, average = (AutoModelForCausalLM.from_pretrained(folder) for folder in folders)
+    for name, parameter in found.named_parameters():  # θ₀ is the mean of θ − δ, so adding the mean of δ gives the mean
+        torch.testing.assert_close(parameter, average.get_parameter(name), rtol=0, atol=1e-5)
+    spectrum = json.loads((tmp_path / "out/spectrum.json").read_text())
+    assert spectrum["settings"]["suite"] == "packaged-text" and len(spectrum["singular_values"]) == 3
 
 
 def test_the_rank_of_h_is_bounded_by_its_samples(out):
