@@ -63,12 +63,13 @@ def evaluate(
         _check_folder(subject, records, adapter, overwrite)
     scores, processes = [], start()
     for subject in found:
-        values, how = _values(subject, tasks, (subject.max_length or LENGTH) if max_length is None else max_length)
-        records = [record | how[record["task"]] for record in records]
+        records = _measured(
+            subject, tasks, records, (subject.max_length or LENGTH) if max_length is None else max_length
+        )
         scale = subject.manifest.get("scale") if "method" in subject.manifest else None
-        scores += [Score(subject.name, subject.method, scale, 0, name, value) for name, value in values.items()]
+        scores += [Score(subject.name, subject.method, scale, 0, one["task"], one["value"]) for one in records]
         if save and processes.is_main_process:
-            record_scores(subject.folder, [record | {"value": values[record["task"]]} for record in records])
+            record_scores(subject.folder, records)
             say(f"put the scores into {subject.folder}")
     table = MultiTaskTable.of(scores)
     show(
@@ -122,24 +123,23 @@ def _check_folder(subject: "Subject", records: list[dict[str, Any]], source: str
     _check_scores(dict(subject.manifest), records, str(subject.folder), overwrite)
 
 
-def _values(
-    subject: "Subject", tasks: "dict[str, Task]", max_length: int
-) -> tuple[dict[str, float], dict[str, dict[str, Any]]]:
-    """{task: score} and {task: how completions were written}."""
+def _measured(
+    subject: "Subject", tasks: "dict[str, Task]", records: list[dict[str, Any]], max_length: int
+) -> list[dict[str, Any]]:
+    """The records with their values, and with how completions were written."""
     from osrm_peft.devices import local_device
     from osrm_peft.evaluation.evaluate import evaluate_task
     from osrm_peft.evaluation.text import written_by
     from osrm_peft.tasks.text import TextTask
 
-    values, how = {}, {}
-    for name, task in tasks.items():
+    found = []
+    for record in records:
+        name, task = record["task"], tasks[record["task"]]
         with_task, tokenizer = subject.load(name, in_words=isinstance(task, TextTask))
         on_device: Any = with_task.to(local_device())  # type: ignore[arg-type]
-        values[name] = evaluate_task(
-            on_device, task, tokenizer, max_length=max_length, distributed=True, progress=progress()
-        )
-        how[name] = written_by(task, tokenizer)
-    return values, how
+        value = evaluate_task(on_device, task, tokenizer, max_length=max_length, distributed=True, progress=progress())
+        found.append(record | {"value": value} | written_by(task, tokenizer))
+    return found
 
 
 def _records(tasks: "dict[str, Task]", suite: str) -> list[dict[str, Any]]:
