@@ -114,6 +114,10 @@ class Subject:
         tokenizer = self._tokenizer(base)
         return adapter.attach(base), tokenizer  # type: ignore[return-value]
 
+    def apart(self, task: str) -> bool:
+        """Whether the task has a model of its own: EMR's mask, or a head beside the merge."""
+        return self.kind == "emr" or self._has_head(task)
+
     def _has_head(self, task: str) -> bool:
         return (self.folder / "heads" / f"{task}.safetensors").is_file()
 
@@ -172,7 +176,10 @@ def _scale(folder: Path) -> float:
 
 def _other_kind(name: str, task: str, in_words: bool) -> str:
     if in_words:
-        return f"{name} is no causal language model, and the rows of {task!r} are prompts and completions for one"
+        return (
+            f"{name} is no causal language model, and the rows of {task!r} are prompts and completions for one: give "
+            "tasks of classes (suite packaged, or files with texts and labels), and no harness"
+        )
     return (
         f"{name} is a causal language model, which has no head for the classes of {task!r}: give rows of prompt and "
         "completion (suite packaged-text, or files with these columns)"
