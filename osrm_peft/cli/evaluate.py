@@ -14,6 +14,12 @@ if TYPE_CHECKING:
     from osrm_peft.tasks.task import Task
 
 
+HarnessOption = Annotated[
+    list[str] | None,
+    typer.Option(help="Score by lm-eval: packaged-text, a task of --suite, or a task of lm-eval's; repeat it."),
+]
+
+
 @app.command()
 def evaluate(
     adapter: Annotated[str, typer.Argument(help="An adapter, a merge, a sweep's folder or a full model; or a Hub id.")],
@@ -32,10 +38,7 @@ def evaluate(
     out: Annotated[Path | None, typer.Option(help="Write the scores to this JSON file.")] = None,
     save: Annotated[bool, typer.Option("--save", help="Put the scores into the folder's manifest and card.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace scores on other rows.")] = False,
-    harness: Annotated[
-        list[str] | None,
-        typer.Option(help="Score by lm-eval: packaged-text, a task of --suite, or a task of lm-eval's; repeat it."),
-    ] = None,
+    harness: HarnessOption = None,
     shots: Annotated[int | None, typer.Option(help="Few-shot examples, with --harness. Default: the task's.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Default: 64, with --harness 8.")] = None,
     chat_template: Annotated[
