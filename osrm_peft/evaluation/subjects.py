@@ -105,7 +105,7 @@ class Subject:
         base = self.base_model or self.manifest.get("base_model")
         if self.kind == "emr":
             return self._masked.load(base or "", task), self._tokenizer(base or "")
-        own = self.kind == "merged" and self.tasks and (not in_words or self._has_head(task))
+        own = self.kind == "merged" and self.tasks and (not in_words or self.apart(task))
         adapter = load_adapter(self.folder, task=task if own else None)
         base = base or adapter.base_model or ""
         task_type = adapter.config.get("task_type")
@@ -115,10 +115,7 @@ class Subject:
         return adapter.attach(base), tokenizer  # type: ignore[return-value]
 
     def apart(self, task: str) -> bool:
-        """Whether the task has a model of its own: EMR's mask, or a head beside the merge."""
-        return self.kind == "emr" or self._has_head(task)
-
-    def _has_head(self, task: str) -> bool:
+        """Whether the task has a model of its own: its head lies beside the merge, as for each task of an EMR merge."""
         return (self.folder / "heads" / f"{task}.safetensors").is_file()
 
     def _full_model(self, task: str, in_words: bool) -> PreTrainedModel:
@@ -127,7 +124,7 @@ class Subject:
             raise ValueError(_other_kind(self.name, task, in_words))
         if in_words:
             return AutoModelForCausalLM.from_pretrained(self.folder).eval()
-        if self._has_head(task):
+        if self.apart(task):
             return load_merged_checkpoint(self.folder, task)
         return AutoModelForSequenceClassification.from_pretrained(self.folder).eval()
 

@@ -15,9 +15,11 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from osrm_peft import TaskData, evaluate_task, load_task, merge_adapters
+from osrm_peft.cli import harness as cli_harness
 from osrm_peft.evaluation import harness
 from osrm_peft.evaluation.harness import check_harness_tasks, evaluate_with_harness
 from osrm_peft.evaluation.page import write_report
+from osrm_peft.evaluation.scored import combine, of_manifest
 from osrm_peft.io.manifest import read_manifest
 from osrm_peft.tasks.harness import write_harness_tasks
 from osrm_peft.tasks.text import tokenize_labelled
@@ -243,7 +245,9 @@ def winner(tmp_path, monkeypatch, words):
     return out
 
 
-def test_the_commands_of_the_guide_score_a_merge_into_manifest_card_file_and_report(winner, call, few_tasks):
+def test_the_commands_of_the_guide_score_a_merge_into_manifest_card_file_and_report(
+    winner, call, few_tasks, monkeypatch
+):
     block = next(text for text in re.findall(r"```bash\n(.*?)```", GUIDE.read_text(), re.S) if "--harness" in text)
     first, second = (shlex.split(line, comments=True)[1:] for line in block.splitlines())
     second[second.index("hellaswag")] = "films"
@@ -265,17 +269,24 @@ def test_the_commands_of_the_guide_score_a_merge_into_manifest_card_file_and_rep
     ]  # fmt: skip
     file = json.loads(Path(second[-1]).read_text())
     assert list(file["scores"]) == ["tweets", "films"] and file["tasks"]["films"]["metric"] == "mcc (lm-eval)"
+    of_two = read_manifest(winner) | {"scores": by_us + [one for one in by_harness if one["task"] in ours]}
+    lines = of_manifest(of_two, "winner", winner)
+    assert [line.metrics["tweets"] for line in lines] == ["accuracy", "acc (lm-eval)"]
+    assert len(combine(lines)) == 2  # the same scores of the same rows, by two metrics
     write_report(["results"], "report.html")
     page = Path("report.html").read_text()
     assert "acc (lm-eval)" in page and "mcc (lm-eval)" in page and "accuracy" in page
+    monkeypatch.setattr(cli_harness, "scores_of", None)  # before any work
     said = call("evaluate", winner, "--harness", "tweets", "--rows", 13, "--save", code=2)
     assert "has a score of 'tweets' by lm-eval with limit 12, this one has 13: --overwrite" in said
 
 
 def test_an_emr_merge_is_scored_with_the_mask_of_each_task(winner, call, few_tasks):
-    found = json.loads(call("evaluate", "emr", "--harness", "questions", "--harness", "tweets", "--rows", 20, "--json"))
-    ours = json.loads(call("evaluate", "emr", "--suite", "packaged-text", "--rows", 20, "--max-length", 512, "--json"))
-    assert [(one["task"], one["value"]) for one in found] == [(one["task"], one["score"]) for one in ours]
+    words = ["emr", "--rows", 20, "--max-length", 512, "--json"]
+    found = json.loads(call("evaluate", *words, "--harness", "tweets", "--harness", "questions"))
+    ours = json.loads(call("evaluate", *words, "--suite", "packaged-text"))
+    assert [one["task"] for one in found] == ["tweets", "questions"]
+    assert {one["task"]: one["value"] for one in found} == {one["task"]: one["score"] for one in ours}
     assert "is a model for each of its tasks (questions, tweets), and 'films' is none" in call(
         "evaluate", "emr", "--harness", "films", code=2
     )
