@@ -48,7 +48,7 @@ def evaluate(
 ) -> None:
     """Score an adapter on its task, a merge with each task's head, every scale of a sweep, or a full model.
 
-    Under `accelerate launch … -m osrm_peft` the processes share the rows.
+    Under `accelerate launch … -m osrm_peft` the processes share the rows; lm-eval scores in one process.
     """
     from osrm_peft.checks import integer
     from osrm_peft.evaluation.subjects import subjects

@@ -72,7 +72,12 @@ def harness_records(scores: Iterable[HarnessScore]) -> list[dict[str, Any]]:
 
 def harness_table(facts: Sequence[Mapping[str, Any]]) -> Table:
     """For `rich` to print: the scores as lm-eval has them."""
-    table = Table(title=f"Scores by lm-eval {facts[0]['harness']['lm_eval']}", title_justify="left", box=HORIZONTALS)
+    table = Table(
+        title=f"Scores by lm-eval {facts[0]['harness']['lm_eval']}",
+        title_justify="left",
+        box=HORIZONTALS,
+        show_edge=False,
+    )
     for name in ("", "task", "metric"):
         table.add_column(name)
     for name in ("score", "±", "rows", "shots"):

@@ -141,6 +141,8 @@ def check_harness_tasks(tasks: Iterable[TextTask | str]) -> bool:
                 "completion (the suite packaged-text has some)"
             )
     every = [one if isinstance(one, str) else one.name for one in tasks]
+    if not every:
+        raise ValueError("name at least one task of lm-eval's, or give a text task")
     twice = sorted({name for name in every if every.count(name) > 1})
     if twice:
         raise ValueError(f"the task {shown(twice[0])} is there twice: name each once")

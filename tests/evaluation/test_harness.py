@@ -1,5 +1,6 @@
-"""Scores by lm-eval: those of ours on our tasks, the folder's other places, and nothing left behind."""
+"""Scores by lm-eval: on our tasks they are ours, they land where ours do, and nothing is left behind."""
 
+import dataclasses
 import json
 import random
 import re
@@ -118,6 +119,7 @@ def test_nothing_stays_on_the_model_or_in_the_streams_and_caches(tiny, tmp_path,
     assert torch.equal(torch.get_rng_state(), kept) and random.getstate() == random_before
 
 
+@pytest.mark.filterwarnings("ignore:Model has .tie_word_embeddings")
 def test_a_trained_head_of_a_model_with_tied_weights_is_scored(tmp_path):
     model, tokenizer = save_tiny(tmp_path / "base")
     task = own(tmp_path / "data", ROWS, "accuracy")
@@ -196,11 +198,13 @@ def test_the_files_are_tasks_of_lm_eval_wherever_they_lie(tmp_path):
 
 @pytest.fixture
 def few_tasks(tmp_path, monkeypatch):
-    """lm-eval's index, of one task that is none of ours; the real one takes long to read."""
+    """lm-eval's index, of two tasks that are none of ours and a group of both; the real one takes long to read."""
     from lm_eval.tasks import TaskManager
 
     theirs = own(tmp_path / "theirs", ROWS, "matthews")
-    write_harness_tasks([theirs], tmp_path / "index")
+    write_harness_tasks([theirs, dataclasses.replace(theirs, name="songs")], tmp_path / "index")
+    group = {"group": "both", "task": ["films", "songs"], "aggregate_metric_list": [{"metric": "acc"}]}
+    (tmp_path / "index/both.yaml").write_text(json.dumps(group))
     manager = TaskManager(include_path=str(tmp_path / "index"), include_defaults=False)
     monkeypatch.setattr(harness, "_manager", lambda all_tasks: manager)
 
@@ -213,6 +217,19 @@ def test_a_task_that_lm_eval_does_not_know_is_refused_with_those_that_are_near(f
         check_harness_tasks(["films", "films"])
     with pytest.raises(ValueError, match="'tweets' are texts with labels"):
         check_harness_tasks([load_task("packaged", "tweets")])
+
+
+def test_a_group_has_its_own_score_and_no_tasks_are_refused(few_tasks, tmp_path):
+    model, tokenizer = save_tiny(tmp_path / "base")
+    found = evaluate_with_harness(model, ["both", "films"], tokenizer, rows=2)
+    assert [(one.task, one.metric, one.rows, one.split) for one in found] == [
+        ("both", "acc", 4, None),
+        ("films", "mcc", 2, "validation"),
+        ("films", "acc", 2, "validation"),
+    ]
+    assert found[0].value == found[2].value
+    with pytest.raises(ValueError, match="name at least one task"):
+        evaluate_with_harness(model, [], tokenizer)
 
 
 def test_without_lm_eval_the_error_says_how_to_install_it(monkeypatch):
