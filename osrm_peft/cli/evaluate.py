@@ -56,16 +56,11 @@ def evaluate(
     from osrm_peft.training.recipe import suite_of
 
     quiet_libraries()
-    for name, value in (("max_length", max_length), ("batch_size", batch_size)):
+    for name, value, least in (("max_length", max_length, 1), ("batch_size", batch_size, 1), ("shots", shots, 0)):
         if value is not None:
-            integer(name, value, 1)
-    settings: dict[str, Any] = {
-        "adapter": adapter,
-        "suite": suite,
-        "model": base_model,
-        "rows": rows,
-        "max_length": max_length,
-    }
+            integer(name, value, least)
+    settings: dict[str, Any] = {"adapter": adapter, "suite": suite, "model": base_model, "rows": rows}
+    settings |= {"max_length": max_length}
     settings |= {"harness": harness, "shots": shots, "chat_template": chat_template} if harness else {}
     if out is not None:
         _check_scores_file(check_file(out), settings, overwrite)
@@ -129,6 +124,7 @@ def _by_us(
 def _by_harness(
     found: "list[Subject]", asked: list[str], suite: "Suite | None", batch_size: int | None, places: _Places
 ) -> None:
+    from osrm_peft.checks import integer
     from osrm_peft.cli.harness import harness_records, harness_table, harness_tasks, scores_of
     from osrm_peft.distributed import start
     from osrm_peft.evaluation.harness import BATCH
@@ -136,6 +132,8 @@ def _by_harness(
     from osrm_peft.hub.card import record_scores
 
     settings = places.settings
+    if settings["rows"] is not None:
+        integer("rows", settings["rows"], 1)
     if start().num_processes > 1:
         raise ValueError("lm-eval scores in one process: start osrm-peft evaluate without accelerate launch")
     tasks = harness_tasks(found[0], asked, suite)

@@ -314,5 +314,7 @@ def test_options_that_say_nothing_are_refused(tmp_path, call):
     assert "--shots and --chat-template are of lm-eval" in call("evaluate", tmp_path / "ad", "--shots", 1, code=2)
     said = call("evaluate", tmp_path / "ad", "-t", "tweets", "--harness", "tweets", code=2)
     assert "leave --task out" in said
+    said = call("evaluate", tmp_path / "ad", "--harness", "tweets", "--rows", 0, code=2)
+    assert "--rows 0 must be a whole number of at least 1" in said
     said = call("evaluate", tmp_path / "ad", "--harness", "tweets", "--base-model", "packaged", code=2)
     assert "is no causal language model" in said and "no harness" in said
