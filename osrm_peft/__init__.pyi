@@ -8,6 +8,8 @@ from .checkpoints.extract import extract_adapter as extract_adapter
 from .checkpoints.merge import load_merged_checkpoint as load_merged_checkpoint
 from .checkpoints.merge import merge_checkpoints as merge_checkpoints
 from .evaluation.evaluate import evaluate_task as evaluate_task
+from .evaluation.harness import HarnessScore as HarnessScore
+from .evaluation.harness import evaluate_with_harness as evaluate_with_harness
 from .evaluation.interference import Interference as Interference
 from .evaluation.interference import interference as interference
 from .features.collect import collect_features as collect_features
@@ -32,6 +34,7 @@ from .pipeline.run import run_recipe as run_recipe
 from .selection.select import select_merge as select_merge
 from .selection.selection import Selection as Selection
 from .tasks.files import TaskData as TaskData
+from .tasks.harness import write_harness_tasks as write_harness_tasks
 from .tasks.suites import list_tasks as list_tasks
 from .tasks.suites import load_task as load_task
 from .tasks.task import Task as Task

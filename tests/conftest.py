@@ -42,6 +42,7 @@ MARKED = {
         "checkpoints/test_text.py",
         "checkpoints/test_unlike_models.py",
         "cli/",
+        "evaluation/test_harness.py",
         "evaluation/test_page.py",
         "evaluation/test_subjects.py",
         "evaluation/test_scored.py",

@@ -88,8 +88,8 @@ class Results:
         lines = [line for found in self.selections for line in found.content.lines]
         lines += [line for found in self.scores for line in scored.of_table(found.content, found.name)]
         for found in self.evaluations:
-            of_winner = found.folder.name in _WINNERS.values() and any(map(found.content[0].same_scores, tested))
-            lines += [] if of_winner else found.content
+            known = tested if found.folder.name in _WINNERS.values() else []
+            lines += [one for one in found.content if not any(map(one.same_scores, known))]
         return lines
 
 

@@ -106,8 +106,8 @@ class Scored:
         return f"{self.label}, λ {self.scale if isinstance(self.scale, str) else format(self.scale, 'g')}"
 
     def same_scores(self, other: "Scored") -> bool:
-        """Whether both have the same tasks and scores."""
-        return self.scores.keys() == other.scores.keys() and all(
+        """Whether both have the same tasks and scores, by the same metrics as far as they are known."""
+        return _agree(dict.fromkeys(self.scores) | self.metrics, other) and all(
             abs(one.value - other.scores[task].value) < 1e-12 for task, one in self.scores.items()
         )
 
@@ -246,15 +246,31 @@ def of_table(table: MultiTaskTable, source: str) -> list[Scored]:
 
 
 def of_manifest(manifest: Mapping[str, Any], source: str, place: Path) -> list[Scored]:
-    """The scores that `evaluate --save`, a selection or the Trainer put into a folder's manifest."""
-    found = [one for one in manifest.get("scores") or [] if one.get("value") is not None]
-    if not found:
-        return []
-    scores = {str(one["task"]): number("value", one["value"]) for one in found}
-    rows = {str(one["task"]): integer("rows", one["rows"], 0) for one in found if one.get("rows") is not None}
-    metrics = {str(one["task"]): str(one["metric"]) for one in found if one.get("metric")}
-    split = "/".join(sorted({str(one.get("split") or "") for one in found}))
-    return [replace(_of_folder(manifest, scores, source, place), metrics=metrics, rows=rows, split=split)]
+    """The scores that `evaluate --save`, a selection or the Trainer put into a folder's manifest; lm-eval's apart."""
+    every = [one for one in manifest.get("scores") or [] if one.get("value") is not None]
+    ours, lines = [one for one in every if not one.get("harness")], []
+    for found in (ours, main_of_harness(one for one in every if one.get("harness"))):
+        scores = {str(one["task"]): number("value", one["value"]) for one in found}
+        rows = {str(one["task"]): integer("rows", one["rows"], 0) for one in found if one.get("rows") is not None}
+        metrics = {str(one["task"]): metric_of(one) for one in found if one.get("metric")}
+        split = "/".join(sorted({str(one.get("split") or "") for one in found}))
+        if scores:
+            line = _of_folder(manifest, scores, source, place)
+            lines.append(replace(line, metrics=metrics, rows=rows, split=split))
+    return lines
+
+
+def main_of_harness(records: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The first metric of each task that lm-eval scored, where it is a share and more is better."""
+    first: dict[str, dict[str, Any]] = {}
+    for one in records:
+        first.setdefault(str(one["task"]), dict(one))
+    return [one for one in first.values() if one.get("higher_is_better") and -1 <= number("value", one["value"]) <= 1]
+
+
+def metric_of(record: Mapping[str, Any]) -> str:
+    """The metric of a manifest's score, as tables name it."""
+    return f"{record['metric']} (lm-eval)" if record.get("harness") else str(record["metric"])
 
 
 def of_evaluation(content: Mapping[str, Any], source: str) -> list[Scored]:
@@ -274,7 +290,8 @@ def of_evaluation(content: Mapping[str, Any], source: str) -> list[Scored]:
         metrics = {task: str(about[task]["metric"]) for task in scores if task in about}
         if scores:
             line = _of_folder(manifest, scores, source, own)
-            lines.append(replace(line, metrics=metrics, rows=counts, split="validation"))
+            splits = {str(about[task]["split"]) for task in scores if task in about and about[task].get("split")}
+            lines.append(replace(line, metrics=metrics, rows=counts, split="/".join(sorted(splits)) or "validation"))
             manifest = {key: value for key, value in manifest.items() if key != "scale"}  # it is the first one's
     return lines
 

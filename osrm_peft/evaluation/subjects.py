@@ -105,7 +105,7 @@ class Subject:
         base = self.base_model or self.manifest.get("base_model")
         if self.kind == "emr":
             return self._masked.load(base or "", task), self._tokenizer(base or "")
-        own = self.kind == "merged" and self.tasks and (not in_words or self._has_head(task))
+        own = self.kind == "merged" and self.tasks and (not in_words or self.apart(task))
         adapter = load_adapter(self.folder, task=task if own else None)
         base = base or adapter.base_model or ""
         task_type = adapter.config.get("task_type")
@@ -114,7 +114,8 @@ class Subject:
         tokenizer = self._tokenizer(base)
         return adapter.attach(base), tokenizer  # type: ignore[return-value]
 
-    def _has_head(self, task: str) -> bool:
+    def apart(self, task: str) -> bool:
+        """Whether the task has a model of its own: its head lies beside the merge, as for each task of an EMR merge."""
         return (self.folder / "heads" / f"{task}.safetensors").is_file()
 
     def _full_model(self, task: str, in_words: bool) -> PreTrainedModel:
@@ -123,7 +124,7 @@ class Subject:
             raise ValueError(_other_kind(self.name, task, in_words))
         if in_words:
             return AutoModelForCausalLM.from_pretrained(self.folder).eval()
-        if self._has_head(task):
+        if self.apart(task):
             return load_merged_checkpoint(self.folder, task)
         return AutoModelForSequenceClassification.from_pretrained(self.folder).eval()
 
@@ -172,7 +173,10 @@ def _scale(folder: Path) -> float:
 
 def _other_kind(name: str, task: str, in_words: bool) -> str:
     if in_words:
-        return f"{name} is no causal language model, and the rows of {task!r} are prompts and completions for one"
+        return (
+            f"{name} is no causal language model, and the rows of {task!r} are prompts and completions for one: give "
+            "tasks of classes (suite packaged, or files with texts and labels), and no harness"
+        )
     return (
         f"{name} is a causal language model, which has no head for the classes of {task!r}: give rows of prompt and "
         "completion (suite packaged-text, or files with these columns)"

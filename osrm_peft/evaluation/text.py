@@ -45,7 +45,7 @@ def predict_text(
         answers = [tokenizer(answer, add_special_tokens=False)["input_ids"] for answer in task.answers]
         return likelihoods(model, prompts, answers, tokenizer, processes, **options)
     written = generate(model, prompts, tokenizer, settings_of(task, tokenizer, model), processes, **options)
-    values = [_compare(task.metric, text, wanted) for text, wanted in zip(written, rows["completion"], strict=True)]
+    values = [compare(task.metric, text, wanted) for text, wanted in zip(written, rows["completion"], strict=True)]
     return torch.tensor(values)[:, None]
 
 
@@ -78,7 +78,7 @@ def likelihoods(
         if most > 1:
             cache: Any = getattr(output, "past_key_values", None)
             if not hasattr(cache, "batch_repeat_interleave"):
-                raise ValueError(f"{type(_inner(model)).__name__} has no cache of keys and values to go on from")
+                raise ValueError(f"{type(inner_model(model)).__name__} has no cache of keys and values to go on from")
             cache.batch_repeat_interleave(len(answers))
             mask = inputs["attention_mask"].repeat_interleave(len(answers), 0)
             more: dict[str, Tensor] = {"attention_mask": torch.cat([mask, torch.ones_like(ids[:, 1:])], 1)}
@@ -166,7 +166,7 @@ def written_by(task: Task, tokenizer: Any) -> dict[str, Any]:
     return {"generation": {name: getattr(settings, name) for name in ("do_sample", "max_new_tokens")}}
 
 
-def _compare(metric: str, written: str, wanted: str) -> float:
+def compare(metric: str, written: str, wanted: str) -> float:
     """One row's metric, from 0 to 1."""
     if metric == "exact_match":
         return float(written.strip() == wanted.strip())
@@ -189,19 +189,18 @@ def _padded(sequences: Sequence[Sequence[int]], tokenizer: Any, model: nn.Module
     ids = torch.tensor([[pad] * (most - len(one)) + list(one) for one in sequences], device=device)
     mask = torch.tensor([[0] * (most - len(one)) + [1] * len(one) for one in sequences], device=device)
     inputs = {"input_ids": ids, "attention_mask": mask}
-    if "position_ids" in inspect.signature(_inner(model).forward).parameters:
+    if "position_ids" in inspect.signature(inner_model(model).forward).parameters:
         inputs["position_ids"] = (mask.cumsum(1) - 1).clamp_min(0)
     return inputs
 
 
 def _last(model: nn.Module, positions: int) -> dict[str, int]:
     """The argument by which the model computes the logits of its last positions alone, if it has one."""
-    return (
-        {"logits_to_keep": positions} if "logits_to_keep" in inspect.signature(_inner(model).forward).parameters else {}
-    )
+    known = "logits_to_keep" in inspect.signature(inner_model(model).forward).parameters
+    return {"logits_to_keep": positions} if known else {}
 
 
-def _inner(model: Any) -> Any:
+def inner_model(model: Any) -> Any:
     """The model of transformers, out of PEFT's."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 

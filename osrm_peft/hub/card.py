@@ -59,8 +59,11 @@ def write_manifest(folder: str | Path, manifest: Mapping[str, Any]) -> None:
 def record_scores(folder: str | Path, scores: list[dict[str, Any]]) -> None:
     """Put scores into a folder's manifest and card, in place of earlier ones of the same tasks.
 
+    Scores by lm-eval stand beside ours, one of each metric.
+
     Args:
-        scores: {"task", "metric", "value"} each, and where known "split", "rows" and "dataset" (its Hub id).
+        scores: {"task", "metric", "value"} each, and where known "split", "rows" and "dataset" (its Hub id); of
+            lm-eval also "harness", its settings.
 
     Raises:
         ValueError: the folder has no manifest.
@@ -69,10 +72,15 @@ def record_scores(folder: str | Path, scores: list[dict[str, Any]]) -> None:
     if not manifest:
         raise ValueError(f"{folder} has no {MANIFEST} that could hold scores: osrm_peft did not write it")
     check_own_files(folder)
-    tasks = {score["task"] for score in scores}
+    places = {_place(score) for score in scores}
     model_card(manifest)  # a damaged manifest shows here
-    kept = [score for score in manifest.get("scores") or [] if score["task"] not in tasks]
+    kept = [score for score in manifest.get("scores") or [] if _place(score) not in places]
     write_manifest(folder, manifest | {"scores": kept + scores})
+
+
+def _place(score: Mapping[str, Any]) -> tuple[str, str | None]:
+    """What a score takes the place of."""
+    return score["task"], score["metric"] if score.get("harness") else None
 
 
 def check_own_files(folder: str | Path) -> None:
@@ -193,7 +201,8 @@ def _metadata(about: dict[str, Any], base: str | None) -> ModelCardData:
         fields["base_model"] = models[0] if len(models) == 1 else models
         fields["base_model_relation"] = "adapter" if kind != "checkpoint" else "finetune" if baked else "merge"
     scores = about.get("scores") or []
-    datasets = dict.fromkeys(score["dataset"] for score in scores if score.get("dataset"))
+    ours = (score for score in scores if not score.get("harness"))
+    datasets = dict.fromkeys(score["dataset"] for score in ours if score.get("dataset"))
     fields |= {"pipeline_tag": pipeline, "datasets": list(datasets)}
     fields["model_name"] = (about.get("repo_id") or _title(about)).split("/")[-1] if scores else None
     fields["eval_results"] = [
@@ -201,14 +210,19 @@ def _metadata(about: dict[str, Any], base: str | None) -> ModelCardData:
             task_type=pipeline or "text-classification",
             dataset_type=score.get("dataset") or score["task"],
             dataset_name=score["task"],
-            dataset_config=score["task"] if score.get("dataset") else None,
+            dataset_config=_config_of(score) if score.get("dataset") else None,
             dataset_split=score.get("split"),
             metric_type=_METRICS.get(score["metric"], score["metric"]),
             metric_value=score["value"],
+            metric_name=f"{score['metric']} by lm-eval" if score.get("harness") else None,
         )
         for score in scores
     ]
     return ModelCardData(**{key: value for key, value in fields.items() if value})
+
+
+def _config_of(score: Mapping[str, Any]) -> str | None:
+    return score["harness"].get("config") if score.get("harness") else score["task"]
 
 
 def _title(about: dict[str, Any]) -> str:

@@ -166,13 +166,22 @@ def tokenize_labelled(rows: Dataset, tokenizer: Any, max_length: int) -> Dataset
     return with_labels(tokenize_text(rows, tokenizer, max_length))
 
 
-def _tokens_of(prompt: Any, tokenizer: Any) -> list[int]:
+def prompt_text(prompt: Any, tokenizer: Any) -> str:
+    """A prompt as text: messages go through the tokenizer's chat template.
+
+    Raises:
+        ValueError: messages, and a tokenizer without chat template.
+    """
     if isinstance(prompt, str):
-        return tokenizer(prompt)["input_ids"]
+        return prompt
     if tokenizer.chat_template is None:
         raise ValueError("the rows are messages and the tokenizer has no chat template: give prompt and completion")
-    text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
-    return tokenizer(text, add_special_tokens=False)["input_ids"]  # the template has the special tokens
+    return tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+
+
+def _tokens_of(prompt: Any, tokenizer: Any) -> list[int]:
+    text = prompt_text(prompt, tokenizer)  # a template has the special tokens
+    return tokenizer(text, add_special_tokens=isinstance(prompt, str))["input_ids"]
 
 
 def _dataset(prompts: Sequence[Any], completions: Sequence[str], labels: Sequence[int]) -> Dataset:
