@@ -34,7 +34,7 @@ def alone(folder):
     return trained(folder, "single", 8)
 
 
-@pytest.mark.parametrize("config", ["cpu_zero3"])
+@pytest.mark.parametrize("config", ["cpu_fsdp2", "cpu_zero3"])
 def test_two_processes_train_what_one_does(config, folder, alone):
     weights, losses = trained(folder, config, 4)
     assert losses == pytest.approx(alone[1], rel=1e-5)
