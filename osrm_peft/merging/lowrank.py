@@ -14,6 +14,8 @@ from osrm_peft.features.moments import FeatureMoments
 
 _EPS = torch.finfo(torch.float64).eps
 _WIDE = 1024
+_TALL = 256
+_SAFE = 1e-6  # of the largest eigenvalue of a Gram matrix, the least
 SMALL = 256  # up to this width a decomposition is the CPU's work
 SERVING = (8, 16, 32, 64, 128, 256, 320, 512)  # the ranks that vLLM makes room for
 
@@ -133,11 +135,17 @@ def squared_values(factors: Factors) -> Tensor | None:
     return (factors.s**2 * gram.diagonal() * A.square().sum(1)).sort(descending=True).values
 
 
-def column_basis(parts: list[Tensor]) -> Tensor:
-    """(o, p) orthonormal basis of the columns of all `parts` (o, k_t): left singular vectors of the stack."""
-    Q, R = torch.linalg.qr(torch.cat(parts, dim=1))  # first, so that the SVD is of a small matrix
-    U, S, _ = thin_svd(R)
-    return Q @ U[:, : _exact_rank(S, (len(Q), R.shape[1]))]
+def column_basis(parts: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """Orthonormal basis of the columns of all `parts` (o, k_t), left singular vectors of the stack, and the parts in it.
+
+    Returns:
+        (o, p) the basis; (p, k_t) the coordinates of each part.
+    """
+    stack = torch.cat(parts, dim=1)
+    U, S, Vh = _tall_svd(stack)
+    k = _exact_rank(S, stack.shape)
+    coordinates = S[:k, None] * Vh[:k]
+    return U[:, :k], list(coordinates.split([part.shape[1] for part in parts], dim=1))
 
 
 def product_bases(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
@@ -193,6 +201,14 @@ def thin_svd(X: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return U, S, Vh
 
 
+def eigh(X: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues (p,), ascending, and eigenvectors (p, p) of a symmetric X; of a small one by the CPU."""
+    if X.device.type == "cpu" or len(X) > SMALL:
+        return torch.linalg.eigh(X)
+    values, V = torch.linalg.eigh(X.cpu())
+    return values.to(X.device), V.to(X.device)
+
+
 def numerical_rank(S: Tensor) -> int:
     """How many singular values (descending) are more than rounding: above 10⁻⁶ of the largest.
 
@@ -210,11 +226,45 @@ def _cut(U: Tensor, S: Tensor, Vh: Tensor, rank: int | None) -> Compressed:
 
 def _thin_svd(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """SVD of B·A, cut at its numerical rank: U (o, k), S (k,), Vh (k, n)."""
-    Q_B, R_B = torch.linalg.qr(B)
-    Q_A, R_A = torch.linalg.qr(A.mT)
+    (Q_B, R_B), (Q_A, R_A) = _orthonormal(B), _orthonormal(A.mT)
     U, S, Vh = thin_svd(R_B @ R_A.mT)
     k = _exact_rank(S, (len(B), A.shape[1]))
     return Q_B @ U[:, :k], S[:k], Vh[:k] @ Q_A.mT
+
+
+def _tall_svd(X: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """SVD of a tall X (m, p): U (m, p), S (p,), Vh (p, p)."""
+    found = _by_gram(X)
+    if found is not None:
+        return found
+    Q, R = torch.linalg.qr(X)  # first, so that the SVD is of a small matrix
+    U, S, Vh = thin_svd(R)
+    return Q @ U, S, Vh
+
+
+def _orthonormal(X: Tensor) -> tuple[Tensor, Tensor]:
+    """X (m, p) = Q R with orthonormal columns of Q (m, min(m, p)); R need not be triangular."""
+    found = _by_gram(X)
+    if found is None:
+        return torch.linalg.qr(X)
+    U, S, Vh = found
+    return U, S[:, None] * Vh
+
+
+def _by_gram(X: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+    """The SVD of a tall X (m, p) from the eigenvectors of XᵀX: matrix products, several times faster than a QR.
+
+    Squares cost digits: None where X is not tall (or small, so that nothing is won), or where its condition is above
+    10³, so that U is orthonormal to 10⁻⁹ at worst.
+    """
+    m, p = X.shape
+    if not 0 < 4 * p <= m or m < _TALL or X.dtype != torch.float64:
+        return None
+    values, V = eigh(X.mT @ X)
+    if not float(values[0]) > _SAFE * float(values[-1]):  # zero, NaN, too
+        return None
+    S, V = values.flip(0).sqrt(), V.flip(1)
+    return X @ (V / S), S, V.mT
 
 
 def _exact_rank(S: Tensor, shape: torch.Size | tuple[int, ...]) -> int:

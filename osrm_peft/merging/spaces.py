@@ -58,8 +58,10 @@ def enter(space: str, adapters: Sequence[Factors | None]) -> Layer:
     empty = new(o, 0, dtype=torch.float64), new(0, n, dtype=torch.float64)
     pairs = [empty if factors is None else balanced(factors) for factors in adapters]
     if space == "knots":
-        left = column_basis([B * A.norm(dim=1) for B, A in pairs])  # balanced rows of A are orthogonal: same τ τᵀ
-        return Layer(torch.stack([(left.mT @ B) @ A for B, A in pairs]), left)
-    left = column_basis([B for B, _ in pairs])  # (o, p)
-    right = column_basis([A.mT for _, A in pairs])  # (n, q)
-    return Layer(torch.stack([(left.mT @ B) @ (A @ right) for B, A in pairs]), left, right)
+        norms = [A.norm(dim=1) for _, A in pairs]  # balanced rows of A are orthogonal: same τ τᵀ
+        left, parts = column_basis([B * norm for (B, _), norm in zip(pairs, norms, strict=True)])
+        stack = [part @ (A / norm[:, None]) for part, (_, A), norm in zip(parts, pairs, norms, strict=True)]
+        return Layer(torch.stack(stack), left)
+    left, columns = column_basis([B for B, _ in pairs])  # (o, p)
+    right, rows = column_basis([A.mT for _, A in pairs])  # (n, q)
+    return Layer(torch.stack([b @ a.mT for b, a in zip(columns, rows, strict=True)]), left, right)
