@@ -62,7 +62,7 @@ def _read(path: Path, first: tuple[int, int, int], header: Mapping[str, Any], st
                 return mapped.get_tensor(key).clone()
         begin, end = about["data_offsets"]
         data = torch.empty(end - begin, dtype=torch.uint8)
-        view = memoryview(data.numpy())
+        view = memoryview(data.numpy())  # type: ignore[arg-type]
         file.seek(start + begin)
         while view:  # a call reads 2 GiB at most
             view = view[file.readinto(view) or _ended(path) :]

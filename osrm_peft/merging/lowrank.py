@@ -136,7 +136,7 @@ def squared_values(factors: Factors) -> Tensor | None:
 
 
 def column_basis(parts: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
-    """Orthonormal basis of the columns of all `parts` (o, k_t), left singular vectors of the stack, and the parts in it.
+    """Orthonormal basis of the columns of all `parts` (o, k_t), left singular vectors of the stack; the parts in it.
 
     Returns:
         (o, p) the basis; (p, k_t) the coordinates of each part.

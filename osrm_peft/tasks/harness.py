@@ -51,7 +51,8 @@ def write_harness_tasks(tasks: Iterable[TextTask], folder: str | Path, tokenizer
 
     Raises:
         FileExistsError: the folder holds files, or is none.
-        ValueError: a metric that the harness has not; rows of messages without a tokenizer, or its template lacks a special token that lm-eval would add.
+        ValueError: a metric that the harness has not; rows of messages without a tokenizer, or its template lacks a
+            special token that lm-eval would add.
     """
     tasks, place = list(tasks), check_folder(folder)
     names = task_names(task.name for task in tasks)
