@@ -1,9 +1,10 @@
 """Devices: where arithmetic happens. A name is checked before any work; results are those of the CPU to rounding."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -11,6 +12,8 @@ from torch import Tensor
 from osrm_peft.checks import shown
 
 CPU = torch.device("cpu")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 def local_device() -> torch.device:
@@ -52,6 +55,24 @@ def device_of(tensor: Tensor) -> torch.device:
 def described(device: torch.device) -> str:
     """The device as a manifest names it: `cpu`, or a GPU with its model."""
     return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
+
+
+def in_threads(work: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[Result]:
+    """work(item) of all items, in their order: as many at a time as torch has threads, each with one thread.
+
+    For items of small matrices, whose products and decompositions do not fill several threads. torch has one thread
+    for each operation until the last result is taken.
+    """
+    threads = torch.get_num_threads()
+    if threads == 1 or len(items) < 2:
+        yield from map(work, items)
+        return
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(threads) as pool:
+            yield from pool.map(work, items)
+    finally:
+        torch.set_num_threads(threads)
 
 
 @contextmanager

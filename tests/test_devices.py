@@ -1,10 +1,12 @@
 """Names of devices: which are taken, which are refused before any work; and products that stay whole on a GPU."""
 
+import threading
+
 import pytest
 import torch
 
 from osrm_peft import MergedAdapter, devices, merge_adapters, merge_checkpoints
-from osrm_peft.devices import CPU, chosen_device, computing, device_of, full_float32
+from osrm_peft.devices import CPU, chosen_device, computing, device_of, full_float32, in_threads
 from osrm_peft.merging.request import MergeRequest
 from tests.helpers.devices import CUDA, device_named
 from tests.helpers.lora import lora
@@ -166,3 +168,44 @@ def test_operands_on_two_devices_are_found(there, monkeypatch):
         with pytest.raises((RuntimeError, TypeError)):
             x.numpy()
     assert torch.zeros(1).device == devices.CPU
+
+
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_threads_take_an_item_each_in_order_and_have_one_thread(two_threads):
+    def work(item):
+        started.wait(10)  # both must be there
+        return item, torch.get_num_threads(), threading.get_ident()
+
+    started = threading.Barrier(2)
+    found = list(in_threads(work, range(6)))
+    assert [item for item, *_ in found] == list(range(6)) and {threads for _, threads, _ in found} == {1}
+    assert len({ident for *_, ident in found}) == 2 and torch.get_num_threads() == 2
+    assert list(in_threads(str, [1])) == ["1"]
+
+
+def test_an_error_in_a_thread_is_the_caller_s_and_the_threads_come_back(two_threads):
+    def work(item):
+        if item == 1:
+            raise ValueError("the second")
+        return item
+
+    with pytest.raises(ValueError, match="the second"):
+        list(in_threads(work, range(8)))
+    assert torch.get_num_threads() == 2
+
+
+@pytest.mark.parametrize("method", ["average", "ties", "tsv", "iso", "lore", "concat", "dare"])
+def test_layers_merged_in_two_threads_are_those_of_one(method, two_threads):
+    found = merge_adapters(ADAPTERS | {"u": lora(3)}, method, rank=2)
+    torch.set_num_threads(1)
+    alone = merge_adapters(ADAPTERS | {"u": lora(3)}, method, rank=2)
+    assert list(found.layers) == list(alone.layers) and len(found.layers) > 1
+    for name, layer in alone.layers.items():
+        torch.testing.assert_close(found.layers[name].direction.factors.delta(), layer.direction.factors.delta())

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from osrm_peft.adapters.factors import Factors
-from osrm_peft.devices import computing
+from osrm_peft.devices import computing, in_threads
 from osrm_peft.distributed import ALONE, Processes
 from osrm_peft.merging import advice
 from osrm_peft.merging.emr_adapter import EMRAdapter, EMRLayer
@@ -109,20 +110,23 @@ def execute(plan: MergePlan, processes: Processes = ALONE, *, progress: bool = F
 
 def _execute(plan: MergePlan, processes: Processes, progress: bool) -> MergedAdapter | EMRAdapter:
     share = processes.share(list(plan.inputs.shapes))
-    names = tqdm(share, desc=f"merge {plan.method.name}", disable=not progress or not processes.is_main_process)
+    bar = partial(tqdm, desc=f"merge {plan.method.name}", disable=not progress or not processes.is_main_process)
     if processes.is_main_process:
         advice.warn(advice.of_plan(plan))
     engine = plan.engine()
     if plan.method.per_task:
-        return _masked(plan, engine, names, processes)
+        return _masked(plan, engine, bar(share), processes)
     stacks = _Stacks(plan, engine, share)
     if plan.method.summarise is not None:
         # in the core a layer is small: all of them are kept for the passes over the model, in float32
-        engine.summarise([stack.float() for stack in stacks] if plan.space == "core" else stacks, processes.sum_)
+        engine.summarise(stacks.kept() if plan.space == "core" else stacks, processes.sum_)
     weights = _guided_weights(plan, share, processes)
-    merged = _gathered(
-        plan, lambda: {name: _merge_layer(plan, engine, stacks, name, weights[name]) for name in names}, processes
-    )
+
+    def merge_layers() -> dict[str, tuple[MergedLayer, dict[str, Any]]]:
+        found = _each(plan, lambda name: _merge_layer(plan, engine, stacks, name, weights[name]), share)
+        return dict(zip(bar(share), found, strict=True))
+
+    merged = _gathered(plan, merge_layers, processes)
     layers, reports = ({name: found[place] for name, found in merged.items()} for place in (0, 1))
     stopped = [name for name, report in reports.items() if report.get("converged") is False]
     if stopped:
@@ -156,6 +160,12 @@ def _gathered(plan: MergePlan, merge: Callable[[], dict[str, Any]], processes: P
     return {name: found[name] for name in plan.inputs.shapes}
 
 
+def _each(plan: MergePlan, work: Callable[[str], Any], names: list[str]) -> Iterator[Any]:
+    """work(name) of each layer; of several at a time where nothing of a layer is as large as its weight."""
+    small = plan.space != "weight" and plan.statistics is None and plan.features is None
+    return in_threads(work, names) if small and plan.device.type == "cpu" else map(work, names)
+
+
 class _Stacks:
     """This process' layers of all adapters in the plan's space, made one at a time; can be iterated again and again."""
 
@@ -168,6 +178,12 @@ class _Stacks:
         if layer.left is not None and max(layer.stack.shape[1:]) <= SMALL:
             layer = layer._replace(stack=layer.stack.cpu())
         return layer._replace(stack=self.engine.prepare(layer.stack, name))
+
+    def kept(self) -> list[Tensor]:
+        """All stacks at once, float32: for small ones."""
+        if not self.share:
+            return list(self)
+        return list(_each(self.plan, lambda name: self.layer(name).stack.float(), self.share))
 
     def __iter__(self) -> Iterator[Tensor]:
         if not self.share:  # more processes than layers

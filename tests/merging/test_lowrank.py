@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -55,6 +57,39 @@ def test_the_core_is_an_exact_change_of_basis(ranks, o, n):
         torch.testing.assert_close(layer.left @ M @ layer.right.T, dense.double(), rtol=1e-5, atol=1e-5)
         found = layer.compress(M).factors
         torch.testing.assert_close(found.delta(), dense.double(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("condition", [1, 1e2, 1e4, 1e7, 1e12])
+def test_tall_bases_are_orthonormal_and_exact_whatever_the_condition(condition):
+    """By the Gram matrix up to a condition of 10³, by a QR beyond."""
+    generator = torch.Generator().manual_seed(0)
+    o, r, tasks = 512, 8, 3
+
+    def conditioned(rows):
+        X = torch.linalg.qr(torch.randn(rows, tasks * r, generator=generator, dtype=torch.float64)).Q
+        spread = torch.logspace(0, -math.log10(condition), tasks * r, dtype=torch.float64)
+        mixed = torch.linalg.qr(torch.randn(tasks * r, tasks * r, generator=generator, dtype=torch.float64)).Q
+        return X * spread @ mixed
+
+    B, A = conditioned(o), conditioned(o + 1).mT
+    adapters = [Factors(a, b, 1.0) for a, b in zip(A.split(r), B.split(r, dim=1), strict=True)]
+    for space in ("core", "knots"):
+        layer = enter(space, adapters)
+        for basis in filter(lambda one: one is not None, (layer.left, layer.right)):
+            eye = torch.eye(basis.shape[1], dtype=torch.float64)
+            torch.testing.assert_close(basis.mT @ basis, eye, rtol=0, atol=1e-9)
+        for one, found in zip(adapters, layer.stack, strict=True):
+            there = layer.left @ found if layer.right is None else layer.left @ found @ layer.right.mT
+            torch.testing.assert_close(there, one.B @ one.A, rtol=0, atol=1e-9 * float((one.B @ one.A).norm()))
+    cut, S = compress(B, A, 5).factors, torch.linalg.svdvals(B @ A)
+    lost = (B @ A - cut.B @ cut.A).norm()
+    torch.testing.assert_close(lost, S[5:].norm(), rtol=1e-9, atol=1e-9 * float(S[0]))  # Eckart and Young
+
+
+def test_the_gram_matrix_is_what_is_used_where_it_can_be(monkeypatch):
+    monkeypatch.setattr(torch.linalg, "qr", lambda X: pytest.fail("a QR"))
+    monkeypatch.setattr(lowrank, "thin_svd", lambda X: torch.linalg.svd(X, full_matrices=False))
+    assert enter("core", [factors(512, 300, 4, seed) for seed in range(3)]).stack.shape == (3, 12, 12)
 
 
 def test_shared_directions_make_the_core_smaller():
