@@ -10,6 +10,7 @@ from rich.filesize import decimal
 from rich.markup import escape
 from rich.table import Table
 
+from osrm_peft.adapters.experts import parameter_of
 from osrm_peft.adapters.keys import shape_of_name
 from osrm_peft.adapters.lora_adapter import LoraAdapter, shape_in
 from osrm_peft.checkpoints.baking import BakePlan
@@ -287,13 +288,17 @@ def _weight(value: object) -> str:
 
 
 def _groups(adapters: Mapping[str, LoraAdapter]) -> dict[tuple[str, tuple[int, int], str], list[str]]:
-    """{(last part of the name, shape, kind): layer names}."""
+    """{(last part of the name, shape, kind): layer names}; of bare parameters the name is the parameter's."""
     groups: dict[tuple[str, tuple[int, int], str], list[str]] = {}
     known = {name: (adapter, shape) for adapter in adapters.values() for name, shape in adapter.shapes.items()}
     for name in sorted(known):
         adapter, (o, _, n) = known[name]
-        kind = _KINDS.get(adapter.layouts.get(name), "convolution")
-        groups.setdefault((name.rpartition(".")[2], (o, n), kind), []).append(name)
+        kind, last = _KINDS.get(adapter.layouts.get(name), "convolution"), name.rpartition(".")[2]
+        parameter = parameter_of(name, adapter.parameters)
+        if parameter is not None:
+            kind, last = ("parameter", ".".join(parameter.split(".")[-2:])) if parameter == name else (
+                "expert", parameter.rpartition(".")[2])  # fmt: skip
+        groups.setdefault((last, (o, n), kind), []).append(name)
     return groups
 
 
