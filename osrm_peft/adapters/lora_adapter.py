@@ -163,27 +163,28 @@ class LoraAdapter:
     def state_dict(self) -> dict[str, Tensor]:
         """The tensors as PEFT names them, in the adapter's dtype; s is folded into B (alpha = r)."""
         tensors: dict[str, Tensor] = {}
+        rank = self.rank
         bare, around = owners(self.parameters), wrappers(self.parameters)
         adapted = Counter([name for name in self.factors if name not in bare])
         adapted += Counter(module for module, _ in around.values())
         for name in self.factors:
             if name not in bare:
                 place = f"{PREFIX}{spelled(name, adapted)}"
-                found = _as_peft(*self._pair(name), self.layouts.get(name))
+                found = _as_peft(*self._pair(name, rank), self.layouts.get(name))
                 tensors |= {f"{place}.{key}": tensor for key, tensor in found}
         for parameter, (module, depth) in around.items():
             place = f"{PREFIX}{spelled(module, adapted)}{WRAPPED * depth}"
-            A, B = stacked([self._pair(name) for name in layers_of(parameter, self.parameters[parameter])])
+            A, B = stacked([self._pair(name, rank) for name in layers_of(parameter, self.parameters[parameter])])
             tensors |= {f"{place}.lora_A.weight": A, f"{place}.lora_B.weight": B}
         for name, tensor in self.copies.items():
             tensors[f"{PREFIX}{spelled(name, adapted)}"] = tensor.clone().contiguous()
         saved = {**self.heads, **self.modules}
         return tensors | {f"{PREFIX}{name}": tensor.clone().contiguous() for name, tensor in saved.items()}
 
-    def _pair(self, name: str) -> tuple[Tensor, Tensor]:
-        """(r, n) A and (o, r) s·B of a layer at the adapter's rank, in its dtype."""
+    def _pair(self, name: str, rank: int) -> tuple[Tensor, Tensor]:
+        """(r, n) A and (o, r) s·B of a layer at this rank, in the adapter's dtype."""
         factors = self.factors[name]
-        pad = self.rank - factors.rank
+        pad = rank - factors.rank
         A = torch.nn.functional.pad(factors.A, (0, 0, 0, pad)).to(self.dtype).contiguous()
         B = torch.nn.functional.pad(factors.s * factors.B, (0, pad)).to(self.dtype).contiguous()
         if not B.isfinite().all():
@@ -293,15 +294,16 @@ class LoraAdapter:
                 if actual[1:] == wanted[1:]:  # another vocabulary
                     remedy = f"for its tokens call model.resize_token_embeddings({wanted[0]}) first"
                 raise ValueError(f"{name!r} has shape {actual} in the model and {wanted} in the adapter: {remedy}")
+        shapes = self.shapes
         for parameter, experts in self.parameters.items():
-            o, _, n = self.shapes[layers_of(parameter, experts)[0]]
+            o, _, n = shapes[layers_of(parameter, experts)[0]]
             if experts_in(model, parameter) != (experts, o, n):
                 actual = parameters.get(parameter)
                 raise ValueError(
                     f"the parameter {parameter!r} has shape {actual} in the model, and the adapter is of "
                     f"{experts or 1} {'matrices' if experts else 'matrix'} {o}×{n}; the adapter is of {self.base_model}"
                 )
-        for name, (o, _, n) in self.shapes.items():
+        for name, (o, _, n) in shapes.items():
             if name in fused or name in bare:
                 continue
             shape, actual_shape = (o, n), weight_shape(modules[name])

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from osrm_peft.checkpoints.config_checks import TOKEN_IDS, shown
 from osrm_peft.checkpoints.model_files import ModelFiles
-from osrm_peft.checkpoints.names import Names, align
+from osrm_peft.checkpoints.names import PART, Names, align
 from osrm_peft.checkpoints.settings import vocabulary_size, with_ids, with_rows
 from osrm_peft.checkpoints.shapes import (
     BASE,
@@ -194,8 +194,9 @@ def _stacks(files: ModelFiles, shapes: Mapping[str, tuple[int, ...]], aligned: N
     """The tensors that are stacks of experts."""
     model = skeleton(files.folder / "config.json", files.config, architecture(files.config), len(files.tensors))
     modules = {} if model is None else {name: type(one).__name__ for name, one in model.named_modules()}
-    classes = {name: modules.get(aligned.canonical.get(name, name).rpartition(".")[0], "") for name in shapes}
-    return expert_stacks(files.config, shapes, classes)
+    names = {name: aligned.canonical.get(name, name).partition(PART)[0] for name in shapes}
+    said = {name: f"{own} {modules.get(own.rpartition('.')[0], '')}" for name, own in names.items()}
+    return expert_stacks(files.config, shapes, said)
 
 
 def check_kinds(every: Mapping[str, ModelFiles]) -> None:

@@ -21,7 +21,7 @@ def is_matrix(shape: Sequence[int]) -> bool:
 
 
 def expert_stacks(
-    config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], classes: Mapping[str, str]
+    config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], said: Mapping[str, str]
 ) -> frozenset[str]:
     """The tensors that are stacks of experts, (E, o, n): each of their E matrices has singular values of its own.
 
@@ -29,7 +29,7 @@ def expert_stacks(
     the module that has it says `expert`. A convolution's kernel is none.
 
     Args:
-        classes: {tensor: the class of its module}, where they are known.
+        said: {tensor: transformers' name of it and the class of its module}, where they are known.
     """
     counts = set(_numbers_of_experts(config))
     return frozenset(
@@ -38,7 +38,7 @@ def expert_stacks(
         if len(shape) == 3
         and shape[0] in counts
         and is_matrix(shape[1:])
-        and "expert" in f"{name} {classes.get(name, '')}".lower()
+        and "expert" in f"{name} {said.get(name, '')}".lower()
     )
 
 
