@@ -167,7 +167,7 @@ def _named(
         leaves = sorted(possible)
         if len(leaves) != len(wrapped) or len(leaves) > 1:
             shapes = [(pairs[pair][0], pairs[pair][2]) for pair in wrapped]
-            known = list(_GATED) if {*leaves} == {*_GATED} and _is_gated(*shapes) else None
+            known = list(_GATED) if {*leaves} == {*_GATED} and len(shapes) == 2 and _is_gated(*shapes) else None
             leaves = known or in_model(ask(), module, _possible(module, targets)) or []
             if not leaves and ask() is not None and len(wrapped) == 1:
                 continue  # the module has no such parameter: a layer of its own

@@ -170,7 +170,6 @@ def plan_checkpoints(
     check_configs(every, aligned)
     shapes, own = result_shapes(every, opened, heads, vocab, aligned)
     cut = any(shape != one.tensors[tensor].shape for one in every.values() for tensor, shape in shapes.items())
-    stacks = _stacks(next(iter(opened.values())), shapes, aligned)
     text = choose_text(every, list(opened), tokenizer, vocab, cut)
     config = with_ids(next(iter(opened.values())).config, text.ids)
     if text.rows is not None:
@@ -180,8 +179,7 @@ def plan_checkpoints(
         result_dtypes(every, shapes, dtype, aligned), own, [], config, text,
         {"weights": {name: dict(one) for name, one in named.items()}, "heads": list(heads), "vocab": vocab,
          "dtype": dtype, "shard_size": shard_size, "read": {n: one.identity() for n, one in every.items()},
-         "left_out": aligned.left_out}, place,
-        stacks if chosen.spectral or chosen.whole_tensor(options) else frozenset(),
+         "left_out": aligned.left_out}, place, _stacks(chosen, options, opened[names[0]], shapes, aligned),
     )  # fmt: skip
     _warn(plan, aligned)
     for weight in plan.weights.values():
@@ -190,8 +188,16 @@ def plan_checkpoints(
     return plan
 
 
-def _stacks(files: ModelFiles, shapes: Mapping[str, tuple[int, ...]], aligned: Names) -> frozenset[str]:
-    """The tensors that are stacks of experts."""
+def _stacks(
+    method: Method,
+    options: Mapping[str, Any],
+    files: ModelFiles,
+    shapes: Mapping[str, tuple[int, ...]],
+    aligned: Names,
+) -> frozenset[str]:
+    """The stacks of experts, for a method that sees whole tensors."""
+    if not (method.spectral or method.whole_tensor(options)):
+        return frozenset()
     model = skeleton(files.folder / "config.json", files.config, architecture(files.config), len(files.tensors))
     modules = {} if model is None else {name: type(one).__name__ for name, one in model.named_modules()}
     names = {name: aligned.canonical.get(name, name).partition(PART)[0] for name in shapes}
