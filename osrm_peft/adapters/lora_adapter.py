@@ -3,7 +3,7 @@
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -163,35 +163,43 @@ class LoraAdapter:
     def state_dict(self) -> dict[str, Tensor]:
         """The tensors as PEFT names them, in the adapter's dtype; s is folded into B (alpha = r)."""
         tensors: dict[str, Tensor] = {}
-        rank = self.rank
-        bare, around = owners(self.parameters), wrappers(self.parameters)
-        adapted = Counter([name for name in self.factors if name not in bare])
-        adapted += Counter(module for module, _ in around.values())
-        for name in self.factors:
-            if name not in bare:
-                place = f"{PREFIX}{spelled(name, adapted)}"
-                found = _as_peft(*self._pair(name, rank), self.layouts.get(name))
-                tensors |= {f"{place}.{key}": tensor for key, tensor in found}
-        for parameter, (module, depth) in around.items():
-            place = f"{PREFIX}{spelled(module, adapted)}{WRAPPED * depth}"
-            A, B = stacked([self._pair(name, rank) for name in layers_of(parameter, self.parameters[parameter])])
-            tensors |= {f"{place}.lora_A.weight": A, f"{place}.lora_B.weight": B}
+        rank, adapted = self.rank, self._wrapped()
+        for place, layers in self.places().items():
+            found = _as_peft(*self.pair(layers, rank), self.layouts.get(layers[0]))
+            tensors |= {f"{PREFIX}{place}.{key}": tensor for key, tensor in found}
         for name, tensor in self.copies.items():
             tensors[f"{PREFIX}{spelled(name, adapted)}"] = tensor.clone().contiguous()
         saved = {**self.heads, **self.modules}
         return tensors | {f"{PREFIX}{name}": tensor.clone().contiguous() for name, tensor in saved.items()}
 
-    def _pair(self, name: str, rank: int) -> tuple[Tensor, Tensor]:
-        """(r, n) A and (o, r) s·B of a layer at this rank, in the adapter's dtype."""
-        factors = self.factors[name]
-        pad = rank - factors.rank
-        A = torch.nn.functional.pad(factors.A, (0, 0, 0, pad)).to(self.dtype).contiguous()
-        B = torch.nn.functional.pad(factors.s * factors.B, (0, pad)).to(self.dtype).contiguous()
-        if not B.isfinite().all():
-            raise ValueError(
-                f"layer {name!r} overflows {self.dtype}: lower the scale, or give the adapters the dtype float32"
-            )
-        return A, B
+    def places(self) -> dict[str, list[str]]:
+        """{PEFT's name of a pair of factors: its layers}, a layer alone or the experts of a stack."""
+        bare, adapted = owners(self.parameters), self._wrapped()
+        found = {spelled(name, adapted): [name] for name in self.factors if name not in bare}
+        for parameter, (module, depth) in wrappers(self.parameters).items():
+            found[spelled(module, adapted) + WRAPPED * depth] = layers_of(parameter, self.parameters[parameter])
+        return found
+
+    def _wrapped(self) -> Mapping[str, int]:
+        """{module: how many of PEFT's wrappers it has}."""
+        bare = owners(self.parameters)
+        modules = [name.rpartition(".")[0] for name in self.parameters]
+        return Counter([*(name for name in self.factors if name not in bare), *modules])
+
+    def pair(self, layers: Sequence[str], rank: int) -> tuple[Tensor, Tensor]:
+        """(E·r, n) A and (o, r·E) s·B of a place's layers at this rank, in the adapter's dtype."""
+        pairs = []
+        for name in layers:
+            factors = self.factors[name]
+            pad = rank - factors.rank
+            A = torch.nn.functional.pad(factors.A, (0, 0, 0, pad)).to(self.dtype)
+            B = torch.nn.functional.pad(factors.s * factors.B, (0, pad)).to(self.dtype)
+            if not B.isfinite().all():
+                raise ValueError(
+                    f"layer {name!r} overflows {self.dtype}: lower the scale, or give the adapters the dtype float32"
+                )
+            pairs.append((A, B))
+        return stacked(pairs)
 
     def attach(self, base: PreTrainedModel | str) -> PeftModel:
         """A PeftModel of `base` with this adapter and its head, in eval mode.

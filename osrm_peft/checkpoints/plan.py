@@ -11,7 +11,7 @@ from torch import Tensor
 
 from osrm_peft.checkpoints.config_checks import TOKEN_IDS, shown
 from osrm_peft.checkpoints.model_files import ModelFiles
-from osrm_peft.checkpoints.names import PART, Names, align
+from osrm_peft.checkpoints.names import Names, align
 from osrm_peft.checkpoints.settings import vocabulary_size, with_ids, with_rows
 from osrm_peft.checkpoints.shapes import (
     BASE,
@@ -20,6 +20,7 @@ from osrm_peft.checkpoints.shapes import (
     is_matrix,
     result_dtypes,
     result_shapes,
+    said_of,
 )
 from osrm_peft.checkpoints.skeleton import architecture, skeleton
 from osrm_peft.checkpoints.text import Text, choose_text
@@ -199,10 +200,8 @@ def _stacks(
     if not (method.spectral or method.whole_tensor(options)):
         return frozenset()
     model = skeleton(files.folder / "config.json", files.config, architecture(files.config), len(files.tensors))
-    modules = {} if model is None else {name: type(one).__name__ for name, one in model.named_modules()}
-    names = {name: aligned.canonical.get(name, name).partition(PART)[0] for name in shapes}
-    said = {name: f"{own} {modules.get(own.rpartition('.')[0], '')}" for name, own in names.items()}
-    return expert_stacks(files.config, shapes, said)
+    names = {name: aligned.canonical.get(name, name) for name in shapes}
+    return expert_stacks(files.config, shapes, said_of(names, model))
 
 
 def check_kinds(every: Mapping[str, ModelFiles]) -> None:

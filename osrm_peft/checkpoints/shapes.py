@@ -5,6 +5,7 @@ from fnmatch import fnmatchcase
 from typing import Any, Literal, get_args
 
 import torch
+from torch import nn
 
 from osrm_peft.checkpoints.model_files import ModelFiles
 from osrm_peft.checkpoints.names import PART, Names
@@ -40,6 +41,18 @@ def expert_stacks(
         and is_matrix(shape[1:])
         and "expert" in f"{name} {said.get(name, '')}".lower()
     )
+
+
+def said_of(names: Mapping[str, str], model: nn.Module | None) -> dict[str, str]:
+    """{tensor: transformers' name of it and the class of its module}.
+
+    Args:
+        names: {tensor: its name in the model, with what it is a part of}.
+        model: on the meta device; None: of an unknown class.
+    """
+    classes = {} if model is None else {name: type(one).__name__ for name, one in model.named_modules()}
+    whole = {tensor: name.partition(PART)[0] for tensor, name in names.items()}
+    return {tensor: f"{name} {classes.get(name.rpartition('.')[0], '')}" for tensor, name in whole.items()}
 
 
 def _numbers_of_experts(config: Mapping[str, Any]) -> Iterator[int]:
