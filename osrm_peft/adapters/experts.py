@@ -12,8 +12,10 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
+from peft import LoraConfig
 from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import Tensor, nn
 
 from osrm_peft.adapters.config import CONFIG, TARGETS, rank_of
@@ -96,6 +98,16 @@ def expert(A: Tensor, B: Tensor, number: int, experts: int) -> tuple[Tensor, Ten
 def stacked(pairs: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """PEFT's (E·r, n) and (o, r·E) from each expert's (r, n) and (o, r)."""
     return torch.cat([A for A, _ in pairs]), torch.stack([B for _, B in pairs], dim=2).flatten(1)
+
+
+def taken_for_experts(model: nn.Module, layers: Collection[str]) -> list[str]:
+    """The linear layers of a mixture that PEFT does not adapt by their names, which it takes for those of old experts.
+
+    Such are `down_proj` of a dense layer and of a shared expert in Qwen3-MoE. PEFT adapts them by `target_parameters`.
+    """
+    config = LoraConfig(target_modules=list(layers))
+    convert_peft_config_for_transformers(config, model, None)
+    return [layer for layer in layers if layer not in (config.target_modules or ())]
 
 
 def bare_parameters(

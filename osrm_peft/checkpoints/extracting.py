@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from osrm_peft.adapters.experts import layers_of
+from osrm_peft.adapters.experts import layers_of, owners, taken_for_experts
 from osrm_peft.adapters.keys import TASK_HEADS
 from osrm_peft.checkpoints.config_checks import shown
 from osrm_peft.checkpoints.model_files import ModelFiles
@@ -222,6 +222,10 @@ class _Found:
                         self.layers[layer], self.weights[layer] = turned, tensor
                 else:
                     self.rest[name] = "heads" if head else "biases" if place in self.layers else _kind(module)
+        for layer in taken_for_experts(self.model, [one for one in self.layers if one not in owners(self.parameters)]):
+            weight = f"{layer}.weight"
+            self.parameters[weight] = 0
+            self.layers[weight], self.weights[weight] = self.layers.pop(layer), self.weights.pop(layer)
 
     def _stacks(self) -> dict[str, int]:
         """{parameter: E} of stacks of experts, and 0 of matrices beside them in their modules."""

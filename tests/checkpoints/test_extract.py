@@ -18,7 +18,7 @@ from osrm_peft.io.manifest import read_manifest
 from osrm_peft.merging.methods.svt import leading
 from tests.helpers.checkpoints import edit, hashes, same, tensors_of
 from tests.zoo.adapters import adapted, write
-from tests.zoo.models import ZOO, noisy, outputs
+from tests.zoo.models import MOE, ZOO, noisy, outputs
 
 FUSED = {"save_original_format": False}
 
@@ -88,6 +88,15 @@ def test_each_expert_of_a_stack_is_a_layer_and_matrices_beside_it_are_too(tmp_pa
     assert {f"{experts}.down_proj.1", f"{experts}.gate_up_proj.0", f"{experts}.down_proj_bias"} <= set(
         found.energy_kept
     )
+
+
+@torch.no_grad()
+def test_a_dense_layer_of_a_mixture_which_peft_takes_for_experts_is_a_parameter(tmp_path, monkeypatch):
+    monkeypatch.setitem(ZOO, "dense", ("Qwen3MoeForCausalLM", MOE | {"head_dim": 8, "mlp_only_layers": [0]}))
+    expected = outputs(tuned("dense", tmp_path / "tuned"))
+    found = extract_adapter(base_of("dense", tmp_path / "base"), tmp_path / "tuned", tmp_path / "out", rank=64)
+    close(outputs(stock("dense", tmp_path / "out")), expected)
+    assert "model.layers.0.mlp.down_proj.weight" in found.energy_kept and not found.lost
 
 
 @torch.no_grad()
