@@ -184,12 +184,7 @@ def _finish(plan: ExtractPlan, folder: Path, sums: Mapping[str, list[str]]) -> d
             return file.get_tensor(f"{layer}|{name}")
 
     read = {layer: part(layer, "energy").tolist() for layer in files}
-    changed = {layer for layer, one in read.items() if one[1] > 0}
-    parameters = {name: E for name, E in plan.parameters.items() if changed & {*layers_of(name, E)}}
-    needed = changed | {*owners(parameters)}  # a stack has all of its experts
-    energies: dict[str, tuple[float, float]] = {
-        layer: (one[0], one[1]) for layer, one in read.items() if layer in needed
-    }
+    parameters, energies = _changed(plan, read)
     if not energies and not plan.kept:
         raise ValueError("the tuned model is the base: none of its tensors differs")
     if not energies:
@@ -236,6 +231,16 @@ def _finish(plan: ExtractPlan, folder: Path, sums: Mapping[str, list[str]]) -> d
         "lost": {name: square / total for name, square in plan.lost.items()},
         "unchanged": sorted(set(plan.layers) - set(energies)),
     }
+
+
+def _changed(
+    plan: ExtractPlan, read: Mapping[str, list[float]]
+) -> tuple[dict[str, int], dict[str, tuple[float, float]]]:
+    """The bare parameters that changed; {layer: (share kept, ‖Δ‖²)} of layers that did, and all experts of a stack."""
+    changed = {layer for layer, (_, square) in read.items() if square > 0}
+    parameters = {name: E for name, E in plan.parameters.items() if changed & {*layers_of(name, E)}}
+    needed = changed | {*owners(parameters)}
+    return parameters, {layer: (one[0], one[1]) for layer, one in read.items() if layer in needed}
 
 
 def _targets(layers: list[str], parameters: dict[str, int], names: list[str]) -> dict[str, Any]:

@@ -188,6 +188,20 @@ def test_adapters_of_unlike_targets_add_up(name, tmp_path):
         torch.testing.assert_close(again.factors[layer].delta(), delta, rtol=1e-4, atol=1e-5)
 
 
+@torch.no_grad()
+def test_an_adapter_of_the_bare_model_has_its_place_in_the_tasks(tmp_path):
+    bare = get_peft_model(noisy("mixtral", 0).model, LoraConfig(r=3, lora_alpha=6, **TWO))
+    for name, parameter in bare.named_parameters():
+        if "lora_B" in name:
+            parameter += 0.1
+    whole = adapted("mixtral", 2, **TWO)
+    folders = {"a": write(bare.eval(), tmp_path / "a"), "b": write(whole, tmp_path / "b")}
+    a, b = theirs(bare), theirs(whole)
+    merge_adapters(folders, "task_arithmetic", scale=1).save_pretrained(tmp_path / "out")
+    expected = by_hand("mixtral", {name: delta + a[name.removeprefix("model.")] for name, delta in b.items()})
+    torch.testing.assert_close(outputs(stock("mixtral", tmp_path / "out")), expected, rtol=1e-4, atol=1e-5)
+
+
 # what nothing tells, and what does not fit
 
 
