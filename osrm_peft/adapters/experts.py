@@ -6,7 +6,7 @@ and B (o, r·E), from which expert e takes rows e·r … e·r + r of A and every
 """
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterator, Mapping, Sequence
 from functools import cache
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -66,6 +66,22 @@ def parameter_of(layer: str, parameters: Mapping[str, int]) -> str | None:
     """The parameter that a layer is a matrix of; None for a layer of its own."""
     stack = layer.rpartition(".")[0]
     return layer if layer in parameters else stack if parameters.get(stack) else None
+
+
+def check_measured(parameters: Mapping[str, int], held: Container[str], whose: str, remedy: str) -> None:
+    """Raise ValueError if a statistic lacks a layer of bare parameters: it is collected of linear layers.
+
+    Args:
+        held: the statistic's layers.
+        whose: the beginning of the error.
+        remedy: its end.
+    """
+    lacking = next((layer for layer in owners(parameters) if layer not in held), None)
+    if lacking is not None:
+        raise ValueError(
+            f"{whose} have none of {lacking!r}: they are collected of linear layers, not of bare parameters "
+            f"(experts); {remedy}"
+        )
 
 
 def targets_of(layers: Collection[str], parameters: Mapping[str, int]) -> dict[str, Any]:

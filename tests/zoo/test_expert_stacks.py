@@ -15,6 +15,7 @@ from osrm_peft import (
     interference,
     load_adapter,
     merge_adapters,
+    project_adapter,
 )
 from osrm_peft.adapters.experts import layers_of
 from osrm_peft.features.moments import FeatureMoments
@@ -343,12 +344,14 @@ def test_features_and_osrm_are_of_linear_layers_and_say_so(tmp_path):
     folders = pair_of(tmp_path, TWO, TWO)
     layers = [f"model.layers.{i}.self_attn.q_proj" for i in (0, 1)]
     features = {task: features_of(task, layers) for task in folders}
-    message = r"needs {} of every layer, .*'model.layers.\d.mlp.experts.*linear layers, not of bare .*tsv, lore"
+    message = r"needs {} of every layer, .*none of 'model.*experts.*of linear layers, not of bare .*tsv, lore"
     with pytest.raises(ValueError, match="method 'regmean' " + message.format("statistics")):
         merge_adapters(folders, "regmean", statistics=features)
     with pytest.raises(ValueError, match="interference " + message.format("features")):
         interference(folders, features)
     assert len(interference(folders).overlap_a) == 10
+    with pytest.raises(ValueError, match=r"the features of task 'b' have none of .*linear layers, not of bare"):
+        project_adapter(folders["a"], [features["b"]])
     with pytest.raises(
         ValueError, match=r"target_parameters=\['down_proj'\]: OSRM chooses .*leave target_parameters out"
     ):
