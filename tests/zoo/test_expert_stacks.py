@@ -18,6 +18,7 @@ from osrm_peft import (
     project_adapter,
 )
 from osrm_peft.adapters.experts import layers_of
+from osrm_peft.adapters.layouts import names_in
 from osrm_peft.features.moments import FeatureMoments
 from osrm_peft.merging.engine import Engine
 from osrm_peft.merging.methods import METHODS
@@ -201,6 +202,11 @@ def test_an_adapter_of_the_bare_model_has_its_place_in_the_tasks(tmp_path):
     merge_adapters(folders, "task_arithmetic", scale=1).save_pretrained(tmp_path / "out")
     expected = by_hand("mixtral", {name: delta + a[name.removeprefix("model.")] for name, delta in b.items()})
     torch.testing.assert_close(outputs(stock("mixtral", tmp_path / "out")), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_experts_are_layers_of_a_model_at_any_depth():
+    names = ["model.layers.40.mlp.experts.down_proj.3", "model.layers.0.mlp.gate.weight"]
+    assert [*names_in(noisy("mixtral", 0), [*names, "model.layers.0.mlp.experts.w.3"])] == names
 
 
 # what nothing tells, and what does not fit
