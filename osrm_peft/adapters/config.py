@@ -8,7 +8,7 @@ from typing import Any
 import regex
 from peft import LoraConfig
 
-from osrm_peft.checks import number
+from osrm_peft.checks import integer, number
 
 logger = logging.getLogger(__name__)
 
@@ -20,7 +20,6 @@ BAKE_BY_PEFT = "bake it into full weights with PEFT's merge_and_unload and merge
 NOT_PLAIN = {
     "use_dora": f"DoRA rescales whole weight columns: {BAKE}",
     "lora_bias": f"lora_B has a bias: {BAKE}",
-    "target_parameters": f"LoRA on bare parameters: {BAKE}",
     "trainable_token_indices": f"trained token embeddings: {BAKE}",
     "layer_replication": "layers are replicated: merge adapters trained without layer_replication",
     "alora_invocation_tokens": "activated LoRA acts on some tokens only: it has no single task vector",
@@ -40,20 +39,25 @@ BASE_CHANGING_INITS = {
     "loftq": f"load it on its own quantised base and {BAKE_BY_PEFT}",
 }  # fmt: skip
 
-_NUMBER, _TEXT, _FLAG, _MAPPING, _NAMES = (
+_NUMBER, _TEXT, _FLAG, _MAPPING, _NAMES, _LIST = (
     "a finite number",
     "text",
     "true or false",
     "a mapping",
     "text or a list of it",
+    "a list of text",
 )
 _KINDS = {
     "lora_alpha": _NUMBER, "use_rslora": _FLAG, "fan_in_fan_out": _FLAG, "use_dora": _FLAG, "lora_bias": _FLAG,
     "ensure_weight_tying": _FLAG, "inference_mode": _FLAG, "bias": _TEXT, "base_model_name_or_path": _TEXT,
     "revision": _TEXT, "task_type": _TEXT, "peft_type": _TEXT, "target_modules": _NAMES, "exclude_modules": _NAMES,
-    "modules_to_save": _NAMES, "rank_pattern": _MAPPING, "alpha_pattern": _MAPPING, "auto_mapping": _MAPPING,
+    "modules_to_save": _NAMES, "target_parameters": _LIST, "rank_pattern": _MAPPING,
+    "alpha_pattern": _MAPPING, "auto_mapping": _MAPPING,
 }  # fmt: skip
-_MATCH_SECONDS = 0.5  # the time that a pattern of alpha_pattern may take on one name
+_MATCH_SECONDS = 0.5  # the time that a pattern of alpha_pattern or rank_pattern may take on one name
+
+# the fields by which PEFT finds what it adapts
+TARGETS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "target_parameters")
 
 
 def defaults() -> dict[str, Any]:
@@ -107,23 +111,40 @@ def scale_of(config: Mapping[str, Any], layer: str, rank: int, source: str) -> f
     Raises:
         ValueError: a pattern is no regular expression or takes too long, or the alpha is no finite number.
     """
-    alpha = config["lora_alpha"]
-    for pattern, value in (config.get("alpha_pattern") or {}).items():
-        try:  # as PEFT matches them; `regex` can be interrupted
-            found = regex.match(rf"(.*\.)?({pattern})$", layer, timeout=_MATCH_SECONDS)
-        except (regex.error, TimeoutError, RecursionError) as error:
-            reason = "takes too long" if isinstance(error, TimeoutError) else f"is no regular expression ({error})"
-            raise ValueError(
-                f"{source}: the pattern {pattern!r} of alpha_pattern in its {CONFIG} {reason} on {layer!r}: "
-                "name the layers literally"
-            ) from error
-        if found:
-            alpha = value
-            break
+    alpha = _by_pattern(config, "alpha_pattern", layer, config["lora_alpha"], source)
     try:
         return number("lora_alpha", alpha) / (rank**0.5 if config.get("use_rslora") else rank)
     except ValueError as error:
         raise ValueError(f"{source} is damaged: {error} (layer {layer!r})") from error
+
+
+def rank_of(config: Mapping[str, Any], parameter: str, source: str) -> int:
+    """r of LoRA on a bare parameter, whose factors do not show it: its own (`rank_pattern`), or the adapter's.
+
+    Raises:
+        ValueError: a pattern is no regular expression or takes too long, or the rank is no whole number from 1.
+    """
+    rank = _by_pattern(config, "rank_pattern", parameter, config["r"], source)
+    try:
+        return integer("r", rank, 1)
+    except ValueError as error:
+        raise ValueError(f"{source} is damaged: {error} (parameter {parameter!r})") from error
+
+
+def _by_pattern(config: Mapping[str, Any], field: str, layer: str, default: Any, source: str) -> Any:
+    """The value of the first pattern of a field that matches, as PEFT matches them; `regex` can be interrupted."""
+    for pattern, value in (config.get(field) or {}).items():
+        try:
+            found = regex.match(rf"(.*\.)?({pattern})$", layer, timeout=_MATCH_SECONDS)
+        except (regex.error, TimeoutError, RecursionError) as error:
+            reason = "takes too long" if isinstance(error, TimeoutError) else f"is no regular expression ({error})"
+            raise ValueError(
+                f"{source}: the pattern {pattern!r} of {field} in its {CONFIG} {reason} on {layer!r}: "
+                "name the layers literally"
+            ) from error
+        if found:
+            return value
+    return default
 
 
 def _plain(value: Any) -> Any:
@@ -140,8 +161,9 @@ def _is_a(kind: str, value: Any) -> bool:
         return isinstance(value, str)
     if kind == _MAPPING:
         return isinstance(value, Mapping) and all(isinstance(key, str) for key in value)
-    if kind == _NAMES:
-        return isinstance(value, str) or (isinstance(value, list) and all(isinstance(one, str) for one in value))
+    if kind in (_NAMES, _LIST):
+        listed = isinstance(value, list) and all(isinstance(one, str) for one in value)
+        return listed or (kind == _NAMES and isinstance(value, str))
     try:
         number("", value)
     except (ValueError, OverflowError):

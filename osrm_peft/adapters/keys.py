@@ -1,7 +1,7 @@
 """Keys of an adapter file: what each tensor is, and its layer's name without the wrappers around the model."""
 
 import re
-from collections.abc import Callable, Collection, Container, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 PREFIX = "base_model.model."
@@ -85,8 +85,7 @@ def part_of(key: str, saved: Iterable[str], tied: bool = False, own: bool = Fals
     name = base_name(key, own)
     pair = _HALF.fullmatch(name.removesuffix(".weight"))
     if pair and name.endswith(".weight") != bool(pair[2]):
-        layer = pair[1].replace(".base_layer.", ".")  # the output layer inside of an adapted nn.MultiheadAttention
-        return Part("lora", layer, pair[3], bool(pair[2]), pair[4] or "")
+        return Part("lora", pair_name(pair[1]), pair[3], bool(pair[2]), pair[4] or "")
     if _LORA.search(name):
         return Part("unknown", name)
     parameter = name.rpartition(".")[2]
@@ -104,6 +103,18 @@ def part_of(key: str, saved: Iterable[str], tied: bool = False, own: bool = Fals
     return Part("bias" if parameter == "bias" else "unknown", name)
 
 
+def pair_name(name: str) -> str:
+    """The name of the layer that a LoRA adapts, without PEFT's wrappers around it.
+
+    nn.MultiheadAttention's output layer lies in one. A `.base_layer` at the end stays: PEFT has one for each further
+    parameter of the module that it adapts (`experts.py`).
+    """
+    module, wrapped = name, ""
+    while module.endswith(".base_layer"):
+        module, wrapped = module.removesuffix(".base_layer"), wrapped + ".base_layer"
+    return module.replace(".base_layer.", ".") + wrapped
+
+
 def below(module: str) -> Callable[[str], bool]:
     """Predicate: does a parameter belong to the `modules_to_save` entry `module` (a name's end, as PEFT matches it)?"""
     return re.compile(rf".*{re.escape(module)}\..+").fullmatch  # type: ignore[return-value]
@@ -115,18 +126,23 @@ def is_embedding(parameter: str) -> bool:
     return layer in EMBEDDINGS or parent in _INSIDE
 
 
-def spelled(name: str, adapted: Container[str]) -> str:
-    """A layer's or parameter's name in PEFT, where modules around it are `adapted`: `X.base_layer.weight`."""
+def spelled(name: str, adapted: Mapping[str, int]) -> str:
+    """A layer's or parameter's name in PEFT, with its wrappers around it: `X.base_layer.weight`.
+
+    Args:
+        adapted: {module: how many wrappers it has}.
+    """
     parts: list[str] = []
-    for end, part in enumerate(name.split("."), 1):
-        inside = ".".join(name.split(".")[: end - 1]) in adapted
-        parts += ["base_layer", part] if inside else [part]
+    for end, part in enumerate(name.split(".")):
+        around = adapted.get(".".join(name.split(".")[:end]), 0)
+        parts += [*["base_layer"] * around, part]
     return ".".join(parts)
 
 
-def outermost(layers: Collection[str]) -> list[str]:
+def outermost(layers: Iterable[str]) -> list[str]:
     """The adapted layers that lie in no other: with nn.MultiheadAttention PEFT also adapts the output layer in it."""
-    return sorted(name for name in layers if ".base_layer." not in spelled(name, layers))
+    adapted = dict.fromkeys(layers, 1)
+    return sorted(name for name in adapted if ".base_layer." not in spelled(name, adapted))
 
 
 def saved_modules(config: Mapping[str, Any]) -> list[str]:

@@ -35,8 +35,11 @@ def names_in(model: nn.Module, names: Iterable[str], *, parameters: bool = False
         model: a model of transformers, or any other; it may be on the meta device.
         parameters: the names are parameters', not layers'.
     """
-    known = model.named_parameters() if parameters else model.named_modules()
-    actual = {shape_of_name(one) for name, _ in known for one in (name, base_name(name))}
+    known = [name for name, _ in model.named_parameters()]
+    if not parameters:  # and a stack of experts has layers `….down_proj.0` …
+        stacks = [f"{name}.0" for name, one in model.named_parameters() if one.dim() == 3]
+        known = [*(name for name, _ in model.named_modules()), *known, *stacks]
+    actual = {shape_of_name(one) for name in known for one in (name, base_name(name))}
     lost = [name for name in names if shape_of_name(name) not in actual]
     renamed = _renamed(model, lost, "" if parameters else ".weight") if lost else {}
     translated = {name: renamed.get(name, name) for name in names}

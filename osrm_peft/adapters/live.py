@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from osrm_peft.adapters.experts import layers_of, owners
 from osrm_peft.adapters.factors import TensorsOnDemand
 from osrm_peft.adapters.lora_adapter import LoraAdapter, tensors_of
 from osrm_peft.devices import local_device
-from osrm_peft.models.layers import as_weight, weight_shape
+from osrm_peft.models.layers import as_experts, as_weight, experts_in, weight_shape
 
 
 @contextmanager
@@ -94,9 +95,13 @@ def weights_in(
         ValueError: the model lacks a layer, has another shape, or ties weights that the adapter does not change alike.
     """
     modules, parameters = dict(model.named_modules()), tensors_of(model)
-    values: dict[Any, Tensor] = {}
+    values: dict[Any, Tensor] = _stacks_in(model, deltas, adapter, otherwise)
     changes: dict[Any, Tensor] = {}
-    for name, tau in deltas.items():
+    bare = owners(adapter.parameters)
+    for name in deltas:
+        if name in bare:
+            continue
+        tau = deltas[name]
         found = weight_shape(modules[name]) if name in modules else None
         if found != tuple(tau.shape):
             raise ValueError(
@@ -130,4 +135,30 @@ def weights_in(
             )
         under = changes.get(parameters[name]) if name in adapter.copies else None  # a base weight that is adapted, too
         values[parameters[name]] = tensor if under is None else tensor.float() + under.to(tensor.device)
+    return values
+
+
+def _stacks_in(
+    model: PreTrainedModel, deltas: Mapping[str, Tensor], adapter: LoraAdapter, otherwise: str
+) -> dict[Any, Tensor]:
+    """{parameter: its value} of the bare parameters that an adapter adapts; see `weights_in`."""
+    tensors, values = tensors_of(model), {}
+    for name, experts in adapter.parameters.items():
+        taus = [deltas[layer] for layer in layers_of(name, experts)]
+        found = experts_in(model, name) if name in tensors else None
+        if found != (experts, *taus[0].shape):
+            raise ValueError(
+                f"{type(model).__name__} has {tuple(tensors[name].shape) if name in tensors else 'no such parameter'} "
+                f"at {name!r}, the merge {experts or 1} × {tuple(taus[0].shape)}: pass the base model "
+                f"{adapter.base_model}, without adapter"
+            )
+        parameter = tensors[name]
+        sharing = {other for other, one in tensors.items() if one is parameter} - {name}
+        if sharing:
+            raise ValueError(
+                f"the parameter {name!r} is that of {', '.join(sorted(sharing))}, too, which this task does not "
+                f"change: one parameter cannot hold both; {otherwise}"
+            )
+        delta = as_experts(model.get_submodule(name.rpartition(".")[0]), taus).reshape(parameter.shape)
+        values[parameter] = parameter.detach().float() + delta.to(parameter.device)
     return values

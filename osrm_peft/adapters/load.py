@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ from peft import PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from osrm_peft.adapters.config import BAKE, BAKE_BY_PEFT, CONFIG, checked_config, scale_of
+from osrm_peft.adapters.config import BAKE, BAKE_BY_PEFT, CONFIG, TARGETS, checked_config, scale_of
+from osrm_peft.adapters.experts import Bare, bare_parameters, expert, targets_of
 from osrm_peft.adapters.factors import Factors, FactorsOnDemand, TensorsOnDemand
 from osrm_peft.adapters.foreign import check_folder, describe_file, foreign_config
 from osrm_peft.adapters.keys import (
@@ -21,12 +23,11 @@ from osrm_peft.adapters.keys import (
     is_doubtful,
     is_embedding,
     is_head,
-    outermost,
     part_of,
     saved_modules,
 )
 from osrm_peft.adapters.layouts import model_of
-from osrm_peft.adapters.lora_adapter import HEADS, TARGETS, WEIGHTS, LoraAdapter, load_head
+from osrm_peft.adapters.lora_adapter import HEADS, WEIGHTS, LoraAdapter, load_head
 from osrm_peft.hub.sources import local_folder, pinned
 from osrm_peft.io.manifest import MANIFEST, label_names_in, read_manifest
 from osrm_peft.io.tensors import DTYPES, Header, tensor_headers, tensor_reader
@@ -174,10 +175,39 @@ def _parse(
                 f"{source} has two values of {name!r}, {saved[name]!r} and {key!r}: train it with modules_to_save of "
                 "which none is inside of another"
             )
-    shapes = {name: (headers[half["B"]][0], headers[half["A"]][0]) for name, half in halves.items()}
-    scales = {}
+    _check_factors(halves, headers, read, source)
+    layers = _Layers(config, halves, headers, read, source, model)
+    for name, key in {**saved, **copies}.items():
+        if headers[key][1] not in DTYPES.values() and headers[key][1] not in DTYPES:  # whole numbers: of buffers
+            raise ValueError(f"{source} has {headers[key][1]} entries in {name!r}: floating-point ones can be merged")
+        if not read(key).isfinite().all():
+            what = "its head" if name in saved and is_head(name, config, halves) else "its module"
+            raise ValueError(f"{source} has NaN or Inf in {what} {name!r}: the training run diverged; train it again")
+    if config.get("ensure_weight_tying"):  # PEFT then adapts or saves a layer besides those that its config names
+        config |= dict.fromkeys(TARGETS) | targets_of(layers.shapes, layers.parameters)
+
+    def on_demand(keys: dict[str, str]) -> TensorsOnDemand:
+        return TensorsOnDemand({name: headers[key][0] for name, key in keys.items()}, lambda name: read(keys[name]))
+
+    kernels = {name: headers[half["A"]][0][1:] for name, half in halves.items()}
+    layouts = {name: kernel for name, kernel in kernels.items() if len(kernel) > 1}
+    layouts |= {name: () for name, half in halves.items() if "lora_embedding_" in half["A"]}
+    dtype: Any = headers[next(iter(halves.values()))["A"]][1]
+    heads = {name: read(key) for name, key in saved.items() if is_head(name, config, halves)}
+    modules = on_demand({name: key for name, key in saved.items() if name not in heads})
+    factors = FactorsOnDemand(layers.shapes, layers.factors)
+    return LoraAdapter(
+        factors, heads, config, dtype, source, sha256, layouts, layers.parameters, modules=modules,
+        copies=on_demand(copies),
+    )  # fmt: skip
+
+
+def _check_factors(
+    halves: Mapping[str, Mapping[str, str]], headers: Mapping[str, Header], read: Callable[[str], Tensor], source: str
+) -> None:
+    """Raise ValueError for factors that hold no numbers."""
     for name, half in halves.items():
-        rank = shapes[name][1][0]
+        rank = headers[half["A"]][0][0]
         for key in half.values():
             if isinstance(headers[key][1], str) or rank == 0:
                 raise ValueError(
@@ -188,33 +218,49 @@ def _parse(
                 raise ValueError(
                     f"{source} has NaN or Inf in layer {name!r}: the training run diverged; train it again"
                 )
-        scales[name] = scale_of(config, name, rank, source)
-    for name, key in {**saved, **copies}.items():
-        if headers[key][1] not in DTYPES.values() and headers[key][1] not in DTYPES:  # whole numbers: of buffers
-            raise ValueError(f"{source} has {headers[key][1]} entries in {name!r}: floating-point ones can be merged")
-        if not read(key).isfinite().all():
-            what = "its head" if name in saved and is_head(name, config, halves) else "its module"
-            raise ValueError(f"{source} has NaN or Inf in {what} {name!r}: the training run diverged; train it again")
-    if config.get("ensure_weight_tying"):  # PEFT then adapts or saves a layer besides those that its config names
-        config |= dict.fromkeys(TARGETS) | {"target_modules": outermost(halves)}
 
-    def factors_of(name: str) -> Factors:
-        A, B = (read(halves[name][half]).float().flatten(1) for half in "AB")
-        return Factors(A, B, scales[name])
 
-    def on_demand(keys: dict[str, str]) -> TensorsOnDemand:
-        return TensorsOnDemand({name: headers[key][0] for name, key in keys.items()}, lambda name: read(keys[name]))
+class _Layers:
+    """The layers of a file: each pair of factors is one, but that of a stack of experts, which is one for each expert.
 
-    sizes = {name: (B[0], A[0], math.prod(A[1:])) for name, (B, A) in shapes.items()}
-    layouts = {name: A[1:] for name, (_, A) in shapes.items() if len(A) > 2}
-    layouts |= {name: () for name, half in halves.items() if "lora_embedding_" in half["A"]}
-    dtype: Any = headers[next(iter(halves.values()))["A"]][1]
-    heads = {name: read(key) for name, key in saved.items() if is_head(name, config, halves)}
-    modules = on_demand({name: key for name, key in saved.items() if name not in heads})
-    factors = FactorsOnDemand(sizes, factors_of)
-    return LoraAdapter(
-        factors, heads, config, dtype, source, sha256, layouts, modules=modules, copies=on_demand(copies)
-    )
+    Attributes:
+        shapes: {layer: (o, r, n)}.
+        parameters: see `LoraAdapter`.
+    """
+
+    def __init__(
+        self,
+        config: Mapping[str, Any],
+        halves: Mapping[str, Mapping[str, str]],
+        headers: Mapping[str, Header],
+        read: Callable[[str], Tensor],
+        source: str,
+        model: PeftModel | None,
+    ) -> None:
+        self._halves, self._read = halves, read
+        sizes = {name: (headers[half["B"]][0], headers[half["A"]][0]) for name, half in halves.items()}
+        pairs = {name: (B[0], A[0], math.prod(A[1:])) for name, (B, A) in sizes.items()}
+        bare = bare_parameters(config, pairs, source, None if model is None else base_of(model))
+        self.shapes: dict[str, tuple[int, int, int]] = {}
+        self.parameters = {one.name: one.experts for pair, one in sorted(bare.items(), key=lambda item: -len(item[0]))}
+        self._places: dict[str, tuple[str, int, int]] = {}  # {layer: (pair, expert, experts)}
+        self._scales: dict[str, float] = {}
+        for pair, (o, rows, n) in pairs.items():
+            one = bare.get(pair, Bare(pair, 0, rows))
+            self._scales[pair] = scale_of(config, one.name, one.rank, source)
+            for number, layer in enumerate(one.layers):
+                self.shapes[layer], self._places[layer] = (o, one.rank, n), (pair, number, one.experts)
+        self._pair = lru_cache(maxsize=1)(self._pair_of)  # the experts of a stack are read one after another
+
+    def factors(self, layer: str) -> Factors:
+        pair, number, experts = self._places[layer]
+        if not experts:
+            return Factors(*self._pair_of(pair), self._scales[pair])
+        return Factors(*expert(*self._pair(pair), number, experts), self._scales[pair])
+
+    def _pair_of(self, pair: str) -> tuple[Tensor, Tensor]:
+        A, B = (self._read(self._halves[pair][half]).float().flatten(1) for half in "AB")
+        return A, B
 
 
 def _has_own_wrappers(config: Mapping[str, Any], model: PeftModel | None) -> bool:

@@ -2,7 +2,8 @@
 
 import json
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from osrm_peft.adapters.config import CONFIG
+from osrm_peft.adapters.config import CONFIG, TARGETS
+from osrm_peft.adapters.experts import WRAPPED, layers_of, owners, stacked, targets_of, wrappers
 from osrm_peft.adapters.factors import Factors, FactorsOnDemand, TensorsOnDemand
 from osrm_peft.adapters.keys import (
     PREFIX,
@@ -23,7 +25,6 @@ from osrm_peft.adapters.keys import (
     base_name,
     below,
     is_head,
-    outermost,
     part_of,
     saved_modules,
     spelled,
@@ -31,13 +32,12 @@ from osrm_peft.adapters.keys import (
 from osrm_peft.adapters.layouts import fused_in, names_in
 from osrm_peft.io.places import new_file
 from osrm_peft.models.identity import located
-from osrm_peft.models.layers import weight_shape
+from osrm_peft.models.layers import experts_in, weight_shape
 from osrm_peft.models.loading import head_width, load_base
 from osrm_peft.models.packaged import resolve_model
 
 WEIGHTS, HEADS = "adapter_model.safetensors", "heads"
 
-TARGETS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 # fields of the config that we write
 _KEPT = ("base_model_name_or_path", "revision", "task_type", "auto_mapping", "fan_in_fan_out", *TARGETS)
 
@@ -54,6 +54,9 @@ class LoraAdapter:
         source: the folder, Hub id or model that the adapter came from.
         sha256: the weight file's; None for a live model.
         layouts: {layer: (channels, height, width) of a convolution's kernel, or () of an embedding}; no linear layers.
+        parameters: {parameter: E} of bare parameters with LoRA (`target_parameters`), a module's in the order in which
+            the module has them. Of a stack of E matrices (experts) each is a layer, `….experts.down_proj.0` …; a single
+            matrix is one layer of the parameter's name, E = 0.
         padded: the least rank to write, see `save_pretrained`.
         modules: {parameter name: tensor} of the pre-trained model's modules that were trained whole (`modules_to_save`:
             `lm_head`, `embed_tokens`, a norm); a folder's are read when they are used.
@@ -73,6 +76,7 @@ class LoraAdapter:
     source: str = ""
     sha256: str | None = None
     layouts: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    parameters: dict[str, int] = field(default_factory=dict)
     padded: int = 1
     modules: Mapping[str, Tensor] = field(default_factory=dict)
     copies: Mapping[str, Tensor] = field(default_factory=dict)
@@ -128,7 +132,8 @@ class LoraAdapter:
             whole: parameters that any task has trained whole.
         """
         own = {name.rpartition(".")[0] for name in (*self.heads, *self.modules)}
-        factors = {name: self.factors[name] for name in self.factors if name not in own}
+        bare = owners(self.parameters)
+        factors = {name: self.factors[name] for name in self.factors if bare.get(name, name) not in own}
         others = sorted({name.rpartition(".")[0] for name in whole} - own - set(factors))
         config, targets = self.config, self.config.get("target_modules")
         all_linear = isinstance(targets, str) and targets.lower() == "all-linear"
@@ -139,7 +144,16 @@ class LoraAdapter:
                 config = config | {"exclude_modules": "|".join([f"(?:{excluded})", *map(re.escape, hit)])}
             else:
                 config = config | {"exclude_modules": sorted({*(excluded or []), *hit})}
-        return replace(self, factors=factors, config=config)
+        return replace(self, config=config).with_factors(factors)
+
+    def with_factors(self, factors: Mapping[str, Factors]) -> "LoraAdapter":
+        """The same adapter with these factors: a bare parameter without any is no target."""
+        parameters = {name: E for name, E in self.parameters.items() if layers_of(name, E)[0] in factors}
+        config = self.config
+        if parameters != self.parameters:  # exclude_modules would not keep PEFT from a parameter
+            targets = {"target_parameters": sorted(parameters) or None}
+            config = config | targets | {"target_modules": config.get("target_modules") or []}
+        return replace(self, factors=factors, parameters=parameters, config=config)
 
     @property
     def rank(self) -> int:
@@ -149,22 +163,43 @@ class LoraAdapter:
     def state_dict(self) -> dict[str, Tensor]:
         """The tensors as PEFT names them, in the adapter's dtype; s is folded into B (alpha = r)."""
         tensors: dict[str, Tensor] = {}
-        rank = self.rank
-        for name, factors in self.factors.items():
+        rank, adapted = self.rank, self._wrapped()
+        for place, layers in self.places().items():
+            found = _as_peft(*self.pair(layers, rank), self.layouts.get(layers[0]))
+            tensors |= {f"{PREFIX}{place}.{key}": tensor for key, tensor in found}
+        for name, tensor in self.copies.items():
+            tensors[f"{PREFIX}{spelled(name, adapted)}"] = tensor.clone().contiguous()
+        saved = {**self.heads, **self.modules}
+        return tensors | {f"{PREFIX}{name}": tensor.clone().contiguous() for name, tensor in saved.items()}
+
+    def places(self) -> dict[str, list[str]]:
+        """{PEFT's name of a pair of factors: its layers}, a layer alone or the experts of a stack."""
+        bare, adapted = owners(self.parameters), self._wrapped()
+        found = {spelled(name, adapted): [name] for name in self.factors if name not in bare}
+        for parameter, (module, depth) in wrappers(self.parameters).items():
+            found[spelled(module, adapted) + WRAPPED * depth] = layers_of(parameter, self.parameters[parameter])
+        return found
+
+    def _wrapped(self) -> Mapping[str, int]:
+        """{module: how many of PEFT's wrappers it has}."""
+        bare = owners(self.parameters)
+        modules = [name.rpartition(".")[0] for name in self.parameters]
+        return Counter([*(name for name in self.factors if name not in bare), *modules])
+
+    def pair(self, layers: Sequence[str], rank: int) -> tuple[Tensor, Tensor]:
+        """(E·r, n) A and (o, r·E) s·B of a place's layers at this rank, in the adapter's dtype."""
+        pairs = []
+        for name in layers:
+            factors = self.factors[name]
             pad = rank - factors.rank
-            A = torch.nn.functional.pad(factors.A, (0, 0, 0, pad))
-            B = torch.nn.functional.pad(factors.s * factors.B, (0, pad))
-            pair = {"A": A.to(self.dtype).contiguous(), "B": B.to(self.dtype).contiguous()}
-            if not pair["B"].isfinite().all():
+            A = torch.nn.functional.pad(factors.A, (0, 0, 0, pad)).to(self.dtype)
+            B = torch.nn.functional.pad(factors.s * factors.B, (0, pad)).to(self.dtype)
+            if not B.isfinite().all():
                 raise ValueError(
                     f"layer {name!r} overflows {self.dtype}: lower the scale, or give the adapters the dtype float32"
                 )
-            place = f"{PREFIX}{spelled(name, self.factors)}"
-            tensors |= {f"{place}.{key}": tensor for key, tensor in _as_peft(pair, self.layouts.get(name))}
-        for name, tensor in self.copies.items():
-            tensors[f"{PREFIX}{spelled(name, self.factors)}"] = tensor.clone().contiguous()
-        saved = {**self.heads, **self.modules}
-        return tensors | {f"{PREFIX}{name}": tensor.clone().contiguous() for name, tensor in saved.items()}
+            pairs.append((A, B))
+        return stacked(pairs)
 
     def attach(self, base: PreTrainedModel | str) -> PeftModel:
         """A PeftModel of `base` with this adapter and its head, in eval mode.
@@ -183,8 +218,8 @@ class LoraAdapter:
         adapter._check_fits(model)
         config = adapter.peft_config()
         config.base_model_name_or_path = None  # PEFT fills in this model's, and would warn of another
-        config.target_modules = outermost(adapter.factors)
-        config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
+        for field_name, value in (dict.fromkeys(TARGETS) | targets_of(adapter.factors, adapter.parameters)).items():
+            setattr(config, field_name, value)
         peft_model = get_peft_model(model, config)
         result: Any = set_peft_model_state_dict(peft_model, adapter.state_dict())
         lost = [key for key in result.missing_keys if part_of(key, ()).kind == "lora"] + list(result.unexpected_keys)
@@ -206,24 +241,49 @@ class LoraAdapter:
         heads = {new(name): tensor for name, tensor in self.heads.items()}
         factors = FactorsOnDemand(shapes, lambda name: self.factors[back[name]])
         modules, copies = (_renamed(part, new) for part in (self.modules, self.copies))
-        return replace(self, factors=factors, layouts=layouts, heads=heads, modules=modules, copies=copies, placed=True)
+        return replace(
+            self, factors=factors, layouts=layouts, parameters=self._renamed_parameters(new), heads=heads,
+            modules=modules, copies=copies, placed=True,
+        )  # fmt: skip
+
+    def _renamed_parameters(self, new: Callable[[str], str]) -> dict[str, int]:
+        """`parameters` by the new names of their layers."""
+        found: dict[str, int] = {}
+        for parameter, experts in self.parameters.items():
+            names = [new(layer) for layer in layers_of(parameter, experts)]
+            stack = names[0].removesuffix(".0") if experts else names[0]
+            if names != layers_of(stack, experts):
+                raise ValueError(
+                    f"{self.source}: the experts of {parameter!r} would get the names {', '.join(names[:3])} …: give "
+                    "those of one stack one name, and leave them their numbers"
+                )
+            found[stack] = experts
+        return found
 
     def named_as_in(self, model: PreTrainedModel) -> "LoraAdapter":
         """The same adapter with its layers' names in this model (in this version of transformers)."""
         actual = {base_name(name): name for name, _ in model.named_modules()}
-        actual |= {base_name(name): name for name in tensors_of(model)}
+        tensors = tensors_of(model)
+        actual |= {base_name(name): name for name in tensors}
+        for name, tensor in tensors.items() if self.parameters else ():
+            experts = len(tensor) if tensor.dim() == 3 else 0
+            actual |= {base_name(layer): layer for layer in layers_of(name, experts)}
         actual |= {name: name for name in actual.values()}
         names = [*self.factors, *self.heads, *self.modules, *self.copies]
         lost = [name for name in names if name not in actual]
         found = {} if not lost else names_in(model, [name for name in lost if name in self.factors])
-        if not found and all(actual.get(name, name) == name for name in names):
-            return self
-        return self.renamed(lambda name: actual.get(found.get(name, name), found.get(name, name)))
+        adapter = self
+        if found or any(actual.get(name, name) != name for name in names):
+            adapter = self.renamed(lambda name: actual.get(found.get(name, name), found.get(name, name)))
+        place = {name: index for index, name in enumerate(tensors)}
+        parameters = dict(sorted(adapter.parameters.items(), key=lambda item: place.get(item[0], 0)))
+        return adapter if [*parameters] == [*adapter.parameters] else replace(adapter, parameters=parameters)
 
     def _check_fits(self, model: PreTrainedModel) -> None:
         """Raise ValueError unless the model has the layers, heads and modules of the adapter, in the right shapes."""
         modules = dict(model.named_modules())
-        missing = sorted(set(self.factors) - set(modules))
+        bare = owners(self.parameters)
+        missing = sorted(set(self.factors) - set(modules) - {*bare} | ({*bare.values()} - set(modules)))
         fused = fused_in(model, missing) if missing else set()
         if set(missing) - fused:
             raise ValueError(
@@ -242,8 +302,17 @@ class LoraAdapter:
                 if actual[1:] == wanted[1:]:  # another vocabulary
                     remedy = f"for its tokens call model.resize_token_embeddings({wanted[0]}) first"
                 raise ValueError(f"{name!r} has shape {actual} in the model and {wanted} in the adapter: {remedy}")
-        for name, (o, _, n) in self.shapes.items():
-            if name in fused:
+        shapes = self.shapes
+        for parameter, experts in self.parameters.items():
+            o, _, n = shapes[layers_of(parameter, experts)[0]]
+            if experts_in(model, parameter) != (experts, o, n):
+                actual = parameters.get(parameter)
+                raise ValueError(
+                    f"the parameter {parameter!r} has shape {actual} in the model, and the adapter is of "
+                    f"{experts or 1} {'matrices' if experts else 'matrix'} {o}×{n}; the adapter is of {self.base_model}"
+                )
+        for name, (o, _, n) in shapes.items():
+            if name in fused or name in bare:
                 continue
             shape, actual_shape = (o, n), weight_shape(modules[name])
             if actual_shape not in (None, shape):
@@ -278,7 +347,7 @@ class LoraAdapter:
 def save_head(adapter: LoraAdapter, path: Path) -> None:
     """Write a task's own tensors (head, modules, copies of base weights), and the fields by which PEFT loads them."""
     notes = {key: adapter.config.get(key) for key in ("modules_to_save", "task_type", "fan_in_fan_out")}
-    copies = {spelled(name, [name.rpartition(".")[0]]): one for name, one in adapter.copies.items()}
+    copies = {spelled(name, {name.rpartition(".")[0]: 1}): one for name, one in adapter.copies.items()}
     tensors = {**adapter.heads, **adapter.modules, **copies}
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file({key: one.clone().contiguous() for key, one in tensors.items()}, path, {"osrm_peft": json.dumps(notes)})
@@ -313,9 +382,9 @@ def tensors_of(model: nn.Module) -> dict[str, Tensor]:
     return {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
 
 
-def _as_peft(pair: dict[str, Tensor], layout: tuple[int, ...] | None) -> Iterator[tuple[str, Tensor]]:
+def _as_peft(A: Tensor, B: Tensor, layout: tuple[int, ...] | None) -> Iterator[tuple[str, Tensor]]:
     """(end of the name, tensor) as PEFT has them for this kind of layer."""
-    for half, tensor in pair.items():
+    for half, tensor in (("A", A), ("B", B)):
         if layout == ():
             yield f"lora_embedding_{half}", tensor
         elif layout is None:

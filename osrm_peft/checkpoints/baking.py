@@ -14,7 +14,7 @@ from osrm_peft.adapters.config import CONFIG, checked_config
 from osrm_peft.adapters.keys import is_head, part_of, saved_modules
 from osrm_peft.adapters.layouts import fused_in, model_of
 from osrm_peft.adapters.load import config_in, load_adapter
-from osrm_peft.adapters.lora_adapter import WEIGHTS, LoraAdapter, shape_in, tensors_of
+from osrm_peft.adapters.lora_adapter import HEADS, WEIGHTS, LoraAdapter, shape_in, tensors_of
 from osrm_peft.checkpoints.changes import Change, changes_by_peft, plain_changes
 from osrm_peft.checkpoints.config_checks import shown
 from osrm_peft.checkpoints.model_files import BESIDE, ModelFiles
@@ -202,6 +202,12 @@ def _read(adapter: str | Path, folder: Path, task: str | None) -> _Read:
         return _Read(str(adapter), folder, plain, plain.config, saved)
     left = {name: fields.pop(name) for name in (*BY_PEFT, "bias") if name in fields}
     fields = checked_config(fields, str(adapter)) | left  # refuses all else that is not plain
+    heads = sorted(file.stem for file in (folder / HEADS).glob("*.safetensors"))
+    if heads:
+        raise ValueError(
+            f"{adapter} is a merge of {', '.join(heads)} on experts, which PEFT's layers bake a task at a time: write "
+            f"one, load_adapter({str(adapter)!r}, task={(task or heads[0])!r}).save_pretrained(FOLDER), and bake that"
+        )
     if task is not None:
         raise ValueError(f"{adapter} is one adapter, with no heads of several tasks: leave task={task!r} out")
     modules = saved_modules(fields)

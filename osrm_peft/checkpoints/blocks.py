@@ -103,7 +103,10 @@ class Blocks:
     def _merge(self, name: str, stack: Tensor, under: Tensor | None) -> list[Tensor]:
         """The results of one block: one tensor, or with EMR one for each model."""
         plan, weights = self.plan, self.plan.weights[name].to(stack)
-        if plan.method.spectral and not is_matrix(plan.shapes[name]):
+        if name in plan.stacks:  # (T, 1, o·n) of one expert
+            o, n = plan.shapes[name][1:]
+            stack, under = stack.view(-1, o, n), None if under is None else under.view(o, n)
+        elif plan.method.spectral and not is_matrix(plan.shapes[name]):
             # θ* = θ₀ + λ τ with τ the mean task vector; LoRE's θ₀ is the mean itself, its δ_t sum to 0
             return [_sum(under, average(stack, weights).mul_(1.0 if plan.method.baseless else plan.scale))]
         if plan.method.per_task:
@@ -113,10 +116,13 @@ class Blocks:
         merged = self.engine.merged(stack, weights)
         direction = merged.direction if merged.finish is None else merged.finish(merged.direction)
         direction = direction.mul_(plan.scale)
-        return [_sum(under, direction if merged.offset is None else direction.add_(merged.offset))]
+        result = _sum(under, direction if merged.offset is None else direction.add_(merged.offset))
+        return [result.reshape(1, -1) if name in plan.stacks else result]
 
     def _rows(self, name: str) -> Iterator[tuple[int, int]]:
         rows, width = self._shape(name)
+        if name in self.plan.stacks:
+            return ((expert, expert + 1) for expert in range(rows))
         whole = self.plan.method.spectral and is_matrix(self.plan.shapes[name])
         whole = whole or self.plan.method.whole_tensor(self.plan.options)
         size = rows if whole else max(1, BLOCK // max(width, 1))

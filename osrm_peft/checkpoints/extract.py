@@ -13,11 +13,13 @@ from safetensors import safe_open
 from torch import Tensor
 
 from osrm_peft.adapters.config import CONFIG, defaults
+from osrm_peft.adapters.experts import layers_of, owners, parameter_of, targets_of
 from osrm_peft.adapters.factors import Factors, FactorsOnDemand, TensorsOnDemand
 from osrm_peft.adapters.keys import PREFIX, is_head
 from osrm_peft.adapters.lora_adapter import WEIGHTS, LoraAdapter
 from osrm_peft.checkpoints.config_checks import shown
 from osrm_peft.checkpoints.extracting import FACTORS, KINDS, ExtractPlan, Kind, plan_extract, rows_of
+from osrm_peft.checkpoints.model_files import ModelFiles
 from osrm_peft.checkpoints.resumable import carry_out
 from osrm_peft.io.json import write_json
 from osrm_peft.io.manifest import check_replaceable, read_manifest
@@ -69,10 +71,10 @@ def extract_adapter(
 ) -> Extraction:
     """Write the difference between a fine-tuned model and its base as a LoRA adapter, which stock PEFT loads.
 
-    Each linear layer's W_tuned − W_base is cut to its largest singular values: of all rank-r matrices that is the
-    nearest. One layer is in memory at a time. Embeddings, norms and heads that changed are kept whole
-    (`modules_to_save`). Biases of linear layers have no place in an adapter that can be merged: those that changed are
-    lost, and named in the result, the manifest and a warning.
+    Each linear layer's W_tuned − W_base, and that of each expert in a stack, is cut to its largest singular values: of
+    all rank-r matrices that is the nearest. One layer is in memory at a time. Embeddings, norms and heads that changed
+    are kept whole (`modules_to_save`). Biases of linear layers have no place in an adapter that can be merged: those
+    that changed are lost, and named in the result, the manifest and a warning.
 
     Args:
         base: the model that `tuned` was trained from: a folder that `save_pretrained` wrote, or Hub id.
@@ -80,8 +82,8 @@ def extract_adapter(
         out: the adapter's folder.
         rank: the largest. `"serving"`: the least of vLLM's 8, 16, 32, 64, 128, 256, 320 and 512 that keeps all but
             10⁻⁶ of every layer's energy, else 512.
-        keep: the kinds that are kept whole: `"embeddings"`, `"norms"`, `"heads"` and `"others"` (convolutions, stacks
-            of experts). What changed and is not kept is lost, and named.
+        keep: the kinds that are kept whole: `"embeddings"`, `"norms"`, `"heads"` and `"others"` (convolutions,
+            routers). What changed and is not kept is lost, and named.
         dtype: of the factors. What is kept whole has its own.
         resume: go on with an interrupted work of the same inputs and options: finished layers are kept.
         overwrite: replace another result, or what an interrupted work has finished.
@@ -142,7 +144,7 @@ class Extractor:
 
     def _factors(self, layer: str) -> tuple[Tensor, Tensor, Tensor]:
         plan, tensor = self.plan, self.plan.weights[layer]
-        delta = plan.tuned.read(tensor).double() - plan.base.read(tensor).double()
+        delta = self._of(plan.tuned, layer) - self._of(plan.base, layer)
         if not delta.isfinite().all():
             raise ValueError(f"{shown(tensor)!r} holds NaN or Inf in the tuned model or the base: download it again")
         rank = plan.shapes[f"{layer}|A"][0]
@@ -152,6 +154,14 @@ class Extractor:
         B = torch.nn.functional.pad(found.factors.B, (0, pad)).to(dtype)
         energy = torch.tensor([found.energy_kept, float(delta.square().sum())], dtype=torch.float64)
         return A, B, energy
+
+    def _of(self, files: ModelFiles, layer: str) -> Tensor:
+        """A layer's weight in a model's files, float64; of a stack one expert's."""
+        tensor, parameter = self.plan.weights[layer], parameter_of(layer, self.plan.parameters)
+        if parameter in (None, layer):
+            return files.read(tensor).double()
+        number = int(layer.rpartition(".")[2])
+        return files.read(tensor, number, number + 1).view(files.tensors[tensor].shape[1:]).double()
 
 
 def nearest(X: Tensor, rank: int) -> Compressed:
@@ -174,7 +184,7 @@ def _finish(plan: ExtractPlan, folder: Path, sums: Mapping[str, list[str]]) -> d
             return file.get_tensor(f"{layer}|{name}")
 
     read = {layer: part(layer, "energy").tolist() for layer in files}
-    energies: dict[str, tuple[float, float]] = {layer: (one[0], one[1]) for layer, one in read.items() if one[1] > 0}
+    parameters, energies = _changed(plan, read)
     if not energies and not plan.kept:
         raise ValueError("the tuned model is the base: none of its tensors differs")
     if not energies:
@@ -182,7 +192,8 @@ def _finish(plan: ExtractPlan, folder: Path, sums: Mapping[str, list[str]]) -> d
     squares = {layer: part(layer, "A").double().square().sum(1).square() for layer in energies}  # σ², balanced factors
 
     def kept_at(rank: int, layer: str) -> float:
-        return energies[layer][0] * float(squares[layer][:rank].sum() / squares[layer].sum())
+        whole = float(squares[layer].sum())
+        return energies[layer][0] * (float(squares[layer][:rank].sum()) / whole if whole else 1.0)
 
     least = {rank: min(kept_at(rank, layer) for layer in energies) for rank in SERVING}
     serving = next((rank for rank in SERVING if least[rank] >= 1 - _ROUNDING), SERVING[-1])
@@ -196,9 +207,9 @@ def _finish(plan: ExtractPlan, folder: Path, sums: Mapping[str, list[str]]) -> d
         shapes, lambda layer: Factors(part(layer, "A")[: shapes[layer][1]], part(layer, "B")[:, : shapes[layer][1]])
     )
     adapter = LoraAdapter(
-        factors, {}, defaults() | plan.fields | {"modules_to_save": plan.saved or None,
-                                                 "target_modules": _targets(list(energies), plan.names)},
-        padded=serving if plan.rank is None else 1,
+        factors, {}, defaults() | plan.fields | {"modules_to_save": plan.saved or None}
+        | _targets(list(energies), parameters, plan.names), plan.dtypes[next(iter(plan.shapes))],
+        parameters=parameters, padded=serving if plan.rank is None else 1,
     )  # fmt: skip
     heads = {name for name in plan.kept if is_head(name, adapter.config, factors)}
     whole = TensorsOnDemand(
@@ -222,32 +233,40 @@ def _finish(plan: ExtractPlan, folder: Path, sums: Mapping[str, list[str]]) -> d
     }
 
 
-def _targets(layers: list[str], names: list[str]) -> list[str]:
-    """The ends of names by which PEFT finds these layers and no other module, else their whole names."""
-    ends = sorted({layer.rpartition(".")[2] for layer in layers})
+def _changed(
+    plan: ExtractPlan, read: Mapping[str, list[float]]
+) -> tuple[dict[str, int], dict[str, tuple[float, float]]]:
+    """The bare parameters that changed; {layer: (share kept, ‖Δ‖²)} of layers that did, and all experts of a stack."""
+    changed = {layer for layer, (_, square) in read.items() if square > 0}
+    parameters = {name: E for name, E in plan.parameters.items() if changed & {*layers_of(name, E)}}
+    needed = changed | {*owners(parameters)}
+    return parameters, {layer: (one[0], one[1]) for layer, one in read.items() if layer in needed}
+
+
+def _targets(layers: list[str], parameters: dict[str, int], names: list[str]) -> dict[str, Any]:
+    """The fields by which PEFT finds these layers and no other module: ends of their names, else whole names."""
+    fields = targets_of(layers, parameters)
+    ends = sorted({layer.rpartition(".")[2] for layer in fields["target_modules"]})
     hit = {name for name in names if name.rpartition(".")[2] in ends}
-    return ends if hit == set(layers) else sorted(layers)
+    return fields | ({"target_modules": ends} if hit == set(fields["target_modules"]) else {})
 
 
 def _write(plan: ExtractPlan, adapter: LoraAdapter, folder: Path) -> None:
     """Write the adapter as PEFT does, a tensor at a time."""
-    rank, dtype = adapter.rank, plan.dtypes[next(iter(plan.shapes))]
+    rank, places, sizes = adapter.rank, adapter.places(), adapter.shapes
     shapes: dict[str, tuple[int, ...]] = {}
-    for layer, (o, _, n) in adapter.shapes.items():
-        shapes |= {f"{PREFIX}{layer}.lora_A.weight": (rank, n), f"{PREFIX}{layer}.lora_B.weight": (o, rank)}
-    dtypes = dict.fromkeys(shapes, dtype)
+    for place, layers in places.items():
+        o, _, n = sizes[layers[0]]
+        shapes[f"{PREFIX}{place}.lora_A.weight"] = len(layers) * rank, n
+        shapes[f"{PREFIX}{place}.lora_B.weight"] = o, len(layers) * rank
+    dtypes = dict.fromkeys(shapes, adapter.dtype)
     for name, tensor in plan.kept.items():
         shapes[f"{PREFIX}{name}"] = plan.tuned.tensors[tensor].shape
         dtypes[f"{PREFIX}{name}"] = plan.tuned.tensors[tensor].dtype
     with (folder / WEIGHTS).open("wb") as file:
         file.write(file_head(shapes, dtypes, {"format": "pt"}))
-        for layer in adapter.factors:
-            factors = adapter.factors[layer]
-            pad = rank - factors.rank
-            for half in (
-                torch.nn.functional.pad(factors.A, (0, 0, 0, pad)),
-                torch.nn.functional.pad(factors.B, (0, pad)),
-            ):
+        for layers in places.values():
+            for half in adapter.pair(layers, rank):
                 file.write(half.contiguous().view(-1).view(torch.uint8).numpy().data)
         for tensor in plan.kept.values():
             entry = plan.tuned.tensors[tensor]

@@ -11,13 +11,14 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from osrm_peft.adapters.experts import layers_of, owners, taken_for_experts
 from osrm_peft.adapters.keys import TASK_HEADS
 from osrm_peft.checkpoints.config_checks import shown
 from osrm_peft.checkpoints.model_files import ModelFiles
 from osrm_peft.checkpoints.names import PART, align
 from osrm_peft.checkpoints.plan import check_configs, check_kinds
 from osrm_peft.checkpoints.settings import vocabulary_size
-from osrm_peft.checkpoints.shapes import BASE, is_matrix
+from osrm_peft.checkpoints.shapes import BASE, expert_stacks, is_matrix, said_of
 from osrm_peft.checkpoints.skeleton import architecture, skeleton
 from osrm_peft.checkpoints.text import choose_text
 from osrm_peft.checkpoints.work import Work
@@ -47,8 +48,9 @@ class ExtractPlan(Work):
 
     Attributes:
         base, tuned: the models' files, their tensors named alike.
-        layers: {layer: its weight is (n, o)}: the linear layers, which get LoRA.
+        layers: {layer: its weight is (n, o)}: the linear layers and the matrices of `parameters`, which get LoRA.
         weights: {layer: its tensor's name in the files}.
+        parameters: {parameter: E} of stacks of experts and of matrices beside them, see `LoraAdapter`.
         kept: {parameter: tensor in the files} of what was trained and is kept whole.
         lost: {parameter: ‖Δ‖²} of what was trained and the adapter cannot hold, or is not to.
         squares: Σ ‖Δ‖² of what is kept whole.
@@ -63,6 +65,7 @@ class ExtractPlan(Work):
     tuned: ModelFiles
     layers: dict[str, bool]
     weights: dict[str, str]
+    parameters: dict[str, int]
     kept: dict[str, str]
     lost: dict[str, float]
     squares: float
@@ -145,7 +148,7 @@ def plan_extract(
     dtypes: dict[str, torch.dtype] = {}
     shards: list[tuple[str, list[str]]] = []
     for number, (layer, turned) in enumerate(found.layers.items(), 1):
-        rows, columns = files.tensors[found.weights[layer]].shape
+        rows, columns = files.tensors[found.weights[layer]].shape[-2:]
         o, n = (columns, rows) if turned else (rows, columns)
         r = min(width, o, n)
         parts: dict[str, tuple[int, ...]] = {f"{layer}|A": (r, n), f"{layer}|B": (o, r), f"{layer}|energy": (2,)}
@@ -155,8 +158,8 @@ def plan_extract(
     if not found.layers:
         raise ValueError(f"{tuned} has no linear layer in common with {base}: there is nothing that LoRA could hold")
     return ExtractPlan(
-        every[BASE], files, found.layers, found.weights, kept, lost, squares, most, _config(model, str(base)),
-        saved, [name for name, _ in model.named_modules()], shapes, dtypes, shards,
+        every[BASE], files, found.layers, found.weights, found.parameters, kept, lost, squares, most,
+        _config(model, str(base)), saved, [name for name, _ in model.named_modules()], shapes, dtypes, shards,
         {"keep": sorted(keep), "dtype": dtype, "left_out": aligned.left_out,
          "read": {name: one.identity() for name, one in every.items()}},
     )  # fmt: skip
@@ -170,7 +173,7 @@ class _Found:
         model: on the meta device.
         names: {parameter: tensor in the files}.
         ties: {input: {tied parameter: the one that it copies}}.
-        layers, weights: see `ExtractPlan`.
+        layers, weights, parameters: see `ExtractPlan`.
         rest: {parameter: its kind}; "biases" are those of linear layers.
     """
 
@@ -180,6 +183,7 @@ class _Found:
     every: Mapping[str, ModelFiles]
     layers: dict[str, bool] = field(default_factory=dict)
     weights: dict[str, str] = field(default_factory=dict)
+    parameters: dict[str, int] = field(default_factory=dict)
     rest: dict[str, str] = field(default_factory=dict)
 
     def sort_out(self) -> None:
@@ -198,6 +202,7 @@ class _Found:
         inner = f"{prefix}." if isinstance(getattr(self.model, prefix, None), nn.Module) else ""
         output = self.model.get_output_embeddings()
         base = self.every[BASE].tensors
+        stacks = self._stacks()
         for place, module in self.model.named_modules():
             head = module is output or not place.startswith(inner)
             for leaf, _ in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
@@ -209,8 +214,28 @@ class _Found:
                 if linear and leaf == "weight" and tensor in base and is_matrix(base[tensor].shape):
                     self._check_shape(tensor)
                     self.layers[place], self.weights[place] = isinstance(module, Conv1D), tensor
+                elif name in stacks:
+                    self._check_shape(tensor)
+                    self.parameters[name] = stacks[name]
+                    turned = bool(stacks[name]) and bool(getattr(module, "is_transposed", False))
+                    for layer in layers_of(name, stacks[name]):
+                        self.layers[layer], self.weights[layer] = turned, tensor
                 else:
                     self.rest[name] = "heads" if head else "biases" if place in self.layers else _kind(module)
+        for layer in taken_for_experts(self.model, [one for one in self.layers if one not in owners(self.parameters)]):
+            weight = f"{layer}.weight"
+            self.parameters[weight] = 0
+            self.layers[weight], self.weights[weight] = self.layers.pop(layer), self.weights.pop(layer)
+
+    def _stacks(self) -> dict[str, int]:
+        """{parameter: E} of stacks of experts, and 0 of matrices beside them in their modules."""
+        files, base = self.every[TUNED], self.every[BASE].tensors
+        shapes = {name: files.tensors[tensor].shape for name, tensor in self.names.items() if tensor in base}
+        said = said_of({name: name for name in shapes}, self.model)
+        found: dict[str, int] = {name: shapes[name][0] for name in expert_stacks(files.config, shapes, said)}
+        modules = {name.rpartition(".")[0] for name in found}
+        beside = [name for name in shapes if name.rpartition(".")[0] in modules and is_matrix(shapes[name])]
+        return found | dict.fromkeys(beside, 0)
 
     def _refused(self, place: str) -> bool:
         """Whether PEFT refuses LoRA on a linear layer: fused kernels of Mamba read its weight past the layer."""

@@ -47,8 +47,8 @@ def merge_checkpoints(
 ) -> Path:
     """Merge full checkpoints into one that `from_pretrained` loads, without holding one of them in memory.
 
-    Element-wise methods see some rows of a tensor at a time; LoRE, TSV-M and Iso-C see a whole matrix (`device` is for
-    these) and average what is no matrix (norms, biases, stacks of experts), W₀ + λ mean τ_t, LoRE mean θ_t: the
+    Element-wise methods see some rows of a tensor at a time; LoRE, TSV-M and Iso-C see a matrix, of a stack an expert's
+    (`device` is for these), and average what is none (norms, biases, convolutions), W₀ + λ mean τ_t, LoRE mean θ_t: the
     manifest names it. Names are those that transformers loads. Computed in float32. EMR writes one for each input.
 
     Args:

@@ -13,7 +13,16 @@ from osrm_peft.checkpoints.config_checks import TOKEN_IDS, shown
 from osrm_peft.checkpoints.model_files import ModelFiles
 from osrm_peft.checkpoints.names import Names, align
 from osrm_peft.checkpoints.settings import vocabulary_size, with_ids, with_rows
-from osrm_peft.checkpoints.shapes import BASE, OUTPUT_DTYPES, is_matrix, result_dtypes, result_shapes
+from osrm_peft.checkpoints.shapes import (
+    BASE,
+    OUTPUT_DTYPES,
+    expert_stacks,
+    is_matrix,
+    result_dtypes,
+    result_shapes,
+    said_of,
+)
+from osrm_peft.checkpoints.skeleton import architecture, skeleton
 from osrm_peft.checkpoints.text import Text, choose_text
 from osrm_peft.checkpoints.work import STATE, Work, shards_of
 from osrm_peft.checks import choice, integer, number, size_in_bytes
@@ -57,6 +66,7 @@ class CheckpointPlan(Work):
         text: the choice of tokenizer and generation settings.
         settings: further fields of the manifest.
         device: where blocks are merged.
+        stacks: the tensors that are merged an expert at a time, see `shapes.expert_stacks`.
     """
 
     models: dict[str, ModelFiles]
@@ -74,6 +84,7 @@ class CheckpointPlan(Work):
     text: Text
     settings: dict[str, Any] = field(default_factory=dict)
     device: torch.device = CPU
+    stacks: frozenset[str] = frozenset()
 
     @property
     def inputs(self) -> dict[str, ModelFiles]:
@@ -92,9 +103,11 @@ class CheckpointPlan(Work):
 
     @property
     def averaged(self) -> list[str]:
-        """The tensors that a spectral method averages: those that are no matrices."""
-        floats = (name for name in self.shapes if self.dtypes[name].is_floating_point)
-        return [name for name in floats if not is_matrix(self.shapes[name])] if self.method.spectral else []
+        """The tensors that a spectral method averages: those that are neither matrices nor stacks of experts."""
+        if not self.method.spectral:
+            return []
+        floats = (name for name in self.shapes if self.dtypes[name].is_floating_point and name not in self.stacks)
+        return [name for name in floats if not is_matrix(self.shapes[name])]
 
     def manifest(self) -> dict[str, Any]:
         """The manifest of the result's folder."""
@@ -167,13 +180,28 @@ def plan_checkpoints(
         result_dtypes(every, shapes, dtype, aligned), own, [], config, text,
         {"weights": {name: dict(one) for name, one in named.items()}, "heads": list(heads), "vocab": vocab,
          "dtype": dtype, "shard_size": shard_size, "read": {n: one.identity() for n, one in every.items()},
-         "left_out": aligned.left_out}, place,
+         "left_out": aligned.left_out}, place, _stacks(chosen, options, opened[names[0]], shapes, aligned),
     )  # fmt: skip
     _warn(plan, aligned)
     for weight in plan.weights.values():
         chosen.check_weights(weight)
     plan.shards.extend(shards_of(plan, shard_size))
     return plan
+
+
+def _stacks(
+    method: Method,
+    options: Mapping[str, Any],
+    files: ModelFiles,
+    shapes: Mapping[str, tuple[int, ...]],
+    aligned: Names,
+) -> frozenset[str]:
+    """The stacks of experts, for a method that sees whole tensors."""
+    if not (method.spectral or method.whole_tensor(options)):
+        return frozenset()
+    model = skeleton(files.folder / "config.json", files.config, architecture(files.config), len(files.tensors))
+    names = {name: aligned.canonical.get(name, name) for name in shapes}
+    return expert_stacks(files.config, shapes, said_of(names, model))
 
 
 def check_kinds(every: Mapping[str, ModelFiles]) -> None:

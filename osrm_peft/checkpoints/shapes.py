@@ -1,10 +1,11 @@
 """Shapes and dtypes of a merge's result; tensors that each model keeps; refusals of inputs that are not alike."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
+from torch import nn
 
 from osrm_peft.checkpoints.model_files import ModelFiles
 from osrm_peft.checkpoints.names import PART, Names
@@ -18,6 +19,48 @@ OUTPUT_DTYPES = get_args(OutputDtype)
 def is_matrix(shape: Sequence[int]) -> bool:
     """Whether a tensor has singular values of its own."""
     return len(shape) == 2 and min(shape) > 1
+
+
+def expert_stacks(
+    config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], said: Mapping[str, str]
+) -> frozenset[str]:
+    """The tensors that are stacks of experts, (E, o, n): each of their E matrices has singular values of its own.
+
+    A tensor of three axes is one if its first axis is a number of experts in config.json, and its name or the class of
+    the module that has it says `expert`. A convolution's kernel is none.
+
+    Args:
+        said: {tensor: transformers' name of it and the class of its module}, where they are known.
+    """
+    counts = set(_numbers_of_experts(config))
+    return frozenset(
+        name
+        for name, shape in shapes.items()
+        if len(shape) == 3
+        and shape[0] in counts
+        and is_matrix(shape[1:])
+        and "expert" in f"{name} {said.get(name, '')}".lower()
+    )
+
+
+def said_of(names: Mapping[str, str], model: nn.Module | None) -> dict[str, str]:
+    """{tensor: transformers' name of it and the class of its module}.
+
+    Args:
+        names: {tensor: its name in the model, with what it is a part of}.
+        model: on the meta device; None: of an unknown class.
+    """
+    classes = {} if model is None else {name: type(one).__name__ for name, one in model.named_modules()}
+    whole = {tensor: name.partition(PART)[0] for tensor, name in names.items()}
+    return {tensor: f"{name} {classes.get(name.rpartition('.')[0], '')}" for tensor, name in whole.items()}
+
+
+def _numbers_of_experts(config: Mapping[str, Any]) -> Iterator[int]:
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            yield from _numbers_of_experts(value)
+        elif "expert" in key and isinstance(value, int):
+            yield value
 
 
 def result_shapes(

@@ -10,6 +10,8 @@ from rich.filesize import decimal
 from rich.markup import escape
 from rich.table import Table
 
+from osrm_peft.adapters.experts import parameter_of
+from osrm_peft.adapters.factors import Factors
 from osrm_peft.adapters.keys import shape_of_name
 from osrm_peft.adapters.lora_adapter import LoraAdapter, shape_in
 from osrm_peft.checkpoints.baking import BakePlan
@@ -288,24 +290,35 @@ def _weight(value: object) -> str:
 
 
 def _groups(adapters: Mapping[str, LoraAdapter]) -> dict[tuple[str, tuple[int, int], str], list[str]]:
-    """{(last part of the name, shape, kind): layer names}."""
+    """{(last part of the name, shape, kind): layer names}; of bare parameters the name is the parameter's."""
     groups: dict[tuple[str, tuple[int, int], str], list[str]] = {}
     known = {name: (adapter, shape) for adapter in adapters.values() for name, shape in adapter.shapes.items()}
     for name in sorted(known):
         adapter, (o, _, n) = known[name]
-        kind = _KINDS.get(adapter.layouts.get(name), "convolution")
-        groups.setdefault((name.rpartition(".")[2], (o, n), kind), []).append(name)
+        kind, last = _KINDS.get(adapter.layouts.get(name), "convolution"), name.rpartition(".")[2]
+        parameter = parameter_of(name, adapter.parameters)
+        if parameter == name:
+            kind, last = "parameter", ".".join(name.split(".")[-2:])
+        elif parameter is not None:
+            kind, last = "expert", parameter.rpartition(".")[2]
+        groups.setdefault((last, (o, n), kind), []).append(name)
     return groups
 
 
 def _of_layers(adapter: LoraAdapter, names: list[str]) -> dict[str, Any] | None:
     """Ranks, scales and norm of one adapter over like layers; None if it has none of them."""
-    present = [adapter.factors[name] for name in names if name in adapter.shapes]
-    if not present:
+    shapes = adapter.shapes
+    found = [_of_layer(adapter.factors[name]) for name in names if name in shapes]
+    if not found:
         return None
-    squares = [f.s**2 * float(((f.B.mT @ f.B) * (f.A @ f.A.mT)).sum()) for f in present]  # ‖s·B·A‖_F²
-    ranks, scales = sorted({f.rank for f in present}), sorted({f.s for f in present})
-    return {"number": len(present), "ranks": ranks, "scales": scales, "norm": sum(squares) ** 0.5}
+    ranks, scales, squares = zip(*found, strict=True)
+    norm = sum(squares) ** 0.5
+    return {"number": len(found), "ranks": sorted({*ranks}), "scales": sorted({*scales}), "norm": norm}
+
+
+def _of_layer(f: Factors) -> tuple[int, float, float]:
+    """r, s and ‖s·B·A‖_F² of a layer, whose factors are not kept."""
+    return f.rank, f.s, f.s**2 * float(((f.B.mT @ f.B) * (f.A @ f.A.mT)).sum())
 
 
 def _cell(one: Mapping[str, Any] | None, number: int) -> str:

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from osrm_peft.adapters.experts import targets_of
 from osrm_peft.adapters.factors import TensorsOnDemand
-from osrm_peft.adapters.keys import outermost
 from osrm_peft.adapters.live import weights_in, write, written
 from osrm_peft.adapters.lora_adapter import HEADS, LoraAdapter, load_head, save_head
 from osrm_peft.checks import number
@@ -113,7 +113,7 @@ class EMRAdapter(Pushable):
         """This task as an ordinary LoRA adapter with its head: of full rank, or the best of this rank."""
         factors = {name: compress_matrix(delta, rank).factors for name, delta in self.deltas(task).items()}
         whole = (name for other in self.tasks.values() for name in (*other.heads, *other.modules))
-        return replace(self.tasks[task], factors=factors, source="merge", sha256=None).apart(whole)
+        return replace(self.tasks[task].with_factors(factors), source="merge", sha256=None).apart(whole)
 
     def save_pretrained(self, folder: str | Path, *, overwrite: bool = False) -> None:
         """Write shared vector, packed masks and scales (`emr.safetensors`), heads and manifest, all or nothing.
@@ -124,7 +124,8 @@ class EMRAdapter(Pushable):
         tensors = {"scales": torch.tensor(list(self.scales.values()), dtype=torch.float64)}
         for name, layer in self.layers.items():
             tensors |= {f"{name}.unified": layer.unified.contiguous(), f"{name}.masks": layer.masks.contiguous()}
-        notes = {"tasks": list(self.tasks), "layouts": next(iter(self.tasks.values())).layouts}
+        one = next(iter(self.tasks.values()))
+        notes = {"tasks": list(self.tasks), "layouts": one.layouts, "parameters": one.parameters}
         with new_folder(folder, "emr", self.manifest, overwrite) as partial:
             save_file(tensors, partial / MASKS, {"format": "pt", "osrm_peft": json.dumps(notes)})
             for name, adapter in self.tasks.items():
@@ -150,6 +151,7 @@ class EMRAdapter(Pushable):
             with safe_open(folder / MASKS, framework="pt") as file:
                 notes = parse_json((file.metadata() or {})["osrm_peft"])
             names, layouts = notes["tasks"], {name: tuple(kernel) for name, kernel in notes["layouts"].items()}
+            parameters = {name: int(experts) for name, experts in notes.get("parameters", {}).items()}
             tensors = load_file(folder / MASKS)
             scales = dict(zip(names, tensors.pop("scales").tolist(), strict=True))
             layers = {
@@ -161,8 +163,8 @@ class EMRAdapter(Pushable):
                     raise ValueError(f"{name}: masks {tuple(layer.masks.shape)} of {tuple(layer.unified.shape)}")
             tasks, dtype = {}, next(iter(layers.values())).unified.dtype
             for name in check_names(dict.fromkeys(names)):  # none of them leads out of the folder
-                config = {"base_model_name_or_path": manifest.get("base_model"), "target_modules": outermost(layers)}
-                bare = LoraAdapter({}, {}, config, dtype, source=str(folder), layouts=layouts)
+                config = {"base_model_name_or_path": manifest.get("base_model"), **targets_of(layers, parameters)}
+                bare = LoraAdapter({}, {}, config, dtype, source=str(folder), layouts=layouts, parameters=parameters)
                 bare.label_names = label_names_in(manifest, name)
                 tasks[name] = load_head(bare, folder / HEADS / f"{name}.safetensors", layers)
             return cls(layers, scales, float(manifest["scale"]), tasks, manifest)

@@ -1,7 +1,8 @@
 """The adapters of a merge, read, aligned and checked before any work."""
 
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -9,16 +10,20 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
+from osrm_peft.adapters.config import TARGETS
+from osrm_peft.adapters.experts import nested, targets_of
 from osrm_peft.adapters.factors import Factors
-from osrm_peft.adapters.keys import outermost
+from osrm_peft.adapters.layouts import model_of
 from osrm_peft.adapters.load import load_adapter
-from osrm_peft.adapters.lora_adapter import TARGETS, LoraAdapter
+from osrm_peft.adapters.lora_adapter import LoraAdapter
 from osrm_peft.checks import choice, task_names
 from osrm_peft.merging.alignment import align
 from osrm_peft.models.identity import Base, common_base
 from osrm_peft.models.layers import unwrapped
 
 Adapters = Mapping[str, str | Path | PeftModel | LoraAdapter]
+
+_ONE_BY_ONE = re.compile(r"(^|\.)experts\.\d+\.")  # experts that are layers of their own
 
 HeadPolicy = Literal["per_task", "error"]
 
@@ -33,6 +38,7 @@ class Inputs:
         shapes: {layer: (o, n)} of all layers that any adapter has, sorted by name.
         prefixes: {task: what was put before its layers' names}, of adapters of the bare model.
         renamed: whether an adapter's layers have other names here than in its own file.
+        parameters: {bare parameter: E}, of all adapters, see `LoraAdapter`.
     """
 
     adapters: dict[str, LoraAdapter]
@@ -40,6 +46,7 @@ class Inputs:
     shapes: dict[str, tuple[int, int]]
     prefixes: dict[str, str]
     renamed: bool = False
+    parameters: dict[str, int] = field(default_factory=dict)
 
     def factors(self, layer: str) -> list[Factors | None]:
         """One layer of each adapter, read now; None where it has none."""
@@ -63,15 +70,18 @@ class Inputs:
         targets = [[adapter.config.get(key) for key in TARGETS] for adapter in self.adapters.values()]
         config: dict[str, Any] = {"base_model_name_or_path": self.base}
         if self.renamed or any(target != targets[0] for target in targets):
-            config |= dict.fromkeys(TARGETS) | {"target_modules": outermost(self.shapes)}
+            config |= dict.fromkeys(TARGETS) | targets_of(self.shapes, self.parameters)
         classes = [one.config.get("auto_mapping") for task, one in self.adapters.items() if not self.prefixes[task]]
         known = [one for one in classes if one]
         config["auto_mapping"] = known[0] if known and all(one == known[0] for one in known) else None
         layouts = {name: layout for adapter in self.adapters.values() for name, layout in adapter.layouts.items()}
         return {
-            name: replace(adapter, factors={}, config=adapter.config | config, layouts=layouts, modules={}, copies={})
+            name: replace(
+                adapter, factors={}, config=adapter.config | config, layouts=layouts, parameters=self.parameters,
+                modules={}, copies={},
+            )
             for name, adapter in self.adapters.items()
-        }
+        }  # fmt: skip
 
 
 def check_names(adapters: Any) -> list[str]:
@@ -108,7 +118,12 @@ def gather(adapters: Adapters, *, base_model: str | None, heads: str) -> Inputs:
     loaded, prefixes = align(loaded, base)
     shapes = _common_shapes(loaded)
     renamed = any(set(adapter.shapes) != original[task] for task, adapter in loaded.items())
-    return Inputs(loaded, base, dict(sorted(shapes.items())), prefixes, renamed)
+    _check_experts(loaded)
+    first = next(iter(loaded.values()))
+    parameters = nested(
+        [adapter.parameters for adapter in loaded.values()], shapes, lambda: model_of(first.config, base)
+    )
+    return Inputs(loaded, base, dict(sorted(shapes.items())), prefixes, renamed, parameters)
 
 
 def _load(task: str, adapter: str | Path | PeftModel | LoraAdapter) -> LoraAdapter:
@@ -139,6 +154,30 @@ def _common_shapes(adapters: Mapping[str, LoraAdapter]) -> dict[str, tuple[int, 
                     "different base models and cannot be merged"
                 )
     return shapes
+
+
+def _check_experts(adapters: Mapping[str, LoraAdapter]) -> None:
+    """Refuse stacks of other numbers of experts, and one parameter that is adapted as a layer, too."""
+    known: dict[str, tuple[str, int]] = {}
+    for task, adapter in adapters.items():
+        for name, experts in adapter.parameters.items():
+            other, number = known.setdefault(name, (task, experts))
+            if number != experts:
+                raise ValueError(
+                    f"{name!r} is of {experts or 1} experts in {task!r} and of {number or 1} in {other!r}: they are of "
+                    "different base models and cannot be merged"
+                )
+    modules = {name.split(".")[-2]: name for name, (_, experts) in known.items() if not experts and "." in name}
+    stacks = [name for name, (_, experts) in known.items() if experts]
+    for task, adapter in adapters.items():
+        for layer in adapter.shapes if known and not adapter.parameters else ():
+            one = stacks[0] if stacks and _ONE_BY_ONE.search(layer) else modules.get(layer.rpartition(".")[2])
+            if one is not None:
+                raise ValueError(
+                    f"{task!r} adapts {layer!r} as a layer, {known[one][0]!r} {one!r} as a parameter: an "
+                    f"older version of transformers wrote it. Load {task!r} with PEFT on its base model and save it "
+                    "again, PeftModel.from_pretrained(model, folder).save_pretrained(folder): PEFT converts it"
+                )
 
 
 def _kind(shape: tuple[int, int], layout: tuple[int, ...] | None) -> str:

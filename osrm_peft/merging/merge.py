@@ -11,6 +11,7 @@ from scipy.sparse.linalg import ArpackError
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from osrm_peft.adapters.experts import owners
 from osrm_peft.adapters.factors import Factors
 from osrm_peft.devices import computing, in_threads
 from osrm_peft.distributed import ALONE, Processes
@@ -147,7 +148,8 @@ def _execute(plan: MergePlan, processes: Processes, progress: bool) -> MergedAda
         for task, one in plan.inputs.templates().items()
     }
     whole = {name.rpartition(".")[0] for name in trained.shared}  # one task's: LoRA of others on it has no place
-    layers = {name: layer for name, layer in layers.items() if name not in whole}
+    bare = owners(plan.inputs.parameters)
+    layers = {name: layer for name, layer in layers.items() if bare.get(name, name) not in whole}
     return MergedAdapter(
         layers, plan.scale, plan.rank, own, plan.dtype, manifest, plan.padded, trained.shared, trained.copies,
         plan.device,

@@ -150,8 +150,7 @@ class MergedAdapter(Pushable):
         modules = {**self.modules, **own.get("modules", {})}
         copies = {name: one for name, one in {**self.copies, **own.get("copies", {})}.items() if name not in modules}
         return replace(
-            one,
-            factors={name: layer.factors for name, layer in found.items()},
+            one.with_factors({name: layer.factors for name, layer in found.items()}),
             heads=own.get("heads", {}),
             modules=modules,
             copies=copies,

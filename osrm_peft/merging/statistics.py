@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from osrm_peft.adapters.experts import check_measured
 from osrm_peft.adapters.lora_adapter import LoraAdapter
 from osrm_peft.features.fisher import DiagonalFisher
 from osrm_peft.features.fit import Statistic, check_layers, check_one_base, check_pretrained
@@ -63,6 +64,11 @@ def statistics_of(
         if statistic.task != task:
             logger.warning("%s of %r were collected as those of %r", argument, task, statistic.task)
         loaded[task] = _renamed(statistic, inputs, task)
+        check_measured(
+            inputs.parameters, loaded[task].layers, f"{reason} needs {argument} of every layer, and those of {task!r}",
+            "task_arithmetic, ties, tsv, lore and others merge these without, and interference without features "
+            "compares A and B",
+        )  # fmt: skip
         check_layers(loaded[task], inputs.shapes, "merged layers", "the adapter")
     if argument == "features":
         check_one_base(list(loaded.values()))

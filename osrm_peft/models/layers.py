@@ -1,10 +1,12 @@
 """Which layers an adapter targets, by their names in the base model."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import Tensor, nn
@@ -95,6 +97,12 @@ def linear_layer(name: str, module: nn.Module) -> nn.Linear | Conv1D:
     Raises:
         ValueError: the module is another kind of layer; names it.
     """
+    if isinstance(module, ParamWrapper):
+        raise ValueError(
+            f"layer {name!r} has LoRA on its parameter {module.parameter_name!r}; OSRM features are of linear layers, "
+            "not of bare parameters (experts, which PEFT adapts for target_modules='all-linear' and their old names, "
+            "too): name linear layers in target_modules, such as those of the attention"
+        )
     layer = base_layer(module)
     if not isinstance(layer, (nn.Linear, Conv1D)):
         raise ValueError(
@@ -119,6 +127,32 @@ def weight_shape(module: nn.Module) -> tuple[int, int] | None:
     if isinstance(module, nn.modules.conv._ConvNd):
         return len(module.weight), module.weight[0].numel()
     return None
+
+
+def experts_in(model: nn.Module, parameter: str) -> tuple[int, int, int] | None:
+    """(E, o, n) of a bare parameter, a stack of E matrices as PEFT's LoRA sees it; E = 0 of a single matrix.
+
+    None if the model has no such parameter, or a vector.
+    """
+    owner, _, leaf = parameter.rpartition(".")
+    module = model.get_submodule(owner)
+    shape = tuple(getattr(module, leaf, torch.empty(0)).shape)
+    if len(shape) == 2:
+        return 0, shape[0], shape[1]
+    if len(shape) != 3:
+        return None
+    o, n = shape[:0:-1] if _turned(module) else shape[1:]
+    return (0 if shape[0] == 1 else shape[0]), o, n
+
+
+def as_experts(module: nn.Module, deltas: Sequence[Tensor]) -> Tensor:
+    """(E, o, n) or (E, n, o), the task vectors (o, n) of a stack in the shape of the module's parameter."""
+    return torch.stack([delta.mT if _turned(module) else delta for delta in deltas])
+
+
+def _turned(module: nn.Module) -> bool:
+    """Whether a module of experts says that its stacks are (E, n, o), as gpt-oss' are."""
+    return bool(getattr(module, "is_transposed", False))
 
 
 def as_weight(module: nn.Module, delta: Tensor) -> Tensor:

@@ -83,6 +83,12 @@ class OSRMLoraConfig(LoraConfig):
                     f"{name}={getattr(self, name)!r}: OSRM makes adapters to be merged, and no merge takes such a one "
                     f"(it is not plain LoRA): leave {name} out, or use peft.LoraConfig"
                 )
+        if self.target_parameters:
+            raise ValueError(
+                f"target_parameters={self.target_parameters!r}: OSRM chooses A from the inputs of linear layers, and "
+                "bare parameters (experts) have none of their own: leave target_parameters out, or train with "
+                "peft.LoraConfig, whose experts can be merged, too"
+            )
         choice("statistic", self.statistic, STATISTICS)
         choice("null_space", self.null_space, get_args(NullSpace))
         choice("objective", self.objective, get_args(Objective))

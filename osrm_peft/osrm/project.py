@@ -11,6 +11,7 @@ from peft import PeftModel
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from osrm_peft.adapters.experts import check_measured
 from osrm_peft.adapters.factors import Factors
 from osrm_peft.adapters.load import load_adapter
 from osrm_peft.adapters.lora_adapter import LoraAdapter
@@ -212,6 +213,8 @@ def _check_fit(adapter: LoraAdapter, features: Sequence[TaskFeatures], base_mode
                 f"{adapter.base_model}: collect them on that model; if it is the same, say so with base_model=NAME"
             )
         check_pretrained(one)
+        whose = f"the features of task {one.task!r}"
+        check_measured(adapter.parameters, one.layers, whose, "OSRM projects adapters of linear layers alone")
         check_layers(one, widths, f"layers of {adapter.source}", "the adapter")
     check_one_base(features)
 

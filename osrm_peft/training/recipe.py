@@ -166,14 +166,14 @@ class Recipe:
             number("training in the recipe: learning_rate", shared["learning_rate"], 0, open_low=True)
         with named("lora and osrm in the recipe"):
             LoraConfig(**lora)
-            OSRMLoraConfig(**(lora | (self.osrm or {})))
+            _check_mergeable(lora, self.osrm)
         if self.inits is not None and (self.osrm is not None or not self.inits):
             raise ValueError("inits in the recipe stand in the place of osrm: name at least one, and leave osrm out")
         for label, osrm in (self.inits or {}).items():
             with named(f"inits in the recipe: {label}"):
                 kind("its fields", osrm, dict | None)
                 check_fields(str(label), osrm or {}, OSRMLoraConfig, ("lora_alpha", "init_lora_weights"))
-                OSRMLoraConfig(**(lora | (osrm or {})))
+                _check_mergeable(lora, osrm)
 
     @property
     def lora_fields(self) -> dict[str, Any]:
@@ -414,3 +414,9 @@ _KINDS = {
     "select": dict,
     "push": dict | None,
 }
+
+
+def _check_mergeable(lora: dict[str, Any], osrm: dict[str, Any] | None) -> None:
+    """Raise ValueError if the adapter could not be merged; plain LoRA, without `osrm`, may be on bare parameters."""
+    bare = () if osrm is not None else ("target_parameters",)
+    OSRMLoraConfig(**({name: value for name, value in lora.items() if name not in bare} | (osrm or {})))

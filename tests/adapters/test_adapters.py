@@ -166,7 +166,6 @@ def edit_config(folder, **fields):
     ("fields", "message"),
     [
         ({"peft_type": "IA3"}, "is a IA3 adapter: only LoRA adapters"),
-        ({"target_parameters": ["experts.weight"]}, "LoRA on bare parameters"),
         ({"trainable_token_indices": [3]}, "trained token embeddings"),
         ({"alora_invocation_tokens": [3]}, "no single task vector"),
         (

@@ -11,7 +11,7 @@ import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from osrm_peft import bake_adapter, merge_adapters
+from osrm_peft import bake_adapter, load_adapter, merge_adapters
 from osrm_peft.checkpoints import bake
 from osrm_peft.checkpoints import resumable as engine
 from osrm_peft.checkpoints.model_files import ModelFiles
@@ -19,7 +19,7 @@ from osrm_peft.io.manifest import read_manifest
 from tests.helpers.checkpoints import hashes, same, tensors_of
 from tests.helpers.checkpoints import write as write_checkpoint
 from tests.zoo.adapters import adapted, stock, write
-from tests.zoo.models import ZOO, noisy, outputs
+from tests.zoo.models import MOE, ZOO, noisy, outputs
 from tests.zoo.test_adapters import EVERY, made, of
 
 PEFT_ALONE = {  # what is not s·B·A, which PEFT's own layers merge
@@ -354,6 +354,23 @@ def test_experts_one_by_one_are_refused_with_the_way_out(tmp_path):
     expected = outputs(stock("mixtral", tmp_path / "adapter"))
     torch.testing.assert_close(outputs(loaded("mixtral", bake_adapter(whole, tmp_path / "adapter", tmp_path / "out"))),
                                expected)  # fmt: skip
+
+
+@torch.no_grad()
+def test_a_merge_of_experts_with_heads_is_baked_a_task_at_a_time(tmp_path, monkeypatch):
+    monkeypatch.setitem(ZOO, "classifier", ("MixtralForSequenceClassification", MOE | {"num_labels": 3}))
+    kind = of("classifier", target_modules=["q_proj"], target_parameters=["mlp.experts.down_proj"])
+    folders = {task: tmp_path / task for task in "ab"}
+    for seed, folder in enumerate(folders.values()):
+        made(kind, folder, seed)
+    merged = merge_adapters(folders, "average")
+    merged.save_pretrained(tmp_path / "merged")
+    base = base_of("classifier", tmp_path / "base", save_original_format=False)
+    with pytest.raises(ValueError, match=r"is a merge of a, b .*load_adapter\(.*, task='a'\).save_pretrained\(FOLDER"):
+        bake_adapter(base, tmp_path / "merged", tmp_path / "out")
+    load_adapter(tmp_path / "merged", task="b").save_pretrained(tmp_path / "one")
+    out = bake_adapter(base, tmp_path / "one", tmp_path / "out")
+    torch.testing.assert_close(outputs(loaded("classifier", out)), outputs(merged.load(noisy("classifier", 0), "b")))
 
 
 # 4-bit bases

@@ -18,7 +18,7 @@ from osrm_peft.io.manifest import read_manifest
 from osrm_peft.merging.methods.svt import leading
 from tests.helpers.checkpoints import edit, hashes, same, tensors_of
 from tests.zoo.adapters import adapted, write
-from tests.zoo.models import ZOO, noisy, outputs
+from tests.zoo.models import MOE, ZOO, noisy, outputs
 
 FUSED = {"save_original_format": False}
 
@@ -76,6 +76,47 @@ def test_at_full_rank_stock_peft_computes_what_the_tuned_model_does(name, tmp_pa
     close(outputs(stock(name, tmp_path / "out")), expected)
     assert not found.lost and found.energy == pytest.approx(1)
     assert set(found.energy_kept) == set(load_adapter(tmp_path / "out").factors)
+
+
+@torch.no_grad()
+def test_each_expert_of_a_stack_is_a_layer_and_matrices_beside_it_are_too(tmp_path):
+    expected = outputs(tuned("gpt_oss", tmp_path / "tuned", lambda module, leaf: leaf != "sinks"))
+    found = extract_adapter(base_of("gpt_oss", tmp_path / "base"), tmp_path / "tuned", tmp_path / "out", rank=64)
+    close(outputs(stock("gpt_oss", tmp_path / "out")), expected)
+    assert not found.lost and {"experts" in name for name in found.kept} == {False}
+    experts = "model.layers.0.mlp.experts"
+    assert {f"{experts}.down_proj.1", f"{experts}.gate_up_proj.0", f"{experts}.down_proj_bias"} <= set(
+        found.energy_kept
+    )
+
+
+@torch.no_grad()
+def test_a_dense_layer_of_a_mixture_which_peft_takes_for_experts_is_a_parameter(tmp_path, monkeypatch):
+    monkeypatch.setitem(ZOO, "dense", ("Qwen3MoeForCausalLM", MOE | {"head_dim": 8, "mlp_only_layers": [0]}))
+    expected = outputs(tuned("dense", tmp_path / "tuned"))
+    found = extract_adapter(base_of("dense", tmp_path / "base"), tmp_path / "tuned", tmp_path / "out", rank=64)
+    close(outputs(stock("dense", tmp_path / "out")), expected)
+    assert "model.layers.0.mlp.down_proj.weight" in found.energy_kept and not found.lost
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
+def test_an_expert_keeps_its_own_largest_singular_values_and_one_that_did_not_change_none(name, tmp_path):
+    model, generator = noisy(name, 0), torch.Generator().manual_seed(3)
+    stack = model.model.layers[0].mlp.experts.down_proj
+    delta = 0.05 * torch.randn(stack[1].shape, generator=generator)
+    stack[1] += delta
+    model.save_pretrained(tmp_path / "tuned", **FUSED)
+    found = extract_adapter(base_of(name, tmp_path / "base"), tmp_path / "tuned", tmp_path / "out", rank=2)
+    adapter, layer = load_adapter(tmp_path / "out"), "model.layers.0.mlp.experts.down_proj"
+    assert set(adapter.factors) == set(found.energy_kept) == {f"{layer}.0", f"{layer}.1"}
+    U, S, Vh = torch.linalg.svd(delta.double(), full_matrices=False)
+    nearest = U[:, :2] * S[:2] @ Vh[:2]
+    close(adapter.factors[f"{layer}.1"].delta().double(), nearest.mT if name == "gpt_oss" else nearest)
+    assert not adapter.factors[f"{layer}.0"].delta().any() and found.energy_kept[f"{layer}.0"] == 1
+    assert found.energy == pytest.approx(float(S[:2].square().sum() / S.square().sum()), rel=1e-4)
+    merged = merge_adapters({"a": tmp_path / "out", "b": tmp_path / "out"}, "average")
+    close(outputs(merged.load(noisy(name, 0))), outputs(stock(name, tmp_path / "out")))
 
 
 @torch.no_grad()

@@ -171,6 +171,16 @@ def test_trained_biases_are_saved_too(tmp_path):
     assert "base_model.model.bert.encoder.layer.0.attention.output.LayerNorm.bias" in found
 
 
+def test_plain_lora_may_be_on_experts_and_osrm_may_not(tmp_path):
+    lora = {"target_modules": ["q_proj"], "target_parameters": ["experts.down_proj"]}
+    config = Recipe.from_yaml(write(tmp_path, lora=lora)).lora_config("tweets")
+    assert config.target_parameters == ["experts.down_proj"]
+    with pytest.raises(ValueError, match=r"OSRM chooses A from the inputs of linear layers.*leave target_parameters"):
+        Recipe.from_yaml(write(tmp_path, lora=lora, osrm={}))
+    with pytest.raises(ValueError, match=r"inits in the recipe: ours: target_parameters.*OSRM chooses A"):
+        Recipe.from_yaml(write(tmp_path, lora=lora, inits={"plain": None, "ours": {}}))
+
+
 def test_tasks_of_one_seed_share_neither_a_nor_head(tmp_path):
     recipe = Recipe.from_yaml(
         write(tmp_path, tasks=["tweets", "editorials"], training={"max_steps": 1, "learning_rate": 1e-9})

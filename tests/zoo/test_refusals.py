@@ -23,8 +23,6 @@ BAKED = {
     "bias_all": ("bert_mlm", {"bias": "all", "target_modules": ["query"]}, r"trained biases \(bias='all'\)"),
     "bias_only": ("gpt2", {"bias": "lora_only", "target_modules": ["c_attn"]}, r"trained biases \(bias='lora_only'\)"),
     "tokens": ("llama", {"trainable_token_indices": [1, 5]} | QV, r"trainable_token_indices=\[1, 5\]"),
-    "experts": ("mixtral", {"target_parameters": ["gate_up_proj"]} | QV, r"target_parameters=\['gate_up_proj'\]"),
-    "experts_gpt_oss": ("gpt_oss", {"target_parameters": ["down_proj"]} | QV, r"LoRA on bare parameters"),
 }  # fmt: skip
 
 
