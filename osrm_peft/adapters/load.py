@@ -30,7 +30,7 @@ from osrm_peft.adapters.layouts import model_of
 from osrm_peft.adapters.lora_adapter import HEADS, WEIGHTS, LoraAdapter, load_head
 from osrm_peft.hub.sources import local_folder, pinned
 from osrm_peft.io.manifest import MANIFEST, label_names_in, read_manifest
-from osrm_peft.io.tensors import DTYPES, Header, tensor_headers, tensor_reader
+from osrm_peft.io.tensors import DTYPES, Header, all_finite, tensor_headers, tensor_reader
 from osrm_peft.models.layers import all_lora_layers, base_of, check_unmerged, unwrapped
 
 
@@ -180,7 +180,7 @@ def _parse(
     for name, key in {**saved, **copies}.items():
         if headers[key][1] not in DTYPES.values() and headers[key][1] not in DTYPES:  # whole numbers: of buffers
             raise ValueError(f"{source} has {headers[key][1]} entries in {name!r}: floating-point ones can be merged")
-        if not read(key).isfinite().all():
+        if not all_finite(read(key)):
             what = "its head" if name in saved and is_head(name, config, halves) else "its module"
             raise ValueError(f"{source} has NaN or Inf in {what} {name!r}: the training run diverged; train it again")
     if config.get("ensure_weight_tying"):  # PEFT then adapts or saves a layer besides those that its config names
@@ -214,7 +214,7 @@ def _check_factors(
                     f"{source} has {headers[key][1]} factors of rank {rank} in layer {name!r}: "
                     "adapters hold float16, bfloat16 or float32 factors of rank 1 or more"
                 )
-            if not read(key).isfinite().all():
+            if not all_finite(read(key)):
                 raise ValueError(
                     f"{source} has NaN or Inf in layer {name!r}: the training run diverged; train it again"
                 )

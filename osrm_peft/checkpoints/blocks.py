@@ -15,6 +15,7 @@ from osrm_peft.checkpoints.config_checks import shown
 from osrm_peft.checkpoints.plan import CheckpointPlan
 from osrm_peft.checkpoints.shapes import is_matrix
 from osrm_peft.devices import CPU
+from osrm_peft.io.tensors import all_finite
 from osrm_peft.merging.engine import Engine, rescalers
 from osrm_peft.merging.methods.average import average
 
@@ -94,7 +95,7 @@ class Blocks:
         results = [result.to(dtype).cpu() for result in merged]
         # the next block reuses the stack's memory
         results = [result.clone() if result.data_ptr() == stack.data_ptr() else result for result in results]
-        if not all(map(_finite, results)):
+        if not all(map(all_finite, results)):
             self._check_inputs(name, stack)
             kind = str(dtype).removeprefix("torch.")
             raise ValueError(f"{name!r} of the result is too large for {kind}: lower the scale, or give another dtype")
@@ -166,7 +167,7 @@ class Blocks:
     def _check_inputs(self, name: str, stack: Tensor) -> None:
         """Raise ValueError for a model's NaN or Inf."""
         for model, place in zip(self.plan.models, stack, strict=True):
-            if not _finite(place):
+            if not all_finite(place):
                 where = f"{model!r}" if self.plan.base is None else f"{model!r} or the base model"
                 raise ValueError(f"{name!r} holds NaN or Inf in {where}: download it again")
 
@@ -208,10 +209,6 @@ class _Stacks:
         for name in self.merge.floats:
             for start, stop in self.merge._rows(name):
                 yield self.merge._stack(name, start, stop)[0]
-
-
-def _finite(block: Tensor) -> bool:
-    return bool(block.sum().isfinite()) or bool(block.isfinite().all())  # a sum is quick, and may overflow
 
 
 def _sum(under: Tensor | None, direction: Tensor) -> Tensor:

@@ -73,6 +73,11 @@ def _ended(path: Path) -> int:
     raise ValueError(f"{path} ends before its tensors do: it was changed, or not written whole")
 
 
+def all_finite(tensor: Tensor) -> bool:
+    """Whether no entry is NaN or Inf."""
+    return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())  # a sum is quick, and may overflow
+
+
 def data_sha256(path: str | Path) -> str:
     """The hash of the tensors of a safetensors file: its header has the same content in more than one order."""
     digest = hashlib.sha256()
