@@ -6,19 +6,19 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from peft import PeftModel
-from torch import Tensor
+from torch import Tensor, nn
 
 from osrm_peft.adapters.factors import Factors
 from osrm_peft.adapters.keys import outermost
 from osrm_peft.adapters.load import load_adapter
 from osrm_peft.adapters.lora_adapter import TARGETS, LoraAdapter
 from osrm_peft.checks import choice, task_names
+from osrm_peft.libraries import is_peft_model
 from osrm_peft.merging.alignment import align
 from osrm_peft.models.identity import Base, common_base
 from osrm_peft.models.layers import unwrapped
 
-Adapters = Mapping[str, str | Path | PeftModel | LoraAdapter]
+Adapters = Mapping[str, str | Path | nn.Module | LoraAdapter]
 
 HeadPolicy = Literal["per_task", "error"]
 
@@ -111,12 +111,12 @@ def gather(adapters: Adapters, *, base_model: str | None, heads: str) -> Inputs:
     return Inputs(loaded, base, dict(sorted(shapes.items())), prefixes, renamed)
 
 
-def _load(task: str, adapter: str | Path | PeftModel | LoraAdapter) -> LoraAdapter:
+def _load(task: str, adapter: str | Path | nn.Module | LoraAdapter) -> LoraAdapter:
     """The adapter; of a live model with several, the one that is called like the task."""
     if isinstance(adapter, LoraAdapter):
         return adapter
     model = unwrapped(adapter)
-    if isinstance(model, PeftModel) and len(model.peft_config) > 1:
+    if is_peft_model(model) and len(model.peft_config) > 1:
         if task not in model.peft_config:
             raise ValueError(
                 f"the live model given for task {task!r} has several adapters ({', '.join(model.peft_config)}): call "
