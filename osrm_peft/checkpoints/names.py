@@ -3,20 +3,15 @@
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
-from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
-    WeightConverter,
-    WeightRenaming,
-    apply_renamings,
-    dot_natural_key,
-    rename_source_key,
-)
 
 from osrm_peft.checkpoints.model_files import ModelFiles
 from osrm_peft.checkpoints.skeleton import architecture, skeleton
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 PART = " from "  # joins the name of a tensor that transformers builds from several, and the name of a part
 _ROWS = 2**22  # bytes of each tensor that are compared at once
@@ -103,14 +98,23 @@ def _reference(every: Mapping[str, ModelFiles], models: list[str]) -> str | None
     return max(known, key=knows)
 
 
-def _model(files: ModelFiles, class_name: str | None) -> PreTrainedModel | None:
+def _model(files: ModelFiles, class_name: str | None) -> "PreTrainedModel | None":
     return skeleton(files.folder / "config.json", files.config, class_name, len(files.tensors))
 
 
-def _canonical(files: ModelFiles, model: PreTrainedModel | None) -> dict[str, str]:
+def _canonical(files: ModelFiles, model: "PreTrainedModel | None") -> dict[str, str]:
     """{canonical name: name in the file}, in the file's order."""
     if model is None:
         return {name: name for name in files.tensors}
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import (
+        WeightConverter,
+        WeightRenaming,
+        apply_renamings,
+        dot_natural_key,
+        rename_source_key,
+    )
+
     mapping = get_model_conversion_mapping(model)
     renamings = [one for one in mapping if isinstance(one, WeightRenaming)]
     converters = [one for one in mapping if isinstance(one, WeightConverter)]
@@ -135,7 +139,7 @@ def _canonical(files: ModelFiles, model: PreTrainedModel | None) -> dict[str, st
 def _drop_ignored(
     every: Mapping[str, ModelFiles],
     found: dict[str, dict[str, str]],
-    model: PreTrainedModel,
+    model: "PreTrainedModel",
     left: dict[str, list[str]],
 ) -> None:
     """Leave out the tensors that `from_pretrained` ignores, unless all inputs have them alike."""

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from transformers import AutoTokenizer
-
 from osrm_peft.checkpoints.config_checks import shown
 from osrm_peft.checkpoints.model_files import GENERATION, PROCESSORS, TOKENIZERS
 from osrm_peft.checkpoints.settings import (
@@ -149,6 +147,8 @@ def _mark(folder: Path) -> str:
 
 
 def _tokenizers(every: Mapping[str, Beside], marks: Mapping[str, str]) -> dict[str, Any]:
+    from transformers import AutoTokenizer
+
     found: dict[str, Any] = {}
     for name, mark in marks.items():
         if mark not in found:

@@ -183,15 +183,18 @@ def interference(
     from osrm_peft.io.json import write_json
     from osrm_peft.io.manifest import versions
     from osrm_peft.io.places import check_file
-    from osrm_peft.models.loading import load_base
 
     for name in ("interference.json", "interference.png"):
         check_file(out / name)
     named, files = sources(adapters), pairs(features) or None
     if base is not None and files is None:
         raise ValueError("--base-model is compared with on features: give --features TASK=FILE of every task, too")
-    quiet_libraries()
-    model = None if base is None else load_base(base, 2)
+    model = None
+    if base is not None:
+        from osrm_peft.models.loading import load_base
+
+        quiet_libraries()
+        model = load_base(base, 2)
     found = measure(named, files, base=model, progress=progress())
     settings = {"adapters": named, "features": files, "base": base}
     content = found.to_dict() | {"settings": settings, "versions": versions()}
