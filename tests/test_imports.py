@@ -53,7 +53,8 @@ STAGES = [
     ],
     ["interference a b --out interference", PICTURE],
     ["inspect a b --spectrum --out spectrum", ""],
-    ["merge-checkpoints m0 m1 --out models", NAMES],
+    ["merge-checkpoints m1 m2 --base-model m0 --method ties --out models", ""],
+    ["merge-checkpoints m1 m2 --heads classifier* --out with_heads", NAMES],
     ["bake m0 a --out baked", NAMES],
     ["extract m0 m1 --out extracted", NAMES],
 ]
@@ -98,7 +99,8 @@ def test_commands_on_files_import_what_they_need(tmp_path):
     """One after another in one process; none asks the network, trains, or imports what trains."""
     for seed, name in enumerate("ab", 1):
         write_adapter(tmp_path / name, seed, "m0")
-        noisy(tmp_path / f"m{seed - 1}", seed)
+    for seed in range(3):
+        noisy(tmp_path / f"m{seed}", seed)
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM], input=json.dumps(STAGES), cwd=tmp_path, capture_output=True, text=True
     )

@@ -57,6 +57,18 @@ def json_settings(folder: Path, patterns: Sequence[str], strict: bool) -> dict[s
     return found
 
 
+def same_files(folders: Sequence[Path], patterns: Sequence[str]) -> bool:
+    """Whether the JSON files of all folders have the same names and contents, versions apart."""
+    contents = [
+        [
+            (path.name, {key: value for key, value in read_object(path).items() if key not in _VERSIONS})
+            for path in files_of(folder, patterns)
+        ]
+        for folder in folders
+    ]
+    return all(one == contents[0] for one in contents)
+
+
 def _generation_defaults() -> dict[str, Any]:
     from transformers import GenerationConfig
 

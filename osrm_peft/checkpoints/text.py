@@ -16,6 +16,7 @@ from osrm_peft.checkpoints.settings import (
     files_of,
     json_settings,
     refuse_other,
+    same_files,
     tokenizer_settings,
     vocabulary_size,
 )
@@ -225,7 +226,8 @@ def _sources(
                 sources[kind] = asked
                 continue
         of_models = [name for name in holders if name in models]
-        if kind != "tokenizer" and asked is None:
+        folders = [every[name].folder for name in of_models]
+        if kind != "tokenizer" and asked is None and not same_files(folders, patterns):
             settings = {
                 name: json_settings(every[name].folder, patterns, strict=kind == "generation") for name in of_models
             }
