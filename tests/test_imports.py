@@ -32,6 +32,12 @@ def test_a_public_name_is_imported_when_it_is_used():
     assert {"merge_adapters", "OSRMLoraConfig", "LeastSquares", "register"} <= set(osrm_peft.__all__)
 
 
+def test_what_torch_leaves_in_memory_is_not_looked_through_again():
+    program = "import gc; from osrm_peft.cli.app import load_torch; load_torch(); print(gc.get_freeze_count())"
+    done = subprocess.run([sys.executable, "-c", f"{program}; assert gc.isenabled()"], capture_output=True, check=True)
+    assert int(done.stdout) > 10**5
+
+
 # What commands on files may import besides torch and safetensors, with what these import themselves.
 COMMAND = "typer click rich markdown_it mdurl pygments shellingham annotated_doc"
 OF_TYPER = "pydantic pydantic_core annotated_types typing_inspection typing_extensions"

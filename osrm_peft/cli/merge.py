@@ -12,6 +12,7 @@ from osrm_peft.cli.app import (
     TaskOption,
     app,
     chosen,
+    load_torch,
     pairs,
     progress,
     quiet_libraries,
@@ -69,6 +70,7 @@ def merge(
     as_json: JsonOption = False,
 ) -> None:
     """Merge LoRA adapters into one, with each task's head beside it. The base model is not read."""
+    load_torch()
     from osrm_peft.merging.plan import plan_merge
     from osrm_peft.merging.request import MergeRequest
 
@@ -177,6 +179,7 @@ def interference(
     as_json: JsonOption = False,
 ) -> None:
     """Before merging: which adapters share A or B; with features, how strongly each acts on the other tasks'."""
+    load_torch()
     from osrm_peft.evaluation.interference import interference as measure
     from osrm_peft.evaluation.plots import plot_interference
     from osrm_peft.evaluation.tables import interference_table, overlap_table
