@@ -13,12 +13,12 @@ if TYPE_CHECKING:
 
 def is_peft_model(value: Any) -> TypeGuard["PeftModel"]:
     """Whether a value is PEFT's model with adapters."""
-    return _is_a(value, "peft.peft_model", "PeftModel")
+    return _is_a(value, "peft", "PeftModel")
 
 
 def is_lora_layer(value: Any) -> TypeGuard["LoraLayer"]:
     """Whether a value is PEFT's layer with LoRA."""
-    return _is_a(value, "peft.tuners.lora.layer", "LoraLayer")
+    return _is_a(value, "peft.tuners.lora", "LoraLayer")
 
 
 def is_pretrained_model(value: Any) -> TypeGuard["PreTrainedModel"]:
@@ -38,5 +38,5 @@ def is_dtensor(value: Any) -> TypeGuard["DTensor"]:
 
 def _is_a(value: Any, module: str, name: str) -> bool:
     """A class whose module nobody has imported has no instances."""
-    kind = getattr(sys.modules.get(module), name, None)
-    return kind is not None and isinstance(value, kind)
+    imported = sys.modules.get(module)
+    return imported is not None and isinstance(value, getattr(imported, name))

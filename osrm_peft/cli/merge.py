@@ -95,8 +95,7 @@ def merge(
     }
     given = {name: value for name, value in given.items() if value not in (None, {})}
     request = MergeRequest.from_fields(**given) if config is None else MergeRequest.from_yaml(config, **given)
-    folders = _folders(request, out)
-    plan = plan_merge(request.at_first_scale())
+    folders, plan = _folders(request, out), plan_merge(request.at_first_scale())
     _check_folders(plan, folders, out, overwrite)
     if dry_run:
         return _show(plan, folders)
