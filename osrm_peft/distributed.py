@@ -9,11 +9,10 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from accelerate.utils import align_module_device
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from osrm_peft.devices import local_device
+from osrm_peft.libraries import is_dtensor
 
 T = TypeVar("T")
 _WRAPPERS = {"DataParallel", "DistributedDataParallel", "FullyShardedDataParallel", "DeepSpeedEngine"}
@@ -146,6 +145,8 @@ def gathered_weight(module: nn.Module) -> Iterator[Tensor]:
 
     Every process must ask for a weight that an engine has split.
     """
+    from accelerate.utils import align_module_device
+
     with ExitStack() as stack:
         stack.enter_context(align_module_device(module))
         weight: Any = module.weight
@@ -176,7 +177,9 @@ def write_parameter(parameter: Tensor, value: Tensor) -> None:
     """
     check_writable(parameter)
     with torch.no_grad():
-        if isinstance(parameter, DTensor):
+        if is_dtensor(parameter):
+            from torch.distributed.tensor import distribute_tensor
+
             given = value.to(parameter.device, parameter.dtype)
             parameter.copy_(distribute_tensor(given, parameter.device_mesh, parameter.placements))
         elif _partitioned(parameter):
@@ -190,7 +193,7 @@ def write_parameter(parameter: Tensor, value: Tensor) -> None:
 
 @contextmanager
 def _whole(parameter: Tensor) -> Iterator[Tensor]:
-    if isinstance(parameter, DTensor):
+    if is_dtensor(parameter):
         yield parameter.full_tensor()
     elif _partitioned(parameter):
         import deepspeed

@@ -30,6 +30,7 @@ MARKED = {
         "test_docs.py::test_every_python_block",
         "test_docs.py::test_a_users_file",
         "test_examples.py",
+        "test_imports.py::test_commands",
         "training/",
     ),
     "slow": (

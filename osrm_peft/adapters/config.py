@@ -1,12 +1,13 @@
 """The fields of adapter_config.json: PEFT's defaults for missing fields; what is not plain LoRA is refused by name."""
 
+import copy
 import dataclasses
 import logging
 from collections.abc import Mapping
+from importlib.metadata import version
 from typing import Any
 
 import regex
-from peft import LoraConfig
 
 from osrm_peft.checks import integer, number
 
@@ -60,12 +61,74 @@ _MATCH_SECONDS = 0.5  # the time that a pattern of alpha_pattern or rank_pattern
 TARGETS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "target_parameters")
 
 
+# The fields of a LoraConfig and their defaults, and the task types that it takes, of this version of PEFT: importing
+# PEFT takes seconds. Another version is asked itself.
+KNOWN_PEFT = "0.21.2"
+_DEFAULTS: dict[str, Any] = {
+    "task_type": None, "peft_type": None, "auto_mapping": None, "peft_version": None, "base_model_name_or_path": None,
+    "revision": None, "inference_mode": False, "r": 8, "target_modules": None, "exclude_modules": None, "lora_alpha": 8,
+    "lora_dropout": 0.0, "fan_in_fan_out": False, "bias": "none", "use_rslora": False, "modules_to_save": None,
+    "init_lora_weights": True, "layers_to_transform": None, "layers_pattern": None, "rank_pattern": {},
+    "alpha_pattern": {}, "megatron_config": None, "megatron_core": "megatron.core", "trainable_token_indices": None,
+    "loftq_config": {}, "eva_config": None, "corda_config": None, "lora_ga_config": None, "use_dora": False,
+    "velora_config": None, "alora_invocation_tokens": None, "use_qalora": False, "qalora_group_size": 16,
+    "monteclora_config": None, "layer_replication": None, "runtime_config": {"ephemeral_gpu_offload": False},
+    "lora_bias": False, "target_parameters": None, "use_bdlora": None, "arrow_config": None, "kasa_config": None,
+    "ensure_weight_tying": False,
+}  # fmt: skip
+_TASK_TYPES = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
+
+
 def defaults() -> dict[str, Any]:
     """{field: PEFT's default} of a LoraConfig."""
+    if version("peft") == KNOWN_PEFT:
+        return copy.deepcopy(_DEFAULTS)
+    return defaults_of_peft()
+
+
+def defaults_of_peft() -> dict[str, Any]:
+    """The same, asked of PEFT itself."""
+    from peft import LoraConfig
+
     return {
         field.name: field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
         for field in dataclasses.fields(LoraConfig)
     }
+
+
+def content_of(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of `adapter_config.json` for these fields of a LoraConfig: that of PEFT, sets as sorted lists."""
+    by_layers = any(fields.get(name) is not None for name in ("layers_to_transform", "layers_pattern"))
+    if version("peft") != KNOWN_PEFT or by_layers or fields.get("task_type") not in (None, *_TASK_TYPES):
+        return content_of_peft(fields)  # it checks these
+    content = defaults() | copy.deepcopy(dict(fields)) | {"peft_type": "LORA", "peft_version": KNOWN_PEFT}
+    del content["runtime_config"]
+    for name in ("target_modules", "exclude_modules"):
+        content[name] = sorted(set(content[name])) if isinstance(content[name], list) else content[name]
+    return content
+
+
+def content_of_peft(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The same, asked of PEFT itself."""
+    from peft import LoraConfig
+
+    return {name: _plain(value) for name, value in LoraConfig(**fields).to_dict().items()}
+
+
+def is_target(config: Mapping[str, Any], name: str) -> bool:
+    """Whether PEFT adapts the module `name` under this config, which names its targets. PEFT itself is asked.
+
+    It need not be asked about a name that no entry of a list is, or ends: exclusions only take further ones away.
+    """
+    targets: Any = config.get("target_modules")
+    plain = isinstance(targets, list) and all(config.get(field) is None for field in TARGETS[2:])
+    if plain and not any(name == target or name.endswith(f".{target}") for target in targets):
+        return False
+    from peft import LoraConfig
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    fields: dict[str, Any] = {field: config.get(field) for field in TARGETS}
+    return bool(check_target_module_exists(LoraConfig(**fields), name))
 
 
 def checked_config(config: Any, source: str) -> dict[str, Any]:

@@ -8,19 +8,15 @@ and B (o, r·E), from which expert e takes rows e·r … e·r + r of A and every
 from collections import Counter
 from collections.abc import Callable, Collection, Container, Iterator, Mapping, Sequence
 from functools import cache
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
-from peft import LoraConfig
-from peft.tuners.lora.layer import ParamWrapper
-from peft.tuners.tuners_utils import check_target_module_exists
-from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import Tensor, nn
 
-from osrm_peft.adapters.config import CONFIG, TARGETS, rank_of
+from osrm_peft.adapters.config import CONFIG, is_target, rank_of
 from osrm_peft.adapters.keys import base_name, outermost, pair_name, shape_of_name
 from osrm_peft.adapters.layouts import model_of
+from osrm_peft.libraries import is_param_wrapper
 
 WRAPPED = ".base_layer"
 _GATED = ("gate_up_proj", "down_proj")  # the order in which transformers' experts have them, and PEFT converts them
@@ -121,6 +117,9 @@ def taken_for_experts(model: nn.Module, layers: Collection[str]) -> list[str]:
 
     Such are `down_proj` of a dense layer and of a shared expert in Qwen3-MoE. PEFT adapts them by `target_parameters`.
     """
+    from peft import LoraConfig
+    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+
     config = LoraConfig(target_modules=list(layers))
     convert_peft_config_for_transformers(config, model, None)
     return [layer for layer in layers if layer not in (config.target_modules or ())]
@@ -146,9 +145,7 @@ def bare_parameters(
         ValueError: nothing tells the parameters apart; or their factors have another rank than the config says.
     """
     if model is not None:
-        wrapped = {
-            pair_name(base_name(name)): one for name, one in model.named_modules() if isinstance(one, ParamWrapper)
-        }
+        wrapped = {pair_name(base_name(name)): one for name, one in model.named_modules() if is_param_wrapper(one)}
         names = {pair: f"{_bare(pair)}.{wrapped[pair].parameter_name}" for pair in pairs if pair in wrapped}
     else:
         names = dict(_named(config, pairs, source)) if config.get("target_parameters") else {}
@@ -181,14 +178,13 @@ def _named(
 ) -> Iterator[tuple[str, str]]:
     """(pair, the name of its parameter) of a folder's pairs."""
     targets = config["target_parameters"]
-    fields: Any = SimpleNamespace(**{name: config.get(name) for name in TARGETS})
     ask = cache(lambda: model_of(config, config.get("base_model_name_or_path")))
     modules: dict[str, list[str]] = {}
     for pair in sorted(pairs, key=len, reverse=True):  # the innermost first
         modules.setdefault(_bare(pair), []).append(pair)
     for module, wrapped in modules.items():
         possible = _possible(module, targets)
-        if not possible or (len(wrapped) == 1 and check_target_module_exists(fields, module)):
+        if not possible or (len(wrapped) == 1 and is_target(config, module)):
             continue
         if len(possible) > len(wrapped):  # `gate.weight` names its module, `down_proj` may be in any
             possible = _possible(module, [one for one in targets if "." in one])

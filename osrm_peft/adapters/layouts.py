@@ -3,18 +3,18 @@
 import logging
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-import transformers
 from torch import nn
-from transformers import AutoConfig
-from transformers.conversion_mapping import get_checkpoint_conversion_mapping, get_model_conversion_mapping
-from transformers.core_model_loading import PrefixChange, WeightConverter, WeightRenaming, rename_source_key
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from osrm_peft.adapters.keys import base_name, shape_of_name, stem
+from osrm_peft.libraries import is_pretrained_model
 from osrm_peft.models.packaged import resolve_model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+    from transformers.core_model_loading import WeightRenaming
 
 logger = logging.getLogger(__name__)
 
@@ -48,35 +48,45 @@ def names_in(model: nn.Module, names: Iterable[str], *, parameters: bool = False
 
 def _renamed(model: nn.Module, names: list[str], suffix: str) -> dict[str, str]:
     """{name: its name after transformers' renamings}, for a transformers model."""
-    if not isinstance(model, transformers.PreTrainedModel):
+    if not is_pretrained_model(model):
         return {}
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming
+
     rules = [rule for rule in get_model_conversion_mapping(model) if isinstance(rule, WeightRenaming)]
     return _apply(rules, names, suffix)
 
 
-def _apply(rules: list[WeightRenaming], names: Iterable[str], suffix: str = ".weight") -> dict[str, str]:
+def _apply(rules: list["WeightRenaming"], names: Iterable[str], suffix: str = ".weight") -> dict[str, str]:
+    from transformers.core_model_loading import rename_source_key
+
     return {name: rename_source_key(name + suffix, rules, [])[0].removesuffix(suffix) for name in names}
 
 
 def fused_in(model: nn.Module, names: Iterable[str]) -> set[str]:
     """The layers that this version of transformers fuses with others (experts): PEFT converts LoRA on them."""
-    if not isinstance(model, transformers.PreTrainedModel):
+    if not is_pretrained_model(model):
         return set()
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
     rules = get_model_conversion_mapping(model)
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
     converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
     return {name for name in names if rename_source_key(f"{name}.weight", renamings, converters)[1] is not None}
 
 
-def model_of(config: Mapping[str, Any], base: str | None) -> transformers.PreTrainedModel | None:
+def model_of(config: Mapping[str, Any], base: str | None) -> "PreTrainedModel | None":
     """The model that an adapter was trained on, on the meta device (no weights); None if its class is unknown.
 
     Args:
         config: the adapter's config, with the model's class in `auto_mapping` or a `task_type`.
         base: the base model; its config.json is read if it can be reached.
     """
+    import transformers
+
     try:
-        settings: Any = None if base is None else AutoConfig.from_pretrained(resolve_model(base))
+        settings: Any = None if base is None else transformers.AutoConfig.from_pretrained(resolve_model(base))
     except Exception as error:  # no folder, no network, a config that transformers does not know: the class may do
         logger.debug("no config.json of %s: %s", base, error)
         settings = None
@@ -116,6 +126,11 @@ def by_known_renamings(names: Mapping[str, Iterable[str]]) -> dict[str, dict[str
     put one tower's layers among another's. The renamings that give most layers to several adapters win. None if no
     model's renamings do, or if several models' differ and do equally well.
     """
+    import transformers
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+    from transformers.core_model_loading import PrefixChange, WeightRenaming
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
     found: dict[tuple, tuple[int, dict[str, dict[str, str]]]] = {}
     for kind in [*CONFIG_MAPPING_NAMES, *(one for one in dir(transformers) if one.endswith("Model") or "For" in one)]:
         rules = [
@@ -148,6 +163,8 @@ def bare_prefix(part: Iterable[str], others: Iterable[str]) -> str | None:
         The one prefix that puts the layers among the others', if transformers uses it for a bare model inside a task's.
         Else None: with the towers `text_model.` and `vision_model.`, only the model's class shows which.
     """
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
     stems = {stem(name) for name in part}
     longer = {stem(other).removesuffix(one) for other in others for one in stems if stem(other).endswith(f".{one}")}
     bare = {"model.", "transformer.", "backbone.", "base_model."}

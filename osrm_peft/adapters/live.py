@@ -2,11 +2,10 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from osrm_peft.adapters.experts import layers_of, owners
 from osrm_peft.adapters.factors import TensorsOnDemand
@@ -14,9 +13,12 @@ from osrm_peft.adapters.lora_adapter import LoraAdapter, tensors_of
 from osrm_peft.devices import local_device
 from osrm_peft.models.layers import as_experts, as_weight, experts_in, weight_shape
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 @contextmanager
-def applied_to(adapter: LoraAdapter, model: PreTrainedModel) -> Iterator[PreTrainedModel]:
+def applied_to(adapter: LoraAdapter, model: "PreTrainedModel") -> Iterator["PreTrainedModel"]:
     """Inside the block the live base `model` has the adapter in its weights, head included; then it is as before.
 
     Raises:
@@ -41,7 +43,7 @@ class LiveBase:
         self.name = name
         self._models: dict[Any, PreTrainedModel] = {}
 
-    def of(self, adapter: LoraAdapter) -> PreTrainedModel:
+    def of(self, adapter: LoraAdapter) -> "PreTrainedModel":
         """The base model that this adapter fits, in eval mode; see `LoraAdapter.load_base_model` for errors."""
         shapes = tuple((name, tuple(tensor.shape)) for name, tensor in sorted(adapter.heads.items()))
         key = (adapter.config.get("task_type"), shapes)
@@ -81,7 +83,7 @@ def write(values: Mapping[Tensor, Tensor]) -> None:
 
 
 def weights_in(
-    model: PreTrainedModel, deltas: Mapping[str, Tensor], adapter: LoraAdapter, otherwise: str
+    model: "PreTrainedModel", deltas: Mapping[str, Tensor], adapter: LoraAdapter, otherwise: str
 ) -> dict[Tensor, Tensor]:
     """{parameter: its value under an adapter}, checked against the model.
 

@@ -6,10 +6,9 @@ import math
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
@@ -31,11 +30,15 @@ from osrm_peft.adapters.lora_adapter import HEADS, WEIGHTS, LoraAdapter, load_he
 from osrm_peft.hub.sources import local_folder, pinned
 from osrm_peft.io.manifest import MANIFEST, label_names_in, read_manifest
 from osrm_peft.io.tensors import DTYPES, Header, all_finite, tensor_headers, tensor_reader
+from osrm_peft.libraries import is_peft_model
 from osrm_peft.models.layers import all_lora_layers, base_of, check_unmerged, unwrapped
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 
 def load_adapter(
-    source: str | Path | PeftModel,
+    source: str | Path | nn.Module,
     *,
     task: str | None = None,
     adapter_name: str | None = None,
@@ -56,7 +59,7 @@ def load_adapter(
     """
     if isinstance(source, nn.Module):
         model = unwrapped(source)
-        if not isinstance(model, PeftModel):
+        if not is_peft_model(model):
             raise TypeError(
                 f"a {type(model).__name__} is no PeftModel: give the model that get_peft_model returns, or the folder "
                 "that the adapter was saved to (save_pretrained of PEFT, or of transformers after add_adapter)"
@@ -118,7 +121,9 @@ def config_in(folder: Path) -> Any:
         ) from error
 
 
-def _of_model(model: PeftModel, adapter_name: str | None) -> LoraAdapter:
+def _of_model(model: "PeftModel", adapter_name: str | None) -> LoraAdapter:
+    from peft import get_peft_model_state_dict
+
     if adapter_name is None:
         if len(model.active_adapters) > 1:
             raise ValueError(
@@ -164,7 +169,7 @@ def _parse(
     read: Callable[[str], Tensor],
     source: str,
     sha256: str | None = None,
-    model: PeftModel | None = None,
+    model: "PeftModel | None" = None,
 ) -> LoraAdapter:
     config = checked_config(config, source)
     own = any(map(is_doubtful, headers)) and _has_own_wrappers(config, model)
@@ -235,7 +240,7 @@ class _Layers:
         headers: Mapping[str, Header],
         read: Callable[[str], Tensor],
         source: str,
-        model: PeftModel | None,
+        model: "PeftModel | None",
     ) -> None:
         self._halves, self._read = halves, read
         sizes = {name: (headers[half["B"]][0], headers[half["A"]][0]) for name, half in halves.items()}
@@ -263,7 +268,7 @@ class _Layers:
         return A, B
 
 
-def _has_own_wrappers(config: Mapping[str, Any], model: PeftModel | None) -> bool:
+def _has_own_wrappers(config: Mapping[str, Any], model: "PeftModel | None") -> bool:
     """Whether the base model has modules of its own with a wrapper's name (LeViT's `module`).
 
     Without a task type PEFT writes the model's class. If transformers cannot build it and it is none of torch's
@@ -271,9 +276,7 @@ def _has_own_wrappers(config: Mapping[str, Any], model: PeftModel | None) -> boo
     """
     base = base_of(model) if model is not None else model_of(config, config.get("base_model_name_or_path"))
     if base is not None:
-        return not isinstance(base, PeftModel) and any(
-            is_doubtful(PREFIX + name) for name, _ in base.named_parameters()
-        )
+        return not is_peft_model(base) and any(is_doubtful(PREFIX + name) for name, _ in base.named_parameters())
     auto = config.get("auto_mapping") or {}
     library = str(auto.get("parent_library")).partition(".")[0]
     return bool(auto.get("base_model_class")) and library not in ("torch", "deepspeed", "peft", "transformers")

@@ -6,17 +6,14 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
-from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from osrm_peft.adapters.config import CONFIG, TARGETS
+from osrm_peft.adapters.config import CONFIG, TARGETS, content_of, is_target
 from osrm_peft.adapters.experts import WRAPPED, layers_of, owners, stacked, targets_of, wrappers
 from osrm_peft.adapters.factors import Factors, FactorsOnDemand, TensorsOnDemand
 from osrm_peft.adapters.keys import (
@@ -33,8 +30,11 @@ from osrm_peft.adapters.layouts import fused_in, names_in
 from osrm_peft.io.places import new_file
 from osrm_peft.models.identity import located
 from osrm_peft.models.layers import experts_in, weight_shape
-from osrm_peft.models.loading import head_width, load_base
-from osrm_peft.models.packaged import resolve_model
+from osrm_peft.models.loading import head_width, load_base, load_causal
+
+if TYPE_CHECKING:
+    from peft import LoraConfig, PeftModel
+    from transformers import PreTrainedModel
 
 WEIGHTS, HEADS = "adapter_model.safetensors", "heads"
 
@@ -103,14 +103,23 @@ class LoraAdapter:
 
         Layers of lower rank are padded with zero directions, so any loader and server that takes rank r takes it.
         """
-        tensors, config = self.state_dict(), self.peft_config().to_dict()
+        tensors, config = self.state_dict(), self.config_content()
         with new_file(Path(folder) / WEIGHTS) as path:
             save_file(tensors, path, {"format": "pt"})
         with new_file(Path(folder) / CONFIG) as path:
-            path.write_text(json.dumps(config, indent=2, sort_keys=True, default=list))
+            path.write_text(json.dumps(config, indent=2, sort_keys=True))
 
-    def peft_config(self) -> LoraConfig:
+    def peft_config(self) -> "LoraConfig":
         """The LoraConfig under which stock PEFT reproduces these factors."""
+        from peft import LoraConfig
+
+        return LoraConfig(**self._fields())
+
+    def config_content(self) -> dict[str, Any]:
+        """The content of `adapter_config.json`: the same, without importing PEFT."""
+        return content_of(self._fields())
+
+    def _fields(self) -> dict[str, Any]:
         rank, saved = self.rank, [*self.heads, *self.modules]
         fields: dict[str, Any] = {name: self.config.get(name) for name in _KEPT}
         fields["base_model_name_or_path"] = located(self.base_model)
@@ -120,7 +129,8 @@ class LoraAdapter:
             fields["task_type"] = None
         unnamed = [name for name in saved if not any(below(module)(name) for module in known)]
         saved_whole = [*known, *dict.fromkeys(name.rpartition(".")[0] for name in unnamed)]
-        return LoraConfig(r=rank, lora_alpha=rank, modules_to_save=saved_whole or None, inference_mode=True, **fields)
+        own = {"r": rank, "lora_alpha": rank, "modules_to_save": saved_whole or None, "inference_mode": True}
+        return own | fields
 
     def apart(self, whole: Iterable[str]) -> "LoraAdapter":
         """The same adapter, with LoRA on no layer that is trained whole: PEFT has one or the other on a layer.
@@ -137,7 +147,7 @@ class LoraAdapter:
         others = sorted({name.rpartition(".")[0] for name in whole} - own - set(factors))
         config, targets = self.config, self.config.get("target_modules")
         all_linear = isinstance(targets, str) and targets.lower() == "all-linear"
-        hit = others if all_linear else [name for name in others if check_target_module_exists(_targets(config), name)]
+        hit = others if all_linear else [name for name in others if is_target(config, name)]
         if hit:
             excluded = config.get("exclude_modules")
             if isinstance(excluded, str):
@@ -201,7 +211,7 @@ class LoraAdapter:
             pairs.append((A, B))
         return stacked(pairs)
 
-    def attach(self, base: PreTrainedModel | str) -> PeftModel:
+    def attach(self, base: "PreTrainedModel | str") -> "PeftModel":
         """A PeftModel of `base` with this adapter and its head, in eval mode.
 
         Args:
@@ -211,6 +221,9 @@ class LoraAdapter:
         Raises:
             ValueError: `base` lacks a layer, or its head or a trained module has another shape.
         """
+        from peft import PeftModel, get_peft_model, set_peft_model_state_dict
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
         model = self.load_base_model(base) if isinstance(base, str) else base
         if isinstance(model, PeftModel) or any(isinstance(module, BaseTunerLayer) for module in model.modules()):
             raise TypeError("the base model carries an adapter already: pass the model without it (`.unload()`)")
@@ -260,7 +273,7 @@ class LoraAdapter:
             found[stack] = experts
         return found
 
-    def named_as_in(self, model: PreTrainedModel) -> "LoraAdapter":
+    def named_as_in(self, model: "PreTrainedModel") -> "LoraAdapter":
         """The same adapter with its layers' names in this model (in this version of transformers)."""
         actual = {base_name(name): name for name, _ in model.named_modules()}
         tensors = tensors_of(model)
@@ -279,7 +292,7 @@ class LoraAdapter:
         parameters = dict(sorted(adapter.parameters.items(), key=lambda item: place.get(item[0], 0)))
         return adapter if [*parameters] == [*adapter.parameters] else replace(adapter, parameters=parameters)
 
-    def _check_fits(self, model: PreTrainedModel) -> None:
+    def _check_fits(self, model: "PreTrainedModel") -> None:
         """Raise ValueError unless the model has the layers, heads and modules of the adapter, in the right shapes."""
         modules = dict(model.named_modules())
         bare = owners(self.parameters)
@@ -328,7 +341,7 @@ class LoraAdapter:
                     "the " + ("base model of the adapter" if labels is None else f"base model with num_labels={labels}")
                 )
 
-    def load_base_model(self, name: str) -> PreTrainedModel:
+    def load_base_model(self, name: str) -> "PreTrainedModel":
         """The base model of this name, as this adapter needs it: of its task type, with a head of its width."""
         task_type = self.config.get("task_type")
         if self.heads and task_type == "SEQ_CLS":
@@ -337,7 +350,7 @@ class LoraAdapter:
             names = self.label_names if self.label_names and len(self.label_names) == width else None
             return load_base(name, width, label_names=names)  # ours replaces the head
         if task_type == "CAUSAL_LM":
-            return AutoModelForCausalLM.from_pretrained(resolve_model(name))
+            return load_causal(name)
         raise ValueError(
             f"cannot tell which model class {name!r} needs for task_type={task_type!r}: "
             "pass the loaded base model instead of its name"
@@ -404,8 +417,3 @@ def _renamed(tensors: Mapping[str, Tensor], new: Callable[[str], str]) -> Tensor
     return TensorsOnDemand(
         {name: shape_in(tensors, old) for name, old in back.items()}, lambda name: tensors[back[name]]
     )
-
-
-def _targets(config: Mapping[str, Any]) -> LoraConfig:
-    fields: dict[str, Any] = {name: config.get(name) for name in TARGETS}
-    return LoraConfig(**fields)

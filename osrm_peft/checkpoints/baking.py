@@ -4,11 +4,10 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from osrm_peft.adapters.config import CONFIG, checked_config
 from osrm_peft.adapters.keys import is_head, part_of, saved_modules
@@ -30,6 +29,9 @@ from osrm_peft.io.manifest import command, versions
 from osrm_peft.io.tensors import tensor_headers
 from osrm_peft.models.identity import Base, common_base
 from osrm_peft.models.loading import head_width
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
@@ -228,7 +230,7 @@ def _say_base(read: _Read, base: str, files: ModelFiles) -> None:
         logger.warning("%s was trained on %s, says its %s; it is baked into %s", read.source, named, CONFIG, base)
 
 
-def _fitted(read: _Read, files: ModelFiles) -> tuple[dict[str, Any], PreTrainedModel | None, dict[str, Change]]:
+def _fitted(read: _Read, files: ModelFiles) -> tuple[dict[str, Any], "PreTrainedModel | None", dict[str, Change]]:
     """The config.json of the class that the adapter fits, its model on the meta device, and what the adapter changes.
 
     The class is the base's own, or that of the adapter's task if the base's lacks a layer or head of it.
@@ -250,13 +252,13 @@ def _fitted(read: _Read, files: ModelFiles) -> tuple[dict[str, Any], PreTrainedM
     raise failed or ValueError(f"{files.source} is of no class that transformers has")
 
 
-def _skeleton(files: ModelFiles, config: Mapping[str, Any]) -> PreTrainedModel | None:
+def _skeleton(files: ModelFiles, config: Mapping[str, Any]) -> "PreTrainedModel | None":
     """The model that a config.json of these files builds, on the meta device, with as many classes as it names."""
     labels = {} if not config.get("id2label") else {"num_labels": len(config["id2label"])}
     return skeleton(files.folder / "config.json", {**config, **labels}, architecture(config), len(files.tensors))
 
 
-def _changes(read: _Read, model: PreTrainedModel | None, files: ModelFiles) -> dict[str, Change]:
+def _changes(read: _Read, model: "PreTrainedModel | None", files: ModelFiles) -> dict[str, Change]:
     """{parameter: what the adapter makes of it} in this model; raises ValueError if it does not fit."""
     if read.plain is None:
         if model is None:
@@ -287,7 +289,7 @@ def _changes(read: _Read, model: PreTrainedModel | None, files: ModelFiles) -> d
     return plain_changes(adapter, model)
 
 
-def _with_labels(config: dict[str, Any], model: PreTrainedModel, read: _Read) -> dict[str, Any]:
+def _with_labels(config: dict[str, Any], model: "PreTrainedModel", read: _Read) -> dict[str, Any]:
     """A config.json with as many classes as the adapter's head has, and their names where they are known."""
     width = head_width(model, read.saved) if read.saved else None
     names = read.plain.label_names if read.plain is not None else None

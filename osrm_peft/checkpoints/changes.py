@@ -6,19 +6,18 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import PeftConfig, get_peft_model, get_peft_model_state_dict
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
-from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from osrm_peft.adapters.keys import PREFIX, part_of, saved_modules
 from osrm_peft.adapters.lora_adapter import LoraAdapter, shape_in
 from osrm_peft.io.tensors import tensor_headers, tensor_reader
+from osrm_peft.libraries import is_conv1d
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _WRAPPERS = {"base_layer", "original_module", "token_adapter"}  # what PEFT puts into the names of the base's tensors
 
@@ -44,7 +43,7 @@ class Change:
     shape: tuple[int, ...] | None = None
 
 
-def plain_changes(adapter: LoraAdapter, model: PreTrainedModel | None) -> dict[str, Change]:
+def plain_changes(adapter: LoraAdapter, model: "PreTrainedModel | None") -> dict[str, Change]:
     """{parameter name in the model: Change} of plain LoRA, with its heads, modules and copies; nothing is read.
 
     Args:
@@ -59,8 +58,10 @@ def plain_changes(adapter: LoraAdapter, model: PreTrainedModel | None) -> dict[s
     for layer in adapter.factors:
         module = modules.get(layer)
         parameter = "in_proj_weight" if isinstance(module, nn.MultiheadAttention) else "weight"
-        turned = isinstance(module, (nn.Embedding, Conv1D)) or (
-            module is None and (adapter.layouts.get(layer) == () or bool(adapter.config.get("fan_in_fan_out")))
+        turned = (
+            isinstance(module, nn.Embedding)
+            or is_conv1d(module)
+            or (module is None and (adapter.layouts.get(layer) == () or bool(adapter.config.get("fan_in_fan_out"))))
         )
         under = changes.get(f"{layer}.{parameter}", Change())
         product = partial(_product, adapter, layer, turned)
@@ -75,7 +76,7 @@ def _product(adapter: LoraAdapter, layer: str, turned: bool) -> tuple[Tensor, Te
     return (factors.A.mT, B.mT) if turned else (B, factors.A)
 
 
-def changes_by_peft(folder: Path, source: str, model: PreTrainedModel) -> dict[str, Change]:
+def changes_by_peft(folder: Path, source: str, model: "PreTrainedModel") -> dict[str, Change]:
     """{parameter name in the model: Change} of an adapter that is more than s·B·A: PEFT's own layers merge it.
 
     Args:
@@ -86,6 +87,8 @@ def changes_by_peft(folder: Path, source: str, model: PreTrainedModel) -> dict[s
     Raises:
         ValueError: the adapter does not fit the model, or PEFT keeps a part of it nowhere.
     """
+    from peft import PeftConfig, get_peft_model, get_peft_model_state_dict
+
     config: Any = PeftConfig.from_pretrained(str(folder))
     if hasattr(config, "init_lora_weights"):
         config.init_lora_weights = True  # any other would look at the base's weights
@@ -205,6 +208,9 @@ def _bare(module: Any) -> nn.Module:
 
 def _outermost(wrapped: nn.Module) -> list[tuple[str, Any]]:
     """(name in the PeftModel, module) of the modules that PEFT has wrapped, none inside of another."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
     found: list[tuple[str, Any]] = []
     for name, module in wrapped.named_modules():
         if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)) and not any(

@@ -1,6 +1,5 @@
 """extract_adapter: the difference between a fine-tuned model and its base as a LoRA adapter, from disk to disk."""
 
-import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -273,5 +272,4 @@ def _write(plan: ExtractPlan, adapter: LoraAdapter, folder: Path) -> None:
             for start, stop in rows_of(entry.rows, entry.width):
                 block = plan.tuned.read(tensor, start, stop)
                 file.write(block.view(-1).view(torch.uint8).numpy().data)
-    config = adapter.peft_config().to_dict()
-    write_json(folder / CONFIG, json.loads(json.dumps(config, default=list)))
+    write_json(folder / CONFIG, adapter.config_content())

@@ -4,12 +4,10 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from osrm_peft.adapters.experts import layers_of, owners, taken_for_experts
 from osrm_peft.adapters.keys import TASK_HEADS
@@ -24,9 +22,13 @@ from osrm_peft.checkpoints.text import choose_text
 from osrm_peft.checkpoints.work import Work
 from osrm_peft.checks import choice, integer
 from osrm_peft.io.manifest import command, versions
+from osrm_peft.libraries import is_conv1d
 from osrm_peft.merging.lowrank import SERVING
 from osrm_peft.models.identity import located
 from osrm_peft.models.packaged import MODEL, resolve_model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
@@ -177,7 +179,7 @@ class _Found:
         rest: {parameter: its kind}; "biases" are those of linear layers.
     """
 
-    model: PreTrainedModel
+    model: "PreTrainedModel"
     names: dict[str, str]
     ties: Mapping[str, Mapping[str, str]]
     every: Mapping[str, ModelFiles]
@@ -210,10 +212,10 @@ class _Found:
                 if name not in self.names:  # tied to another, or no part of the file
                     continue
                 tensor = self.names[name]
-                linear = isinstance(module, (nn.Linear, Conv1D)) and not head and not self._refused(place)
+                linear = (isinstance(module, nn.Linear) or is_conv1d(module)) and not head and not self._refused(place)
                 if linear and leaf == "weight" and tensor in base and is_matrix(base[tensor].shape):
                     self._check_shape(tensor)
-                    self.layers[place], self.weights[place] = isinstance(module, Conv1D), tensor
+                    self.layers[place], self.weights[place] = is_conv1d(module), tensor
                 elif name in stacks:
                     self._check_shape(tensor)
                     self.parameters[name] = stacks[name]
@@ -330,7 +332,7 @@ def _kind(module: nn.Module) -> str:
     return "norms" if plain else "others"
 
 
-def _task_type(model: PreTrainedModel) -> str | None:
+def _task_type(model: "PreTrainedModel") -> str | None:
     """PEFT's task type of a model's class."""
     name = type(model).__name__
     if name.endswith("ForConditionalGeneration") and model.config.is_encoder_decoder:
@@ -338,7 +340,7 @@ def _task_type(model: PreTrainedModel) -> str | None:
     return next((kind for end, kind in _TASK_TYPES.items() if name.endswith(end)), None)
 
 
-def _config(model: PreTrainedModel, base: str) -> dict[str, Any]:
+def _config(model: "PreTrainedModel", base: str) -> dict[str, Any]:
     """The fields of an adapter's config that say what it is of."""
     task = _task_type(model)
     repo, _, revision = base.partition("@") if not Path(base).exists() else (base, "", "")
@@ -348,5 +350,5 @@ def _config(model: PreTrainedModel, base: str) -> dict[str, Any]:
         "revision": revision or None,
         "task_type": task,
         "auto_mapping": library if task is None else None,
-        "fan_in_fan_out": any(isinstance(module, Conv1D) for module in model.modules()),
+        "fan_in_fan_out": any(is_conv1d(module) for module in model.modules()),
     }

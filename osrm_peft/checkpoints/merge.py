@@ -3,11 +3,10 @@
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import safe_open
 from safetensors.torch import load_file
-from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from osrm_peft.checkpoints.blocks import Blocks
 from osrm_peft.checkpoints.plan import CheckpointPlan, Vocab, plan_checkpoints
@@ -22,6 +21,9 @@ from osrm_peft.hub.sources import local_folder
 from osrm_peft.io.json import parse_json
 from osrm_peft.io.manifest import check_replaceable
 from osrm_peft.merging.weights import Weights
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def merge_checkpoints(
@@ -108,14 +110,12 @@ def _finish(plan: CheckpointPlan, folder: Path, sums: Mapping[str, list[str]]) -
     return {"crc32": {file: each[0] for file, each in sums.items()} if plan.folders == [""] else {}}
 
 
-def load_merged_checkpoint(
-    folder: str | Path, name: str, auto_class: Any = AutoModelForSequenceClassification
-) -> PreTrainedModel:
+def load_merged_checkpoint(folder: str | Path, name: str, auto_class: Any = None) -> "PreTrainedModel":
     """A merged model with the head that the model `name` kept, in eval mode.
 
     Args:
         folder: the result of `merge_checkpoints(…, heads=…)`, or a Hub id.
-        auto_class: transformers' class for the task.
+        auto_class: transformers' class for the task. None: `AutoModelForSequenceClassification`.
 
     Raises:
         FileNotFoundError: no head of this name; lists the heads.
@@ -131,6 +131,10 @@ def load_merged_checkpoint(
     except Exception as error:  # any kind, from safetensors and transformers
         reason = printable(" ".join(str(error).split()))[:200]
         raise ValueError(f"{file} is damaged ({type(error).__name__}: {reason}): merge again") from error
+    if auto_class is None:
+        from transformers import AutoModelForSequenceClassification
+
+        auto_class = AutoModelForSequenceClassification
     model = auto_class.from_pretrained(path, config=config)
     left = model.load_state_dict(load_file(file), strict=False).unexpected_keys
     if left:

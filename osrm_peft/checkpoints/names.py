@@ -3,23 +3,22 @@
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
-from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
-    WeightConverter,
-    WeightRenaming,
-    apply_renamings,
-    dot_natural_key,
-    rename_source_key,
-)
 
 from osrm_peft.checkpoints.model_files import ModelFiles
 from osrm_peft.checkpoints.skeleton import architecture, skeleton
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 PART = " from "  # joins the name of a tensor that transformers builds from several, and the name of a part
 _ROWS = 2**22  # bytes of each tensor that are compared at once
+_BEGINNING = 2**10  # entries that tell one tensor from another
+_OTHER_SPELLING = re.compile(r"(^|\.)(gamma|beta|weight_[gv]|parametrizations)($|\.)")  # of some version of torch
+# fields of config.json on which no name depends
+_NOTES = ("_name_or_path", "dtype", "torch_dtype", "transformers_version", "id2label", "label2id", "use_cache")
 
 
 @dataclass(frozen=True)
@@ -41,6 +40,48 @@ class Names:
     def where(self, name: str, tensor: str) -> str:
         """A tensor's name in an input's file, from its name in the result."""
         return self.spelled.get(name, {}).get(tensor, tensor)
+
+
+def as_spelled(every: Mapping[str, ModelFiles]) -> Names | None:
+    """The names of files that `align` would leave as they are, whatever the model: transformers is not imported.
+
+    All inputs have one configuration and the same names of floats, none twice in two spellings. And in one input no two
+    tensors are equal, so that no tensor is a tied copy.
+
+    Returns:
+        Names, the `canonical` ones as in the files; None: transformers is to be asked.
+    """
+    first, *others = every.values()
+    kinds = {name: (entry.shape, entry.dtype) for name, entry in first.tensors.items()}
+    for one in others:
+        if _without_notes(one.config) != _without_notes(first.config):
+            return None
+        if {name: (entry.shape, entry.dtype) for name, entry in one.tensors.items()} != kinds:
+            return None
+    twice = any(_OTHER_SPELLING.search(name) or kinds.keys() & _endings(name) for name in kinds)
+    floats = all(dtype.is_floating_point for _, dtype in kinds.values())
+    if twice or not floats or not any(map(_all_differ, every.values())):
+        return None
+    return Names({name: name for name in kinds}, ties={name: {} for name in every})
+
+
+def _without_notes(config: Mapping[str, object]) -> dict[str, object]:
+    return {key: value for key, value in config.items() if key not in _NOTES}
+
+
+def _endings(name: str) -> set[str]:
+    """The name without its first part, without its first two, …"""
+    parts = name.split(".")
+    return {".".join(parts[start:]) for start in range(1, len(parts))}
+
+
+def _all_differ(files: ModelFiles) -> bool:
+    """Whether no two tensors of one shape and dtype begin alike."""
+    seen: set[tuple] = set()
+    for name, entry in files.tensors.items():
+        rows = max(1, _BEGINNING // max(entry.width, 1))
+        seen.add((entry.shape, entry.dtype, _bytes(files, name, 0, rows).numpy().tobytes()))
+    return len(seen) == len(files.tensors)
 
 
 def align(every: Mapping[str, ModelFiles], models: Iterable[str]) -> Names:
@@ -103,14 +144,23 @@ def _reference(every: Mapping[str, ModelFiles], models: list[str]) -> str | None
     return max(known, key=knows)
 
 
-def _model(files: ModelFiles, class_name: str | None) -> PreTrainedModel | None:
+def _model(files: ModelFiles, class_name: str | None) -> "PreTrainedModel | None":
     return skeleton(files.folder / "config.json", files.config, class_name, len(files.tensors))
 
 
-def _canonical(files: ModelFiles, model: PreTrainedModel | None) -> dict[str, str]:
+def _canonical(files: ModelFiles, model: "PreTrainedModel | None") -> dict[str, str]:
     """{canonical name: name in the file}, in the file's order."""
     if model is None:
         return {name: name for name in files.tensors}
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import (
+        WeightConverter,
+        WeightRenaming,
+        apply_renamings,
+        dot_natural_key,
+        rename_source_key,
+    )
+
     mapping = get_model_conversion_mapping(model)
     renamings = [one for one in mapping if isinstance(one, WeightRenaming)]
     converters = [one for one in mapping if isinstance(one, WeightConverter)]
@@ -135,7 +185,7 @@ def _canonical(files: ModelFiles, model: PreTrainedModel | None) -> dict[str, st
 def _drop_ignored(
     every: Mapping[str, ModelFiles],
     found: dict[str, dict[str, str]],
-    model: PreTrainedModel,
+    model: "PreTrainedModel",
     left: dict[str, list[str]],
 ) -> None:
     """Leave out the tensors that `from_pretrained` ignores, unless all inputs have them alike."""

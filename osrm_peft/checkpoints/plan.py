@@ -11,7 +11,7 @@ from torch import Tensor
 
 from osrm_peft.checkpoints.config_checks import TOKEN_IDS, shown
 from osrm_peft.checkpoints.model_files import ModelFiles
-from osrm_peft.checkpoints.names import Names, align
+from osrm_peft.checkpoints.names import Names, align, as_spelled
 from osrm_peft.checkpoints.settings import vocabulary_size, with_ids, with_rows
 from osrm_peft.checkpoints.shapes import (
     BASE,
@@ -167,7 +167,7 @@ def plan_checkpoints(
     base_files = None if base is None else ModelFiles(base)
     every = opened | ({} if base_files is None else {BASE: base_files})
     check_kinds(every)
-    aligned = align(every, opened)
+    aligned = (None if heads else as_spelled(every)) or align(every, opened)  # heads may be named as transformers does
     check_configs(every, aligned)
     shapes, own = result_shapes(every, opened, heads, vocab, aligned)
     cut = any(shape != one.tensors[tensor].shape for one in every.values() for tensor, shape in shapes.items())

@@ -6,8 +6,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import GenerationConfig
-
 from osrm_peft.checkpoints.config_checks import TOKEN_IDS, shown
 from osrm_peft.io.json import read_object
 
@@ -50,12 +48,31 @@ def json_settings(folder: Path, patterns: Sequence[str], strict: bool) -> dict[s
         strict: a missing field is a difference, as in generation_config.json, whose defaults are known.
     """
     found: dict[str, Any] = {} if strict else {"": None}
-    defaults = GenerationConfig._get_default_generation_params() if strict else {}
-    for path in files_of(folder, patterns):
+    files = files_of(folder, patterns)
+    defaults = _generation_defaults() if strict and files else {}
+    for path in files:
         for key, value in read_object(path).items():
             if key not in _VERSIONS and value is not None and value != defaults.get(key, False if strict else None):
                 found[f"{path.name}: {key}"] = _one(value)
     return found
+
+
+def same_files(folders: Sequence[Path], patterns: Sequence[str]) -> bool:
+    """Whether the JSON files of all folders have the same names and contents, versions apart."""
+    contents = [
+        [
+            (path.name, {key: value for key, value in read_object(path).items() if key not in _VERSIONS})
+            for path in files_of(folder, patterns)
+        ]
+        for folder in folders
+    ]
+    return all(one == contents[0] for one in contents)
+
+
+def _generation_defaults() -> dict[str, Any]:
+    from transformers import GenerationConfig
+
+    return GenerationConfig._get_default_generation_params()
 
 
 def differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:

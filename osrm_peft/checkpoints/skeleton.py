@@ -5,16 +5,15 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-import transformers
 from torch.nn.modules.module import register_module_module_registration_hook
-from transformers import MODEL_MAPPING, PreTrainedConfig, PreTrainedModel, initialization
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.utils import logging
 
 from osrm_peft.checkpoints.config_checks import shown
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 # fields of config.json that do not change the names of tensors
 _NAMELESS = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "id2label", "label2id",
@@ -26,19 +25,22 @@ _MODULES, _EACH = 20_000, 20  # modules that any model may have, and those for e
 
 def architecture(config: Mapping[str, Any]) -> str | None:
     """The class that a config.json names, if transformers has it; else the bare model of its `model_type`."""
+    import transformers
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
     kind = config.get("model_type")
     if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
         return None
     for name in config.get("architectures") or []:
         found = getattr(transformers, name, None)
-        if isinstance(found, type) and issubclass(found, PreTrainedModel):
+        if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
             return name
-    bare: Any = MODEL_MAPPING.get(CONFIG_MAPPING[kind], None)
+    bare: Any = transformers.MODEL_MAPPING.get(CONFIG_MAPPING[kind], None)
     bare = bare[0] if isinstance(bare, tuple) else bare
     return None if bare is None or config.get("architectures") else bare.__name__
 
 
-def skeleton(path: Path, config: Mapping[str, Any], name: str | None, tensors: int) -> PreTrainedModel | None:
+def skeleton(path: Path, config: Mapping[str, Any], name: str | None, tensors: int) -> "PreTrainedModel | None":
     """The model `name` on torch's meta device, as this configuration builds it; no code but transformers' own runs.
 
     Args:
@@ -51,6 +53,8 @@ def skeleton(path: Path, config: Mapping[str, Any], name: str | None, tensors: i
     Raises:
         ValueError: transformers cannot build the model; names the file.
     """
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
     if name is None or config.get("model_type") not in CONFIG_MAPPING:
         return None
     fields = {key: value for key, value in config.items() if key not in _NAMELESS}
@@ -65,8 +69,11 @@ def skeleton(path: Path, config: Mapping[str, Any], name: str | None, tensors: i
         ) from error
 
 
-def built_config(fields: Mapping[str, Any]) -> PreTrainedConfig:
+def built_config(fields: Mapping[str, Any]) -> "PreTrainedConfig":
     """The configuration of a config.json; also infinite numbers, which transformers writes as objects."""
+    from transformers import PreTrainedConfig
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
     return CONFIG_MAPPING[fields["model_type"]].from_dict(PreTrainedConfig._decode_special_floats(dict(fields)))
 
 
@@ -83,7 +90,11 @@ class _Bound:
 
 
 @lru_cache(maxsize=16)
-def _built(name: str, fields: str, most: int) -> PreTrainedModel | None:
+def _built(name: str, fields: str, most: int) -> "PreTrainedModel | None":
+    import transformers
+    from transformers import initialization
+    from transformers.utils import logging
+
     cls, content = getattr(transformers, name), json.loads(fields)
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # warnings about a configuration come when the user loads it

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from transformers import AutoTokenizer
-
 from osrm_peft.checkpoints.config_checks import shown
 from osrm_peft.checkpoints.model_files import GENERATION, PROCESSORS, TOKENIZERS
 from osrm_peft.checkpoints.settings import (
@@ -18,6 +16,7 @@ from osrm_peft.checkpoints.settings import (
     files_of,
     json_settings,
     refuse_other,
+    same_files,
     tokenizer_settings,
     vocabulary_size,
 )
@@ -149,6 +148,8 @@ def _mark(folder: Path) -> str:
 
 
 def _tokenizers(every: Mapping[str, Beside], marks: Mapping[str, str]) -> dict[str, Any]:
+    from transformers import AutoTokenizer
+
     found: dict[str, Any] = {}
     for name, mark in marks.items():
         if mark not in found:
@@ -225,7 +226,8 @@ def _sources(
                 sources[kind] = asked
                 continue
         of_models = [name for name in holders if name in models]
-        if kind != "tokenizer" and asked is None:
+        folders = [every[name].folder for name in of_models]
+        if kind != "tokenizer" and asked is None and not same_files(folders, patterns):
             settings = {
                 name: json_settings(every[name].folder, patterns, strict=kind == "generation") for name in of_models
             }

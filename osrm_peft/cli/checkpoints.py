@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from osrm_peft.cli.app import JsonOption, app, progress, quiet_libraries, say, show, sources, values, wrote
+from osrm_peft.cli.app import JsonOption, app, load_torch, progress, quiet_libraries, say, show, sources, values, wrote
 from osrm_peft.cli.methods import FULL_MODELS, listed
 
 
@@ -44,6 +44,7 @@ def merge_checkpoints(
     as_json: JsonOption = False,
 ) -> None:
     """Merge full models into one, from disk to disk; none is ever in memory as a whole."""
+    load_torch()
     from osrm_peft.checkpoints.merge import execute
     from osrm_peft.checkpoints.plan import plan_checkpoints
     from osrm_peft.cli.tables import checkpoint_facts, checkpoint_lines
@@ -181,6 +182,7 @@ def inspect(
     as_json: JsonOption = False,
 ) -> None:
     """Show what adapters hold: layers, ranks, scales, norms, heads, base; or how task vectors' singular values fall."""
+    load_torch()
     named = sources(models)
     if serve and spectrum:
         raise ValueError("--serve and --spectrum are two questions: ask one")

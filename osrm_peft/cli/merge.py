@@ -12,6 +12,7 @@ from osrm_peft.cli.app import (
     TaskOption,
     app,
     chosen,
+    load_torch,
     pairs,
     progress,
     quiet_libraries,
@@ -69,6 +70,7 @@ def merge(
     as_json: JsonOption = False,
 ) -> None:
     """Merge LoRA adapters into one, with each task's head beside it. The base model is not read."""
+    load_torch()
     from osrm_peft.merging.plan import plan_merge
     from osrm_peft.merging.request import MergeRequest
 
@@ -93,8 +95,7 @@ def merge(
     }
     given = {name: value for name, value in given.items() if value not in (None, {})}
     request = MergeRequest.from_fields(**given) if config is None else MergeRequest.from_yaml(config, **given)
-    folders = _folders(request, out)
-    plan = plan_merge(request.at_first_scale())
+    folders, plan = _folders(request, out), plan_merge(request.at_first_scale())
     _check_folders(plan, folders, out, overwrite)
     if dry_run:
         return _show(plan, folders)
@@ -177,21 +178,25 @@ def interference(
     as_json: JsonOption = False,
 ) -> None:
     """Before merging: which adapters share A or B; with features, how strongly each acts on the other tasks'."""
+    load_torch()
     from osrm_peft.evaluation.interference import interference as measure
     from osrm_peft.evaluation.plots import plot_interference
     from osrm_peft.evaluation.tables import interference_table, overlap_table
     from osrm_peft.io.json import write_json
     from osrm_peft.io.manifest import versions
     from osrm_peft.io.places import check_file
-    from osrm_peft.models.loading import load_base
 
     for name in ("interference.json", "interference.png"):
         check_file(out / name)
     named, files = sources(adapters), pairs(features) or None
     if base is not None and files is None:
         raise ValueError("--base-model is compared with on features: give --features TASK=FILE of every task, too")
-    quiet_libraries()
-    model = None if base is None else load_base(base, 2)
+    model = None
+    if base is not None:
+        from osrm_peft.models.loading import load_base
+
+        quiet_libraries()
+        model = load_base(base, 2)
     found = measure(named, files, base=model, progress=progress())
     settings = {"adapters": named, "features": files, "base": base}
     content = found.to_dict() | {"settings": settings, "versions": versions()}

@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.box import HORIZONTALS
 from rich.filesize import decimal
@@ -14,14 +14,15 @@ from osrm_peft.adapters.experts import parameter_of
 from osrm_peft.adapters.factors import Factors
 from osrm_peft.adapters.keys import shape_of_name
 from osrm_peft.adapters.lora_adapter import LoraAdapter, shape_in
-from osrm_peft.checkpoints.baking import BakePlan
-from osrm_peft.checkpoints.extract import Extraction
-from osrm_peft.checkpoints.extracting import ExtractPlan
-from osrm_peft.checkpoints.plan import CheckpointPlan
-from osrm_peft.features.task_features import TaskFeatures
-from osrm_peft.merging.plan import MergePlan
-from osrm_peft.merging.serving import Served
-from osrm_peft.osrm.spectrum import PooledMoment
+
+if TYPE_CHECKING:
+    from osrm_peft.checkpoints.baking import BakePlan
+    from osrm_peft.checkpoints.extract import Extraction
+    from osrm_peft.checkpoints.extracting import ExtractPlan
+    from osrm_peft.checkpoints.plan import CheckpointPlan
+    from osrm_peft.features.task_features import TaskFeatures
+    from osrm_peft.merging.plan import MergePlan
+    from osrm_peft.merging.serving import Served
 
 _KINDS: dict[Any, str] = {None: "linear", (): "embedding"}
 
@@ -76,7 +77,7 @@ def adapter_tables(facts: Mapping[str, Any]) -> list[Table]:
     return [summary, layers, *([modules] if facts["modules"] else [])]
 
 
-def plan_facts(plan: MergePlan) -> dict[str, Any]:
+def plan_facts(plan: "MergePlan") -> dict[str, Any]:
     """A planned merge: its adapters, every choice made, and what it would write."""
     made = plan.manifest()
     return adapter_facts(plan.inputs.adapters) | {
@@ -118,7 +119,7 @@ def plan_tables(facts: Mapping[str, Any]) -> list[Table]:
     return [*adapter_tables(facts), result]
 
 
-def checkpoint_facts(plan: CheckpointPlan, out: Path) -> dict[str, Any]:
+def checkpoint_facts(plan: "CheckpointPlan", out: Path) -> dict[str, Any]:
     """A planned merge of full models: every choice made, and what it would write."""
     made = plan.manifest()
     return {name: made[name] for name in ("method", "paper", "options", "scale", "weights", "seed", "text")} | {
@@ -136,7 +137,7 @@ def checkpoint_lines(facts: Mapping[str, Any]) -> list[str]:
     return [*filter(None, [facts["settings_of"]]), size]
 
 
-def bake_facts(plan: BakePlan, out: Path) -> dict[str, Any]:
+def bake_facts(plan: "BakePlan", out: Path) -> dict[str, Any]:
     """An adapter that is to be baked: what it changes, and what would be written."""
     made = plan.manifest()
     return {name: made[name] for name in ("inputs", "scale", "task", "dtype", "by", "left_out", "untied", "text")} | {
@@ -156,7 +157,7 @@ def bake_lines(facts: Mapping[str, Any]) -> list[str]:
     return [changed, *checkpoint_lines(facts)]
 
 
-def extract_facts(plan: ExtractPlan, out: Path) -> dict[str, Any]:
+def extract_facts(plan: "ExtractPlan", out: Path) -> dict[str, Any]:
     """An adapter that is to be extracted: what gets LoRA, what is kept whole, and what is lost."""
     made = plan.manifest()
     kept = {plan.kept[name]: plan.tuned.tensors[plan.kept[name]] for name in plan.kept}
@@ -179,7 +180,7 @@ def extract_lines(facts: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def extraction_facts(found: Extraction) -> dict[str, Any]:
+def extraction_facts(found: "Extraction") -> dict[str, Any]:
     """What an extracted adapter holds."""
     return {"written_rank": found.rank, "energy": found.energy, "energy_kept": found.energy_kept,
             "lost": found.lost, "serving": found.serving}  # fmt: skip
@@ -212,8 +213,10 @@ REVEALS = {
 }
 
 
-def features_facts(features: TaskFeatures, path: Path) -> dict[str, Any]:
+def features_facts(features: "TaskFeatures", path: Path) -> dict[str, Any]:
     """What a features file is of, and what it holds of each distinct input."""
+    from osrm_peft.osrm.spectrum import PooledMoment
+
     names: dict[str, list[str]] = {}
     for name, leader in features.same_input().items():
         names.setdefault(leader, []).append(name)
@@ -354,7 +357,7 @@ def task_table(facts: Mapping[str, Mapping[str, Any]]) -> Table:
     return table
 
 
-def served_facts(found: Mapping[str, Sequence[Served]]) -> dict[str, Any]:
+def served_facts(found: "Mapping[str, Sequence[Served]]") -> dict[str, Any]:
     """{adapter: {server: whether it takes the adapter, and what to change or set}}."""
     return {
         name: {one.server: {"takes": one.takes, "notes": list(one.notes)} for one in servers}

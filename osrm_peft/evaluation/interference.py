@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -120,7 +119,7 @@ class Interference:
 
 
 def interference(
-    adapters: Mapping[str, str | Path | PeftModel | LoraAdapter],
+    adapters: Mapping[str, str | Path | nn.Module | LoraAdapter],
     features: Mapping[str, str | Path | TaskFeatures] | None = None,
     *,
     base: nn.Module | None = None,

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from osrm_peft.adapters.load import load_adapter
 from osrm_peft.checkpoints.model_files import ModelFiles
-from osrm_peft.checkpoints.names import align
+from osrm_peft.checkpoints.names import align, as_spelled
 from osrm_peft.hub.sources import local_folder
 from osrm_peft.io.places import new_file
 from osrm_peft.merging.lowrank import compress
@@ -66,7 +66,9 @@ def _of_models(models: Mapping[str, str], base: str | None, layer: str, progress
     opened = {name: ModelFiles(source) for name, source in models.items()}
     under = None if base is None else ModelFiles(base)
     every = [*opened.values(), *([under] if under else [])]
-    align(opened | ({"base model": under} if under else {}), opened)
+    named = opened | ({"base model": under} if under else {})
+    if as_spelled(named) is None:
+        align(named, opened)
     shared = [
         name for name, entry in every[0].tensors.items()
         if fnmatchcase(name, layer) and len(entry.shape) == 2 and min(entry.shape) > 1 and entry.dtype.is_floating_point

@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from accelerate.data_loader import DataLoaderDispatcher, DataLoaderShard
 from torch import Tensor
 from torch.utils.data import DistributedSampler, RandomSampler
 from tqdm.auto import tqdm
@@ -84,6 +83,8 @@ def samples(
     """
     if processes.num_processes > 1:
         check_rereadable(loader, "several processes share the samples of one loader, which must be the same everywhere")
+        from accelerate.data_loader import DataLoaderDispatcher, DataLoaderShard
+
         if isinstance(loader, (DataLoaderShard, DataLoaderDispatcher)) or isinstance(
             getattr(loader, "sampler", None), DistributedSampler
         ):

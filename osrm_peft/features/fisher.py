@@ -5,10 +5,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
-from peft import LoraConfig
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -23,6 +22,9 @@ from osrm_peft.io.json import parse_json
 from osrm_peft.io.places import new_file
 from osrm_peft.io.yaml import check_fields
 from osrm_peft.models.layers import base_name, base_of, target_layers, unwrapped
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 Labels = Literal["expected", "true"]
 _FORMAT = 1
@@ -94,7 +96,7 @@ def collect_fisher(
     loader: Iterable[Mapping[str, Any]],
     *,
     task: str,
-    target_modules: list[str] | str | LoraConfig | None = None,
+    target_modules: "list[str] | str | LoraConfig | None" = None,
     labels: Labels = "expected",
     num_samples: int = 1000,
     seed: int | None = None,

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
+from osrm_peft.libraries import is_pretrained_model
 from osrm_peft.models.fingerprint import input_embedding
 from osrm_peft.models.layers import base_of
 
@@ -148,7 +148,7 @@ class EncoderDecoder:
         self.turned = kind in ("xlnet", "fsmt")  # inside, positions come before samples
         self.two = bool(getattr(getattr(base, "config", None), "is_encoder_decoder", False))
         self.encoder = base.get_encoder() if self.two else None
-        decoder = base.get_decoder() if self.two and isinstance(base, PreTrainedModel) else None
+        decoder = base.get_decoder() if self.two and is_pretrained_model(base) else None
         self.decoder = None if decoder is base else decoder
         names = {module: f"{name}." for name, module in base.named_modules()}
         self._prefix = names.get(self.encoder, "")
@@ -228,7 +228,7 @@ class EncoderDecoder:
 
 
 def _towers(base: Any, modalities: tuple[str, ...]) -> Iterator[nn.Module]:
-    for modality in modalities if isinstance(base, PreTrainedModel) else ():
+    for modality in modalities if is_pretrained_model(base) else ():
         try:
             yield base.get_encoder(modality=modality)
         except (TypeError, ValueError, AttributeError):  # the model's own method knows no modalities

@@ -3,17 +3,15 @@
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
-
-import yaml
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from huggingface_hub.utils import HFValidationError, validate_repo_id
-from jinja2 import Environment, PackageLoader, TemplateError
+from typing import TYPE_CHECKING, Any
 
 from osrm_peft.hub.privacy import public, public_name
 from osrm_peft.io.json import write_json
 from osrm_peft.io.manifest import MANIFEST, label_names_in, read_manifest
 from osrm_peft.io.places import check_file, new_file
+
+if TYPE_CHECKING:
+    from huggingface_hub import ModelCard, ModelCardData
 
 OSRM = "OSRM (Zhang & Zhou, ACL 2025), arXiv:2505.22934"
 REPO = "USER/NAME"  # where a card does not know its repository
@@ -50,7 +48,7 @@ class _Plain(str):
 
 def write_manifest(folder: str | Path, manifest: Mapping[str, Any]) -> None:
     """Write a folder's manifest, and its card `README.md`."""
-    card = str(model_card(manifest))
+    card = card_text(manifest)
     write_json(Path(folder) / MANIFEST, manifest)
     with new_file(Path(folder) / "README.md") as path:
         path.write_text(card, encoding="utf-8", errors="backslashreplace")  # a path may hold any bytes
@@ -98,8 +96,23 @@ def check_own_files(folder: str | Path) -> None:
             )
 
 
-def model_card(manifest: Mapping[str, Any]) -> ModelCard:
-    """The card of an adapter, a merged adapter, an EMR merge, a merged checkpoint or features.
+def model_card(manifest: Mapping[str, Any]) -> "ModelCard":
+    """The card of `card_text`, read by huggingface_hub.
+
+    Raises:
+        ValueError: see `card_text`.
+    """
+    from huggingface_hub import ModelCard
+
+    text = card_text(manifest)
+    try:
+        return ModelCard(text)
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
+        raise _damaged(error) from error
+
+
+def card_text(manifest: Mapping[str, Any]) -> str:
+    """The card of an adapter, a merged adapter, an EMR merge, a merged checkpoint or features, as it is written.
 
     The card shows no folder of this machine, and escapes what comes from files.
 
@@ -109,15 +122,22 @@ def model_card(manifest: Mapping[str, Any]) -> ModelCard:
     Raises:
         ValueError: a field of the manifest is of another kind than we write.
     """
+    from jinja2 import TemplateError
+
     try:
-        return _model_card(manifest)
+        return _card_text(manifest)
     except (AttributeError, KeyError, TypeError, ValueError, OverflowError, RecursionError, TemplateError) as error:
-        raise ValueError(
-            f"the manifest {MANIFEST} is damaged ({type(error).__name__}: {error}): write it anew"
-        ) from error
+        raise _damaged(error) from error
 
 
-def _model_card(manifest: Mapping[str, Any]) -> ModelCard:
+def _damaged(error: Exception) -> ValueError:
+    return ValueError(f"the manifest {MANIFEST} is damaged ({type(error).__name__}: {error}): write it anew")
+
+
+def _card_text(manifest: Mapping[str, Any]) -> str:
+    import yaml
+    from jinja2 import Environment, PackageLoader
+
     about, base = public(dict(manifest)), public_name(manifest.get("base_model"))
     inputs, task_type = list(about.get("inputs") or {}), about.get("task_type")
     merged = about.get("kind") != "adapter"  # an extracted adapter has inputs, too
@@ -159,7 +179,7 @@ def _model_card(manifest: Mapping[str, Any]) -> ModelCard:
         versions=", ".join(f"{library} {version}" for library, version in (about.get("versions") or {}).items()),
     )
     body = re.sub(r"\n{3,}", "\n\n", body)
-    return ModelCard(f"---\n{_metadata(about, base).to_yaml()}\n---\n\n{body}")
+    return f"---\n{_metadata(about, base).to_yaml()}\n---\n\n{body}"
 
 
 def escaped(text: object) -> str:
@@ -184,7 +204,9 @@ def _link(base: str) -> _Plain:
     return _Plain(f"[{escaped(base)}](https://huggingface.co/{base})" if _is_repository(base) else escaped(base))
 
 
-def _metadata(about: dict[str, Any], base: str | None) -> ModelCardData:
+def _metadata(about: dict[str, Any], base: str | None) -> "ModelCardData":
+    from huggingface_hub.repocard_data import EvalResult, ModelCardData
+
     kind, pipeline = about.get("kind"), _PIPELINES.get(str(about.get("task_type")), ("", ""))[0]
     baked = about.get("method") == "bake"
     merge = kind in ("merged", "emr", "checkpoint") and not baked
@@ -294,8 +316,12 @@ def _repository(source: object) -> str | None:
 
 def _is_repository(name: str) -> bool:
     """Whether a name can be that of a Hub repository with an owner (a folder's last part cannot)."""
+    if "/" not in name:
+        return False
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
     try:
         validate_repo_id(name)
     except HFValidationError:
         return False
-    return "/" in name
+    return True

@@ -5,12 +5,8 @@ import re
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, hf_hub_download
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError
 
 from osrm_peft.hub.card import model_card
@@ -19,8 +15,12 @@ from osrm_peft.io.json import read_object
 from osrm_peft.io.manifest import CONTENTS, MANIFEST, read_manifest
 from osrm_peft.io.tensors import features_header, tensor_headers
 
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
 _FEATURES = ("task", "base_model", "weight_hash", "statistic", "k", "seed")  # fields of a features file's header
-_CONFIGS = (CONFIG_NAME, "config.json", "tokenizer_config.json")
+_CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # PEFT's names
+_CONFIGS = (_CONFIG, "config.json", "tokenizer_config.json")
 _NAMES = ("base_model_name_or_path", "_name_or_path", "name_or_path", "special_tokens_map_file", "tokenizer_file")
 
 
@@ -56,6 +56,9 @@ def push_to_hub(
         FileNotFoundError: no such folder, or one of its files is missing.
         HfHubHTTPError: the Hub refused (401: log in; 403: no right to write).
     """
+    from huggingface_hub import HfApi
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
     folder = Path(folder)
     try:
         validate_repo_id(repo_id)
@@ -75,7 +78,7 @@ def push_to_hub(
 
 
 def _commit(
-    api: HfApi,
+    api: "HfApi",
     repo_id: str,
     files: dict[str, Path],
     manifest: dict[str, Any],
@@ -84,6 +87,8 @@ def _commit(
     create_pr: bool,
     message: str,
 ) -> str:
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id  # with its owner's name
     if revision is not None:
         api.create_branch(repo_id, branch=revision, exist_ok=True)
@@ -134,18 +139,18 @@ def _contents(folder: Path) -> tuple[dict[str, Path], dict[str, Any]]:
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder or features file {folder}")
     manifest = read_manifest(folder)
-    if not manifest and (folder / CONFIG_NAME).is_file():
+    if not manifest and (folder / _CONFIG).is_file():
         manifest = _of_peft(folder)
     kind = manifest["kind"] = str(manifest.get("kind"))
     if kind in CONTENTS:
         names = list(_names(folder, kind))
-        needed = {"emr.safetensors"} if kind == "emr" else {CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME}
+        needed = {"emr.safetensors"} if kind == "emr" else {_CONFIG, _WEIGHTS}
     elif kind == "checkpoint":
         names = [str(name) for name in manifest.get("files") or [] if name not in ("README.md", MANIFEST)]
         needed = set(names)
     else:
         raise ValueError(
-            f"{folder} is nothing that osrm_peft or PEFT wrote (no {MANIFEST}, no {CONFIG_NAME}): give the folder "
+            f"{folder} is nothing that osrm_peft or PEFT wrote (no {MANIFEST}, no {_CONFIG}): give the folder "
             "of an adapter or a merge, or a features file"
         )
     found = {name: _inside(folder, name) for name in names}
@@ -159,12 +164,12 @@ def _contents(folder: Path) -> tuple[dict[str, Path], dict[str, Any]]:
 
 def _of_peft(folder: Path) -> dict[str, Any]:
     """The manifest of an adapter that stock PEFT wrote."""
-    config = read_object(folder / CONFIG_NAME)
+    config = read_object(folder / _CONFIG)
     if config.get("peft_type") != "LORA":
         raise ValueError(f"{folder} is a {config.get('peft_type')} adapter: only LoRA adapters are pushed")
     manifest = {"kind": "adapter", "base_model": config.get("base_model_name_or_path")}
     manifest["task_type"] = config.get("task_type")
-    weights = _inside(folder, SAFETENSORS_WEIGHTS_NAME)
+    weights = _inside(folder, _WEIGHTS)
     shapes = {name: shape for name, (shape, _) in (tensor_headers(weights) if weights.is_file() else {}).items()}
     heads = {name: shape for name, shape in shapes.items() if ".lora_" not in name and shape}
     return manifest | ({"num_labels": heads[last_layer(heads)][0]} if heads else {})
@@ -201,6 +206,8 @@ def _features_entry(path: Path) -> dict[str, Any]:
 
 def _pushed_manifest(repo_id: str, revision: str) -> dict[str, Any]:
     """The manifest in the repository; empty where another program wrote it."""
+    from huggingface_hub import hf_hub_download
+
     try:
         return read_object(Path(hf_hub_download(repo_id, MANIFEST, revision=revision)))
     except ValueError:

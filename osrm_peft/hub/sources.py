@@ -4,9 +4,6 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
 
 def local_folder(source: str, patterns: Sequence[str], what: str = "folder") -> Path:
     """The folder `source`, or that of the Hub repository `owner/name` or `owner/name@revision`, downloaded if need be.
@@ -20,6 +17,9 @@ def local_folder(source: str, patterns: Sequence[str], what: str = "folder") -> 
     """
     if Path(source).is_dir():
         return Path(source)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
     repo, _, revision = source.partition("@")
     try:
         return Path(snapshot_download(repo, revision=revision or None, allow_patterns=list(patterns)))

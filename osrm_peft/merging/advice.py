@@ -3,10 +3,7 @@
 import warnings
 from collections.abc import Iterable, Mapping
 
-import torch
-from scipy.sparse.linalg import ArpackError
-
-from osrm_peft.merging.lowrank import squared_values
+from osrm_peft.merging.lowrank import squared_values, svd_errors
 from osrm_peft.merging.merged_adapter import MergedLayer
 from osrm_peft.merging.methods.registry import Method
 from osrm_peft.merging.overlap import ALIKE, overlaps, sharing
@@ -77,7 +74,7 @@ def _shared_a(plan: MergePlan) -> list[str]:
     layers = names[:: max(1, -(-len(names) // _LOOKED_AT))]
     try:
         alike = sharing(list(plan.inputs.adapters), [overlaps(plan.inputs.products(layer))[0] for layer in layers])
-    except (torch.linalg.LinAlgError, ArpackError):  # the merge itself stops there, and names the layer
+    except svd_errors():  # the merge itself stops there, and names the layer
         return []
     if not alike:
         return []

@@ -2,8 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from functools import partial
-
-from transformers import PreTrainedModel
+from typing import TYPE_CHECKING
 
 from osrm_peft.adapters.layouts import (
     bare_prefix,
@@ -15,6 +14,9 @@ from osrm_peft.adapters.layouts import (
     same_layout,
 )
 from osrm_peft.adapters.lora_adapter import LoraAdapter
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def align(adapters: dict[str, LoraAdapter], base: str | None) -> tuple[dict[str, LoraAdapter], dict[str, str]]:
@@ -57,7 +59,7 @@ def _names(adapters: Mapping[str, LoraAdapter]) -> dict[str, list[str]]:
 
 
 def _with_prefixes(
-    adapters: dict[str, LoraAdapter], models: dict[str, PreTrainedModel | None]
+    adapters: dict[str, LoraAdapter], models: dict[str, "PreTrainedModel | None"]
 ) -> tuple[dict[str, LoraAdapter], dict[str, str]]:
     """Adapters of a bare model or of a tower put in their place in the others' model."""
     prefixes = dict.fromkeys(adapters, "")
@@ -86,7 +88,7 @@ def _put_before(prefix: str, name: str) -> str:
 
 
 def _check_apart(
-    adapters: Mapping[str, LoraAdapter], models: Mapping[str, PreTrainedModel | None], placed: set[str]
+    adapters: Mapping[str, LoraAdapter], models: Mapping[str, "PreTrainedModel | None"], placed: set[str]
 ) -> None:
     """Refuse adapters that may name one layer differently, unless their models tell that the layers are apart.
 

@@ -5,14 +5,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from osrm_peft.adapters.experts import targets_of
 from osrm_peft.adapters.factors import TensorsOnDemand
@@ -26,6 +25,9 @@ from osrm_peft.io.json import parse_json
 from osrm_peft.io.manifest import label_names_in, new_folder, read_manifest
 from osrm_peft.merging.inputs import check_names
 from osrm_peft.merging.lowrank import compress_matrix
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 MASKS = "emr.safetensors"
 
@@ -85,7 +87,7 @@ class EMRAdapter(Pushable):
         return {name: self.scale * self.scales[task] * layer.masked(place) for name, layer in self.layers.items()}
 
     @contextmanager
-    def applied_to(self, model: PreTrainedModel, task: str) -> Iterator[PreTrainedModel]:
+    def applied_to(self, model: "PreTrainedModel", task: str) -> Iterator["PreTrainedModel"]:
         """Inside the block the live base `model` is task t's, head included; afterwards it is as it was, exactly.
 
         Raises:
@@ -94,7 +96,7 @@ class EMRAdapter(Pushable):
         with written(self._weights_of(task, model)):
             yield model
 
-    def load(self, base: PreTrainedModel | str, task: str) -> PreTrainedModel:
+    def load(self, base: "PreTrainedModel | str", task: str) -> "PreTrainedModel":
         """`base` with this task's weights and head written into it for good.
 
         Args:
@@ -176,7 +178,7 @@ class EMRAdapter(Pushable):
             raise ValueError(f"no task {task!r} was merged, only {', '.join(self.tasks)}")
         return list(self.tasks).index(task)
 
-    def _weights_of(self, task: str, model: PreTrainedModel) -> dict[Tensor, Tensor]:
+    def _weights_of(self, task: str, model: "PreTrainedModel") -> dict[Tensor, Tensor]:
         """{parameter: its value for this task}, checked against the model."""
         place, scale = self._place(task), self.scale * self.scales[task]
         shapes = {name: tuple(layer.unified.shape) for name, layer in self.layers.items()}

@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from peft import PeftModel
-from torch import Tensor
+from torch import Tensor, nn
 
 from osrm_peft.adapters.config import TARGETS
 from osrm_peft.adapters.experts import nested, targets_of
@@ -17,11 +16,12 @@ from osrm_peft.adapters.layouts import model_of
 from osrm_peft.adapters.load import load_adapter
 from osrm_peft.adapters.lora_adapter import LoraAdapter
 from osrm_peft.checks import choice, task_names
+from osrm_peft.libraries import is_peft_model
 from osrm_peft.merging.alignment import align
 from osrm_peft.models.identity import Base, common_base
 from osrm_peft.models.layers import unwrapped
 
-Adapters = Mapping[str, str | Path | PeftModel | LoraAdapter]
+Adapters = Mapping[str, str | Path | nn.Module | LoraAdapter]
 
 _ONE_BY_ONE = re.compile(r"(^|\.)experts\.\d+\.")  # experts that are layers of their own
 
@@ -126,12 +126,12 @@ def gather(adapters: Adapters, *, base_model: str | None, heads: str) -> Inputs:
     return Inputs(loaded, base, dict(sorted(shapes.items())), prefixes, renamed, parameters)
 
 
-def _load(task: str, adapter: str | Path | PeftModel | LoraAdapter) -> LoraAdapter:
+def _load(task: str, adapter: str | Path | nn.Module | LoraAdapter) -> LoraAdapter:
     """The adapter; of a live model with several, the one that is called like the task."""
     if isinstance(adapter, LoraAdapter):
         return adapter
     model = unwrapped(adapter)
-    if isinstance(model, PeftModel) and len(model.peft_config) > 1:
+    if is_peft_model(model) and len(model.peft_config) > 1:
         if task not in model.peft_config:
             raise ValueError(
                 f"the live model given for task {task!r} has several adapters ({', '.join(model.peft_config)}): call "

@@ -2,15 +2,17 @@
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
-from scipy.sparse.linalg import LinearOperator, svds
 from torch import Tensor
 
 from osrm_peft.adapters.factors import Factors
 from osrm_peft.features.moments import FeatureMoments
+
+if TYPE_CHECKING:
+    from scipy.sparse.linalg import LinearOperator
 
 _EPS = torch.finfo(torch.float64).eps
 _WIDE = 1024
@@ -18,6 +20,13 @@ _TALL = 256
 _SAFE = 1e-6  # of the largest eigenvalue of a Gram matrix, the least
 SMALL = 256  # up to this width a decomposition is the CPU's work
 SERVING = (8, 16, 32, 64, 128, 256, 320, 512)  # the ranks that vLLM makes room for
+
+
+def svd_errors() -> tuple[type[Exception], ...]:
+    """What an SVD raises that does not converge, for `except`: torch's error and ARPACK's, imported when one is due."""
+    from scipy.sparse.linalg import ArpackError
+
+    return torch.linalg.LinAlgError, ArpackError
 
 
 class Compressed(NamedTuple):
@@ -93,6 +102,8 @@ def compress_matrix(X: Tensor, rank: int | None = None, by: Tensor | None = None
         half = 2.0 ** round(math.log2(float(X.abs().max())) / 2)  # both factors alike, for float16
         eye, X = half * torch.eye(narrow, dtype=X.dtype, device=X.device), X / half
         return Compressed(Factors(eye, X) if X.shape[1] == narrow else Factors(X, eye), 1.0)
+    from scipy.sparse.linalg import svds
+
     start = torch.linspace(1, 2, narrow, dtype=X.dtype).numpy()  # fixed: ARPACK would draw one
     found = svds(X.numpy() if X.device.type == "cpu" else _products_on_device(X), k=rank, v0=start)
     U, S, Vh = (torch.from_numpy(one.copy()).to(X.device) for one in found)
@@ -101,8 +112,9 @@ def compress_matrix(X: Tensor, rank: int | None = None, by: Tensor | None = None
     return cut._replace(energy_kept=float(S.square().sum()) / square)
 
 
-def _products_on_device(X: Tensor) -> LinearOperator:
+def _products_on_device(X: Tensor) -> "LinearOperator":
     """X for ARPACK, which runs on the CPU and asks for products with vectors."""
+    from scipy.sparse.linalg import LinearOperator
 
     def product(matrix: Tensor) -> Callable[[Any], Any]:
         return lambda x: (matrix @ torch.from_numpy(np.ascontiguousarray(x)).to(X.device, X.dtype)).cpu().numpy()

@@ -7,7 +7,6 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from scipy.sparse.linalg import ArpackError
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -19,7 +18,7 @@ from osrm_peft.merging import advice
 from osrm_peft.merging.emr_adapter import EMRAdapter, EMRLayer
 from osrm_peft.merging.engine import Engine, rescalers
 from osrm_peft.merging.inputs import Adapters, HeadPolicy
-from osrm_peft.merging.lowrank import SMALL, Compressed, compress, compress_matrix, compress_outputs
+from osrm_peft.merging.lowrank import SMALL, Compressed, compress, compress_matrix, compress_outputs, svd_errors
 from osrm_peft.merging.merged_adapter import MergedAdapter, MergedLayer
 from osrm_peft.merging.modules import merge_modules
 from osrm_peft.merging.plan import MergePlan, plan_merge
@@ -229,7 +228,7 @@ def _merge_layer(
         _check_size(plan.scale, direction.factors, offset)
     except ValueError as error:
         raise ValueError(f"layer {name!r}: {error}") from error
-    except (torch.linalg.LinAlgError, ArpackError) as error:
+    except svd_errors() as error:
         raise ValueError(
             f"layer {name!r}: its singular values were not found ({error}): are all weights of a usual size? "
             "method='concat' needs none"

@@ -5,12 +5,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from peft import PeftModel
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from osrm_peft.adapters.factors import Factors
 from osrm_peft.adapters.live import applied_to
@@ -21,6 +19,10 @@ from osrm_peft.hub.card import write_manifest
 from osrm_peft.hub.push import Pushable
 from osrm_peft.io.manifest import new_folder
 from osrm_peft.merging.lowrank import SERVING, Compressed, compress, least_energy
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
 
 
 class MergedLayer(NamedTuple):
@@ -97,7 +99,7 @@ class MergedAdapter(Pushable):
         """
         return self._adapter(task, self._found)
 
-    def load(self, base: PreTrainedModel | str, task: str | None = None) -> PeftModel:
+    def load(self, base: "PreTrainedModel | str", task: str | None = None) -> "PeftModel":
         """A PeftModel of `base` with the shared LoRA and this task's head, in eval mode.
 
         `.merge_and_unload()` on it gives full weights.
@@ -108,7 +110,7 @@ class MergedAdapter(Pushable):
         return self.for_task(task).attach(base)
 
     @contextmanager
-    def applied_to(self, model: PreTrainedModel, task: str | None = None) -> Iterator[PreTrainedModel]:
+    def applied_to(self, model: "PreTrainedModel", task: str | None = None) -> Iterator["PreTrainedModel"]:
         """Inside the block the live base `model` is the merge with this task's head; then it is as before, exactly.
 
         Raises:

@@ -9,9 +9,6 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from huggingface_hub import HfApi
-from huggingface_hub.constants import HF_HUB_OFFLINE
-
 from osrm_peft.hub.privacy import is_local, public_name
 from osrm_peft.models.fingerprint import counts_all_rows
 from osrm_peft.models.packaged import MODEL
@@ -127,7 +124,12 @@ def _alias(short: str, whole: str) -> bool:
 
 def _same_on_hub(one: str, other: str) -> bool:
     """Whether the Hub has both names for one repository, which was renamed; False if the Hub cannot be reached."""
-    if HF_HUB_OFFLINE or not one or not other or is_local(one) or is_local(other):
+    if not one or not other or is_local(one) or is_local(other):
+        return False
+    from huggingface_hub import HfApi
+    from huggingface_hub.constants import HF_HUB_OFFLINE
+
+    if HF_HUB_OFFLINE:
         return False
     try:
         found: list[Any] = [HfApi().model_info(name, timeout=5).id for name in (one, other)]

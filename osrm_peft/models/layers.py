@@ -1,19 +1,18 @@
 """Which layers an adapter targets, by their names in the base model."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import LoraConfig, PeftModel
-from peft.tuners.lora import LoraLayer
-from peft.tuners.lora.layer import ParamWrapper
-from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
-from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from osrm_peft.distributed import inner_module
 from osrm_peft.hub.privacy import public_name
+from osrm_peft.libraries import is_conv1d, is_lora_layer, is_param_wrapper, is_peft_model
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+    from transformers.pytorch_utils import Conv1D
 
 
 def unwrapped(model: Any) -> Any:
@@ -29,7 +28,7 @@ def unwrapped(model: Any) -> Any:
 def base_of(model: Any) -> Any:
     """The base model inside a PeftModel (its layers keep their own names there), or `model` itself."""
     model = unwrapped(model)
-    return unwrapped(model.get_base_model()) if isinstance(model, PeftModel) else model
+    return unwrapped(model.get_base_model()) if is_peft_model(model) else model
 
 
 def base_name(model: nn.Module) -> str:
@@ -38,7 +37,9 @@ def base_name(model: nn.Module) -> str:
     return public_name(getattr(getattr(base, "config", None), "_name_or_path", "")) or type(base).__name__
 
 
-def target_layers(model: nn.Module, target_modules: list[str] | str | LoraConfig | None = None) -> dict[str, nn.Module]:
+def target_layers(
+    model: nn.Module, target_modules: "list[str] | str | LoraConfig | None" = None
+) -> dict[str, nn.Module]:
     """The layers that LoRA with these `target_modules` adapts: {name in the base model: module}, in model order.
 
     Args:
@@ -49,8 +50,10 @@ def target_layers(model: nn.Module, target_modules: list[str] | str | LoraConfig
     Raises:
         ValueError: nothing matches, or a match is no linear layer.
     """
+    from peft.tuners.tuners_utils import check_target_module_exists
+
     base = base_of(model)
-    if target_modules is None and isinstance(model, PeftModel):
+    if target_modules is None and is_peft_model(model):
         found: dict[str, Any] = all_lora_layers(model)
     else:
         config = _as_config(base, target_modules)
@@ -70,18 +73,18 @@ def lora_layers(model: nn.Module, adapter_name: str) -> dict[str, Any]:
     return {
         name: module
         for name, module in base_of(model).named_modules()
-        if isinstance(module, LoraLayer) and adapter_name in module.r
+        if is_lora_layer(module) and adapter_name in module.r
     }
 
 
 def base_layer(module: Any) -> Any:
     """The layer that a LoRA layer wraps; any other module as it is."""
-    return module.get_base_layer() if isinstance(module, LoraLayer) else module
+    return module.get_base_layer() if is_lora_layer(module) else module
 
 
 def all_lora_layers(model: nn.Module) -> dict[str, Any]:
     """The LoRA layers of all adapters: {name in the base model: peft's LoraLayer}."""
-    return {name: module for name, module in base_of(model).named_modules() if isinstance(module, LoraLayer)}
+    return {name: module for name, module in base_of(model).named_modules() if is_lora_layer(module)}
 
 
 def check_unmerged(layers: Mapping[str, Any]) -> None:
@@ -91,20 +94,20 @@ def check_unmerged(layers: Mapping[str, Any]) -> None:
         raise ValueError(f"an adapter is merged into {merged[0]!r}: call unmerge_adapter() first")
 
 
-def linear_layer(name: str, module: nn.Module) -> nn.Linear | Conv1D:
+def linear_layer(name: str, module: nn.Module) -> "nn.Linear | Conv1D":
     """The module if it is a linear layer, or the linear layer that it wraps with LoRA (bitsandbytes' are `nn.Linear`s).
 
     Raises:
         ValueError: the module is another kind of layer; names it.
     """
-    if isinstance(module, ParamWrapper):
+    if is_param_wrapper(module):
         raise ValueError(
             f"layer {name!r} has LoRA on its parameter {module.parameter_name!r}; OSRM features are of linear layers, "
             "not of bare parameters (experts, which PEFT adapts for target_modules='all-linear' and their old names, "
             "too): name linear layers in target_modules, such as those of the attention"
         )
     layer = base_layer(module)
-    if not isinstance(layer, (nn.Linear, Conv1D)):
+    if not (isinstance(layer, nn.Linear) or is_conv1d(layer)):
         raise ValueError(
             f"layer {name!r} is a {type(layer).__name__}; OSRM features are of linear layers (nn.Linear, Conv1D): "
             "narrow target_modules, or list it in exclude_modules"
@@ -114,15 +117,15 @@ def linear_layer(name: str, module: nn.Module) -> nn.Linear | Conv1D:
 
 def input_width(name: str, module: nn.Module) -> int:
     """n of a linear layer; raises as `linear_layer` does."""
-    layer = linear_layer(name, module)
-    return layer.nx if isinstance(layer, Conv1D) else layer.in_features
+    layer: Any = linear_layer(name, module)
+    return layer.nx if is_conv1d(layer) else layer.in_features
 
 
 def weight_shape(module: nn.Module) -> tuple[int, int] | None:
     """(o, n) of the layer's task vectors; None for a kind of layer that we do not know."""
     if isinstance(module, nn.Linear):
         return module.out_features, module.in_features
-    if isinstance(module, (nn.Embedding, Conv1D)):  # their weights are (n, o)
+    if isinstance(module, nn.Embedding) or is_conv1d(module):  # their weights are (n, o)
         return int(module.weight.shape[1]), int(module.weight.shape[0])
     if isinstance(module, nn.modules.conv._ConvNd):
         return len(module.weight), module.weight[0].numel()
@@ -158,10 +161,14 @@ def _turned(module: nn.Module) -> bool:
 def as_weight(module: nn.Module, delta: Tensor) -> Tensor:
     """An (o, n) task vector in the shape of the layer's own weight, for each kind that `weight_shape` knows."""
     weight: Any = module.weight
-    return delta.mT if isinstance(module, (nn.Embedding, Conv1D)) else delta.reshape(weight.shape)
+    return delta.mT if isinstance(module, nn.Embedding) or is_conv1d(module) else delta.reshape(weight.shape)
 
 
-def _as_config(base: nn.Module, target_modules: list[str] | str | LoraConfig | None) -> LoraConfig:
+def _as_config(base: nn.Module, target_modules: "list[str] | str | LoraConfig | None") -> "LoraConfig":
+    from peft import LoraConfig
+    from peft.tuners.tuners_utils import _maybe_include_all_linear_layers
+    from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
     if isinstance(target_modules, LoraConfig):
         fields = (
             "target_modules",

@@ -3,27 +3,22 @@
 import copy
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
 
 from osrm_peft.models.packaged import resolve_model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
 
 def load_base(
     model: str, num_labels: int | None, device_map: str | None = None, label_names: Sequence[str] | None = None
-) -> PreTrainedModel:
+) -> "PreTrainedModel":
     """A pre-trained model with a fresh classification head (`num_labels=1`: regression), in its checkpoint's dtype.
 
     Args:
@@ -33,6 +28,8 @@ def load_base(
         device_map: `"auto"` spreads a model over the GPUs of this machine, and over its memory if these are too small.
         label_names: the names of the classes, for the model's config; a pipeline answers with them.
     """
+    from transformers import AutoModelForSequenceClassification
+
     labels: dict[str, Any] = {} if num_labels is None else {"num_labels": num_labels}
     if label_names is not None:
         labels["id2label"] = dict(enumerate(label_names))
@@ -49,12 +46,14 @@ def load_base(
     return base
 
 
-def load_causal(model: str, device_map: str | None = None) -> PreTrainedModel:
+def load_causal(model: str, device_map: str | None = None) -> "PreTrainedModel":
     """A pre-trained causal language model, in its checkpoint's dtype; see `load_base`."""
+    from transformers import AutoModelForCausalLM
+
     return AutoModelForCausalLM.from_pretrained(resolve_model(model), device_map=device_map)
 
 
-def head_width(model: str | PreTrainedModel, heads: Mapping[str, Sequence[int]]) -> int | None:
+def head_width(model: "str | PreTrainedModel", heads: Mapping[str, Sequence[int]]) -> int | None:
     """The number of labels of a saved classification head, whatever its layers are called.
 
     transformers builds the model without weights, for 3 and for 5 labels. A parameter with n = a·labels + b rows then
@@ -67,9 +66,13 @@ def head_width(model: str | PreTrainedModel, heads: Mapping[str, Sequence[int]])
     Returns:
         None where no saved parameter depends on the number of labels.
     """
-    if isinstance(model, PreTrainedModel):
+    config: Any
+    make: Callable[..., nn.Module]
+    if not isinstance(model, str):
         config, make = model.config, type(model)._from_config
     else:
+        from transformers import AutoConfig, AutoModelForSequenceClassification
+
         config = AutoConfig.from_pretrained(resolve_model(model))
         make = AutoModelForSequenceClassification.from_config
     few, many = (_shapes(make, config, labels) for labels in (3, 5))
@@ -81,7 +84,7 @@ def head_width(model: str | PreTrainedModel, heads: Mapping[str, Sequence[int]])
     return None
 
 
-def _shapes(make: Callable[..., nn.Module], config: PreTrainedConfig, num_labels: int) -> dict[str, tuple[int, ...]]:
+def _shapes(make: Callable[..., nn.Module], config: "PreTrainedConfig", num_labels: int) -> dict[str, tuple[int, ...]]:
     config = copy.deepcopy(config)
     config.num_labels = num_labels
     with torch.device("meta"):
@@ -94,6 +97,8 @@ def load_tokenizer(model: str):
     Raises:
         ValueError: the model has no tokenizer; transformers makes one without words where the files are missing.
     """
+    from transformers import AutoTokenizer
+
     tokenizer = AutoTokenizer.from_pretrained(resolve_model(model))
     if len(tokenizer) <= len(tokenizer.all_special_tokens):
         raise ValueError(

@@ -21,6 +21,8 @@ from transformers import (
 )
 
 from osrm_peft import load_merged_checkpoint, merge_checkpoints
+from osrm_peft.checkpoints.model_files import ModelFiles
+from osrm_peft.checkpoints.names import align, as_spelled
 from osrm_peft.evaluation.spectra import spectra
 from tests.helpers.checkpoints import CASES, LLAMA, QUICK, edit, rewrite, same, tensors_of, write
 from tests.helpers.models import TINY, make_batch
@@ -287,3 +289,51 @@ def test_configurations_with_infinite_numbers_are_read(tmp_path):
     for name, tensor in found.state_dict().items():
         wanted = second[name] if name.startswith("lm_head") else (first[name] + second[name]) / 2
         torch.testing.assert_close(tensor, wanted)
+
+
+# without transformers
+
+FILE = "model.safetensors"
+
+
+def different(folder, seed):
+    """The model's folder with noise on each tensor, so that no two are equal."""
+    generator = torch.Generator().manual_seed(seed)
+    noise = {name: torch.randn(x.shape, generator=generator) / 50 for name, x in load_file(folder / FILE).items()}
+    return rewrite(folder, **{name: x + noise[name] for name, x in load_file(folder / FILE).items()})
+
+
+@pytest.mark.parametrize("method", ["average", "dare"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_names_that_need_not_be_asked_for_are_the_same(folders, tmp_path, monkeypatch, kind, method):
+    models = {part: different(folder, seed) for seed, (part, folder) in enumerate(folders(kind).items())}
+    base = models.pop("base")
+    opened = {part: ModelFiles(folder) for part, folder in (models | {"base": base}).items()}
+    found, asked = as_spelled(opened), align(opened, models)
+    assert found is not None and not any(asked.spelled.values()) and not asked.left_out
+    assert list(opened["a"].tensors) == list(found.canonical)
+    out = merge_checkpoints(models, tmp_path / "out", method, base=base)
+    monkeypatch.setattr("osrm_peft.checkpoints.plan.as_spelled", lambda every: None)
+    by_name = merge_checkpoints(models, tmp_path / "by_name", method, base=base)
+    for file in (FILE, "config.json"):
+        assert (out / file).read_bytes() == (by_name / file).read_bytes()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda x: {"lm_head.weight": x["model.embed_tokens.weight"]},  # a tied copy
+        lambda x: {"ids": torch.arange(3)},
+        lambda x: {"model.norm.gamma": torch.rand(16)},
+        lambda x: {"embed_tokens.weight": torch.rand(32, 16)},  # of the bare model
+    ],
+)
+def test_names_are_asked_for_where_they_may_matter(folders, change):
+    models = {part: different(folder, seed) for seed, (part, folder) in enumerate(folders("tied").items())}
+    assert as_spelled({part: ModelFiles(folder) for part, folder in models.items()}) is not None
+    edit(models["b"], hidden_act="gelu")
+    assert as_spelled({part: ModelFiles(folder) for part, folder in models.items()}) is None
+    del models["b"]
+    for folder in models.values():
+        rewrite(folder, **change(load_file(folder / FILE)))
+    assert as_spelled({part: ModelFiles(folder) for part, folder in models.items()}) is None

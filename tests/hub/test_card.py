@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard
 
 from osrm_peft import MergedAdapter, load_adapter, merge_adapters, merge_checkpoints
 from osrm_peft.features.file import features_file
-from osrm_peft.hub.card import escaped, model_card, record_scores
+from osrm_peft.hub.card import card_text, escaped, model_card, record_scores
 from osrm_peft.hub.privacy import is_local, public, public_name
 from osrm_peft.hub.sources import pinned
 from osrm_peft.io.manifest import read_manifest
@@ -127,6 +127,7 @@ def test_the_metadata_of_other_kinds(name, library, relation, base, tags):
 def test_every_card_has_its_sections_and_is_parsed(name):
     card = model_card(EVERY[name])
     assert ModelCard(str(card)).data.to_dict() == card.data.to_dict()
+    assert card_text(EVERY[name]) == str(card)  # what is written without importing the Hub's client
     headings = re.findall(r"^#+ (.+)$", card.text, re.MULTILINE)
     scores = [] if name == "features" else ["Scores"]
     assert headings[1:] == ["Use it", "How it was made", *scores, "Limits"]
