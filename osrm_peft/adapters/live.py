@@ -141,7 +141,7 @@ def weights_in(
 
 
 def _stacks_in(
-    model: PreTrainedModel, deltas: Mapping[str, Tensor], adapter: LoraAdapter, otherwise: str
+    model: "PreTrainedModel", deltas: Mapping[str, Tensor], adapter: LoraAdapter, otherwise: str
 ) -> dict[Any, Tensor]:
     """{parameter: its value} of the bare parameters that an adapter adapts; see `weights_in`."""
     tensors, values = tensors_of(model), {}

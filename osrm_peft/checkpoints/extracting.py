@@ -224,7 +224,8 @@ class _Found:
                         self.layers[layer], self.weights[layer] = turned, tensor
                 else:
                     self.rest[name] = "heads" if head else "biases" if place in self.layers else _kind(module)
-        for layer in taken_for_experts(self.model, [one for one in self.layers if one not in owners(self.parameters)]):
+        linear_layers = [one for one in self.layers if one not in owners(self.parameters)]
+        for layer in taken_for_experts(self.model, linear_layers) if self.parameters else ():
             weight = f"{layer}.weight"
             self.parameters[weight] = 0
             self.layers[weight], self.weights[weight] = self.layers.pop(layer), self.weights.pop(layer)

@@ -73,7 +73,7 @@ def test_targets_are_those_of_peft():
     ):
         if isinstance(targets, str) and layers:
             continue
-        fields = dict(zip(TARGETS, (targets, excluded, layers, None), strict=True))
+        fields = dict(zip(TARGETS, (targets, excluded, layers, None, None), strict=True))
         for name in names:
             found = is_target(fields, name)
             assert found == bool(check_target_module_exists(LoraConfig(**fields), name)), (fields, name)
