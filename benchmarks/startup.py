@@ -29,6 +29,7 @@ LINES = {
     "osrm-peft inspect": ["inspect", "a", "b"],
     "osrm-peft interference": ["interference", "a", "b", "--out", "interference"],
     "osrm-peft merge-checkpoints": ["merge-checkpoints", "m", "n", "--out", "model", "--overwrite"],
+    "python -c 'from osrm_peft import merge_adapters'": [sys.executable, "-c", "from osrm_peft import merge_adapters"],
     "python -c 'import peft'": [sys.executable, "-c", "import peft"],
 }
 console = Console(width=None if sys.stdout.isatty() else 120)
