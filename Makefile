@@ -10,7 +10,7 @@ export HF_HUB_DISABLE_TELEMETRY ?= 1
 
 DOCS := .venv/.docs
 
-.PHONY: setup demo test test-fast test-distributed test-kernels reproduce-small reproduce-smollm2 lint docs pictures help clean
+.PHONY: setup demo test test-fast test-distributed test-kernels reproduce-small reproduce-smollm2 bench lint docs pictures help clean
 
 setup: $(INSTALLED)  ## make .venv with the tested versions
 
@@ -37,6 +37,13 @@ reproduce-smollm2: $(INSTALLED)  ## the main table of a decoder: about 30 minute
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt gguf
 	$(BIN)/python recipes/smollm2.py --out results/models/smollm2-135m
 	$(BIN)/python recipes/reproduce.py --config recipes/configs/reproduce_smollm2.yaml --out docs/results/smollm2
+
+# The tables of docs/results/benchmarks.md; checkpoints.py and beside_mergekit.py take --mergekit, gpu.py needs a GPU.
+bench: $(INSTALLED)  ## speed and memory, side by side: about half an hour
+	$(BIN)/python benchmarks/startup.py
+	$(BIN)/python benchmarks/merging.py
+	$(BIN)/python benchmarks/checkpoints.py
+	$(BIN)/python benchmarks/osrm_init.py
 
 # Two workers of one thread each: some tests wait, for processes or for a server. Files of one long test do not come last.
 test: lint $(ENGINES)  ## linters, types and all tests: 13 to 15 minutes

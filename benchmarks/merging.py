@@ -22,7 +22,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from rich.console import Console
 from rich.table import Table
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from osrm_peft import load_adapter, merge_adapters
@@ -110,7 +110,10 @@ def llama(blocks: int) -> None:
         write_adapters(Path(folder), blocks)
         for method in METHODS:
             done = _in_process(method, folder)
-            table.add_row(method, f"{done['seconds']:.1f}", f"{done['merge']:.1f}", f"{done['peak'] / 2**30:.2f}")
+            table.add_row(method, f"{done['seconds']:.2f}", f"{done['merge']:.2f}", f"{done['peak'] / 2**30:.2f}")
+        copied, decomposed = _limits(Path(folder))
+        table.add_row("the bytes read, an eighth of them written", f"{copied:.2f}", "", "")
+        table.add_row("a QR of all stacked factors, float64", f"{decomposed:.2f}", "", "")
         console.print(table)
     _beside_peft()
 
@@ -182,6 +185,26 @@ def _one(method: str, folder: str) -> dict[str, float]:
         if line.startswith("VmHWM")
     )
     return {"seconds": seconds, "merge": merge, "peak": peak, "written": written}
+
+
+def _limits(folder: Path) -> tuple[float, float]:
+    """Seconds to read the adapters' bytes and write as many as one has; and for LAPACK's QR of each layer's stacks."""
+    files = sorted(folder.glob("adapter*/adapter_model.safetensors"))
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory() as out:
+        for number, file in enumerate(files):
+            content = file.read_bytes()
+            if number == 0:
+                Path(out, "written").write_bytes(content)
+    copied = time.perf_counter() - start
+    stacks: dict[str, list[Tensor]] = {}
+    for file in files:
+        for name, tensor in load_file(file).items():
+            stacks.setdefault(name, []).append(tensor if len(tensor) > R else tensor.mT)
+    start = time.perf_counter()
+    for parts in stacks.values():
+        torch.linalg.qr(torch.cat(parts, 1).double())
+    return copied, time.perf_counter() - start
 
 
 def _in_process(method: str, folder: str) -> dict[str, float]:
