@@ -10,11 +10,11 @@ from safetensors.torch import load_file
 
 from osrm_peft.checkpoints.blocks import Blocks
 from osrm_peft.checkpoints.plan import CheckpointPlan, Vocab, plan_checkpoints
-from osrm_peft.checkpoints.resumable import carry_out
+from osrm_peft.checkpoints.resumable import carry_out, carry_out_part
 from osrm_peft.checkpoints.shapes import OutputDtype
 from osrm_peft.checkpoints.skeleton import built_config
 from osrm_peft.checkpoints.writing import write_heads, write_rest
-from osrm_peft.checks import printable
+from osrm_peft.checks import integer, printable
 from osrm_peft.devices import computing
 from osrm_peft.hub.card import write_manifest
 from osrm_peft.hub.sources import local_folder
@@ -45,6 +45,7 @@ def merge_checkpoints(
     overwrite: bool = False,
     verify: bool = True,
     progress: bool = False,
+    part: tuple[int, int] | None = None,
     **options: Any,
 ) -> Path:
     """Merge full checkpoints into one that `from_pretrained` loads, without holding one of them in memory.
@@ -73,6 +74,8 @@ def merge_checkpoints(
         overwrite: replace another result, or what an interrupted merge has finished.
         verify: compare the weight files of earlier merges with the checksums in their manifests.
         progress: show a bar.
+        part: (i, n): write only every n-th weight file, from the i-th on, on this of n machines or processes that share
+            a disk; then the same call with `resume` instead of `part` finishes the result.
         **options: the method's own.
 
     Raises:
@@ -84,16 +87,32 @@ def merge_checkpoints(
         models, method, base=base, weights=weights, scale=scale, heads=heads, vocab=vocab,
         tokenizer=tokenizer, dtype=dtype, shard_size=shard_size, seed=seed, device=device, **options,
     )  # fmt: skip
-    return execute(plan, out, resume=resume, overwrite=overwrite, verify=verify, progress=progress)
+    return execute(plan, out, part, resume=resume, overwrite=overwrite, verify=verify, progress=progress)
 
 
 def execute(
     plan: CheckpointPlan,
     out: Path,
+    part: tuple[int, int] | None = None,
+    *,
+    resume: bool = False,
     **how: bool,
 ) -> Path:
-    """Merge as planned; `how` has resume, overwrite, verify and progress, see `carry_out`."""
+    """Merge as planned, or a part of it; `how` has overwrite, verify and progress, see `carry_out`."""
+    if part is not None:
+        if resume:
+            raise ValueError("part goes on where it was interrupted by itself: leave resume (--resume) out")
+        i, n = integer("part", part[0], 1), integer("number of parts", part[1], 1)
+        if i > n or n > len(plan.shards):
+            raise ValueError(
+                f"part={i} of {n}: the result has {len(plan.shards)} weight files, so there are parts 1 to "
+                f"{min(n, len(plan.shards))} of as many at most; a smaller shard_size (--shard-size) makes more files"
+            )
+        with computing(plan.device):
+            carry_out_part(plan, lambda: Blocks(plan), out, (i, n), **how)
+        return out
     with computing(plan.device):
+        how["resume"] = resume
         return carry_out(plan, lambda: Blocks(plan), partial(_finish, plan), out, **how)
 
 

@@ -1,7 +1,11 @@
-"""carry_out: a work written file by file into a folder that is renamed at the end; an interrupted work can go on."""
+"""carry_out: a work written file by file into a folder that is renamed at the end; an interrupted work can go on.
+
+Processes that share a work write a part of its files each (`carry_out_part`), before one of them carries it out.
+"""
 
 import os
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
@@ -15,6 +19,9 @@ from osrm_peft.hub.card import write_manifest
 from osrm_peft.io.json import read_object, write_json
 from osrm_peft.io.manifest import MANIFEST, check_replaceable
 from osrm_peft.io.places import FULL, alone_in, check_space, put_in_place
+
+_PART = "part-"  # in the folder of an unfinished result, the folder of a part's state
+_TRIES = 150  # 30 seconds
 
 # (folder, {weight file: its checksum in each of the work's folders}) → further fields of the manifest
 Finish = Callable[[Path, Mapping[str, list[str]]], dict[str, Any]]
@@ -45,30 +52,86 @@ def carry_out(
         OSError: the disk is full.
     """
     check_replaceable(out, work.kind, work.manifest(), overwrite)
-    partial = out.with_name(f".{out.name}.merging")
+    partial = _partial(out)
     if not partial.exists():  # else a part of the result may be written already
         check_space(out, len(work.folders) * work.size_of(list(work.shapes)))
-    with alone_in(partial):
-        state = _state(partial, work, resume, overwrite)
-        return _carry_out(work, make, finish, out, partial, state, overwrite, verify, progress)
+    with alone_in(partial), ExitStack() as parts:
+        for folder in partial.glob(f"{_PART}*/"):
+            parts.enter_context(alone_in(folder))
+        state = _state([partial / STATE, *sorted(partial.glob(f"{_PART}*/{STATE}"))], partial, work, resume, overwrite)
+        write_json(partial / STATE, state)  # before those of parts go
+        kept = {partial / folder / file for file in state["crc32"] for folder in work.folders}
+        _clear(partial, {partial / STATE, *kept})
+        _write(work, make, state, partial, partial, work.shards, verify, progress)
+        return _put(work, finish, out, partial, state, overwrite)
 
 
-def _carry_out(
+def carry_out_part(
     work: Work,
     make: Callable[[], Maker],
-    finish: Finish,
     out: Path,
-    partial: Path,
+    part: tuple[int, int],
+    *,
+    overwrite: bool = False,
+    verify: bool = True,
+    progress: bool = False,
+) -> None:
+    """Write the i-th of every n weight files; `carry_out` with `resume` writes what is missing then, and all the rest.
+
+    A part that was interrupted goes on when it is called again. What a method sums up over the whole model, each part
+    sums up itself.
+
+    Args:
+        part: (i, n), i from 1 to n.
+        out: see `carry_out`.
+        overwrite: begin this part anew.
+        verify, progress: see `merge_checkpoints`.
+
+    Raises:
+        FileExistsError: something is in `out`, or another process writes this part, or the whole.
+        ValueError, OSError: see `carry_out`.
+    """
+    check_replaceable(out, work.kind, work.manifest(), overwrite)
+    partial = _partial(out)
+    place = partial / f"{_PART}{part[0]}-of-{part[1]}"
+    _make_beside(partial, place)
+    with alone_in(place):
+        state = _state([place / STATE], partial, work, not overwrite, overwrite)
+        write_json(place / STATE, state)
+        _write(work, make, state, partial, place, work.shards[part[0] - 1 :: part[1]], verify, progress)
+
+
+def _partial(out: Path) -> Path:
+    return out.with_name(f".{out.name}.merging")
+
+
+def _make_beside(partial: Path, place: Path) -> None:
+    """Make a part's folder while nobody writes the whole; other parts have that lock for a moment each."""
+    for left in reversed(range(_TRIES)):
+        try:
+            with alone_in(partial):
+                place.mkdir(exist_ok=True)
+            return
+        except FileExistsError:
+            if not left:
+                raise
+            time.sleep(0.2)
+
+
+def _write(
+    work: Work,
+    make: Callable[[], Maker],
     state: dict[str, Any],
-    overwrite: bool,
+    partial: Path,
+    place: Path,
+    shards: Sequence[tuple[str, list[str]]],
     verify: bool,
     progress: bool,
-) -> Path:
+) -> None:
+    """Write those of the shards that are missing into `partial`, each noted in the state file in `place`."""
     folders = work.folders
-    missing = [name for file, names in work.shards if file not in state["crc32"] for name in names]
-    _clear(partial, {partial / STATE, *(partial / folder / file for file in state["crc32"] for folder in folders)})
-    check_space(out, len(folders) * work.size_of(missing))
-    write_json(partial / STATE, state)
+    missing = [name for file, names in shards if file not in state["crc32"] for name in names]
+    check_space(partial, len(folders) * work.size_of(missing))
     with ExitStack() as stack:
         for files in work.inputs.values():
             stack.callback(files.close)
@@ -79,10 +142,10 @@ def _carry_out(
         maker.summarise(state["summary"])
         if maker.summary is not None:
             state["summary"] = maker.summary
-            write_json(partial / STATE, state)
-        total = work.size_of([name for _, names in work.shards for name in names])
+            write_json(place / STATE, state)
+        total = work.size_of([name for _, names in shards for name in names])
         with tqdm(total=total, desc=work.verb, unit="B", unit_scale=True, disable=not progress) as bar:
-            for file, names in work.shards:
+            for file, names in shards:
                 if file not in state["crc32"]:
                     paths = [partial / folder / file for folder in folders]
                     try:
@@ -92,11 +155,15 @@ def _carry_out(
                             raise
                         reason = f"{os.strerror(error.errno)}: {paths[0]} could not be written"
                         raise OSError(error.errno, f"{reason}; make room, and go on with resume (--resume)") from error
-                    write_json(partial / STATE, state)
+                    write_json(place / STATE, state)
                 else:
                     bar.update(work.size_of(names))
         work.check_unchanged()
-        more = finish(partial, state["crc32"])
+
+
+def _put(work: Work, finish: Finish, out: Path, partial: Path, state: dict[str, Any], overwrite: bool) -> Path:
+    """Write what lies beside the weight files, and rename the folder."""
+    more = finish(partial, state["crc32"])
     written = {path.relative_to(partial).as_posix() for path in partial.rglob("*") if path.is_file()} - {STATE}
     written |= {MANIFEST, "README.md"}
     made = work.manifest()
@@ -108,25 +175,36 @@ def _carry_out(
     return out
 
 
-def _state(partial: Path, work: Work, resume: bool, overwrite: bool) -> dict[str, Any]:
-    """The state of an interrupted merge, without files that are damaged, to go on with; or a new state."""
+def _state(files: Sequence[Path], partial: Path, work: Work, resume: bool, overwrite: bool) -> dict[str, Any]:
+    """The state of an interrupted merge, without files that are damaged, to go on with; or a new state.
+
+    Args:
+        files: of states, those that are there: of the whole, and of its parts.
+    """
     state: dict[str, Any] = {"fingerprint": work.fingerprint(), "summary": None, "crc32": {}}
-    if not (partial / STATE).is_file() or (overwrite and not resume):
+    files = [file for file in files if file.is_file()]
+    if not files or (overwrite and not resume):
         return state
+    file = files[0]
     try:
-        earlier = read_object(partial / STATE)
-        done = {file: sums for file, sums in earlier["crc32"].items() if _sound(partial, file, work.folders, sums)}
-        same = earlier.get("fingerprint") == state["fingerprint"]
+        written: dict[str, list[str]] = {}
+        summary, same = None, True
+        for file in files:
+            earlier = read_object(file)
+            written |= earlier["crc32"]
+            same = same and earlier.get("fingerprint") == state["fingerprint"]
+            summary = earlier.get("summary") if summary is None else summary
+        done = {name: sums for name, sums in written.items() if _sound(partial, name, work.folders, sums)}
     except (KeyError, AttributeError, TypeError, ValueError) as error:
         if not resume:
             return state  # nothing that could be gone on with
-        raise ValueError(f"{partial / STATE} is damaged ({error}): begin anew, without resume") from error
+        raise ValueError(f"{file} is damaged ({error}): begin anew, without resume") from error
     if resume and not same:
         raise ValueError(
             f"{partial} is of another merge (other inputs or options): begin anew with overwrite=True (--overwrite), "
             "without resume"
         )
-    finished = done if same else earlier["crc32"]
+    finished = done if same else written
     if finished and not resume:
         what = "this merge" if same else "another merge"
         way = "go on with resume=True (--resume), or begin anew" if same else "begin anew"
@@ -134,7 +212,7 @@ def _state(partial: Path, work: Work, resume: bool, overwrite: bool) -> dict[str
             f"{partial} holds {len(finished)} finished weight files of {what}, which was interrupted: {way} with "
             "overwrite=True (--overwrite)"
         )
-    return state | {"summary": earlier.get("summary"), "crc32": done} if resume else state
+    return state | {"summary": summary, "crc32": done} if resume else state
 
 
 def _sound(partial: Path, file: str, folders: list[str], sums: list[str]) -> bool:

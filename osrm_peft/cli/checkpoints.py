@@ -40,6 +40,9 @@ def merge_checkpoints(
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N. Default: cpu.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with this merge where it was interrupted.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace another result of ours.")] = False,
+    part: Annotated[
+        str | None, typer.Option(help="I/N: every N-th weight file, from the I-th on; --resume then finishes.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, say what would be written.")] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -57,8 +60,20 @@ def merge_checkpoints(
     )  # fmt: skip
     check_replaceable(folder, "checkpoint", plan.manifest(), overwrite)
     facts = checkpoint_facts(plan, out)
-    how = {"resume": resume, "overwrite": overwrite, "progress": progress()}
+    how: dict[str, Any] = {"resume": resume, "overwrite": overwrite, "progress": progress()}
+    if part is not None and not dry_run:
+        execute(plan, folder, _part(part), **how)
+        say(f"wrote part {part}: when all parts are there, the same command with --resume in place of --part finishes")
+        return
     _written(folder, facts, checkpoint_lines(facts), None if dry_run else lambda: execute(plan, folder, **how))
+
+
+def _part(text: str) -> tuple[int, int]:
+    """(2, 8) of "2/8"."""
+    first, separator, number = text.partition("/")
+    if not separator or not first.isdecimal() or not number.isdecimal():
+        raise ValueError(f"--part {text}: give I/N, such as 2/8")
+    return int(first), int(number)
 
 
 @app.command()

@@ -1,0 +1,116 @@
+"""A merge that several processes share: the same bytes as of one, whatever was interrupted, and never by mistake."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from osrm_peft import merge_checkpoints
+from osrm_peft.checkpoints import resumable
+from osrm_peft.io.places import alone_in
+from tests.helpers import faults
+
+ROOT = Path(__file__).parents[3]
+
+
+def arguments(trained, method):
+    """Of a merge into three weight files, which replaces nothing."""
+    return {name: value for name, value in faults.arguments(trained, method).items() if name != "overwrite"}
+
+
+def content(folder):
+    """{file: bytes} without the manifest and the card, which say when and by which command."""
+    files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+    return {name: path.read_bytes() for name, path in files.items() if name not in ("osrm_peft.json", "README.md")}
+
+
+@pytest.mark.parametrize("method", ["ties", "emr"])
+def test_parts_in_any_order_make_what_one_process_makes(trained, whole, tmp_path, method):
+    given = arguments(trained, method) | {"out": tmp_path / "out"}
+    for part in ((2, 2), (1, 2), (2, 2)):
+        merge_checkpoints(**given, part=part)
+        assert not (tmp_path / "out").exists()
+    with pytest.raises(FileExistsError, match=r"finished weight files of this merge.*resume=True"):
+        merge_checkpoints(**given)
+    merge_checkpoints(**given, resume=True)
+    assert content(tmp_path / "out") == content(whole[method])
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_no_part_has_written_the_last_call_writes(trained, whole, tmp_path, monkeypatch):
+    given = arguments(trained, "ties") | {"out": tmp_path / "out"}
+    merge_checkpoints(**given, part=(2, 3))
+    names, real = [], resumable.write_shard
+
+    def watched(work, maker, paths, *rest):
+        names.append(paths[0].name)
+        return real(work, maker, paths, *rest)
+
+    monkeypatch.setattr(resumable, "write_shard", watched)
+    merge_checkpoints(**given, resume=True)
+    assert names == ["model-00001-of-00003.safetensors", "model-00003-of-00003.safetensors"]
+    assert content(tmp_path / "out") == content(whole["ties"])
+
+
+def test_a_part_that_is_written_is_waited_for(trained, tmp_path, monkeypatch):
+    given = arguments(trained, "ties") | {"out": tmp_path / "out"}
+    merge_checkpoints(**given, part=(1, 3))
+    partial = tmp_path / ".out.merging"
+    with alone_in(partial / "part-1-of-3"):
+        for more in ({"resume": True}, {"part": (1, 3)}):
+            with pytest.raises(FileExistsError, match=r"another process writes in .*part-1-of-3"):
+                merge_checkpoints(**given, **more)
+        merge_checkpoints(**given, part=(2, 3))
+    monkeypatch.setattr(resumable, "_TRIES", 2)
+    with alone_in(partial), pytest.raises(FileExistsError, match=r"another process writes in .*\.out\.merging"):
+        merge_checkpoints(**given, part=(3, 3))
+
+
+def test_parts_of_another_merge_are_not_mixed_in(trained, tmp_path):
+    given = arguments(trained, "ties") | {"out": tmp_path / "out"}
+    merge_checkpoints(**given, part=(1, 3))
+    other = given | {"scale": 0.5}
+    merge_checkpoints(**other, part=(2, 3))
+    with pytest.raises(ValueError, match="is of another merge"):
+        merge_checkpoints(**given, resume=True)
+    with pytest.raises(ValueError, match="is of another merge"):
+        merge_checkpoints(**given, part=(2, 3))
+    merge_checkpoints(**given, part=(2, 3), overwrite=True)
+    merge_checkpoints(**given, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"part": (4, 3)}, r"part=4 of 3: the result has 3 weight files, so there are parts 1 to 3"),
+        ({"part": (1, 4)}, r"part=1 of 4: the result has 3 weight files.*a smaller shard_size"),
+        ({"part": (0, 3)}, r"part=0"),
+        ({"part": (1, 3), "resume": True}, r"leave resume"),
+    ],
+)
+def test_parts_that_there_are_not_are_refused(trained, tmp_path, more, message):
+    with pytest.raises(ValueError, match=message):
+        merge_checkpoints(**arguments(trained, "ties"), out=tmp_path / "out", **more)
+    assert not any(tmp_path.iterdir())
+
+
+def test_jobs_of_submitit_make_what_one_process_makes(trained, whole, tmp_path):
+    """submitit's local executor runs jobs as its SLURM executor does, in processes here."""
+    given = arguments(trained, "ties")
+    words = [*(f"{name}={folder}" for name, folder in given["models"].items()), "--base-model", given["base"]]
+    words += ["--method", "ties", "--shard-size", str(given["shard_size"]), "--out", tmp_path / "out"]
+    command = [
+        "recipes/merge_checkpoints_on_slurm.py",
+        "--parts",
+        "2",
+        "--submit",
+        "local",
+        "--jobs",
+        tmp_path / "jobs",
+    ]
+    done = subprocess.run(
+        [sys.executable, *map(str, command), "--", *map(str, words)], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert content(tmp_path / "out") == content(whole["ties"])
