@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from osrm_peft.checkpoints.config_checks import shown
+from osrm_peft.checkpoints.model_files import ModelFiles
 from osrm_peft.checkpoints.plan import CheckpointPlan
 from osrm_peft.checkpoints.shapes import is_matrix
 from osrm_peft.devices import CPU
@@ -132,15 +133,13 @@ class Blocks:
     def _stack(self, name: str, start: int, stop: int) -> tuple[Tensor, Tensor | None]:
         """On the device, float32: (T, rows, width) task vectors, or weights without a base; and the base's rows."""
         plan, (_, width) = self.plan, self._shape(name)
-        stack = self._memory(len(plan.models), stop - start, width)
+        stack = self._memory("stack", torch.float32, len(plan.models), stop - start, width)
         for rows, files in zip(stack, plan.models.values(), strict=True):
-            entry = files.tensors[name]
-            if entry.dtype == rows.dtype and entry.width == width:
-                files.read(name, start, stop, out=rows)
-            else:
-                rows.copy_(files.read(name, start, stop)[:, :width])
-        under = None if plan.base is None else plan.base.read(name, start, stop)[:, :width].float()
-        if under is not None:
+            self._read(files, name, start, stop, rows)
+        under = None
+        if plan.base is not None:
+            under = self._memory("under", torch.float32, stop - start, width)
+            self._read(plan.base, name, start, stop, under)
             stack -= under
         if not self._nan_shows:
             self._check_inputs(name, stack)
@@ -153,16 +152,25 @@ class Blocks:
             self._drawing = (name, stop)
         return stack, under
 
+    def _read(self, files: ModelFiles, name: str, start: int, stop: int, out: Tensor) -> None:
+        """A model's rows into `out` (rows, width), float32: the first columns, where the model has more."""
+        entry, width = files.tensors[name], out.shape[1]
+        if entry.dtype == out.dtype and entry.width == width:
+            files.read(name, start, stop, out=out)
+        else:
+            raw = self._memory("raw", entry.dtype, stop - start, entry.width)
+            out.copy_(files.read(name, start, stop, out=raw)[:, :width])
+
     _drawing: tuple[str, int] = ("", 0)
 
-    def _memory(self, *shape: int) -> Tensor:
+    def _memory(self, use: str, dtype: torch.dtype, *shape: int) -> Tensor:
         """Memory for a block, the same for all blocks of a thread: new memory would cost as much as the work in it."""
         if self._pool is None:
-            return torch.empty(shape)
-        size = math.prod(shape)
-        if getattr(self._local, "size", 0) < size:
-            self._local.room, self._local.size = torch.empty(size), size
-        return self._local.room[:size].view(shape)
+            return torch.empty(shape, dtype=dtype)
+        size, rooms = math.prod(shape), self._local.__dict__.setdefault("rooms", {})
+        if (use, dtype) not in rooms or rooms[use, dtype].numel() < size:
+            rooms[use, dtype] = torch.empty(size, dtype=dtype)
+        return rooms[use, dtype][:size].view(shape)
 
     def _check_inputs(self, name: str, stack: Tensor) -> None:
         """Raise ValueError for a model's NaN or Inf."""

@@ -24,7 +24,7 @@ from osrm_peft.checkpoints.config_checks import (
 from osrm_peft.hub.sources import local_folder, pinned
 from osrm_peft.io.json import read_object
 from osrm_peft.io.manifest import MANIFEST, read_manifest
-from osrm_peft.io.tensors import DTYPES
+from osrm_peft.io.tensors import DTYPES, read_into
 from osrm_peft.models.packaged import MODEL, packaged_model
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -203,14 +203,9 @@ class ModelFiles:
         key = threading.get_ident(), entry.path  # each thread has its own place in a file
         if key not in self._open:
             self._open[key] = entry.path.open("rb", buffering=0)
-        file, view = self._open[key], out.view(-1).view(torch.uint8).numpy().data
+        file = self._open[key]
         file.seek(entry.start + start * entry.width * entry.dtype.itemsize)
-        done = 0
-        while done < len(view):
-            got = file.readinto(view[done:])  # type: ignore[attr-defined]  # of the raw file
-            if not got:
-                raise ValueError(f"{entry.path} ended within {name!r}: it was changed while it was read")
-            done += got
+        read_into(file, out, f"{entry.path} ended within {name!r}")
         return out
 
     def close(self) -> None:

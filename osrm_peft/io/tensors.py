@@ -62,15 +62,23 @@ def _read(path: Path, first: tuple[int, int, int], header: Mapping[str, Any], st
                 return mapped.get_tensor(key).clone()
         begin, end = about["data_offsets"]
         data = torch.empty(end - begin, dtype=torch.uint8)
-        view = memoryview(data.numpy())  # type: ignore[arg-type]
         file.seek(start + begin)
-        while view:  # a call reads 2 GiB at most
-            view = view[file.readinto(view) or _ended(path) :]
+        read_into(file, data, f"{path} ended within {key!r}")
     return data.view(DTYPES[about["dtype"]]).reshape(about["shape"])
 
 
-def _ended(path: Path) -> int:
-    raise ValueError(f"{path} ends before its tensors do: it was changed, or not written whole")
+def read_into(file: Any, out: Tensor, ended: str) -> None:
+    """Fill a contiguous tensor with the next bytes of a raw file, of which one call reads 2 GiB at most.
+
+    Raises:
+        ValueError: the file ends before; the beginning of the message is `ended`.
+    """
+    view = out.view(-1).view(torch.uint8).numpy().data
+    while view:
+        got = file.readinto(view)
+        if not got:
+            raise ValueError(f"{ended}: it was changed while it was read")
+        view = view[got:]
 
 
 def all_finite(tensor: Tensor) -> bool:
