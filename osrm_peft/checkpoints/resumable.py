@@ -163,7 +163,7 @@ def _write(
 
 def _put(work: Work, finish: Finish, out: Path, partial: Path, state: dict[str, Any], overwrite: bool) -> Path:
     """Write what lies beside the weight files, and rename the folder."""
-    more = finish(partial, state["crc32"])
+    more = finish(partial, {file: state["crc32"][file] for file, _ in work.shards})
     written = {path.relative_to(partial).as_posix() for path in partial.rglob("*") if path.is_file()} - {STATE}
     written |= {MANIFEST, "README.md"}
     made = work.manifest()

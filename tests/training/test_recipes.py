@@ -22,7 +22,7 @@ CONFIGS = sorted((ROOT / "recipes/configs").glob("*.yaml"))
 
 def test_every_recipe_parses_and_builds_its_lora_config():
     training = [path for path in CONFIGS if not path.name.startswith(("merge", "reproduce"))]
-    assert len(training) == 4
+    assert len(training) == 5
     for path in training:
         recipe = Recipe.from_yaml(path)
         for task in recipe.task_names():
@@ -33,8 +33,9 @@ def test_every_recipe_parses_and_builds_its_lora_config():
                 assert isinstance(config, OSRMLoraConfig) and len(config.out_of_task) == len(recipe.task_names()) - 1
                 assert not any(f"/{task}." in file for file in config.out_of_task)
         header = path.read_text().splitlines()
-        command = next(line for line in header if "accelerate launch" in line)
-        assert f"--config recipes/configs/{path.name}" in command
+        flag = "--recipe" if recipe.inits else "--config"
+        command = next(line for line in header if "accelerate launch" in line or "osrm-peft demo" in line)
+        assert f"{flag} recipes/configs/{path.name}" in command
 
 
 @pytest.mark.parametrize("osrm", [None, {"statistic": "mean", "freeze_a": True}])

@@ -20,9 +20,9 @@ def arguments(trained, method):
 
 
 def content(folder):
-    """{file: bytes} without the manifest and the card, which say when and by which command."""
+    """{file: bytes} without manifests and cards, which say where and by which command."""
     files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
-    return {name: path.read_bytes() for name, path in files.items() if name not in ("osrm_peft.json", "README.md")}
+    return {name: path.read_bytes() for name, path in files.items() if path.name not in ("osrm_peft.json", "README.md")}
 
 
 @pytest.mark.parametrize("method", ["ties", "emr"])
