@@ -95,7 +95,7 @@ def compress_matrix(X: Tensor, rank: int | None = None, by: Tensor | None = None
     if square == 0:
         return Compressed(Factors(X[:0], X[:, :0]), 1.0)
     if narrow <= _WIDE or (rank is not None and rank > narrow // 8):
-        U, S, Vh = thin_svd(X)
+        U, S, Vh = _long_svd(X)
         k = _exact_rank(S, X.shape)
         return _cut(U[:, :k], S[:k], Vh[:k], rank)
     if rank is None:
@@ -242,6 +242,15 @@ def _thin_svd(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     U, S, Vh = thin_svd(R_B @ R_A.mT)
     k = _exact_rank(S, (len(B), A.shape[1]))
     return Q_B @ U[:, :k], S[:k], Vh[:k] @ Q_A.mT
+
+
+def _long_svd(X: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`thin_svd`, of a matrix with a long side by way of the short one."""
+    o, n = X.shape
+    if n >= 4 * o:
+        V, S, Uh = _tall_svd(X.mT)
+        return Uh.mT, S, V.mT
+    return _tall_svd(X) if o >= 4 * n else thin_svd(X)
 
 
 def _tall_svd(X: Tensor) -> tuple[Tensor, Tensor, Tensor]:

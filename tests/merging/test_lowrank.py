@@ -86,6 +86,18 @@ def test_tall_bases_are_orthonormal_and_exact_whatever_the_condition(condition):
     torch.testing.assert_close(lost, S[5:].norm(), rtol=1e-9, atol=1e-9 * float(S[0]))  # Eckart and Young
 
 
+@pytest.mark.parametrize("shape", [(300, 20), (20, 300), (40, 30), (300, 0), (0, 300)])
+@pytest.mark.parametrize("rank", [None, 4])
+def test_a_long_matrix_is_cut_as_by_its_svd(shape, rank):
+    X = torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    for matrix in (X, X * torch.logspace(0, -9, shape[1], dtype=torch.float64)):
+        found, S = compress_matrix(matrix, rank), torch.linalg.svdvals(matrix)
+        kept = S[:rank]
+        torch.testing.assert_close(found.factors.B.mT @ found.factors.B, kept.diag(), rtol=1e-8, atol=1e-9)
+        lost = (matrix - found.factors.B @ found.factors.A).norm()
+        torch.testing.assert_close(lost, S[len(kept) :].norm(), rtol=1e-8, atol=1e-8)
+
+
 def test_the_gram_matrix_is_what_is_used_where_it_can_be(monkeypatch):
     monkeypatch.setattr(torch.linalg, "qr", lambda X: pytest.fail("a QR"))
     monkeypatch.setattr(lowrank, "thin_svd", lambda X: torch.linalg.svd(X, full_matrices=False))
