@@ -74,8 +74,7 @@ def merge_checkpoints(
         overwrite: replace another result, or what an interrupted merge has finished.
         verify: compare the weight files of earlier merges with the checksums in their manifests.
         progress: show a bar.
-        part: (i, n): write only every n-th weight file, from the i-th on, on this of n machines or processes that share
-            a disk; then the same call with `resume` instead of `part` finishes the result.
+        part: (i, n): only every n-th weight file, from the i-th on, see `carry_out_part`; `resume` finishes.
         **options: the method's own.
 
     Raises:
