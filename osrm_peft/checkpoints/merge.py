@@ -61,8 +61,7 @@ def merge_checkpoints(
         base: the model they were trained from; average and LoRE need none.
         weights: one a model, by name or in order, or by tensor name patterns, as in `merge_adapters`.
         scale: λ; None: the paper's default of the method.
-        heads: name patterns of tensors that each model keeps (classification heads): `heads/<name>.safetensors`, see
-            `load_merged_checkpoint`.
+        heads: name patterns of tensors that each model keeps: `heads/<name>.safetensors`, see `load_merged_checkpoint`.
         vocab: `"error"`, or `"intersect"`: keep the rows of the tokens that all models have.
         tokenizer: the model (or `"base"`) whose tokenizer, chat template, special tokens (in config.json, too),
             generation and processor settings the result has. None: the models', where they agree; else the base's.
