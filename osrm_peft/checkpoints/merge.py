@@ -63,7 +63,7 @@ def merge_checkpoints(
         scale: λ; None: the paper's default of the method.
         heads: name patterns of tensors that each model keeps: `heads/<name>.safetensors`, see `load_merged_checkpoint`.
         vocab: `"error"`, or `"intersect"`: keep the rows of the tokens that all models have.
-        tokenizer: the model (or `"base"`) whose tokenizer and settings the result has. None: the models', or the base's.
+        tokenizer: the model (or `"base"`) whose tokenizer and settings the result has; None: the models' or the base's.
         dtype: of the result; None: the models' own, if it is the same.
         shard_size: of a weight file, at most: bytes, or `"5GB"` (5·10⁹), `"500MB"`, `"2GiB"` (2·2³⁰).
         seed: of the methods that draw.
