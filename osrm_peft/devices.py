@@ -67,10 +67,15 @@ def in_threads(work: Callable[[Item], Result], items: Sequence[Item]) -> Iterato
     if threads == 1 or len(items) < 2:
         yield from map(work, items)
         return
+
+    def alone(item: Item) -> Result:
+        with torch.no_grad():  # gradients' modes are a thread's own
+            return work(item)
+
     torch.set_num_threads(1)
     try:
         with ThreadPoolExecutor(threads) as pool:
-            yield from pool.map(work, items)
+            yield from pool.map(alone, items)
     finally:
         torch.set_num_threads(threads)
 

@@ -27,7 +27,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=Path, default=Path("jobs"), help="folder of the jobs' logs")
     parser.add_argument("words", nargs="+", help="behind --: models and options of osrm-peft merge-checkpoints")
     arguments = parser.parse_args()
-    run([*arguments.words, "--dry-run"])
+    run([*arguments.words, "--part", f"{arguments.parts}/{arguments.parts}", "--dry-run"])
     import submitit
 
     executor = submitit.AutoExecutor(arguments.jobs, cluster=arguments.submit)

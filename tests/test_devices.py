@@ -181,6 +181,7 @@ def two_threads():
 def test_threads_take_an_item_each_in_order_and_have_one_thread(two_threads):
     def work(item):
         started.wait(10)  # both must be there
+        assert not torch.is_grad_enabled()
         return item, torch.get_num_threads(), threading.get_ident()
 
     started = threading.Barrier(2)

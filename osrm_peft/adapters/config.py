@@ -150,12 +150,7 @@ def checked_config(config: Any, source: str) -> dict[str, Any]:
             "%s has fields that this version of PEFT does not know (%s): they are ignored, as PEFT ignores them; if "
             "they change what the adapter computes, upgrade PEFT", source, ", ".join(unknown),
         )  # fmt: skip
-    for field, kind in _KINDS.items():
-        value = config.get(field)
-        if value is not None and not _is_a(kind, value):
-            raise ValueError(f"{source} is damaged: {field}={value!r} in its {CONFIG} must be {kind}")
-        if value is None and field in config and field == "lora_alpha":
-            raise ValueError(f"{source} is damaged: lora_alpha=None in its {CONFIG} must be {kind}")
+    check_fields(config, source)
     for option, remedy in NOT_PLAIN.items():
         if config.get(option):
             raise ValueError(f"{source} has {option}={config[option]!r}; {remedy}")
@@ -166,6 +161,16 @@ def checked_config(config: Any, source: str) -> dict[str, Any]:
                 f"{source} has init_lora_weights={init!r}, which changed the base model's weights: {remedy}"
             )
     return known | config
+
+
+def check_fields(config: Mapping[str, Any], source: str) -> None:
+    """Raise ValueError for a field of the wrong type; names it."""
+    for field, kind in _KINDS.items():
+        value = config.get(field)
+        if value is not None and not _is_a(kind, value):
+            raise ValueError(f"{source} is damaged: {field}={value!r} in its {CONFIG} must be {kind}")
+        if value is None and field in config and field == "lora_alpha":
+            raise ValueError(f"{source} is damaged: lora_alpha=None in its {CONFIG} must be {kind}")
 
 
 def scale_of(config: Mapping[str, Any], layer: str, rank: int, source: str) -> float:

@@ -261,7 +261,8 @@ class _Layers:
         pair, number, experts = self._places[layer]
         if not experts:
             return Factors(*self._pair_of(pair), self._scales[pair])
-        return Factors(*expert(*self._pair(pair), number, experts), self._scales[pair])
+        A, B = (one.clone() for one in expert(*self._pair(pair), number, experts))
+        return Factors(A, B, self._scales[pair])
 
     def _pair_of(self, pair: str) -> tuple[Tensor, Tensor]:
         A, B = (self._read(self._halves[pair][half]).float().flatten(1) for half in "AB")

@@ -95,7 +95,8 @@ class Blocks:
             ) from error
         results = [result.to(dtype).cpu() for result in merged]
         # the next block reuses the stack's memory
-        results = [result.clone() if result.data_ptr() == stack.data_ptr() else result for result in results]
+        memory = {one.untyped_storage().data_ptr() for one in (stack, under) if one is not None}
+        results = [result.clone() if result.untyped_storage().data_ptr() in memory else result for result in results]
         if not all(map(all_finite, results)):
             self._check_inputs(name, stack)
             kind = str(dtype).removeprefix("torch.")

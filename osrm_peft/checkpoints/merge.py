@@ -97,20 +97,29 @@ def execute(
 ) -> Path:
     """Merge as planned, or a part of it; `how` has overwrite, verify and progress, see `carry_out`."""
     if part is not None:
-        if resume:
-            raise ValueError("part goes on where it was interrupted by itself: leave resume (--resume) out")
-        i, n = integer("part", part[0], 1), integer("number of parts", part[1], 1)
-        if i > n or n > len(plan.shards):
-            raise ValueError(
-                f"part={i} of {n}: the result has {len(plan.shards)} weight files, so there are parts 1 to "
-                f"{min(n, len(plan.shards))} of as many at most; a smaller shard_size (--shard-size) makes more files"
-            )
+        check_part(plan, part, resume)
         with computing(plan.device):
-            carry_out_part(plan, lambda: Blocks(plan), out, (i, n), **how)
+            carry_out_part(plan, lambda: Blocks(plan), out, part, **how)
         return out
     with computing(plan.device):
         how["resume"] = resume
         return carry_out(plan, lambda: Blocks(plan), partial(_finish, plan), out, **how)
+
+
+def check_part(plan: CheckpointPlan, part: tuple[int, int], resume: bool) -> None:
+    """Raise ValueError for a part that there is not."""
+    if not isinstance(part, Sequence) or isinstance(part, str) or len(part) != 2:
+        raise ValueError(f"part={part!r} must be (i, n), such as (2, 8)")
+    i, n, files = integer("part", part[0], 1), integer("number of parts", part[1], 1), len(plan.shards)
+    if i > n:
+        raise ValueError(f"part={i} of {n}: there are parts 1 to {n}")
+    if n > files:
+        raise ValueError(
+            f"{n} parts of {files} weight file{'s' * (files > 1)}: give {files} at most, or a smaller shard_size "
+            "(--shard-size), which makes more files"
+        )
+    if resume:
+        raise ValueError("a part goes on by itself where it was interrupted: leave resume (--resume) out")
 
 
 def _finish(plan: CheckpointPlan, folder: Path, sums: Mapping[str, list[str]]) -> dict[str, Any]:

@@ -5,8 +5,8 @@ Processes that share a work write a part of its files each (`carry_out_part`), b
 
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from osrm_peft.io.places import FULL, alone_in, check_space, put_in_place
 
 _PART = "part-"  # in the folder of an unfinished result, the folder of a part's state
 _TRIES = 150  # 30 seconds
+_GO_ON = "go on with resume (--resume)"
 
 # (folder, {weight file: its checksum in each of the work's folders}) → further fields of the manifest
 Finish = Callable[[Path, Mapping[str, list[str]]], dict[str, Any]]
@@ -91,31 +92,53 @@ def carry_out_part(
         FileExistsError: something is in `out`, or another process writes this part, or the whole.
         ValueError, OSError: see `carry_out`.
     """
-    check_replaceable(out, work.kind, work.manifest(), overwrite)
     partial = _partial(out)
     place = partial / f"{_PART}{part[0]}-of-{part[1]}"
-    _make_beside(partial, place)
-    with alone_in(place):
+    with ExitStack() as stack:
+        with _entered(partial):
+            if out.exists():
+                check_replaceable(out, work.kind, work.manifest(), overwrite)
+                if not overwrite:
+                    partial.rmdir()  # which the lock has made, else it is not empty
+                    raise FileExistsError(f"{out} is there already: nothing is left for part {part[0]} of {part[1]}")
+            stack.enter_context(alone_in(place))
+            _check_alike(partial, work)
         state = _state([place / STATE], partial, work, not overwrite, overwrite)
         write_json(place / STATE, state)
-        _write(work, make, state, partial, place, work.shards[part[0] - 1 :: part[1]], verify, progress)
+        try:
+            _write(work, make, state, partial, place, work.shards[part[0] - 1 :: part[1]], verify, progress)
+        except OSError as error:
+            raise OSError(error.errno, str(error).replace(_GO_ON, "call this part again")) from error
 
 
 def _partial(out: Path) -> Path:
     return out.with_name(f".{out.name}.merging")
 
 
-def _make_beside(partial: Path, place: Path) -> None:
-    """Make a part's folder while nobody writes the whole; other parts have that lock for a moment each."""
-    for left in reversed(range(_TRIES)):
-        try:
-            with alone_in(partial):
-                place.mkdir(exist_ok=True)
-            return
-        except FileExistsError:
-            if not left:
-                raise
-            time.sleep(0.2)
+@contextmanager
+def _entered(partial: Path) -> Iterator[None]:
+    """The lock of the whole, which other parts have for a moment each."""
+    with ExitStack() as stack:
+        for left in reversed(range(_TRIES)):
+            try:
+                stack.enter_context(alone_in(partial))
+                break
+            except FileExistsError:
+                if not left:
+                    raise
+                time.sleep(0.2)
+        yield
+
+
+def _check_alike(partial: Path, work: Work) -> None:
+    """Raise FileExistsError if the folder holds files of another merge."""
+    for file in (partial / STATE, *partial.glob(f"{_PART}*/{STATE}")):
+        with suppress(ValueError, AttributeError):  # damaged: nothing that could be mixed up
+            if file.is_file() and read_object(file).get("fingerprint") != work.fingerprint():
+                raise FileExistsError(
+                    f"{partial} holds a part of another merge (other inputs or options): finish that first, remove the "
+                    "folder, or name another --out"
+                )
 
 
 def _write(
@@ -154,7 +177,7 @@ def _write(
                         if error.errno not in FULL:
                             raise
                         reason = f"{os.strerror(error.errno)}: {paths[0]} could not be written"
-                        raise OSError(error.errno, f"{reason}; make room, and go on with resume (--resume)") from error
+                        raise OSError(error.errno, f"{reason}; make room, and {_GO_ON}") from error
                     write_json(place / STATE, state)
                 else:
                     bar.update(work.size_of(names))

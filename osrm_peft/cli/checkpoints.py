@@ -48,7 +48,7 @@ def merge_checkpoints(
 ) -> None:
     """Merge full models into one, from disk to disk; none is ever in memory as a whole."""
     load_torch()
-    from osrm_peft.checkpoints.merge import execute
+    from osrm_peft.checkpoints.merge import check_part, execute
     from osrm_peft.checkpoints.plan import plan_checkpoints
     from osrm_peft.cli.tables import checkpoint_facts, checkpoint_lines
     from osrm_peft.io.manifest import check_replaceable
@@ -61,9 +61,12 @@ def merge_checkpoints(
     check_replaceable(folder, "checkpoint", plan.manifest(), overwrite)
     facts = checkpoint_facts(plan, out)
     how: dict[str, Any] = {"resume": resume, "overwrite": overwrite, "progress": progress()}
+    if part is not None:
+        check_part(plan, _part(part), resume)
     if part is not None and not dry_run:
         execute(plan, folder, _part(part), **how)
         say(f"wrote part {part}: when all parts are there, the same command with --resume in place of --part finishes")
+        show(facts, lambda _: [])
         return
     _written(folder, facts, checkpoint_lines(facts), None if dry_run else lambda: execute(plan, folder, **how))
 

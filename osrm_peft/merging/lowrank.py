@@ -46,7 +46,7 @@ def compress(B: Tensor, A: Tensor, rank: int | None = None) -> Compressed:
     """The best approximation of B·A of at most `rank` (None: exact, at its numerical rank), balanced.
 
     Args:
-        B: (o, p). A: (p, n), any p. The cost is that of QR of each and an SVD of p×p.
+        B: (o, p). A: (p, n), any p. The cost is at most that of QR of each and an SVD of p×p.
 
     Returns:
         Factors with s = 1 and BᵀB = AAᵀ diagonal, float64.

@@ -103,7 +103,10 @@ def merge(request: MergeRequest, processes: Processes = ALONE, *, progress: bool
 
 
 def execute(plan: MergePlan, processes: Processes = ALONE, *, progress: bool = False) -> MergedAdapter | EMRAdapter:
-    """Merge as planned, one layer in memory at a time besides the result; each process merges its share of layers."""
+    """Merge as planned; each process merges its share of layers.
+
+    Besides the result one layer is in memory at a time; where task vectors are small, one for each of torch's threads.
+    """
     with computing(plan.device):
         return _execute(plan, processes, progress)
 
@@ -164,7 +167,9 @@ def _gathered(plan: MergePlan, merge: Callable[[], dict[str, Any]], processes: P
 def _each(plan: MergePlan, work: Callable[[str], Any], names: list[str]) -> Iterator[Any]:
     """work(name) of each layer; of several at a time where nothing of a layer is as large as its weight."""
     small = plan.space != "weight" and plan.statistics is None and plan.features is None
-    return in_threads(work, names) if small and plan.device.type == "cpu" else map(work, names)
+    small = small and not plan.method.full_rank(plan.options) and plan.device.type == "cpu"
+    ranks = (plan.inputs.rank_sum(name) for name in names)
+    return in_threads(work, names) if small and max(ranks, default=0) <= SMALL else map(work, names)
 
 
 class _Stacks:

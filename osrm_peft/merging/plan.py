@@ -51,7 +51,7 @@ class MergePlan:
         statistics: layer → that layer's statistic of each task, for methods that need one.
         features: layer → that layer's FeatureMoments of each task, where features choose something.
         sources: {"statistics" or "features": {task: file}}, for the manifest.
-        device: where layers are merged, one at a time; the result is on the CPU.
+        device: where layers are merged; the result is on the CPU.
     """
 
     request: MergeRequest

@@ -2,15 +2,16 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from osrm_peft.adapters.config import CONFIG, defaults, scale_of
+from osrm_peft.adapters.config import CONFIG, check_fields, defaults, scale_of
 from osrm_peft.adapters.keys import Part, part_of, saved_modules
 from osrm_peft.adapters.load import config_in
 from osrm_peft.adapters.lora_adapter import WEIGHTS
+from osrm_peft.checks import integer
 from osrm_peft.hub.sources import local_folder
 from osrm_peft.io.manifest import read_manifest
 from osrm_peft.io.tensors import Header, tensor_headers
@@ -44,13 +45,11 @@ class Files:
         source: for messages.
         config: `adapter_config.json`, with PEFT's defaults.
         headers: {tensor: shape and dtype}.
-        manifest: ours, or empty.
     """
 
     source: str
     config: Mapping[str, Any]
     headers: Mapping[str, Header]
-    manifest: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of(cls, source: str | Path) -> "Files":
@@ -61,6 +60,11 @@ class Files:
             ValueError: damaged, or no LoRA adapter.
         """
         folder = local_folder(str(source), [CONFIG, WEIGHTS, "*.json"])
+        if read_manifest(folder).get("kind") == "emr":
+            raise ValueError(
+                f"{source} is an EMR merge, which needs a mask for each task: EMRAdapter.adapter(task, rank=16) in "
+                "Python makes an ordinary adapter of it"
+            )
         for name in (CONFIG, WEIGHTS):
             if not (folder / name).is_file():
                 raise FileNotFoundError(f"{source} has no {name}: servers take adapters in PEFT's files")
@@ -68,8 +72,10 @@ class Files:
         if not isinstance(config, Mapping) or config.get("peft_type") != "LORA":
             kind = config.get("peft_type") if isinstance(config, Mapping) else None
             raise ValueError(f"{source} is no LoRA adapter (peft_type={kind!r}): --serve is of LoRA adapters")
-        headers = tensor_headers(folder / WEIGHTS)
-        return cls(str(source), defaults() | dict(config), headers, read_manifest(folder))
+        check_fields(config, str(source))
+        fields = defaults() | dict(config)
+        integer(f"r in the {CONFIG} of {source}", fields["r"], 1)
+        return cls(str(source), fields, tensor_headers(folder / WEIGHTS))
 
     @cached_property
     def parts(self) -> list[Part]:
@@ -125,11 +131,9 @@ def _dora(files: Files, partners: Sequence[Files]) -> Iterator[str]:
 
 def _whole_modules(files: Files, partners: Sequence[Files]) -> Iterator[str]:
     names = sorted({part.name.rpartition(".")[0] for part in files.parts if part.kind in ("saved", "duplicate")})
-    names += [f"{name} (modules_to_save)" for name in files.config.get("modules_to_save") or () if not names]
+    names = names or [f"{name} (modules_to_save)" for name in saved_modules(files.config)]
     if names:
         yield f"modules that are saved whole are not taken ({', '.join(names[:3])}): {_BAKE}"
-    if files.manifest.get("kind") == "emr":
-        yield "EMR needs a mask for each task: its adapter(task, rank=16) in Python writes an ordinary adapter"
 
 
 def _only_pairs(files: Files, partners: Sequence[Files]) -> Iterator[str]:
@@ -144,13 +148,22 @@ def _only_pairs(files: Files, partners: Sequence[Files]) -> Iterator[str]:
 
 
 def _one_scale(files: Files, partners: Sequence[Files]) -> Iterator[str]:
-    config = files.config
-    own = config["lora_alpha"] / (math.sqrt(config["r"]) if config.get("use_rslora") else config["r"])
+    return _of_scale(files, bool(files.config.get("use_rslora")))
+
+
+def _without_rslora(files: Files, partners: Sequence[Files]) -> Iterator[str]:
+    """SGLang takes lora_alpha/r, whatever use_rslora says."""
+    return _of_scale(files, False)
+
+
+def _of_scale(files: Files, rslora: bool) -> Iterator[str]:
+    r = files.config["r"]
+    own = files.config["lora_alpha"] / (math.sqrt(r) if rslora else r)
     odd = [name for name, scale in files.scales.items() if not math.isclose(scale, own, rel_tol=1e-6)]
     if odd:
         yield (
-            f"{odd[0]} has the scale {files.scales[odd[0]]:g}, and this server takes lora_alpha/r = {own:g} for all "
-            f"layers (alpha_pattern and rank_pattern are not read): {_ALIKE}"
+            f"{odd[0]} has the scale {files.scales[odd[0]]:g}, and this server takes {own:g} for all layers "
+            f"(alpha_pattern and rank_pattern are not read, by SGLang nor is use_rslora): {_ALIKE}"
         )
 
 
@@ -206,7 +219,7 @@ def _settings(server: str, files: Files) -> Iterator[str]:
 
 _SERVERS: dict[str, tuple[_Rule, ...]] = {
     "vLLM": (_dora, _whole_modules, _only_pairs, _one_scale, _legal_rank),
-    "SGLang": (_dora, _whole_modules, _only_pairs, _one_scale, _one_rank),
+    "SGLang": (_dora, _whole_modules, _only_pairs, _without_rslora, _one_rank),
     "transformers, load_adapter": (_dora,),
     "transformers, load_adapter(hotswap=True)": (_swapped_in_transformers,),
     "PEFT, hotswap_adapter": (_swapped, _one_scale),

@@ -47,7 +47,7 @@ def enter(space: str, adapters: Sequence[Factors | None]) -> Layer:
       balanced first, so the bases do not depend on how an adapter splits its τ into B and A (Core Space, NeurIPS 2025,
       arXiv:2509.17786, has them unbalanced).
     * `"knots"`: (T, p, n) Σ V_tᵀ of the SVD [τ_1 … τ_T] = U Σ [V_1ᵀ … V_Tᵀ], p ≤ Σ r, float64 (KnOTS, ICLR 2025,
-      arXiv:2410.19735), from a QR of the stacked B and an SVD of Σr × Σr; the o×Tn matrix is never formed.
+      arXiv:2410.19735), from the SVD of the stacked B, by way of Σr × Σr; the o×Tn matrix is never formed.
     At least one adapter must adapt the layer, and all that do must agree on its shape.
     """
     one = next(factors for factors in adapters if factors is not None)

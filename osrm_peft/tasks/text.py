@@ -133,7 +133,8 @@ def tokenize_text(rows: Dataset, tokenizer: Any, max_length: int) -> Dataset:
     A prompt that is too long loses its first tokens, the completion none; `completion` (str) stays beside the tokens.
 
     Raises:
-        ValueError: a completion that `max_length` has no room for, or messages without a chat template.
+        ValueError: a prompt without tokens, a completion that `max_length` has no room for, or messages without a chat
+            template.
     """
     ends = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     columns: dict[str, list] = {name: [] for name in ("input_ids", "attention_mask", "completion_mask")}
@@ -144,6 +145,10 @@ def tokenize_text(rows: Dataset, tokenizer: Any, max_length: int) -> Dataset:
             raise ValueError(
                 f"the completion {shown(completion)} has {len(after)} tokens, max_length={max_length} leaves room for "
                 f"{max_length - 1}: raise it"
+            )
+        if not before:
+            raise ValueError(
+                f"the prompt {shown(prompt)} has no tokens, and nothing follows from nothing: leave it out"
             )
         before = before[-(max_length - len(after)) :]
         columns["input_ids"].append(before + after)

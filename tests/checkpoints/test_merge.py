@@ -9,6 +9,8 @@ from transformers import AutoModelForSequenceClassification
 from osrm_peft import merge_checkpoints
 from osrm_peft.checkpoints import blocks
 from osrm_peft.checkpoints.plan import CHECKPOINT_METHODS
+from osrm_peft.merging.engine import Engine
+from osrm_peft.merging.methods.registry import Merged
 from tests.helpers.checkpoints import CASES, QUICK, WEIGHTS, by_hand, hashes, same, tensors_of, write
 
 ONE_RESULT = [name for name in CASES if name != "emr"]
@@ -107,6 +109,21 @@ def test_the_size_of_blocks_does_not_change_a_bit(three, base, tmp_path, monkeyp
     tolerance = 1e-6 if method == "emr" else 0  # its rescalers are sums over all blocks
     for folder in folders:
         same(tensors_of(parts / folder), tensors_of(whole / folder), rtol=tolerance)
+
+
+def test_a_method_may_return_a_part_of_what_it_is_given(three, base, tmp_path, monkeypatch):
+    """Blocks share their memory: a result in it is not written over by the next block."""
+    monkeypatch.setattr(blocks, "BLOCK", 100)
+    monkeypatch.setattr(Engine, "merged", lambda self, stack, weights, statistics=None: Merged(stack[1]))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        out = merge_checkpoints(three, tmp_path / "out", "task_arithmetic", base=base, scale=1.0)
+    finally:
+        torch.set_num_threads(threads)
+    second = tensors_of(list(three.values())[1])
+    same({name: one for name, one in tensors_of(out).items() if one.is_floating_point()},
+         {name: one for name, one in second.items() if one.is_floating_point()}, rtol=1e-5, atol=1e-6)  # fmt: skip
 
 
 def test_dare_drops_by_seed_task_and_tensor(three, base, tmp_path):

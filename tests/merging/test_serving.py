@@ -1,6 +1,8 @@
 """Which servers take an adapter: what transformers and PEFT do with the files, and the rules of vLLM and SGLang."""
 
 import copy
+import json
+import shutil
 from functools import cache, partial
 
 import pytest
@@ -33,7 +35,8 @@ KINDS = {
     "dropout": TARGETS | {"lora_dropout": 0.1},
     "classifier": TARGETS | {"task_type": "SEQ_CLS"},
 }
-# what vLLM and SGLang make of them; a note that says why not
+# what vLLM and SGLang do not take, and why
+SGLANG = {"rslora": "use_rslora"}  # beside the following
 VLLM = {"dora": "DoRA", "ranks": "scale 4", "alphas": "scale 0.75", "bias": "lora_bias", "whole module": "lm_head",
         "tokens": "trained tokens", "classifier": "score"}  # fmt: skip
 IDS = torch.arange(12).reshape(2, 6)
@@ -119,9 +122,9 @@ def test_swaps_are_right_where_we_say_so(kind, folder):
 @pytest.mark.parametrize("kind", KINDS)
 def test_rules_of_vllm_and_sglang(kind, folder):
     found = served(folder / kind)
-    for server in ("vLLM", "SGLang"):
+    for server, refused in (("vLLM", VLLM), ("SGLang", VLLM | SGLANG)):
         one = verdict(found, server)
-        assert one.takes is (kind not in VLLM) and VLLM.get(kind, "") in " ".join(one.notes)
+        assert one.takes is (kind not in refused) and refused.get(kind, "") in " ".join(one.notes)
 
 
 def test_what_we_merge_is_taken_by_all_and_swapped_for_each_other(folder, tmp_path):
@@ -148,3 +151,26 @@ def test_no_adapter_is_refused(folder, tmp_path):
     (tmp_path / "adapter_model.safetensors").write_bytes((folder / "plain/adapter_model.safetensors").read_bytes())
     with pytest.raises(ValueError, match=r"no LoRA adapter \(peft_type='IA3'\)"):
         served(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"lora_alpha": None}, "lora_alpha=None in its adapter_config.json must be a finite number"),
+        ({"r": 0}, "r in the adapter_config.json of .*=0"),
+        ({"alpha_pattern": ["x"]}, r"alpha_pattern=\['x'\] in its adapter_config.json must be a mapping"),
+    ],
+)
+def test_a_damaged_config_is_named(changed, message, folder, tmp_path):
+    shutil.copytree(folder / "plain", tmp_path / "it")
+    file = tmp_path / "it/adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changed))
+    with pytest.raises(ValueError, match=message):
+        served(tmp_path / "it")
+
+
+def test_an_emr_merge_is_refused_with_the_way_out(folder, tmp_path):
+    adapters = {"a": load_adapter(folder / "plain"), "b": load_adapter(folder / "other alpha")}
+    merge_adapters(adapters, "emr").save_pretrained(tmp_path / "emr")
+    with pytest.raises(ValueError, match=r"EMR merge, which needs a mask for each task: .*adapter\(task, rank=16\)"):
+        served(tmp_path / "emr")

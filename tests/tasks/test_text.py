@@ -115,6 +115,9 @@ def test_tokens_are_prompt_completion_and_end(tmp_path):
     chat = tokenize_text(load_task(write(tmp_path / "chats", CHATS), "films").train, tokenizer, 32)
     assert tokenizer.decode(chat[0]["input_ids"]) == "<user> the film was good <assistant> yes <end>"
     assert chat[0]["completion_mask"] == [0] * 6 + [1, 1]
+    empty = task.train.select([0]).map(lambda row: {"prompt": "  "})
+    with pytest.raises(ValueError, match="the prompt '  ' has no tokens"):
+        tokenize_text(empty, tokenizer, 32)
     with pytest.raises(ValueError, match=r"' yes' has 2 tokens, max_length=2 leaves room for 1: raise it"):
         tokenize_text(task.train, tokenizer, 2)
     tokenizer.chat_template = None

@@ -204,6 +204,14 @@ def test_an_adapter_of_the_bare_model_has_its_place_in_the_tasks(tmp_path):
     torch.testing.assert_close(outputs(stock("mixtral", tmp_path / "out")), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_factors_of_a_folder_are_the_callers_own(tmp_path):
+    written("mixtral", tmp_path / "it")
+    adapter = load_adapter(tmp_path / "it")
+    for factors in adapter.factors.values():
+        factors.A.zero_()
+    assert all(factors.A.any() for factors in adapter.factors.values())
+
+
 def test_experts_are_layers_of_a_model_at_any_depth():
     names = ["model.layers.40.mlp.experts.down_proj.3", "model.layers.0.mlp.gate.weight"]
     assert [*names_in(noisy("mixtral", 0), [*names, "model.layers.0.mlp.experts.w.3"])] == names

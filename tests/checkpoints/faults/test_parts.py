@@ -67,25 +67,35 @@ def test_a_part_that_is_written_is_waited_for(trained, tmp_path, monkeypatch):
         merge_checkpoints(**given, part=(3, 3))
 
 
-def test_parts_of_another_merge_are_not_mixed_in(trained, tmp_path):
+def test_parts_of_another_merge_are_not_mixed_in(trained, tmp_path, monkeypatch):
     given = arguments(trained, "ties") | {"out": tmp_path / "out"}
     merge_checkpoints(**given, part=(1, 3))
-    other = given | {"scale": 0.5}
-    merge_checkpoints(**other, part=(2, 3))
+    for more in ({}, {"overwrite": True}):
+        with pytest.raises(FileExistsError, match="holds a part of another merge"):
+            merge_checkpoints(**given, scale=0.5, part=(2, 3), **more)
     with pytest.raises(ValueError, match="is of another merge"):
-        merge_checkpoints(**given, resume=True)
-    with pytest.raises(ValueError, match="is of another merge"):
-        merge_checkpoints(**given, part=(2, 3))
-    merge_checkpoints(**given, part=(2, 3), overwrite=True)
-    merge_checkpoints(**given, resume=True)
+        merge_checkpoints(**given, scale=0.5, resume=True)
+    faults.interrupted(monkeypatch, tmp_path / "whole", **arguments(trained, "ties"))
+    with pytest.raises(FileExistsError, match="holds a part of another merge"):
+        merge_checkpoints(**arguments(trained, "ties"), out=tmp_path / "whole", scale=0.5, part=(2, 3))
+
+
+def test_a_part_of_a_finished_merge_is_an_error_that_leaves_nothing(trained, tmp_path):
+    given = arguments(trained, "ties") | {"out": tmp_path / "out"}
+    merge_checkpoints(**given)
+    with pytest.raises(FileExistsError, match=r"out is there already: nothing is left for part 1 of 3"):
+        merge_checkpoints(**given, part=(1, 3))
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ({"part": (4, 3)}, r"part=4 of 3: the result has 3 weight files, so there are parts 1 to 3"),
-        ({"part": (1, 4)}, r"part=1 of 4: the result has 3 weight files.*a smaller shard_size"),
+        ({"part": (4, 3)}, r"part=4 of 3: there are parts 1 to 3"),
+        ({"part": (1, 4)}, r"4 parts of 3 weight files: give 3 at most, or a smaller shard_size"),
         ({"part": (0, 3)}, r"part=0"),
+        ({"part": 2}, r"part=2 must be \(i, n\)"),
+        ({"part": "1/2"}, r"part='1/2' must be \(i, n\)"),
         ({"part": (1, 3), "resume": True}, r"leave resume"),
     ],
 )
