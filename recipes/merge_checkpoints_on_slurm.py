@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from osrm_peft.io.yaml import parse_yaml
+from osrm_peft.cli.app import values
 
 COMMAND = (sys.executable, "-m", "osrm_peft", "merge-checkpoints")
 
@@ -31,8 +31,7 @@ def main() -> None:
     import submitit
 
     executor = submitit.AutoExecutor(arguments.jobs, cluster=arguments.submit)
-    options = dict(text.split("=", 1) for text in arguments.submit_option)
-    executor.update_parameters(**{name: parse_yaml(value) for name, value in options.items()})
+    executor.update_parameters(**values(arguments.submit_option))
     parts = [[*arguments.words, "--part", f"{number}/{arguments.parts}"] for number in range(1, arguments.parts + 1)]
     for job in executor.map_array(run, parts):
         job.result()

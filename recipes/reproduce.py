@@ -25,9 +25,9 @@ from reproduction.outputs import write_outputs
 from reproduction.suite import Suite
 from rich.console import Console
 
+from osrm_peft.cli.app import values
 from osrm_peft.distributed import start
 from osrm_peft.io.places import check_file, check_folder
-from osrm_peft.io.yaml import parse_yaml
 
 
 def main() -> None:
@@ -73,8 +73,7 @@ def _executor(arguments: argparse.Namespace):
         [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
     )  # for jobs
     executor = submitit.AutoExecutor(arguments.cache.resolve() / "jobs", cluster=arguments.submit)
-    options = dict(text.split("=", 1) for text in arguments.submit_option)
-    executor.update_parameters(**{name: parse_yaml(value) for name, value in options.items()})
+    executor.update_parameters(**values(arguments.submit_option))
     return executor
 
 

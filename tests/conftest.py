@@ -91,6 +91,14 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(mark)
 
 
+@pytest.fixture
+def threads():
+    """threads(number): torch's number of threads, until the test ends."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)

@@ -171,11 +171,8 @@ def test_operands_on_two_devices_are_found(there, monkeypatch):
 
 
 @pytest.fixture
-def two_threads():
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
+def two_threads(threads):
+    threads(2)
 
 
 def test_threads_take_an_item_each_in_order_and_have_one_thread(two_threads):
@@ -203,9 +200,10 @@ def test_an_error_in_a_thread_is_the_caller_s_and_the_threads_come_back(two_thre
 
 
 @pytest.mark.parametrize("method", ["average", "ties", "tsv", "iso", "lore", "concat", "dare"])
-def test_layers_merged_in_two_threads_are_those_of_one(method, two_threads):
+def test_layers_merged_in_two_threads_are_those_of_one(method, threads):
+    threads(2)
     found = merge_adapters(ADAPTERS | {"u": lora(3)}, method, rank=2)
-    torch.set_num_threads(1)
+    threads(1)
     alone = merge_adapters(ADAPTERS | {"u": lora(3)}, method, rank=2)
     assert list(found.layers) == list(alone.layers) and len(found.layers) > 1
     for name, layer in alone.layers.items():

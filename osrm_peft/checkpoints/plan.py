@@ -199,6 +199,8 @@ def _stacks(
     """The stacks of experts, for a method that sees whole tensors."""
     if not (method.spectral or method.whole_tensor(options)):
         return frozenset()
+    if not expert_stacks(files.config, shapes, dict.fromkeys(shapes, "expert")):
+        return frozenset()  # by their shapes: transformers need not say what is an expert's
     model = skeleton(files.folder / "config.json", files.config, architecture(files.config), len(files.tensors))
     names = {name: aligned.canonical.get(name, name) for name in shapes}
     return expert_stacks(files.config, shapes, said_of(names, model))

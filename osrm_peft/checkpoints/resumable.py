@@ -22,7 +22,6 @@ from osrm_peft.io.places import FULL, alone_in, check_space, put_in_place
 
 _PART = "part-"  # in the folder of an unfinished result, the folder of a part's state
 _TRIES = 150  # 30 seconds
-_GO_ON = "go on with resume (--resume)"
 
 # (folder, {weight file: its checksum in each of the work's folders}) → further fields of the manifest
 Finish = Callable[[Path, Mapping[str, list[str]]], dict[str, Any]]
@@ -96,19 +95,16 @@ def carry_out_part(
     place = partial / f"{_PART}{part[0]}-of-{part[1]}"
     with ExitStack() as stack:
         with _entered(partial):
-            if out.exists():
-                check_replaceable(out, work.kind, work.manifest(), overwrite)
-                if not overwrite:
-                    partial.rmdir()  # which the lock has made, else it is not empty
-                    raise FileExistsError(f"{out} is there already: nothing is left for part {part[0]} of {part[1]}")
+            check_replaceable(out, work.kind, work.manifest(), overwrite)
+            if not overwrite and out.is_dir() and any(out.iterdir()):
+                with suppress(OSError):  # not empty: the lock did not make it
+                    partial.rmdir()
+                raise FileExistsError(f"{out} is there already: nothing is left for part {part[0]} of {part[1]}")
             stack.enter_context(alone_in(place))
             _check_alike(partial, work)
         state = _state([place / STATE], partial, work, not overwrite, overwrite)
         write_json(place / STATE, state)
-        try:
-            _write(work, make, state, partial, place, work.shards[part[0] - 1 :: part[1]], verify, progress)
-        except OSError as error:
-            raise OSError(error.errno, str(error).replace(_GO_ON, "call this part again")) from error
+        _write(work, make, state, partial, place, work.shards[part[0] - 1 :: part[1]], verify, progress)
 
 
 def _partial(out: Path) -> Path:
@@ -177,7 +173,8 @@ def _write(
                         if error.errno not in FULL:
                             raise
                         reason = f"{os.strerror(error.errno)}: {paths[0]} could not be written"
-                        raise OSError(error.errno, f"{reason}; make room, and {_GO_ON}") from error
+                        way = "go on with resume (--resume; a part goes on without)"
+                        raise OSError(error.errno, f"{reason}; make room, and {way}") from error
                     write_json(place / STATE, state)
                 else:
                     bar.update(work.size_of(names))

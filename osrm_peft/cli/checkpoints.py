@@ -62,12 +62,13 @@ def merge_checkpoints(
     facts = checkpoint_facts(plan, out)
     how: dict[str, Any] = {"resume": resume, "overwrite": overwrite, "progress": progress()}
     if part is not None:
-        check_part(plan, _part(part), resume)
-    if part is not None and not dry_run:
-        execute(plan, folder, _part(part), **how)
-        say(f"wrote part {part}: when all parts are there, the same command with --resume in place of --part finishes")
-        show(facts, lambda _: [])
-        return
+        place = _part(part)
+        check_part(plan, place, resume)
+        if not dry_run:
+            execute(plan, folder, place, **how)
+            say(f"wrote part {part}: when all are there, the same command with --resume in place of --part finishes")
+            show(facts, lambda _: [])
+            return
     _written(folder, facts, checkpoint_lines(facts), None if dry_run else lambda: execute(plan, folder, **how))
 
 

@@ -178,10 +178,13 @@ def _legal_rank(files: Files, partners: Sequence[Files]) -> Iterator[str]:
         yield f"rank {max(files.ranks.values())} is above {SERVING[-1]}: osrm-peft merge … --rank {SERVING[-1]}"
 
 
-def _swapped(files: Files, partners: Sequence[Files]) -> Iterator[str]:
-    """What `hotswap_adapter` of PEFT refuses; layers of another scale than lora_alpha/r it gets wrong, silently."""
+def _linear_pairs(files: Files, partners: Sequence[Files]) -> Iterator[str]:
     if files.beside:
         yield f"{files.beside[0]} is no pair of a linear layer, and nothing else is swapped: {_BAKE}"
+
+
+def _swapped(files: Files, partners: Sequence[Files]) -> Iterator[str]:
+    """What `hotswap_adapter` of PEFT refuses; layers of another scale than lora_alpha/r it gets wrong, silently."""
     for other in partners:
         for name in ("use_rslora", "lora_dropout", "alpha_pattern", "use_dora"):
             if (files.config.get(name) or None) != (other.config.get(name) or None):
@@ -197,8 +200,6 @@ def _swapped_in_transformers(files: Files, partners: Sequence[Files]) -> Iterato
 
     Modules that are saved whole are written over the base model's own, and stay there after the next swap.
     """
-    if files.beside:
-        yield f"{files.beside[0]} is no pair of a linear layer, and nothing else is swapped: {_BAKE}"
     for other in partners:
         if other.ranks.keys() != files.ranks.keys():
             yield f"{other.source} adapts other layers: no error is raised, and the answers are wrong"
@@ -221,6 +222,6 @@ _SERVERS: dict[str, tuple[_Rule, ...]] = {
     "vLLM": (_dora, _whole_modules, _only_pairs, _one_scale, _legal_rank),
     "SGLang": (_dora, _whole_modules, _only_pairs, _without_rslora, _one_rank),
     "transformers, load_adapter": (_dora,),
-    "transformers, load_adapter(hotswap=True)": (_swapped_in_transformers,),
-    "PEFT, hotswap_adapter": (_swapped, _one_scale),
+    "transformers, load_adapter(hotswap=True)": (_linear_pairs, _swapped_in_transformers),
+    "PEFT, hotswap_adapter": (_linear_pairs, _swapped, _one_scale),
 }

@@ -111,16 +111,12 @@ def test_the_size_of_blocks_does_not_change_a_bit(three, base, tmp_path, monkeyp
         same(tensors_of(parts / folder), tensors_of(whole / folder), rtol=tolerance)
 
 
-def test_a_method_may_return_a_part_of_what_it_is_given(three, base, tmp_path, monkeypatch):
+def test_a_method_may_return_a_part_of_what_it_is_given(three, base, tmp_path, monkeypatch, threads):
     """Blocks share their memory: a result in it is not written over by the next block."""
     monkeypatch.setattr(blocks, "BLOCK", 100)
     monkeypatch.setattr(Engine, "merged", lambda self, stack, weights, statistics=None: Merged(stack[1]))
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        out = merge_checkpoints(three, tmp_path / "out", "task_arithmetic", base=base, scale=1.0)
-    finally:
-        torch.set_num_threads(threads)
+    threads(2)
+    out = merge_checkpoints(three, tmp_path / "out", "task_arithmetic", base=base, scale=1.0)
     second = tensors_of(list(three.values())[1])
     same({name: one for name, one in tensors_of(out).items() if one.is_floating_point()},
          {name: one for name, one in second.items() if one.is_floating_point()}, rtol=1e-5, atol=1e-6)  # fmt: skip

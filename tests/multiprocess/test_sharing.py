@@ -24,11 +24,8 @@ def adapters(tmp_path_factory):
 
 
 @pytest.fixture
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+def one_thread(threads):
+    threads(1)
 
 
 @pytest.fixture(scope="module")

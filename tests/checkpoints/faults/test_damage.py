@@ -90,21 +90,18 @@ def test_what_is_no_number_in_a_head_that_is_kept_is_the_owners(small, tmp_path)
 
 
 @pytest.mark.parametrize("method", ["average", "ties", "emr", "dare", "lore"])
-def test_torch_has_as_many_threads_as_before(small, tmp_path, monkeypatch, method):
-    models, before = {name: small[name] for name in "ab"}, torch.get_num_threads()
+def test_torch_has_as_many_threads_as_before(small, tmp_path, monkeypatch, method, threads):
+    models = {name: small[name] for name in "ab"}
     given = {"models": models, "base": small["base"], "method": method, "out": tmp_path / "out"}
-    torch.set_num_threads(2)
-    try:
-        merge_checkpoints(**given)
+    threads(2)
+    merge_checkpoints(**given)
+    assert torch.get_num_threads() == 2
+    for name in ("_stack", "_rows", "_merge"):
+        with monkeypatch.context() as patch:
+            patch.setattr(blocks.Blocks, name, lambda *_: (_ for _ in ()).throw(StopHereError))
+            with pytest.raises(StopHereError):
+                merge_checkpoints(**given)
         assert torch.get_num_threads() == 2
-        for name in ("_stack", "_rows", "_merge"):
-            with monkeypatch.context() as patch:
-                patch.setattr(blocks.Blocks, name, lambda *_: (_ for _ in ()).throw(StopHereError))
-                with pytest.raises(StopHereError):
-                    merge_checkpoints(**given)
-            assert torch.get_num_threads() == 2
-    finally:
-        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("about", ["{", "[]", "{}", {}, {"crc32": 3}, {"crc32": {"x": 3}}])

@@ -10,6 +10,7 @@ from osrm_peft import merge_checkpoints
 from osrm_peft.checkpoints import resumable
 from osrm_peft.io.places import alone_in
 from tests.helpers import faults
+from tests.helpers.checkpoints import hashes
 
 ROOT = Path(__file__).parents[3]
 
@@ -20,9 +21,10 @@ def arguments(trained, method):
 
 
 def content(folder):
-    """{file: bytes} without manifests and cards, which say where and by which command."""
-    files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
-    return {name: path.read_bytes() for name, path in files.items() if path.name not in ("osrm_peft.json", "README.md")}
+    """{file: its bytes' hash} without manifests and cards, which say where and by which command."""
+    found = hashes(folder).items()
+    left_out = ("osrm_peft.json", "README.md")
+    return {path.relative_to(folder).as_posix(): digest for path, digest in found if path.name not in left_out}
 
 
 @pytest.mark.parametrize("method", ["ties", "emr"])
@@ -86,6 +88,12 @@ def test_a_part_of_a_finished_merge_is_an_error_that_leaves_nothing(trained, tmp
     with pytest.raises(FileExistsError, match=r"out is there already: nothing is left for part 1 of 3"):
         merge_checkpoints(**given, part=(1, 3))
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    (tmp_path / ".out.merging").mkdir()
+    (tmp_path / ".out.merging/left").touch()  # of a killed process
+    with pytest.raises(FileExistsError, match=r"out is there already"):
+        merge_checkpoints(**given, part=(1, 3))
+    (tmp_path / "empty").mkdir()
+    merge_checkpoints(**given | {"out": tmp_path / "empty"}, part=(1, 3))
 
 
 @pytest.mark.parametrize(
