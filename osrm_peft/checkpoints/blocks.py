@@ -1,8 +1,6 @@
 """Blocks: the tensors of a merge of checkpoints, made some rows at a time."""
 
-import math
 import os
-import threading
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -12,8 +10,8 @@ import torch
 from torch import Tensor
 
 from osrm_peft.checkpoints.config_checks import shown
-from osrm_peft.checkpoints.model_files import ModelFiles
 from osrm_peft.checkpoints.plan import CheckpointPlan
+from osrm_peft.checkpoints.rooms import Rooms
 from osrm_peft.checkpoints.shapes import is_matrix
 from osrm_peft.devices import CPU
 from osrm_peft.io.tensors import all_finite
@@ -35,10 +33,10 @@ class Blocks:
         self.summary: list[Any] | None = None  # what an unfinished merge keeps in its state file
         self.engine = Engine(plan.method, plan.options, list(plan.models), plan.seed)
         self._workers, self._threads = os.cpu_count() or 1, torch.get_num_threads()
-        self._local = threading.local()
-        self._nan_shows = plan.method.linear is not None  # a NaN input makes a NaN result, which `_block` checks
         alone = plan.method.spectral or plan.method.prepare is not None
         self._pool = None if alone else ThreadPoolExecutor(self._workers)
+        self._rooms = Rooms(reused=not alone)
+        self._known_factors: dict[str, Tensor] = {}
         if self._pool is not None:
             torch.set_num_threads(1)
 
@@ -82,8 +80,10 @@ class Blocks:
     def _block(self, name: str, start: int, stop: int) -> list[Tensor]:
         dtype = self.plan.dtypes[name]
         try:
-            stack, under = self._stack(name, start, stop)
-            merged = self._merge(name, stack, under)
+            if self.plan.method.linear is not None:
+                merged = [self._combined(name, start, stop)]
+            else:
+                merged = self._merge(name, *self._stack(name, start, stop))
         except (RuntimeError, MemoryError) as error:
             shape = "×".join(map(str, self.plan.shapes[name]))
             reason = shown(" ".join(str(error).split()))[:200] or "no memory"
@@ -94,14 +94,27 @@ class Blocks:
                 "it in heads="
             ) from error
         results = [result.to(dtype).cpu() for result in merged]
-        # the next block reuses the stack's memory
-        memory = {one.untyped_storage().data_ptr() for one in (stack, under) if one is not None}
-        results = [result.clone() if result.untyped_storage().data_ptr() in memory else result for result in results]
+        results = [result.clone() if self._rooms.holds(result) else result for result in results]
         if not all(map(all_finite, results)):
-            self._check_inputs(name, stack)
+            if self.plan.method.linear is not None:  # NaN of a model shows in the result, and only there
+                self._check_inputs(name, self._stack(name, start, stop)[0])
             kind = str(dtype).removeprefix("torch.")
             raise ValueError(f"{name!r} of the result is too large for {kind}: lower the scale, or give another dtype")
         return results
+
+    def _combined(self, name: str, start: int, stop: int) -> Tensor:
+        """The result of one block of a linear method, θ₀ + λ Σ c_t τ_t."""
+        both = self._task_vectors(name, start, stop)
+        return torch.mv(both.view(len(both), -1).mT, self._factors(name)).view(both.shape[1:])
+
+    def _factors(self, name: str) -> Tensor:
+        """(T,) λ c_t of a linear method, float32; and the base's 1 if there is one."""
+        if name not in self._known_factors:
+            weights = self.plan.weights[name]
+            factors = self.plan.scale * (weights / weights.sum() if self.plan.method.linear == "mean" else weights)
+            rest = [] if self.plan.base is None else [1.0]
+            self._known_factors[name] = torch.tensor([*factors.tolist(), *rest])
+        return self._known_factors[name]
 
     def _merge(self, name: str, stack: Tensor, under: Tensor | None) -> list[Tensor]:
         """The results of one block: one tensor, or with EMR one for each model."""
@@ -133,18 +146,10 @@ class Blocks:
 
     def _stack(self, name: str, start: int, stop: int) -> tuple[Tensor, Tensor | None]:
         """On the device, float32: (T, rows, width) task vectors, or weights without a base; and the base's rows."""
-        plan, (_, width) = self.plan, self._shape(name)
-        stack = self._memory("stack", torch.float32, len(plan.models), stop - start, width)
-        for rows, files in zip(stack, plan.models.values(), strict=True):
-            self._read(files, name, start, stop, rows)
-        under = None
-        if plan.base is not None:
-            under = self._memory("under", torch.float32, stop - start, width)
-            self._read(plan.base, name, start, stop, under)
-            stack -= under
-        if not self._nan_shows:
-            self._check_inputs(name, stack)
-        stack, under = stack.to(plan.device), None if under is None else under.to(plan.device)
+        plan, both = self.plan, self._task_vectors(name, start, stop)
+        stack = both[: len(plan.models)]
+        self._check_inputs(name, stack)
+        stack, under = stack.to(plan.device), None if self.plan.base is None else both[-1].to(plan.device)
         if plan.method.prepare is not None:
             key = (name, start)
             if start == 0 or key != self._drawing:
@@ -153,25 +158,15 @@ class Blocks:
             self._drawing = (name, stop)
         return stack, under
 
-    def _read(self, files: ModelFiles, name: str, start: int, stop: int, out: Tensor) -> None:
-        """A model's rows into `out` (rows, width), float32: the first columns, where the model has more."""
-        entry, width = files.tensors[name], out.shape[1]
-        if entry.dtype == out.dtype and entry.width == width:
-            files.read(name, start, stop, out=out)
-        else:
-            raw = self._memory("raw", entry.dtype, stop - start, entry.width)
-            out.copy_(files.read(name, start, stop, out=raw)[:, :width])
-
     _drawing: tuple[str, int] = ("", 0)
 
-    def _memory(self, use: str, dtype: torch.dtype, *shape: int) -> Tensor:
-        """Memory for a block, the same for all blocks of a thread: new memory would cost as much as the work in it."""
-        if self._pool is None:
-            return torch.empty(shape, dtype=dtype)
-        size, rooms = math.prod(shape), self._local.__dict__.setdefault("rooms", {})
-        if (use, dtype) not in rooms or rooms[use, dtype].numel() < size:
-            rooms[use, dtype] = torch.empty(size, dtype=dtype)
-        return rooms[use, dtype][:size].view(shape)
+    def _task_vectors(self, name: str, start: int, stop: int) -> Tensor:
+        """The same in main memory, unchecked, in one tensor: the task vectors, and the base's rows if there is one."""
+        models = [*self.plan.models.values(), *([] if self.plan.base is None else [self.plan.base])]
+        stack = self._rooms.stack(models, name, start, stop, self._shape(name)[1])
+        if self.plan.base is not None:
+            stack[:-1].sub_(stack[-1])
+        return stack
 
     def _check_inputs(self, name: str, stack: Tensor) -> None:
         """Raise ValueError for a model's NaN or Inf."""

@@ -2,7 +2,6 @@
 
 import json
 import math
-import threading
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +23,7 @@ from osrm_peft.checkpoints.config_checks import (
 from osrm_peft.hub.sources import local_folder, pinned
 from osrm_peft.io.json import read_object
 from osrm_peft.io.manifest import MANIFEST, read_manifest
-from osrm_peft.io.tensors import DTYPES, read_into
+from osrm_peft.io.tensors import DTYPES, read_at
 from osrm_peft.models.packaged import MODEL, packaged_model
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -105,7 +104,7 @@ class ModelFiles:
         self.tensors: dict[str, Entry] = {}
         self._packed: dict[Entry, dict[str, Entry]] = {}
         self._last: tuple[Entry, Tensor] | None = None
-        self._open: dict[tuple[int, Path], BinaryIO] = {}
+        self._open: dict[Path, BinaryIO] = {}
         weight_map = self._weight_map()
         for file in dict.fromkeys(weight_map.values()) if weight_map else [WEIGHTS]:
             entries = read_header(self.folder / file)
@@ -140,7 +139,7 @@ class ModelFiles:
         """(rows, width) of a 4-bit weight, kept until another is asked for."""
         if self._last is None or self._last[0] != entry:
             packed = self._packed[entry].items()
-            parts = {name: self._bytes(name, one, 0, one.rows).view(one.shape) for name, one in packed}
+            parts = {name: self._rows(name, one, 0, one.rows).view(one.shape) for name, one in packed}
             codes = parts.pop("")
             whole = four_bit_reader(self.folder / "config.json")(codes, parts)
             self._last = entry, whole.to(entry.dtype).reshape(entry.rows, entry.width)
@@ -185,28 +184,34 @@ class ModelFiles:
         stats = {path.name: path.stat() for path in self.paths}
         return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
 
-    def read(self, name: str, start: int = 0, stop: int | None = None, out: Tensor | None = None) -> Tensor:
-        """Rows start … stop of a tensor, (rows, width) in its own dtype; copied, so nothing stays mapped.
-
-        Args:
-            out: (rows, width), contiguous; filled instead of new memory.
-        """
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        """Rows start … stop of a tensor, (rows, width) in its own dtype; copied, so nothing stays mapped."""
         entry = self.tensors[name]
         stop = entry.rows if stop is None else min(stop, entry.rows)
         if entry in self._packed:
-            block = self._dequantised(entry)[start:stop]
-            return block.clone() if out is None else out.copy_(block)
-        return self._bytes(name, entry, start, stop, out)
+            return self._dequantised(entry)[start:stop].clone()
+        return self._rows(name, entry, start, stop)
 
-    def _bytes(self, name: str, entry: Entry, start: int, stop: int, out: Tensor | None = None) -> Tensor:
-        out = torch.empty(stop - start, entry.width, dtype=entry.dtype) if out is None else out
-        key = threading.get_ident(), entry.path  # each thread has its own place in a file
-        if key not in self._open:
-            self._open[key] = entry.path.open("rb", buffering=0)
-        file = self._open[key]
-        file.seek(entry.start + start * entry.width * entry.dtype.itemsize)
-        read_into(file, out, f"{entry.path} ended within {name!r}")
+    def read_into(self, memory: memoryview, name: str, start: int, stop: int) -> None:
+        """Fill memory with the bytes of rows start … stop of a tensor."""
+        entry = self.tensors[name]
+        if entry in self._packed:
+            memory[:] = self._dequantised(entry)[start:stop].contiguous().view(torch.uint8).numpy().reshape(-1).data
+        else:
+            self._bytes(memory, name, entry, start)
+
+    def _rows(self, name: str, entry: Entry, start: int, stop: int) -> Tensor:
+        out = torch.empty(stop - start, entry.width, dtype=entry.dtype)
+        self._bytes(out.view(-1).view(torch.uint8).numpy().data, name, entry, start)
         return out
+
+    def _bytes(self, memory: memoryview, name: str, entry: Entry, start: int) -> None:
+        """Fill memory with the bytes of a tensor from this row on."""
+        file = self._open.get(entry.path)
+        if file is None:  # of two threads that open it one keeps it
+            file = self._open.setdefault(entry.path, entry.path.open("rb", buffering=0))
+        place = entry.start + start * entry.width * entry.dtype.itemsize
+        read_at(file, place, memory, f"{entry.path} ended within {name!r}")
 
     def close(self) -> None:
         """Close the files."""

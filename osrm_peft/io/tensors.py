@@ -2,7 +2,10 @@
 
 import hashlib
 import json
+import math
 import os
+import sys
+import threading
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
@@ -19,6 +22,7 @@ _OTHERS = {
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
 DTYPES = _DTYPES | _OTHERS  # {name in a file: dtype}
+_TURN = threading.Lock()
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 Header = tuple[tuple[int, ...], torch.dtype | str]  # shape and dtype of a tensor in a file
@@ -62,28 +66,33 @@ def _read(path: Path, first: tuple[int, int, int], header: Mapping[str, Any], st
                 return mapped.get_tensor(key).clone()
         begin, end = about["data_offsets"]
         data = torch.empty(end - begin, dtype=torch.uint8)
-        file.seek(start + begin)
-        read_into(file, data, f"{path} ended within {key!r}")
+        read_at(file, start + begin, data.numpy().data, f"{path} ended within {key!r}")
     return data.view(DTYPES[about["dtype"]]).reshape(about["shape"])
 
 
-def read_into(file: Any, out: Tensor, ended: str) -> None:
-    """Fill a contiguous tensor with the next bytes of a raw file, of which one call reads 2 GiB at most.
+def read_at(file: BinaryIO, place: int, memory: memoryview, ended: str) -> None:
+    """Fill memory with the bytes of an open raw file from a place on; one call reads 2 GiB at most.
+
+    Threads may read one file.
 
     Raises:
         ValueError: the file ends before; the beginning of the message is `ended`.
     """
-    view = out.view(-1).view(torch.uint8).numpy().data
-    while view:
-        got = file.readinto(view)
+    while memory:
+        if sys.platform != "win32":
+            got = os.preadv(file.fileno(), [memory], place)
+        else:  # a file has one place for all threads
+            with _TURN:
+                file.seek(place)
+                got = file.readinto(memory)  # type: ignore[attr-defined]
         if not got:
             raise ValueError(f"{ended}: it was changed while it was read")
-        view = view[got:]
+        memory, place = memory[got:], place + got
 
 
 def all_finite(tensor: Tensor) -> bool:
     """Whether no entry is NaN or Inf."""
-    return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())  # a sum is quick, and may overflow
+    return math.isfinite(tensor.sum().item()) or bool(tensor.isfinite().all())  # a sum is quick, and may overflow
 
 
 def data_sha256(path: str | Path) -> str:

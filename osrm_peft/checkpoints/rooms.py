@@ -1,0 +1,61 @@
+"""Rooms: memory for blocks that a thread uses again; new memory would cost as much as the work in it."""
+
+import math
+import threading
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from osrm_peft.checkpoints.model_files import ModelFiles
+
+
+class Rooms:
+    """Memory for the blocks of models, each thread's own.
+
+    Few calls of torch matter as much as few bytes: at each call threads take turns at Python's lock.
+    """
+
+    def __init__(self, reused: bool) -> None:
+        self._reused, self._local = reused, threading.local()
+
+    def stack(self, models: list[ModelFiles], name: str, start: int, stop: int, width: int) -> Tensor:
+        """(models, rows, width) float32: rows start … stop of a tensor of each model, its first columns.
+
+        The next call of this thread writes into the same memory, if it is reused.
+        """
+        entries = [one.tensors[name] for one in models]
+        stack, into = self._room("stack", torch.float32, len(models), stop - start, width)
+        kinds = {(entry.dtype, entry.width) for entry in entries}
+        if kinds == {(torch.float32, width)}:
+            for one, row in zip(models, into, strict=True):
+                one.read_into(row, name, start, stop)
+        elif len(kinds) == 1:
+            raw, into = self._room("raw", entries[0].dtype, len(models), stop - start, entries[0].width)
+            for one, row in zip(models, into, strict=True):
+                one.read_into(row, name, start, stop)
+            stack.copy_(raw if entries[0].width == width else raw[:, :, :width])
+        else:
+            for one, row in zip(models, stack, strict=True):
+                row.copy_(one.read(name, start, stop)[:, :width])
+        return stack
+
+    def holds(self, tensor: Tensor) -> bool:
+        """Whether a tensor lies in memory that this thread uses again."""
+        memory = tensor.untyped_storage().data_ptr()
+        return any(room.data_ptr() == memory for room in self._local.__dict__.get("rooms", {}).values())
+
+    def _room(self, use: str, dtype: torch.dtype, *shape: int) -> tuple[Tensor, list[Any]]:
+        """A tensor, and the memory of each of its rows."""
+        views = self._local.__dict__.setdefault("views", {})
+        if (use, dtype, shape) in views:
+            return views[use, dtype, shape]
+        size, rooms = math.prod(shape) * dtype.itemsize, self._local.__dict__.setdefault("rooms", {})
+        if not self._reused or use not in rooms or rooms[use].numel() < size:
+            rooms[use] = torch.empty(size, dtype=torch.uint8)
+            views.clear()
+        room = rooms[use][:size]
+        found = room.view(dtype).view(shape), [row.numpy().data for row in room.view(shape[0], size // shape[0])]
+        if self._reused:
+            views[use, dtype, shape] = found
+        return found
