@@ -2,9 +2,9 @@
 
 import os
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +19,10 @@ from osrm_peft.merging.engine import Engine, rescalers
 from osrm_peft.merging.methods.average import average
 
 BLOCK = 2**18  # entries of a tensor that an element-wise method sees at once: they fit a processor's cache
+
+
+Place = TypeVar("Place")
+Result = TypeVar("Result")
 
 
 class Blocks:
@@ -65,17 +69,24 @@ class Blocks:
         if not dtype.is_floating_point:
             yield [self._same(name)] * len(self.plan.folders)
             return
+        yield from self.in_order(lambda rows: self._block(name, *rows), self._rows(name))
+
+    def in_order(self, work: Callable[[Place], Result], places: Iterable[Place]) -> Iterator[Result]:
+        """work(place) of all places, in their order, in threads if the method allows it."""
         if self._pool is None:
-            for rows in self._rows(name):
-                yield self._block(name, *rows)
+            yield from map(work, places)
             return
-        waiting: deque[Future[list[Tensor]]] = deque()  # each worker has one in hand and one to come
-        for rows in self._rows(name):
-            waiting.append(self._pool.submit(self._block, name, *rows))
+        waiting: deque[Future[Result]] = deque()  # each worker has one in hand and one to come
+        for place in places:
+            waiting.append(self._pool.submit(work, place))
             if len(waiting) > 2 * self._workers:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
+
+    def places(self) -> Iterator[tuple[str, int, int]]:
+        """(tensor, start, stop) of all blocks."""
+        return ((name, *rows) for name in self.floats for rows in self._rows(name))
 
     def _block(self, name: str, start: int, stop: int) -> list[Tensor]:
         dtype = self.plan.dtypes[name]
@@ -193,13 +204,15 @@ class Blocks:
         """EMR's λ_t = Σ|w_t τ_t| / Σ|M_t ⊙ τ_uni| over the whole model."""
         full = torch.zeros(len(self.plan.models), dtype=torch.float64)
         kept = torch.zeros_like(full)
-        for name in self.floats:
-            weights = self.plan.weights[name]
-            for start, stop in self._rows(name):
-                stack, _ = self._stack(name, start, stop)
-                _, _, of_tasks, of_masks = self.engine.masked(stack, weights.to(stack.device))
-                full += of_tasks.cpu()
-                kept += of_masks.cpu()
+
+        def sums(place: tuple[str, int, int]) -> tuple[Tensor, Tensor]:
+            stack, _ = self._stack(*place)
+            _, _, of_tasks, of_masks = self.engine.masked(stack, self.plan.weights[place[0]].to(stack.device))
+            return of_tasks.cpu(), of_masks.cpu()
+
+        for of_tasks, of_masks in self.in_order(sums, self.places()):
+            full += of_tasks
+            kept += of_masks
         return rescalers(full, kept)
 
 
@@ -210,9 +223,10 @@ class _Stacks:
         self.merge = merge
 
     def __iter__(self) -> Iterator[Tensor]:
-        for name in self.merge.floats:
-            for start, stop in self.merge._rows(name):
-                yield self.merge._stack(name, start, stop)[0]
+        return (self.merge._stack(*place)[0] for place in self.merge.places())
+
+    def each(self, work: Callable[[Tensor], Tensor]) -> Iterator[Tensor]:
+        return self.merge.in_order(lambda place: work(self.merge._stack(*place)[0]), self.merge.places())
 
 
 def _sum(under: Tensor | None, direction: Tensor) -> Tensor:

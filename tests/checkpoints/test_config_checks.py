@@ -240,14 +240,15 @@ def test_whole_numbers_of_two_widths_have_a_way_out(folders, tmp_path):
 )
 @pytest.mark.parametrize("method", ["tsv", "average"])
 def test_errors_of_the_arithmetic_name_the_tensor(folders, tmp_path, monkeypatch, error, method):
-    merge = blocks.Blocks._merge
+    step = "_combined" if method == "average" else "_merge"
+    merge = getattr(blocks.Blocks, step)
 
     def failing(self, name, *rest):
         if name == "classifier.weight":
             raise error
         return merge(self, name, *rest)
 
-    monkeypatch.setattr(blocks.Blocks, "_merge", failing)
+    monkeypatch.setattr(blocks.Blocks, step, failing)
     message = rf"'classifier\.weight' \(3×16\) cannot be merged by {method} \(.+\): take an element-wise method"
     with pytest.raises(ValueError, match=message):
         merge_checkpoints(folders, tmp_path / "out", method, base=folders["a"])

@@ -116,7 +116,7 @@ def test_a_method_may_return_a_part_of_what_it_is_given(three, base, tmp_path, m
     monkeypatch.setattr(blocks, "BLOCK", 100)
     monkeypatch.setattr(Engine, "merged", lambda self, stack, weights, statistics=None: Merged(stack[1]))
     threads(2)
-    out = merge_checkpoints(three, tmp_path / "out", "task_arithmetic", base=base, scale=1.0)
+    out = merge_checkpoints(three, tmp_path / "out", "ties", base=base, scale=1.0)
     second = tensors_of(list(three.values())[1])
     same({name: one for name, one in tensors_of(out).items() if one.is_floating_point()},
          {name: one for name, one in second.items() if one.is_floating_point()}, rtol=1e-5, atol=1e-6)  # fmt: skip

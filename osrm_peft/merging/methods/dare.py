@@ -34,8 +34,8 @@ def drop_and_rescale(tau: Tensor, generators: Sequence[torch.Generator], *, drop
     Returns:
         (T, o, n) in the dtype of `tau`.
     """
-    kept = [torch.rand(tau.shape[1:], generator=generator) >= drop_rate for generator in generators]
-    return torch.where(torch.stack(kept).to(tau.device), tau / (1 - drop_rate), 0)
+    kept = [torch.rand(tau.shape[1:], generator=generator).ge_(drop_rate) for generator in generators]
+    return tau / (1 - drop_rate) * torch.stack(kept).to(tau)
 
 
 register("dare", paper=_PAPER, scale=0.3, check=check, prepare=drop_and_rescale)(task_arithmetic)

@@ -30,5 +30,5 @@ def emr(tau: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     """
     theta = weights[:, None, None] * tau
     sign = elected(theta)  # (o, n) γ
-    unified = sign * torch.where(theta.sign() == sign, theta.abs(), 0).amax(0)
+    unified = (theta * sign).amax(0).clamp_min_(0).mul_(sign)
     return unified, (theta.sign() == unified.sign()) & (unified != 0)

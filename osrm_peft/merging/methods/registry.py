@@ -188,8 +188,14 @@ def get_method(name: str) -> Method:
     return METHODS[choice("merge method", name, tuple(sorted(METHODS)))]
 
 
-Stacks = Iterable[Tensor]  # the (T, o, n) task vectors of every layer, one layer at a time
+Stacks = Iterable[Tensor]  # the (T, o, n) task vectors of every layer, one layer at a time; it may have `each`
 AddUp = Callable[[Tensor], Tensor]  # the sum of a tensor over processes
+
+
+def on_each(work: Callable[[Tensor], Tensor], stacks: Stacks) -> Iterable[Tensor]:
+    """work(stack) of all stacks, in their order; stacks with a method `each(work)` do it in threads."""
+    each = getattr(stacks, "each", None)
+    return map(work, stacks) if each is None else each(work)
 
 
 def alone(tensor: Tensor) -> Tensor:

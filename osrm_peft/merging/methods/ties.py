@@ -59,11 +59,12 @@ def ties(
     thresholds = magnitude_thresholds([tau], density) if summary is None else summary
     trimmed = weights[:, None, None] * keep_above(tau, thresholds)
     sign = elected(trimmed)
-    agrees = (trimmed.sign() == sign) & (sign != 0)
-    return torch.where(agrees, trimmed, 0).sum(0) / agrees.sum(0).clamp_min(1)
+    agreeing = trimmed.mul_(sign).clamp_min_(0)  # |w_t τ̂_t| where the signs are the same
+    return agreeing.sum(0).mul_(sign).div_(agreeing.sign_().sum(0).clamp_min_(1))
 
 
 def elected(tau: Tensor) -> Tensor:
     """(o, n) γ = sgn(Σ_t τ_t) of (T, o, n), 0 where the terms cancel: the sign of what rounding leaves is no vote."""
     total = tau.sum(0)
-    return torch.where(total.abs() > 4 * torch.finfo(tau.dtype).eps * tau.abs().sum(0), total.sign(), 0)
+    over = total.abs().sub_(tau.abs().sum(0).mul_(4 * torch.finfo(tau.dtype).eps))
+    return over.clamp_min_(0).sign_().mul_(total.sign_())
