@@ -2,7 +2,7 @@
 
     python -m venv mergekit-env && mergekit-env/bin/pip install mergekit      # an environment of its own
     python benchmarks/checkpoints.py --mergekit mergekit-env/bin/mergekit-yaml     # minutes; 8 GB of disk and of memory
-    python benchmarks/checkpoints.py --part lore     # one part: throughput, memory, lore
+    python benchmarks/checkpoints.py --part lore     # one part: throughput, memory, lore, forecast
 
 Models are made up (Llama's layout, width 2048). Each throughput is the better of two, the ways by turns; the page cache
 holds the inputs. Ratios matter, not seconds: machines differ and drift.
@@ -28,6 +28,9 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from osrm_peft import merge_checkpoints
+from osrm_peft.checkpoints.forecast import Forecast, forecast
+from osrm_peft.checkpoints.plan import plan_checkpoints
+from osrm_peft.io.tensors import file_head
 from osrm_peft.merging.methods.lore import lore
 
 T, WIDTH, SEED = 3, 2048, 0
@@ -37,8 +40,18 @@ MERGES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # name: (mergekit'
         {"merge_method": "task_arithmetic", "parameters": {"lambda": 0.3, "normalize": False}},
         {"method": "task_arithmetic", "scale": 0.3},
     ),
+    "ties": (
+        {"merge_method": "ties", "parameters": {"density": 0.2, "normalize": True}},
+        {"method": "ties", "density": 0.2},
+    ),
+}
+SHAPES = {  # Llama's: width, of the MLP, layers, of keys and values, vocabulary
+    "7B": (4096, 11008, 32, 4096, 32000),
+    "70B": (8192, 28672, 80, 1024, 128256),
+    "405B": (16384, 53248, 126, 1024, 128256),
 }
 ITERATIONS, MU_RATIO = 2, 0.1
+PARTS = ["throughput", "memory", "lore", "forecast"]
 console = Console(width=None if sys.stdout.isatty() else 120)
 
 
@@ -46,13 +59,13 @@ def main() -> None:
     """Run the parts that are asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mergekit", type=Path, help="path of mergekit-yaml, for the part throughput")
-    parser.add_argument("--part", choices=["throughput", "memory", "lore"], action="append")
+    parser.add_argument("--part", choices=PARTS, action="append")
     parser.add_argument("--one", nargs=2, metavar=("METHOD", "FOLDER"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one:
         print(json.dumps(_one(*arguments.one)))
         return
-    parts = arguments.part or ["throughput", "memory", "lore"]
+    parts = arguments.part or PARTS
     console.print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
     if "throughput" in parts:
         throughput(arguments.mergekit)
@@ -60,6 +73,8 @@ def main() -> None:
         memory()
     if "lore" in parts:
         speed_of_lore()
+    if "forecast" in parts:
+        forecasts()
 
 
 # --- throughput ------------------------------------------------------------------------------------------------------
@@ -88,7 +103,7 @@ def _row(
     theirs, ours = MERGES[merge]
     ways: dict[str, Callable[[], Any]] = {
         "cp": lambda: _run("cp", "-r", *models.values(), root / "copied"),
-        "here": lambda: merge_checkpoints(models, root / "ours", base=base, overwrite=True, **ours),
+        "here": lambda: merge_checkpoints(models, root / "ours", base=_base(base, ours), overwrite=True, **ours),
         "command": lambda: _run(*_command(models, base, root / "command", ours)),
     }
     if mergekit is not None:
@@ -134,12 +149,19 @@ def _run(*command: object) -> None:
 
 def _command(models: dict[str, Path], base: Path, out: Path, ours: dict[str, Any]) -> list[object]:
     scale = ["--scale", ours["scale"]] if "scale" in ours else []
-    command = [sys.executable, "-m", "osrm_peft", "merge-checkpoints", *models.values(), "--base-model", base]
+    under = [] if _base(base, ours) is None else ["--base-model", base]
+    command = [sys.executable, "-m", "osrm_peft", "merge-checkpoints", *models.values(), *under]
     return [*command, "--out", out, "--overwrite", "--method", ours["method"], *scale]
 
 
+def _base(base: Path, ours: dict[str, Any]) -> Path | None:
+    """An average reads no base, here as in mergekit."""
+    return None if ours["method"] == "average" else base
+
+
 def _mergekit_config(theirs: dict[str, Any], models: dict[str, Path], base: Path, dtype: str) -> dict[str, Any]:
-    weighted = [{"model": str(path), "parameters": {"weight": 1.0}} for path in models.values()]
+    density = {name: value for name, value in theirs["parameters"].items() if name == "density"}
+    weighted = [{"model": str(path), "parameters": {"weight": 1.0, **density}} for path in models.values()]
     under = {} if theirs["merge_method"] == "linear" else {"base_model": str(base)}
     return {**theirs, **under, "models": weighted, "dtype": dtype}
 
@@ -262,6 +284,68 @@ def plain_lore(theta: Tensor) -> Tensor:
             U, S, Vh = torch.linalg.svd(theta[place] - base, full_matrices=False)
             delta[place] = (U * (S - mu).clamp_min(0)) @ Vh
     return base + delta.sum(0)
+
+
+# --- forecasts -------------------------------------------------------------------------------------------------------
+
+
+def forecasts() -> None:
+    """What a dry run says beside what the merge took, at two sizes; and what it says of large models."""
+    table = _table(f"{T} float32 models: forecast and merge", "method", "model (GB)", "forecast (s)", "merge (s)")
+    for layers in (1, 3):
+        with tempfile.TemporaryDirectory() as folder:
+            root = Path(folder)
+            models, base = write_models(root, layers, torch.float32)
+            size = sum(path.stat().st_size for path in base.glob("*.safetensors")) / 1e9
+            for method in ("average", "ties", "lore"):
+                said = _forecast(models, base, method)
+                start = time.perf_counter()
+                merge_checkpoints(models, root / method, base=base, method=method)
+                table.add_row(method, f"{size:.2f}", f"{said.seconds:.1f}", f"{time.perf_counter() - start:.1f}")
+                shutil.rmtree(root / method)
+    console.print(table)
+    table = _table(f"{T} bfloat16 models of Llama's shapes: forecast", "model", "method", "time", "memory (GiB)")
+    for name in SHAPES:
+        with tempfile.TemporaryDirectory() as folder:
+            models, base = write_outlines(Path(folder), *SHAPES[name])
+            for method in ("average", "ties", "lore"):
+                said = _forecast(models, base, method)
+                table.add_row(name, method, f"{said.seconds / 3600:.1f} h", f"{said.memory / 2**30:.1f}")
+    console.print(table)
+
+
+def _forecast(models: dict[str, Path], base: Path, method: str) -> Forecast:
+    given: dict[str, Any] = {"weights": None, "scale": None, "heads": (), "vocab": "error", "tokenizer": None}
+    plan = plan_checkpoints(models, method, base=base, dtype=None, shard_size="5GB", seed=SEED, **given)
+    return forecast(plan)
+
+
+def write_outlines(
+    root: Path, width: int, inner: int, layers: int, narrow: int, words: int
+) -> tuple[dict[str, Path], Path]:
+    """Models whose files are holes but for the matrices of the first layer, of which a dry run reads the first rows."""
+    config = LlamaConfig(
+        vocab_size=words, hidden_size=width, intermediate_size=inner, num_hidden_layers=layers,
+        num_attention_heads=width // 128, num_key_value_heads=narrow // 128, tie_word_embeddings=False,
+    )  # fmt: skip
+    with torch.device("meta"):
+        shapes = {name: tuple(one.shape) for name, one in LlamaForCausalLM(config).state_dict().items()}
+    names = ["base", *(f"model{place}" for place in range(T))]
+    places = {name: root / name for name in names}
+    for folder in places.values():
+        folder.mkdir()
+        config.save_pretrained(folder)
+        with (folder / "model.safetensors").open("wb") as file:
+            file.write(file_head(shapes, dict.fromkeys(shapes, torch.bfloat16), {"format": "pt"}))
+            for name, shape in shapes.items():
+                start, size = file.tell(), 2 * torch.Size(shape).numel()
+                if folder.name != "base" and len(shape) > 1 and (".0." in name or "layers" not in name):
+                    rows = torch.zeros(min(shape[0], 2048), shape[1])
+                    rows += _step(rows)
+                    file.write(rows.bfloat16().view(torch.uint8).numpy().data)
+                file.truncate(start + size)
+                file.seek(start + size)
+    return {name: places[name] for name in names[1:]}, places["base"]
 
 
 def _table(title: str, *columns: str) -> Table:

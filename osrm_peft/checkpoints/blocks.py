@@ -2,7 +2,7 @@
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -30,10 +30,14 @@ class Blocks:
 
     Blocks are small: each is one thread's work, with a thread for each core. They run one after the other where a
     method draws numbers in order (DARE), or decomposes whole matrices with all threads.
+
+    Args:
+        sample: (tensor, start, stop) of the blocks that a summary of the model is made from; None: all.
     """
 
-    def __init__(self, plan: CheckpointPlan) -> None:
+    def __init__(self, plan: CheckpointPlan, sample: Sequence[tuple[str, int, int]] | None = None) -> None:
         self.plan, self.floats = plan, [name for name in plan.shapes if plan.dtypes[name].is_floating_point]
+        self._sample = sample
         self.summary: list[Any] | None = None  # what an unfinished merge keeps in its state file
         self.engine = Engine(plan.method, plan.options, list(plan.models), plan.seed)
         self._workers, self._threads = os.cpu_count() or 1, torch.get_num_threads()
@@ -69,7 +73,7 @@ class Blocks:
         if not dtype.is_floating_point:
             yield [self._same(name)] * len(self.plan.folders)
             return
-        yield from self.in_order(lambda rows: self._block(name, *rows), self._rows(name))
+        yield from self.in_order(lambda rows: self.block(name, *rows), self._rows(name))
 
     def in_order(self, work: Callable[[Place], Result], places: Iterable[Place]) -> Iterator[Result]:
         """work(place) of all places, in their order, in threads if the method allows it."""
@@ -85,16 +89,19 @@ class Blocks:
             yield waiting.popleft().result()
 
     def places(self) -> Iterator[tuple[str, int, int]]:
-        """(tensor, start, stop) of all blocks."""
+        """(tensor, start, stop) of all blocks, or of the sample."""
+        if self._sample is not None:
+            return iter(self._sample)
         return ((name, *rows) for name in self.floats for rows in self._rows(name))
 
-    def _block(self, name: str, start: int, stop: int) -> list[Tensor]:
+    def block(self, name: str, start: int, stop: int) -> list[Tensor]:
+        """These rows of a tensor of the result in its dtype, one tensor for each folder."""
         dtype = self.plan.dtypes[name]
         try:
             if self.plan.method.linear is not None:
                 merged = [self._combined(name, start, stop)]
             else:
-                merged = self._merge(name, *self._stack(name, start, stop))
+                merged = self._merge(name, *self.task_vectors(name, start, stop))
         except (RuntimeError, MemoryError) as error:
             shape = "×".join(map(str, self.plan.shapes[name]))
             reason = shown(" ".join(str(error).split()))[:200] or "no memory"
@@ -108,14 +115,14 @@ class Blocks:
         results = [result.clone() if self._rooms.holds(result) else result for result in results]
         if not all(map(all_finite, results)):
             if self.plan.method.linear is not None:  # NaN of a model shows in the result, and only there
-                self._check_inputs(name, self._stack(name, start, stop)[0])
+                self._check_inputs(name, self.task_vectors(name, start, stop)[0])
             kind = str(dtype).removeprefix("torch.")
             raise ValueError(f"{name!r} of the result is too large for {kind}: lower the scale, or give another dtype")
         return results
 
     def _combined(self, name: str, start: int, stop: int) -> Tensor:
         """The result of one block of a linear method, θ₀ + λ Σ c_t τ_t."""
-        both = self._task_vectors(name, start, stop)
+        both = self._with_base(name, start, stop)
         return torch.mv(both.view(len(both), -1).mT, self._factors(name)).view(both.shape[1:])
 
     def _factors(self, name: str) -> Tensor:
@@ -155,9 +162,12 @@ class Blocks:
         size = rows if whole else max(1, BLOCK // max(width, 1))
         return ((start, min(start + size, rows)) for start in range(0, rows, size))
 
-    def _stack(self, name: str, start: int, stop: int) -> tuple[Tensor, Tensor | None]:
-        """On the device, float32: (T, rows, width) task vectors, or weights without a base; and the base's rows."""
-        plan, both = self.plan, self._task_vectors(name, start, stop)
+    def task_vectors(self, name: str, start: int, stop: int) -> tuple[Tensor, Tensor | None]:
+        """On the device, float32: (T, rows, width) task vectors, or weights without a base; and the base's rows.
+
+        The next call of this thread may write into the same memory.
+        """
+        plan, both = self.plan, self._with_base(name, start, stop)
         stack = both[: len(plan.models)]
         self._check_inputs(name, stack)
         stack, under = stack.to(plan.device), None if self.plan.base is None else both[-1].to(plan.device)
@@ -171,7 +181,7 @@ class Blocks:
 
     _drawing: tuple[str, int] = ("", 0)
 
-    def _task_vectors(self, name: str, start: int, stop: int) -> Tensor:
+    def _with_base(self, name: str, start: int, stop: int) -> Tensor:
         """The same in main memory, unchecked, in one tensor: the task vectors, and the base's rows if there is one."""
         models = [*self.plan.models.values(), *([] if self.plan.base is None else [self.plan.base])]
         stack = self._rooms.stack(models, name, start, stop, self._shape(name)[1])
@@ -206,7 +216,7 @@ class Blocks:
         kept = torch.zeros_like(full)
 
         def sums(place: tuple[str, int, int]) -> tuple[Tensor, Tensor]:
-            stack, _ = self._stack(*place)
+            stack, _ = self.task_vectors(*place)
             _, _, of_tasks, of_masks = self.engine.masked(stack, self.plan.weights[place[0]].to(stack.device))
             return of_tasks.cpu(), of_masks.cpu()
 
@@ -223,10 +233,10 @@ class _Stacks:
         self.merge = merge
 
     def __iter__(self) -> Iterator[Tensor]:
-        return (self.merge._stack(*place)[0] for place in self.merge.places())
+        return (self.merge.task_vectors(*place)[0] for place in self.merge.places())
 
     def each(self, work: Callable[[Tensor], Tensor]) -> Iterator[Tensor]:
-        return self.merge.in_order(lambda place: work(self.merge._stack(*place)[0]), self.merge.places())
+        return self.merge.in_order(lambda place: work(self.merge.task_vectors(*place)[0]), self.merge.places())
 
 
 def _sum(under: Tensor | None, direction: Tensor) -> Tensor:

@@ -48,9 +48,10 @@ def merge_checkpoints(
 ) -> None:
     """Merge full models into one, from disk to disk; none is ever in memory as a whole."""
     load_torch()
+    from osrm_peft.checkpoints.forecast import forecast
     from osrm_peft.checkpoints.merge import check_part, execute
     from osrm_peft.checkpoints.plan import plan_checkpoints
-    from osrm_peft.cli.tables import checkpoint_facts, checkpoint_lines
+    from osrm_peft.cli.tables import checkpoint_facts, checkpoint_lines, forecast_facts
     from osrm_peft.io.manifest import check_replaceable
 
     folder = check_replaceable(out, "checkpoint")
@@ -60,6 +61,8 @@ def merge_checkpoints(
     )  # fmt: skip
     check_replaceable(folder, "checkpoint", plan.manifest(), overwrite)
     facts = checkpoint_facts(plan, out)
+    if dry_run or plan.method.spectral:
+        facts |= forecast_facts(forecast(plan))
     how: dict[str, Any] = {"resume": resume, "overwrite": overwrite, "progress": progress()}
     if part is not None:
         place = _part(part)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from osrm_peft.checkpoints.baking import BakePlan
     from osrm_peft.checkpoints.extract import Extraction
     from osrm_peft.checkpoints.extracting import ExtractPlan
+    from osrm_peft.checkpoints.forecast import Forecast
     from osrm_peft.checkpoints.plan import CheckpointPlan
     from osrm_peft.features.task_features import TaskFeatures
     from osrm_peft.merging.plan import MergePlan
@@ -131,10 +132,28 @@ def checkpoint_facts(plan: "CheckpointPlan", out: Path) -> dict[str, Any]:
     }
 
 
+def forecast_facts(forecast: "Forecast") -> dict[str, Any]:
+    """What a merge of full models will take."""
+    return {"seconds": forecast.seconds, "memory": forecast.memory}
+
+
 def checkpoint_lines(facts: Mapping[str, Any]) -> list[str]:
-    """Whose tokenizer and settings the result has, if any; and its size."""
+    """Whose tokenizer and settings the result has, if any; what the merge will take, if that is known; its size."""
     size = f"{facts['tensors']} tensors, {facts['bytes'] / 2**30:.2f} GiB in {facts['files']} files"
-    return [*filter(None, [facts["settings_of"]]), size]
+    takes = (
+        f"about {_time(facts['seconds'])} on this machine, {decimal(facts['memory'])} of memory"
+        if "seconds" in facts
+        else None
+    )
+    return [*filter(None, [facts["settings_of"], takes]), size]
+
+
+def _time(seconds: float) -> str:
+    """A time as people say it."""
+    for unit, length in (("h", 3600), ("min", 60)):
+        if seconds >= 1.5 * length:
+            return f"{seconds / length:.2g} {unit}" if seconds < 100 * length else f"{seconds / length:.0f} {unit}"
+    return f"{seconds:.2g} s" if seconds < 100 else f"{seconds:.0f} s"
 
 
 def bake_facts(plan: "BakePlan", out: Path) -> dict[str, Any]:

@@ -1,4 +1,5 @@
 import json
+import re
 
 import pytest
 import torch
@@ -36,8 +37,11 @@ def test_the_command_merges_what_it_said_it_would(models, call):
     ]
     arguments += ["--method", "task_arithmetic", "--scale", "0.5", "--weight", "a=1", "--weight", "b=-1"]
     said = call(*arguments, "--dry-run")
-    assert "would write" in said and not (models / "out").exists()
-    assert call(*arguments).replace("wrote", "would write") == said
+    takes, would = said.split(" of memory ")
+    assert re.fullmatch(r"about [\d.e-]+ (s|min) on this machine, [\d.]+ MB", takes)
+    assert would.startswith("would write") and not (models / "out").exists()
+    assert call(*arguments) == would.replace("would write", "wrote")
+
     a, b, base, out = (
         AutoModelForSequenceClassification.from_pretrained(models / name).state_dict()
         for name in ("a", "b", "base", "out")
@@ -45,6 +49,14 @@ def test_the_command_merges_what_it_said_it_would(models, call):
     for name, tensor in out.items():
         torch.testing.assert_close(tensor, base[name] + 0.5 * (a[name] - b[name]), rtol=0, atol=1e-6)
     assert json.loads((models / "out/osrm_peft.json").read_text())["weights"] == {"a": {"*": 1.0}, "b": {"*": -1.0}}
+
+
+def test_what_takes_long_is_told_before_it_begins(models, call):
+    names = models / "a", models / "b"
+    arguments = "--out", models / "out", "--method", "iso", "--base-model", models / "base"
+    assert re.match(r"about .+ of memory wrote ", call("merge-checkpoints", *names, *arguments))
+    facts = json.loads(call("merge-checkpoints", *names, "--out", models / "other", "--dry-run", "--json"))
+    assert facts["seconds"] > 0 and facts["memory"] > 0
 
 
 def test_an_error_is_one_line_and_nothing_is_written(models, call):

@@ -1,6 +1,5 @@
 """EMR-Merging: elect one shared task vector; a mask and a scale turn it into each task's own."""
 
-import torch
 from torch import Tensor
 
 from osrm_peft.merging.methods.registry import register

@@ -151,13 +151,15 @@ class _Descent:
 
     def run(self, max_iterations: int, tolerance: float) -> dict[str, Any]:
         """Repeat both steps until θ₀ is at rest; returns the report."""
-        size, moved, iterations, value = float(self.theta.norm()), math.inf, 0, 0.0
+        size, moved, iterations = float(self.theta.norm()), math.inf, 0
         while not iterations or (moved > tolerance * size and iterations < max_iterations):
             moved = self._move_base() if self.kept else math.inf
-            value = self._threshold_deltas()
+            self._threshold_deltas()
             iterations += 1
         report: dict[str, Any] = {"iterations": iterations, "converged": moved <= tolerance * size}
-        return report | ({"mu": self.mu, "objective": value} if self.rank is None else {"rank": self.rank})
+        return report | (
+            {"rank": self.rank} if self.rank is not None else {"mu": self.mu, "objective": self._objective()}
+        )
 
     def _move_base(self) -> float:
         """θ₀ ← mean_t(θ_t − δ_t) = θ₀ + mean_t(X_t − δ_t) with X_t = θ_t − θ₀, in place; returns how far it moved."""
@@ -172,14 +174,22 @@ class _Descent:
             moved += float(step.double().square().sum())
         return math.sqrt(moved)
 
-    def _threshold_deltas(self) -> float:
-        """δ_t ← SVT(θ_t − θ₀; μ); returns the objective."""
-        last, self.kept, value = self.kept, [], 0.0
+    def _threshold_deltas(self) -> None:
+        """δ_t ← SVT(θ_t − θ₀; μ)."""
+        last, self.kept = self.kept, []
         for theta_t in self.theta:
             X, start = theta_t - self.base, last[len(self.kept)] if last else None
             self.kept.append(above(X, self.mu, start) if self.rank is None else strongest(X, self.rank))
-            value += _objective(X, self.kept[-1].S, self.mu)
             del X  # not two of them at once
+
+    def _objective(self) -> float:
+        """Σ_t ½‖X_t − δ_t‖_F² + μ‖δ_t‖_* with δ = U (S − μ) Vᵀ: values below μ, what μ cuts, and what is kept."""
+        value = 0.0
+        for theta_t, kept in zip(self.theta, self.kept, strict=True):
+            blocks = _blocks(self.base)
+            whole = sum(float((theta_t[rows] - self.base[rows]).double().square().sum()) for rows in blocks)
+            S, mu = kept.S.double(), self.mu
+            value += max(whole - float(S.square().sum()), 0) / 2 + len(S) * mu * mu / 2 + mu * float((S - mu).sum())
         return value
 
     def deltas(self) -> Tensor:
@@ -208,13 +218,6 @@ class _Descent:
 def _tall(X: Tensor) -> Tensor:
     """A view with the shorter side last: the directions that are kept are those of the shorter side."""
     return X.mT if X.shape[-2] < X.shape[-1] else X
-
-
-def _objective(X: Tensor, S: Tensor, mu: float) -> float:
-    """½‖X − δ‖_F² + μ‖δ‖_* with δ = U (S − μ) Vᵀ; the terms: values below μ, what μ cuts, what is kept."""
-    whole = sum(float(X[rows].double().square().sum()) for rows in _blocks(X))
-    S = S.double()
-    return max(whole - float(S.square().sum()), 0) / 2 + len(S) * mu * mu / 2 + mu * float((S - mu).sum())
 
 
 def _blocks(X: Tensor) -> list[slice]:

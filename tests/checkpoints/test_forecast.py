@@ -1,0 +1,109 @@
+"""The forecast of a merge: a sample of the work, extended to all of it; checked on work of known cost."""
+
+import math
+
+import pytest
+import torch
+
+from osrm_peft.checkpoints import blocks, forecast
+from osrm_peft.checkpoints.plan import CHECKPOINT_METHODS, CheckpointPlan, plan_checkpoints
+from tests.helpers.checkpoints import QUICK, write
+
+
+def planned(models, method="average", base=None, **options) -> CheckpointPlan:
+    given = {"weights": None, "scale": None, "heads": (), "vocab": "error", "tokenizer": None, "dtype": None}
+    return plan_checkpoints(models, method, base=base, shard_size="5GB", seed=0, **given, **options)
+
+
+class Clock:
+    """Seconds that pass by what is done, and by nothing else."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    found = Clock()
+    monkeypatch.setattr(forecast, "time", found)
+    return found
+
+
+@pytest.mark.parametrize("method", CHECKPOINT_METHODS)
+def test_every_method_has_a_forecast_and_nothing_is_written(three, base, tmp_path, method, threads):
+    threads(2)
+    before = sorted(tmp_path.rglob("*"))
+    found = forecast.forecast(planned(three, method, base, **QUICK.get(method, {})))
+    assert 0 < found.seconds < 60 and 2**25 < found.memory < 2**31
+    assert sorted(tmp_path.rglob("*")) == before and torch.get_num_threads() == 2
+
+
+@pytest.mark.parametrize("shape", [(64, 7), (1000, 3), (5, 11, 2), (401,)])
+def test_the_sample_lies_in_blocks_over_all_entries(tmp_path, monkeypatch, shape):
+    for module in (blocks, forecast):
+        monkeypatch.setattr(module, "BLOCK", 100)
+    models = {
+        name: write(tmp_path / name, {"first": torch.zeros(2, 3), "large": torch.zeros(shape), "last": torch.ones(30)})
+        for name in "ab"
+    }
+    plan = planned(models)
+    sample, all_blocks = forecast._spread(plan), list(blocks.Blocks(plan).places())
+    assert set(sample) <= set(all_blocks) and len(sample) == len(set(sample)) <= forecast._SAMPLES
+    assert len(sample) >= min(len(all_blocks), 2) and "large" in {name for name, *_ in sample}
+
+
+def test_blocks_count_by_their_entries(tmp_path, monkeypatch, clock):
+    """A nanosecond an entry: the forecast is the number of entries, whatever the sample is."""
+    monkeypatch.setattr(forecast, "_SAMPLES", 5)
+    for module in (blocks, forecast):
+        monkeypatch.setattr(module, "BLOCK", 100)
+    models = {name: write(tmp_path / name, {"a": torch.zeros(77, 10), "b": torch.zeros(333)}) for name in "xy"}
+    merge = blocks.Blocks.block
+
+    def timed(self, name, start, stop):
+        (result,) = merge(self, name, start, stop)
+        clock.now += result.numel() * 1e-9
+        return [result]
+
+    monkeypatch.setattr(blocks.Blocks, "block", timed)
+    assert forecast.forecast(planned(models)).seconds == pytest.approx(1103e-9)
+
+
+@pytest.mark.parametrize(("method", "power"), [("lore", 1.0), ("iso", 1.5), ("tsv", 1.5)])
+def test_matrices_count_by_a_power_of_their_entries(tmp_path, monkeypatch, clock, method, power):
+    """Work of that power: the forecast of whole matrices is right, though only corners are done."""
+    monkeypatch.setattr(forecast, "_CORNERS", {"lore": (16, 1.0)})
+    monkeypatch.setattr(forecast, "_SVD", (8, 1.5))
+    shapes = {"square": (32, 32), "again": (32, 32), "wide": (24, 40), "tall": (160, 20), "small": (4, 6), "bias": (9,)}
+    models = {name: write(tmp_path / name, {key: torch.zeros(one) for key, one in shapes.items()}) for name in "xyz"}
+    plan = planned(models, method, models["x"])
+
+    def cost(o, n):
+        short, long = sorted((o, n))
+        wide = min(long, 2 * short)
+        return (short * wide) ** power * long / wide * 1e-6
+
+    def work(stack, weights):
+        clock.now += cost(*stack.shape[1:])
+        return type("Merged", (), {"direction": stack[0]})
+
+    monkeypatch.setattr(forecast.Blocks, "engine", type("Engine", (), {"merged": staticmethod(work)}), raising=False)
+    monkeypatch.setattr(blocks, "Engine", lambda *_: forecast.Blocks.engine)
+    expected = sum(cost(*shape) for shape in shapes.values() if len(shape) == 2)
+    assert forecast.forecast(plan).seconds == pytest.approx(expected)
+
+
+def test_the_memory_is_of_the_largest_matrix_or_of_the_blocks(tmp_path):
+    small, large = ({"w": torch.zeros(o, 50), "b": torch.zeros(o)} for o in (60, 600))
+    models = [
+        {name: write(tmp_path / f"{size}{name}", tensors) for name in "xyz"}
+        for size, tensors in (("small", small), ("large", large))
+    ]
+    of_blocks = [forecast.forecast(planned(one)).memory for one in models]
+    of_matrices = [forecast.forecast(planned(one, "lore")).memory - 2**25 for one in models]
+    assert of_blocks[0] == of_blocks[1]
+    assert of_matrices == [8 * o * 50 * 4 + 5 * 50**2 * 8 for o in (60, 600)]
+    assert math.isfinite(forecast.forecast(planned(models[0], "tsv", models[0]["x"])).seconds)
