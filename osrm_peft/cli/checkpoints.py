@@ -41,7 +41,7 @@ def merge_checkpoints(
     resume: Annotated[bool, typer.Option("--resume", help="Go on with this merge where it was interrupted.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace another result of ours.")] = False,
     part: Annotated[
-        str | None, typer.Option(help="I/N: every N-th weight file, from the I-th on; --resume then finishes.")
+        str | None, typer.Option(help="I/N: each N-th weight file from the I-th; --resume finishes.")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, say what would be written.")] = False,
     as_json: JsonOption = False,
@@ -51,7 +51,7 @@ def merge_checkpoints(
     from osrm_peft.checkpoints.forecast import forecast
     from osrm_peft.checkpoints.merge import check_part, execute
     from osrm_peft.checkpoints.plan import plan_checkpoints
-    from osrm_peft.cli.tables import checkpoint_facts, checkpoint_lines, forecast_facts
+    from osrm_peft.cli.tables import checkpoint_facts, checkpoint_lines
     from osrm_peft.io.manifest import check_replaceable
 
     folder = check_replaceable(out, "checkpoint")
@@ -60,19 +60,18 @@ def merge_checkpoints(
         tokenizer=tokenizer, dtype=dtype, shard_size=shard_size, seed=seed, device=device, **values(option),
     )  # fmt: skip
     check_replaceable(folder, "checkpoint", plan.manifest(), overwrite)
-    facts = checkpoint_facts(plan, out)
-    if dry_run or plan.method.spectral:
-        facts |= forecast_facts(forecast(plan))
-    how: dict[str, Any] = {"resume": resume, "overwrite": overwrite, "progress": progress()}
-    if part is not None:
-        place = _part(part)
+    place = None if part is None else _part(part)
+    if place is not None:
         check_part(plan, place, resume)
-        if not dry_run:
-            execute(plan, folder, place, **how)
-            say(f"wrote part {part}: when all are there, the same command with --resume in place of --part finishes")
-            show(facts, lambda _: [])
-            return
-    _written(folder, facts, checkpoint_lines(facts), None if dry_run else lambda: execute(plan, folder, **how))
+    told = dry_run or (plan.method.spectral and place is None)
+    facts = checkpoint_facts(plan, out, forecast(plan) if told else None)
+    how: dict[str, Any] = {"resume": resume, "overwrite": overwrite, "progress": progress()}
+    if place is None or dry_run:
+        _written(folder, facts, checkpoint_lines(facts), None if dry_run else lambda: execute(plan, folder, **how))
+        return
+    execute(plan, folder, place, **how)
+    say(f"wrote part {part}: when all are there, the same command with --resume in place of --part finishes")
+    show(facts, lambda _: [])
 
 
 def _part(text: str) -> tuple[int, int]:

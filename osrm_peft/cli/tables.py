@@ -120,21 +120,18 @@ def plan_tables(facts: Mapping[str, Any]) -> list[Table]:
     return [*adapter_tables(facts), result]
 
 
-def checkpoint_facts(plan: "CheckpointPlan", out: Path) -> dict[str, Any]:
-    """A planned merge of full models: every choice made, and what it would write."""
+def checkpoint_facts(plan: "CheckpointPlan", out: Path, forecast: "Forecast | None") -> dict[str, Any]:
+    """A planned merge of full models: every choice made, what it would write, and, if known, what it will take."""
     made = plan.manifest()
+    takes = {} if forecast is None else {"seconds": forecast.seconds, "memory": forecast.memory}
     return {name: made[name] for name in ("method", "paper", "options", "scale", "weights", "seed", "text")} | {
         "folder": str(out),
         "tensors": len(plan.shapes),
         "bytes": plan.size_of(list(plan.shapes)),
         "files": len(plan.shards),
         "settings_of": plan.text.line(),
+        **takes,
     }
-
-
-def forecast_facts(forecast: "Forecast") -> dict[str, Any]:
-    """What a merge of full models will take."""
-    return {"seconds": forecast.seconds, "memory": forecast.memory}
 
 
 def checkpoint_lines(facts: Mapping[str, Any]) -> list[str]:
