@@ -3,6 +3,7 @@
     python benchmarks/osrm_init.py                  # all of it, about 15 minutes on 2 quiet cores, under 4 GB
     python benchmarks/osrm_init.py --part choose    # A for one layer of width 4096
     python benchmarks/osrm_init.py --part collect   # features of MiniLM, against the bare forward pass
+    python benchmarks/osrm_init.py --part wide      # features and Fisher of a made-up Llama of width 2048
     python benchmarks/osrm_init.py --part suite     # the whole init of six tasks, against the released procedure
     python benchmarks/osrm_init.py --part memory    # token statistics of q and v in 32 layers of width 4096
     python benchmarks/osrm_init.py --part sizes     # of features, by arithmetic, for models of several sizes
@@ -29,9 +30,17 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import DataCollatorWithPadding
+from transformers import DataCollatorWithPadding, LlamaConfig, LlamaForSequenceClassification
 
-from osrm_peft import OSRMLoraConfig, TaskFeatures, collect_features, initialize_osrm_weights, list_tasks, load_task
+from osrm_peft import (
+    OSRMLoraConfig,
+    TaskFeatures,
+    collect_features,
+    collect_fisher,
+    initialize_osrm_weights,
+    list_tasks,
+    load_task,
+)
 from osrm_peft.features.moments import FeatureMoments
 from osrm_peft.models.layers import target_layers
 from osrm_peft.models.loading import load_base, load_tokenizer
@@ -54,7 +63,7 @@ console = Console(width=None if sys.stdout.isatty() else 120)
 def main() -> None:
     """Run the parts that are asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parts = {"choose": choose, "collect": collect, "suite": suite, "memory": memory, "sizes": sizes}
+    parts = {"choose": choose, "collect": collect, "wide": wide, "suite": suite, "memory": memory, "sizes": sizes}
     parser.add_argument("--part", choices=list(parts), action="append")
     parser.add_argument("--one", nargs="+", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -141,6 +150,63 @@ def collect() -> None:
             f"{low['bare']:.2f}",
             *(f"{100 * (low[key] / low['bare'] - 1):.1f} %" for key in ("mean", "sample", "token")),
         )
+    console.print(table)
+
+
+# --- features and Fisher of a wide model -----------------------------------------------------------------------------
+
+
+def wide() -> None:
+    """A made-up Llama of width 2048 with 2 layers and 2 classes: features of q and v, and Fisher of all layers."""
+    config = LlamaConfig(
+        vocab_size=1000, hidden_size=2048, intermediate_size=5632, num_hidden_layers=2, num_attention_heads=16,
+        num_labels=2, pad_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = LlamaForSequenceClassification(config).eval()
+    ids = torch.randint(1, 1000, (12, 8, MAX_LENGTH), generator=torch.Generator().manual_seed(0))
+    batches = [{"input_ids": one, "attention_mask": torch.ones_like(one), "labels": one[:, 0] % 2} for one in ids]
+    few = batches[:2]
+
+    def bare() -> None:
+        with torch.no_grad():
+            for batch in batches:
+                model(**batch)
+
+    def both_passes() -> None:
+        for batch in few:
+            model(**batch).loss.backward()
+            model.zero_grad()
+
+    def features(statistic: str) -> Callable[[], Any]:
+        config = LoraConfig(target_modules=["q_proj", "v_proj"])
+        options: dict[str, Any] = {"target_modules": config, "num_samples": 96, "progress": False}
+        return lambda: collect_features(model, batches, task="made up", statistic=statistic, **options)
+
+    def fisher(labels: str) -> Callable[[], Any]:
+        options: dict[str, Any] = {"target_modules": "all-linear", "num_samples": 16, "progress": False}
+        return lambda: collect_fisher(model, few, task="made up", labels=labels, **options)
+
+    ways: dict[str, tuple[Callable[[], Any], str]] = {  # what it is compared with
+        "forward, 96 samples": (bare, "forward, 96 samples"),
+        **{
+            f"features ({statistic}) of q and v": (features(statistic), "forward, 96 samples")
+            for statistic in ("mean", "sample", "token")
+        },
+        "forward and backward, 16 samples": (both_passes, "forward and backward, 16 samples"),
+        "Fisher of all layers, true labels": (fisher("true"), "forward and backward, 16 samples"),
+        "Fisher of all layers, expected": (fisher("expected"), "forward and backward, 16 samples"),
+    }
+    seconds: dict[str, list[float]] = {way: [] for way in ways}
+    for _ in range(3):  # in turn, so that drift hits all alike
+        for way, (run, _) in ways.items():
+            seconds[way].append(_time(run)[0])
+    low = {way: min(times) for way, times in seconds.items()}
+    table = _table(
+        f"A Llama of width 2048, 2 layers, samples of {MAX_LENGTH} tokens", "pass", "seconds", "times the pass"
+    )
+    for way, (_, whole) in ways.items():
+        table.add_row(way, f"{low[way]:.2f}", f"{low[way] / low[whole]:.2f}")
     console.print(table)
 
 

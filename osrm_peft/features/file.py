@@ -125,8 +125,9 @@ def parts_of(moments: FeatureMoments) -> dict[str, Tensor]:
     parts = {"mean": moments.mean()}
     if moments.rows is not None:
         parts["samples"] = moments.rows
-    if moments.second is not None:
-        parts["second_moment_tril"] = symmetric(moments.second)[_triangle(moments.width)].double() / moments.count
+    second = moments.complete_().second
+    if second is not None:
+        parts["second_moment_tril"] = symmetric(second)[_triangle(moments.width)].double() / moments.count
     return parts
 
 

@@ -222,8 +222,8 @@ def _add_squares(total: dict[str, Tensor], scores: list[tuple[Tensor, Tensor]], 
             if name not in total:
                 total[name] = torch.zeros(delta.shape[2], h.shape[2], device=h.device)
             with full_float32(h.device):
-                for w, d, x in zip(weight, delta, h, strict=True):  # one example at a time: one o×n matrix in memory
-                    total[name].addcmul_(gradient := d.mT @ x, gradient * w)
+                for w, d, x in zip(weight.tolist(), delta, h, strict=True):  # one at a time: one o×n matrix in memory
+                    total[name].addcmul_(gradient := d.mT @ x, gradient, value=w)
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from osrm_peft.devices import CPU, device_of, full_float32
 FeatureStatistic = Literal["mean", "sample", "token"]
 STATISTICS = get_args(FeatureStatistic)
 _UNIT = torch.finfo(torch.float32).eps / 2  # the relative rounding of h
+_WIDE = 1024  # from this width on the CPU sums no blocks below the diagonal
 _TERMS = 2048  # of a sum in a GPU's matrix units
 # whether a GPU multiplies numbers of 16 bits and returns the sums in float32 (CUDA, torch 2.8)
 _SUMS_WIDER = torch.version.cuda is not None and tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 8)
@@ -34,6 +35,7 @@ class FeatureMoments:
         total: (n,) Σh, float32.
         second: (n, n) Σhhᵀ, float32, or None.
         rows: (k, n) the h themselves, float32, or None; only `"sample"` with k < n.
+        half: while vectors are added, `second` may lack blocks below its diagonal; see `complete_`.
         made_on: where empty sums are made.
     """
 
@@ -43,6 +45,7 @@ class FeatureMoments:
     total: Tensor = field(default=None)  # type: ignore[assignment]  # set below when not given
     second: Tensor | None = None
     rows: Tensor | None = None
+    half: bool = False
     made_on: InitVar[torch.device] = CPU
 
     def __post_init__(self, made_on: torch.device) -> None:
@@ -95,7 +98,7 @@ class FeatureMoments:
         if other.rows is not None:
             self._add_vectors(other.rows)
             return
-        other = other.to(self.total.device)
+        other = other.complete_().to(self.total.device)
         self.count += other.count
         self.total += other.total
         if other.second is not None:
@@ -120,7 +123,7 @@ class FeatureMoments:
         elif self.statistic != "mean":
             self._sum_up_rows()
             assert self.second is not None
-            sum_(self.second)
+            sum_(self.complete_().second)  # type: ignore[arg-type]
         sum_(self.total)
         self.count = sum(counts)
 
@@ -133,8 +136,20 @@ class FeatureMoments:
         self._require_rows()
         self.total = sum_of(self.total.double() / self.count, self.count).cpu()
         if self.second is not None:
-            self.second = sum_of(symmetric(self.second).double() / self.count, self.count).cpu()
+            second = self.second if self.half else symmetric(self.second)
+            self.complete_()
+            for rows in second.split(64):  # in a processor's cache
+                rows.copy_(sum_of(rows.double() / self.count, self.count))
+            self.second = second.cpu()
         self.rows = None if self.rows is None else self.rows.cpu()
+
+    def complete_(self) -> "FeatureMoments":
+        """Copy the blocks above the diagonal of `second` to those below, if they are not there yet."""
+        if self.half and self.second is not None:
+            for start, stop in self._panels():
+                self.second[stop:, start:stop] = self.second[start:stop, stop:].mT
+        self.half = False
+        return self
 
     def mean(self) -> Tensor:
         """(n,) Σh / N, float64."""
@@ -146,6 +161,7 @@ class FeatureMoments:
         root = self.root()
         if root is not None:
             return symmetric(root.mT @ root)
+        self.complete_()
         assert self.second is not None
         return symmetric(self.second).double() / self.count
 
@@ -201,7 +217,17 @@ class FeatureMoments:
         else:
             with full_float32(h.device):
                 h = h.float()
-                self.second.addmm_(h.mT, h)
+                if h.is_cuda or self.width < _WIDE:
+                    self.second.addmm_(h.mT, h)
+                    return
+                self.half = True
+                for start, stop in self._panels():  # 9/16 of the products
+                    self.second[:stop, start:stop].addmm_(h[:, :stop].mT, h[:, start:stop])
+
+    def _panels(self) -> list[tuple[int, int]]:
+        """(start, stop) of eight groups of columns."""
+        size = -(-self.width // 8)
+        return [(start, min(start + size, self.width)) for start in range(0, self.width, size)]
 
     def _sum_up_rows(self) -> None:
         if self.rows is not None:

@@ -3,6 +3,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from osrm_peft.features import moments as moments_module
+from osrm_peft.features.file import parts_of
 from osrm_peft.features.moments import STATISTICS, FeatureMoments
 
 
@@ -52,6 +54,44 @@ def test_any_split_gives_the_same_moments(statistic, cuts, merge):
     assert parts.count == whole.count
     torch.testing.assert_close(parts.second_moment(), whole.second_moment(), rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(parts.mean(), whole.mean(), rtol=1e-6, atol=1e-6)
+
+
+READERS = {
+    "second_moment": lambda moments: moments.second_moment(),
+    "settle_": lambda moments: (moments.settle_(), moments.second.double() / moments.count)[1],
+    "merge_ into": lambda moments: (moments.merge_(FeatureMoments("token", moments.width)), moments.second_moment())[1],
+    "merge_ from": lambda moments: (
+        fresh := FeatureMoments("token", moments.width),
+        fresh.merge_(moments),
+        fresh.second.double() / fresh.count,
+    )[2],
+    "sum_over_": lambda moments: (
+        moments.sum_over_([moments.count], 0, lambda tensor: tensor),
+        moments.second.double() / moments.count,
+    )[1],
+    "to": lambda moments: moments.to(torch.device("cpu")).second_moment(),
+    "file": lambda moments: whole(parts_of(moments)["second_moment_tril"], moments.width),
+}
+
+
+def whole(triangle, n):
+    lower = torch.zeros(n, n, dtype=triangle.dtype)
+    lower[torch.ones(n, n, dtype=torch.bool).tril()] = triangle
+    return lower + lower.tril(-1).mT
+
+
+@pytest.mark.parametrize("read", READERS)
+@pytest.mark.parametrize("n", [1, 7, 8, 20, 33])
+def test_wide_layers_sum_one_half_and_no_reader_sees_it(monkeypatch, n, read):
+    monkeypatch.setattr(moments_module, "_WIDE", 1)
+    x = torch.randn(3, 6, n, generator=torch.Generator().manual_seed(n))
+    moments = FeatureMoments("token", n)
+    moments.add_(x[:1])
+    moments.second_moment()  # whole now, and a half again by the next
+    moments.add_(x[1:])
+    h = x.flatten(0, 1)
+    assert moments.half
+    torch.testing.assert_close(READERS[read](moments), brute_second_moment("token", h), rtol=1e-5, atol=1e-6)
 
 
 def test_sample_keeps_the_vectors_only_while_they_are_fewer_than_the_width():
