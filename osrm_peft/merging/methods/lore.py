@@ -154,8 +154,10 @@ class _Descent:
         size, moved, iterations = float(self.theta.norm()), math.inf, 0
         while not iterations or (moved > tolerance * size and iterations < max_iterations):
             moved = self._move_base() if self.kept else math.inf
-            self._threshold_deltas()
             iterations += 1
+            last = moved <= tolerance * size or iterations == max_iterations
+            if self._threshold_deltas(sure=last or iterations == 1):
+                moved = math.inf  # the last look found what others had missed
         report: dict[str, Any] = {"iterations": iterations, "converged": moved <= tolerance * size}
         return report | (
             {"rank": self.rank} if self.rank is not None else {"mu": self.mu, "objective": self._objective()}
@@ -174,13 +176,14 @@ class _Descent:
             moved += float(step.double().square().sum())
         return math.sqrt(moved)
 
-    def _threshold_deltas(self) -> None:
-        """δ_t ← SVT(θ_t − θ₀; μ)."""
+    def _threshold_deltas(self, sure: bool) -> bool:
+        """δ_t ← SVT(θ_t − θ₀; μ); returns whether a δ_t has more directions than before, if they are `sure` now."""
         last, self.kept = self.kept, []
         for theta_t in self.theta:
             X, start = theta_t - self.base, last[len(self.kept)] if last else None
-            self.kept.append(above(X, self.mu, start) if self.rank is None else strongest(X, self.rank))
+            self.kept.append(above(X, self.mu, start, sure) if self.rank is None else strongest(X, self.rank))
             del X  # not two of them at once
+        return sure and any(len(one.S) > len(before.S) for one, before in zip(self.kept, last, strict=False))
 
     def _objective(self) -> float:
         """Σ_t ½‖X_t − δ_t‖_F² + μ‖δ_t‖_* with δ = U (S − μ) Vᵀ: values below μ, what μ cuts, and what is kept."""

@@ -10,6 +10,7 @@ from osrm_peft.merging.lowrank import SMALL, thin_svd
 
 TOLERANCE = 1e-5  # of the norm of what is found
 _NEXT = 0.5  # of μ: as far as the directions go that are iterated
+_SPARE = 8  # of those beyond
 _ROUNDS = 30
 
 
@@ -25,12 +26,13 @@ class Directions(NamedTuple):
         return (rows @ self.V * (1 - mu / self.S.clamp_min(torch.finfo(self.S.dtype).tiny))) @ self.V.mT
 
 
-def above(X: Tensor, mu: float, start: Directions | None = None) -> Directions:
+def above(X: Tensor, mu: float, start: Directions | None = None, sure: bool = True) -> Directions:
     """The singular values σ > μ of (o, n) X, o ≥ n for little memory, and their right singular vectors.
 
     Up to a width of 256 by a full SVD. Wider: subspace iterations from `start` (those of a matrix near by) or from
     random directions, until what is left of XV − US changes SVT(X; μ) by 10⁻⁵ at most, and power iterations find
-    nothing above μ in the rest; where more than an eighth of all directions are needed, by the eigenvectors of XᵀX.
+    nothing above μ in the rest (which `sure=False` leaves to a later step); where more than an eighth of all directions
+    are needed, by the eigenvectors of XᵀX.
     """
     narrow = min(X.shape)
     if narrow <= SMALL:
@@ -54,7 +56,7 @@ def above(X: Tensor, mu: float, start: Directions | None = None) -> Directions:
             # Near a value s that is found to r lies a singular value of at most s + r: may it be above μ?
             if settled and bool((S[k:] + misfit[k:] <= mu + allowed + 1e-6 * mu).all()):
                 found = Directions(V[:, : len(S)], Y[:, : len(S)].norm(dim=0))  # rounded less than S
-                missed = _strongest_of_rest(X, found.V, generator)
+                missed = _strongest_of_rest(X, found.V, generator) if sure else None
                 if missed is None or float((X @ missed).norm()) <= mu:
                     return _cut(found, mu)
                 Y = torch.cat([Y, X @ missed[:, None]], 1)
@@ -144,8 +146,9 @@ def _svd(X: Tensor) -> Directions:
 
 
 def _cut(found: Directions, mu: float) -> Directions:
-    k = int((mu < found.S).sum())
-    return Directions(found.V[:, :k], found.S[:k], found.V[:, k:])
+    """The directions above μ, and a start for a matrix near by: not all others, or it would grow from step to step."""
+    k, near = int((mu < found.S).sum()), int((_NEXT * mu < found.S).sum()) + _SPARE
+    return Directions(found.V[:, :k].clone(), found.S[:k], found.V[:, k:near].clone())
 
 
 def _random(X: Tensor, columns: int, generator: torch.Generator) -> Tensor:

@@ -134,6 +134,25 @@ def test_where_an_eighth_lies_above_the_gram_matrix_is_taken(shape, monkeypatch)
     assert taken
 
 
+def test_a_start_does_not_grow_from_step_to_step(monkeypatch):
+    X, exact = draw(700, 300, "noisy")  # 20 directions, far above the rest
+    mu = float(exact.S[9] + exact.S[10]) / 2
+    found = above(X, mu)
+    monkeypatch.setattr(svt, "_by_gram", lambda X: pytest.fail("20 directions are below an eighth"))
+    for _ in range(12):
+        found = above(X, mu, found, sure=False)
+        assert len(found.S) == 10 and found.more is not None and found.more.shape[1] <= 10 + svt._SPARE
+
+
+def test_a_step_that_needed_many_directions_leaves_few_to_start_from(monkeypatch):
+    X, exact = draw(700, 300, "noisy")
+    many = above(X, 1e-4)
+    assert len(many.S) == 300 - int((exact.S <= 1e-4).sum())
+    few = svt._cut(svt._by_gram(X), 0.7)
+    assert few.more is not None and len(few.S) + few.more.shape[1] <= 20 + svt._SPARE
+    assert few.V.untyped_storage().nbytes() == few.V.nbytes  # and not all of them behind a view
+
+
 @settings(max_examples=25, deadline=None)
 @given(st.integers(1, 40), st.integers(1, 40), st.floats(0, 1.2), st.integers(0, 2**16))
 def test_narrow_matrices_are_cut_exactly(o, n, share, seed):
@@ -266,6 +285,21 @@ def test_wide_lore_is_the_plain_algorithm(shape, kind, mu_ratio):
     shared = lore(tau, torch.ones(3), mu_ratio=mu_ratio, max_iterations=3, tolerance=0)
     assert shared.report["mu"] == pytest.approx(mu, rel=1e-4)
     near(shared.direction, direction, 3e-4)
+
+
+@pytest.mark.parametrize(("tolerance", "steps"), [(0.0, 5), (1e9, 2)])
+def test_the_first_and_the_last_step_of_lore_look_for_what_was_missed(monkeypatch, tolerance, steps):
+    module, looks = sys.modules[lore.__module__], []
+
+    def watched(X, mu, start, sure):
+        looks.append(sure)
+        return above(X, mu, start, sure)
+
+    monkeypatch.setattr(module, "above", watched)
+    tau = torch.stack([draw(300, 300, "noisy", seed)[0] for seed in range(3)])
+    found = lore(tau, torch.ones(3), max_iterations=5, tolerance=tolerance)
+    assert found.report["iterations"] == steps
+    assert looks == [True] * 3 + [False] * 3 * (steps - 2) + [True] * 3
 
 
 def test_wide_lore_takes_weights_and_a_base():
