@@ -2,12 +2,15 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from osrm_peft.cli.app import JsonOption, app, load_torch, progress, quiet_libraries, say, show, sources, values, wrote
 from osrm_peft.cli.methods import FULL_MODELS, listed
+
+if TYPE_CHECKING:
+    from osrm_peft.checkpoints.plan import CheckpointPlan
 
 
 @app.command("merge-checkpoints", epilog=listed(FULL_MODELS))
@@ -49,7 +52,7 @@ def merge_checkpoints(
     """Merge full models into one, from disk to disk; none is ever in memory as a whole."""
     load_torch()
     from osrm_peft.checkpoints.forecast import forecast
-    from osrm_peft.checkpoints.merge import check_part, execute
+    from osrm_peft.checkpoints.merge import execute
     from osrm_peft.checkpoints.plan import plan_checkpoints
     from osrm_peft.cli.tables import checkpoint_facts, checkpoint_lines
     from osrm_peft.io.manifest import check_replaceable
@@ -60,9 +63,7 @@ def merge_checkpoints(
         tokenizer=tokenizer, dtype=dtype, shard_size=shard_size, seed=seed, device=device, **values(option),
     )  # fmt: skip
     check_replaceable(folder, "checkpoint", plan.manifest(), overwrite)
-    place = None if part is None else _part(part)
-    if place is not None:
-        check_part(plan, place, resume)
+    place = None if part is None else _part(part, plan, resume)
     told = dry_run or (plan.method.spectral and place is None)
     facts = checkpoint_facts(plan, out, forecast(plan) if told else None)
     how: dict[str, Any] = {"resume": resume, "overwrite": overwrite, "progress": progress()}
@@ -74,12 +75,16 @@ def merge_checkpoints(
     show(facts, lambda _: [])
 
 
-def _part(text: str) -> tuple[int, int]:
-    """(2, 8) of "2/8"."""
+def _part(text: str, plan: "CheckpointPlan", resume: bool) -> tuple[int, int]:
+    """(2, 8) of "2/8", if the plan has these parts."""
+    from osrm_peft.checkpoints.merge import check_part
+
     first, separator, number = text.partition("/")
     if not separator or not first.isdecimal() or not number.isdecimal():
         raise ValueError(f"--part {text}: give I/N, such as 2/8")
-    return int(first), int(number)
+    place = int(first), int(number)
+    check_part(plan, place, resume)
+    return place
 
 
 @app.command()
