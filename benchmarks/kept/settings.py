@@ -165,7 +165,7 @@ def cells(part: str) -> Iterator[Cell]:
     elif part == "sweeps":
         low = Cell(merges="published", **LOW["minilm"])  # the inits of minilm-low are its cells
         few = replace(low, merges="few")
-        variants = [replace(low if init in MAIN else few, init=init) for init in INITS]
+        variants = [replace(low if init in (*MAIN, "random") else few, init=init) for init in INITS]
         variants += [replace(few, init=init, r=r) for r in (4, 32) for init in ("plain", "ratio")]
         variants += [replace(few, init="ratio", k=k) for k in (2, 10, 1000)]
         yield from (replace(one, seed=seed) for one in variants for seed in SEEDS)

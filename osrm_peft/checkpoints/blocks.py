@@ -4,6 +4,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -40,9 +41,9 @@ class Blocks:
         self._sample = sample
         self.summary: list[Any] | None = None  # what an unfinished merge keeps in its state file
         self.engine = Engine(plan.method, plan.options, list(plan.models), plan.seed)
-        self._workers, self._threads = os.cpu_count() or 1, torch.get_num_threads()
         alone = plan.method.spectral or plan.method.prepare is not None
-        self._pool = None if alone else ThreadPoolExecutor(self._workers)
+        self.workers, self._threads = 1 if alone else os.cpu_count() or 1, torch.get_num_threads()
+        self._pool = None if alone else ThreadPoolExecutor(self.workers)
         self._rooms = Rooms(reused=not alone)
         self._known_factors: dict[str, Tensor] = {}
         if self._pool is not None:
@@ -59,7 +60,7 @@ class Blocks:
                 summary = self.engine.summary
                 known = [None if summary is None else summary.tolist()]
             self.summary = known
-            self.engine.summary = None if known[0] is None else torch.tensor(known[0])
+            self.engine.summary = None if known[0] is None else torch.tensor(known[0], dtype=torch.float32)
 
     def close(self) -> None:
         """End the workers."""
@@ -73,7 +74,7 @@ class Blocks:
         if not dtype.is_floating_point:
             yield [self._same(name)] * len(self.plan.folders)
             return
-        yield from self.in_order(lambda rows: self.block(name, *rows), self._rows(name))
+        yield from self.in_order(lambda rows: self.block(name, *rows), self.rows(name))
 
     def in_order(self, work: Callable[[Place], Result], places: Iterable[Place]) -> Iterator[Result]:
         """work(place) of all places, in their order, in threads if the method allows it."""
@@ -83,7 +84,7 @@ class Blocks:
         waiting: deque[Future[Result]] = deque()  # each worker has one in hand and one to come
         for place in places:
             waiting.append(self._pool.submit(work, place))
-            if len(waiting) > 2 * self._workers:
+            if len(waiting) > 2 * self.workers:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
@@ -92,16 +93,30 @@ class Blocks:
         """(tensor, start, stop) of all blocks, or of the sample."""
         if self._sample is not None:
             return iter(self._sample)
-        return ((name, *rows) for name in self.floats for rows in self._rows(name))
+        return ((name, *rows) for name in self.floats for rows in self.rows(name))
 
     def block(self, name: str, start: int, stop: int) -> list[Tensor]:
         """These rows of a tensor of the result in its dtype, one tensor for each folder."""
         dtype = self.plan.dtypes[name]
-        try:
+        with self.naming(name):
             if self.plan.method.linear is not None:
                 merged = [self._combined(name, start, stop)]
             else:
                 merged = self._merge(name, *self.task_vectors(name, start, stop))
+        results = [result.to(dtype).cpu() for result in merged]
+        results = [result.clone() if self._rooms.holds(result) else result for result in results]
+        if not all(map(all_finite, results)):
+            if self.plan.method.linear is not None:  # NaN of a model shows in the result, and only there
+                self._check_inputs(name, self.task_vectors(name, start, stop)[0])
+            kind = str(dtype).removeprefix("torch.")
+            raise ValueError(f"{name!r} of the result is too large for {kind}: lower the scale, or give another dtype")
+        return results
+
+    @contextmanager
+    def naming(self, name: str) -> Iterator[None]:
+        """Errors of the arithmetic name the tensor and the way out."""
+        try:
+            yield
         except (RuntimeError, MemoryError) as error:
             shape = "×".join(map(str, self.plan.shapes[name]))
             reason = shown(" ".join(str(error).split()))[:200] or "no memory"
@@ -111,14 +126,11 @@ class Blocks:
                 "element-wise method (average, ties, …), which needs little memory and no decomposition, or name "
                 "it in heads="
             ) from error
-        results = [result.to(dtype).cpu() for result in merged]
-        results = [result.clone() if self._rooms.holds(result) else result for result in results]
-        if not all(map(all_finite, results)):
-            if self.plan.method.linear is not None:  # NaN of a model shows in the result, and only there
-                self._check_inputs(name, self.task_vectors(name, start, stop)[0])
-            kind = str(dtype).removeprefix("torch.")
-            raise ValueError(f"{name!r} of the result is too large for {kind}: lower the scale, or give another dtype")
-        return results
+
+    def entries(self, name: str, start: int = 0, stop: int | None = None) -> int:
+        """How many entries these rows of a tensor have."""
+        rows, width = self._shape(name)
+        return ((rows if stop is None else stop) - start) * width
 
     def _combined(self, name: str, start: int, stop: int) -> Tensor:
         """The result of one block of a linear method, θ₀ + λ Σ c_t τ_t."""
@@ -131,7 +143,7 @@ class Blocks:
             weights = self.plan.weights[name]
             factors = self.plan.scale * (weights / weights.sum() if self.plan.method.linear == "mean" else weights)
             rest = [] if self.plan.base is None else [1.0]
-            self._known_factors[name] = torch.tensor([*factors.tolist(), *rest])
+            self._known_factors[name] = torch.tensor([*factors.tolist(), *rest], dtype=torch.float32)
         return self._known_factors[name]
 
     def _merge(self, name: str, stack: Tensor, under: Tensor | None) -> list[Tensor]:
@@ -153,7 +165,8 @@ class Blocks:
         result = _sum(under, direction if merged.offset is None else direction.add_(merged.offset))
         return [result.reshape(1, -1) if name in plan.stacks else result]
 
-    def _rows(self, name: str) -> Iterator[tuple[int, int]]:
+    def rows(self, name: str) -> Iterator[tuple[int, int]]:
+        """(start, stop) of a tensor's blocks."""
         rows, width = self._shape(name)
         if name in self.plan.stacks:
             return ((expert, expert + 1) for expert in range(rows))

@@ -1,10 +1,9 @@
 """Forecast: how long a merge of checkpoints will take on this machine, and the memory of its work."""
 
 import math
-import os
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -17,6 +16,7 @@ _SAMPLES = 64  # blocks that are merged to see how fast it goes
 # The shorter side of a corner of a matrix, likewise (the longer one is twice that at most), and the power of its
 # entries by which the time grows, as measured: LoRE iterates few directions, in large corners as in whole matrices.
 _CORNERS, _SVD = {"lore": (1024, 1.0)}, (512, 1.5)
+_STEPS = 4  # of LoRE in a corner
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,8 @@ class Forecast:
     """What a merge will take.
 
     Attributes:
-        seconds: of reading and arithmetic, as long as it took for a sample; a slow disk adds the writing.
+        seconds: of reading and arithmetic, or with LoRE, TSV-M and Iso-C of the matrices' arithmetic alone; a slow disk
+            adds its own.
         memory: bytes of the work at most, beside what the process has.
     """
 
@@ -36,37 +37,49 @@ def forecast(plan: CheckpointPlan) -> Forecast:
     """Merge a sample on this machine, in a few seconds and writing nothing, and extend it to the whole model.
 
     Element-wise methods: some blocks, spread over the model, in proportion to the entries. LoRE, TSV-M and Iso-C: a
-    corner of a matrix, in proportion to a power of the entries, 3/2 for an SVD. LoRE's is 1, since it iterates few
-    directions: task vectors that have many take longer.
+    corner of two matrices of each kind, in proportion to a power of the entries, 3/2 for an SVD. LoRE's is 1, since it
+    iterates few directions: task vectors that have many take longer. Its steps are as many as it takes θ₀ to come to
+    rest where a share 1 − 1/T of the way is left after each.
+
+    Raises:
+        ValueError: a block or a corner cannot be merged.
     """
-    with computing(plan.device):
-        if plan.method.spectral:
-            return Forecast(sum(_seconds_of_matrices(plan)), _memory_of_matrices(plan))
-        return Forecast(_seconds_of_blocks(plan), _memory_of_blocks(plan))
-
-
-def _seconds_of_blocks(plan: CheckpointPlan) -> float:
-    sample = _spread(plan)
-    total = sum(_entries(plan, name) for name in _floats(plan))
-    entries = sum((stop - start) * _width(plan, name) for name, start, stop in sample)
-    blocks = Blocks(plan, sample)
+    matrices = _matrices(plan)
+    blocks = Blocks(_in_few_steps(plan), None if plan.method.spectral else _spread(plan))
     try:
-        list(blocks.in_order(lambda place: blocks.task_vectors(*place), sample[:4]))  # opens files, and gets memory
-        start = time.perf_counter()
-        blocks.summarise(None)
-        list(blocks.in_order(lambda place: blocks.block(*place), sample))
-        return (time.perf_counter() - start) * total / max(entries, 1)
+        with computing(plan.device):
+            if plan.method.spectral:
+                seconds = sum(_seconds_of_matrices(blocks, matrices)) * _steps(plan)
+                return Forecast(seconds, _memory_of_matrices(plan, matrices))
+            return Forecast(_seconds_of_blocks(blocks), _memory_of_blocks(blocks))
     finally:
         blocks.close()
 
 
+def _seconds_of_blocks(blocks: Blocks) -> float:
+    sample = list(blocks.places())
+    if not sample:
+        return 0.0
+    total = sum(blocks.entries(name) for name in blocks.floats)
+    entries = sum(blocks.entries(name, start, stop) for name, start, stop in sample)
+    list(blocks.in_order(lambda place: blocks.task_vectors(*place), sample[:4]))  # opens files, and gets memory
+    start = time.perf_counter()
+    blocks.summarise(None)
+    list(blocks.in_order(lambda place: blocks.block(*place), sample))
+    return (time.perf_counter() - start) * total / entries
+
+
 def _spread(plan: CheckpointPlan) -> list[tuple[str, int, int]]:
-    """(tensor, start, stop) of blocks at equal distances over all entries."""
-    step = max(sum(_entries(plan, name) for name in _floats(plan)) / _SAMPLES, BLOCK)
+    """(tensor, start, stop) of small blocks at equal distances over all entries; of a stack, experts."""
+    shapes = {name: torch.Size(one) for name, one in plan.shapes.items() if plan.dtypes[name].is_floating_point}
+    step = max(sum(one.numel() for one in shapes.values()) / _SAMPLES, BLOCK)
     found, seen, following = [], 0, 0.0
-    for name in _floats(plan):
-        entries, width = _entries(plan, name), _width(plan, name)
-        rows, size = entries // width, max(1, BLOCK // width)
+    for name, shape in shapes.items():
+        entries, rows = shape.numel(), shape[0] if len(shape) > 1 else 1
+        if not entries:
+            continue
+        width = entries // rows
+        size = 1 if name in plan.stacks else max(1, BLOCK // width)
         while following < seen + entries:
             start = int((following - seen) // width) // size * size
             stop = min(start + size, rows)
@@ -76,28 +89,19 @@ def _spread(plan: CheckpointPlan) -> list[tuple[str, int, int]]:
     return found
 
 
-def _floats(plan: CheckpointPlan) -> list[str]:
-    return [name for name in plan.shapes if plan.dtypes[name].is_floating_point and _entries(plan, name)]
-
-
-def _entries(plan: CheckpointPlan, name: str) -> int:
-    return torch.Size(plan.shapes[name]).numel()
-
-
-def _width(plan: CheckpointPlan, name: str) -> int:
-    """Entries a row; a vector is one row."""
-    shape = plan.shapes[name]
-    return _entries(plan, name) // shape[0] if len(shape) > 1 else _entries(plan, name)
-
-
-def _memory_of_blocks(plan: CheckpointPlan) -> int:
+def _memory_of_blocks(blocks: Blocks) -> int:
     """Each worker has the models' rows, in their dtype and in float32, and as many in work; finished blocks wait."""
-    return 2**25 + (os.cpu_count() or 1) * 5 * (len(plan.inputs) + 1) * BLOCK * 4
+    floats = [name for name in blocks.floats if blocks.entries(name)]
+    largest = max((blocks.entries(name, *next(blocks.rows(name))) for name in floats), default=0)
+    return 2**25 + blocks.workers * 5 * (len(blocks.plan.inputs) + 1) * largest * 4
 
 
-def _matrices(plan: CheckpointPlan) -> dict[tuple[int, int], list[str]]:
+_Matrices = dict[tuple[int, int], list[str]]
+
+
+def _matrices(plan: CheckpointPlan) -> _Matrices:
     """{shape: the tensors that are decomposed}; a stack of experts stands once for each."""
-    found: dict[tuple[int, int], list[str]] = {}
+    found: _Matrices = {}
     for name, shape in plan.shapes.items():
         if name in plan.stacks:
             found.setdefault(shape[1:], []).extend([name] * shape[0])  # type: ignore[arg-type]
@@ -106,37 +110,58 @@ def _matrices(plan: CheckpointPlan) -> dict[tuple[int, int], list[str]]:
     return found
 
 
-def _seconds_of_matrices(plan: CheckpointPlan) -> Iterator[float]:
-    side, power = _CORNERS.get(plan.method.name, _SVD)
-    blocks, known = Blocks(plan), dict[tuple[int, int], float]()
-    try:
-        for shape, names in _matrices(plan).items():
+def _seconds_of_matrices(blocks: Blocks, matrices: _Matrices) -> Iterator[float]:
+    side, power = _CORNERS.get(blocks.plan.method.name, _SVD)
+    corners: dict[tuple[int, int], _Matrices] = {}
+    for shape, names in matrices.items():
+        short, long = sorted(shape)
+        corners.setdefault((min(short, side), min(long, 2 * side)), {})[shape] = names
+    for corner, alike in corners.items():
+        every = [(name, shape) for shape, names in alike.items() for name in names]
+        some = {every[len(every) // 4], every[3 * len(every) // 4]}  # the first may be embeddings, hardly trained
+        taken = max(_seconds_of_corner(blocks, name, shape, corner) for name, shape in sorted(some))
+        for shape, names in alike.items():
             short, long = sorted(shape)
-            corner = min(short, side), min(long, 2 * side)
-            if corner not in known:
-                known[corner] = _seconds_of_corner(blocks, names[0], shape, corner)
             wide = min(long, 2 * short)
-            grown = short * wide / math.prod(corner)
-            yield len(names) * known[corner] * grown**power * long / wide
-    finally:
-        blocks.close()
+            yield len(names) * taken * (short * wide / math.prod(corner)) ** power * long / wide
 
 
 def _seconds_of_corner(blocks: Blocks, name: str, shape: tuple[int, int], corner: tuple[int, int]) -> float:
     o, n = corner if shape[0] < shape[1] else corner[::-1]
-    stack, _ = blocks.task_vectors(name, 0, 1 if name in blocks.plan.stacks else o)
+    rows = blocks.plan.shapes[name][0]
+    start = rows // 2 if name in blocks.plan.stacks else (rows - o) // 2
+    stack, _ = blocks.task_vectors(name, start, start + (1 if name in blocks.plan.stacks else o))
     stack = stack.reshape(len(stack), -1, shape[1])[:, :o, :n].contiguous()
-    start = time.perf_counter()
-    result = blocks.engine.merged(stack, blocks.plan.weights[name].to(stack))
-    float(result.direction.sum())  # a GPU has done its work now
-    return time.perf_counter() - start
+    weights = blocks.plan.weights[name].to(stack)
+    with blocks.naming(name):
+        if stack.is_cuda:  # whose first call loads libraries
+            blocks.engine.merged(stack[:, :32, :32].contiguous(), weights)
+        begun = time.perf_counter()
+        float(blocks.engine.merged(stack, weights).direction.sum())  # a GPU has done its work now
+        return time.perf_counter() - begun
 
 
-def _memory_of_matrices(plan: CheckpointPlan) -> int:
+def _in_few_steps(plan: CheckpointPlan) -> CheckpointPlan:
+    if plan.method.name != "lore":
+        return plan
+    return replace(plan, options=plan.options | {"max_iterations": min(plan.options["max_iterations"], _STEPS)})
+
+
+def _steps(plan: CheckpointPlan) -> float:
+    """How many times the steps of a corner the merge will make."""
+    if plan.method.name != "lore":
+        return 1.0
+    most, tolerance, T = plan.options["max_iterations"], plan.options["tolerance"], len(plan.models)
+    if tolerance > 0 and T > 1:
+        most = min(most, max(1, math.ceil(math.log(min(tolerance, 0.5)) / math.log(1 - 1 / T))))
+    return max(most / _STEPS, 1.0)
+
+
+def _memory_of_matrices(plan: CheckpointPlan, matrices: _Matrices) -> int:
     """So many float32 matrices of the largest shape, as measured, and squares of a side with LoRE."""
     T, most = len(plan.models), 0
     beside = {"lore": T + 2, "iso": 10}.get(plan.method.name, 16 * T)
-    for o, n in _matrices(plan):
+    for o, n in matrices:
         squares = 5 * min(o, n) ** 2 * 8 if plan.method.name == "lore" else 0
         most = max(most, (T + beside) * o * n * 4 + squares)
     return 2**25 + most

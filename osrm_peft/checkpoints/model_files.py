@@ -208,8 +208,11 @@ class ModelFiles:
     def _bytes(self, memory: memoryview, name: str, entry: Entry, start: int) -> None:
         """Fill memory with the bytes of a tensor from this row on."""
         file = self._open.get(entry.path)
-        if file is None:  # of two threads that open it one keeps it
-            file = self._open.setdefault(entry.path, entry.path.open("rb", buffering=0))
+        if file is None:
+            opened = entry.path.open("rb", buffering=0)
+            file = self._open.setdefault(entry.path, opened)
+            if file is not opened:  # another thread was first
+                opened.close()
         place = entry.start + start * entry.width * entry.dtype.itemsize
         read_at(file, place, memory, f"{entry.path} ended within {name!r}")
 

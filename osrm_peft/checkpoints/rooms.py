@@ -30,7 +30,7 @@ class Rooms:
         if kinds == {(torch.float32, width)}:
             for one, row in zip(models, into, strict=True):
                 one.read_into(row, name, start, stop)
-        elif len(kinds) == 1:
+        elif len(kinds) == 1 and self._reused:
             raw, into = self._room("raw", entries[0].dtype, len(models), stop - start, entries[0].width)
             for one, row in zip(models, into, strict=True):
                 one.read_into(row, name, start, stop)
@@ -51,11 +51,14 @@ class Rooms:
         if (use, dtype, shape) in views:
             return views[use, dtype, shape]
         size, rooms = math.prod(shape) * dtype.itemsize, self._local.__dict__.setdefault("rooms", {})
-        if not self._reused or use not in rooms or rooms[use].numel() < size:
+        if not self._reused:
+            return _views(torch.empty(size, dtype=torch.uint8), dtype, shape)
+        if use not in rooms or rooms[use].numel() < size:
             rooms[use] = torch.empty(size, dtype=torch.uint8)
             views.clear()
-        room = rooms[use][:size]
-        found = room.view(dtype).view(shape), [row.numpy().data for row in room.view(shape[0], size // shape[0])]
-        if self._reused:
-            views[use, dtype, shape] = found
+        views[use, dtype, shape] = found = _views(rooms[use][:size], dtype, shape)
         return found
+
+
+def _views(room: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> tuple[Tensor, list[Any]]:
+    return room.view(dtype).view(shape), [row.numpy().data for row in room.view(shape[0], len(room) // shape[0])]

@@ -1,6 +1,7 @@
 """The commands around full models: merge-checkpoints, bake, extract, inspect."""
 
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -10,6 +11,7 @@ from osrm_peft.cli.app import JsonOption, app, load_torch, progress, quiet_libra
 from osrm_peft.cli.methods import FULL_MODELS, listed
 
 if TYPE_CHECKING:
+    from osrm_peft.checkpoints.forecast import Forecast
     from osrm_peft.checkpoints.plan import CheckpointPlan
 
 
@@ -51,7 +53,6 @@ def merge_checkpoints(
 ) -> None:
     """Merge full models into one, from disk to disk; none is ever in memory as a whole."""
     load_torch()
-    from osrm_peft.checkpoints.forecast import forecast
     from osrm_peft.checkpoints.merge import execute
     from osrm_peft.checkpoints.plan import plan_checkpoints
     from osrm_peft.cli.tables import checkpoint_facts, checkpoint_lines
@@ -64,8 +65,7 @@ def merge_checkpoints(
     )  # fmt: skip
     check_replaceable(folder, "checkpoint", plan.manifest(), overwrite)
     place = None if part is None else _part(part, plan, resume)
-    told = dry_run or (plan.method.spectral and place is None)
-    facts = checkpoint_facts(plan, out, forecast(plan) if told else None)
+    facts = checkpoint_facts(plan, out, _forecast(plan, dry_run, going_on=resume or place is not None))
     how: dict[str, Any] = {"resume": resume, "overwrite": overwrite, "progress": progress()}
     if place is None or dry_run:
         _written(folder, facts, checkpoint_lines(facts), None if dry_run else lambda: execute(plan, folder, **how))
@@ -73,6 +73,18 @@ def merge_checkpoints(
     execute(plan, folder, place, **how)
     say(f"wrote part {part}: when all are there, the same command with --resume in place of --part finishes")
     show(facts, lambda _: [])
+
+
+def _forecast(plan: "CheckpointPlan", dry_run: bool, going_on: bool) -> "Forecast | None":
+    """What a dry run says, and a long merge before it begins; there, no forecast stops a merge that may succeed."""
+    from osrm_peft.checkpoints.forecast import forecast
+
+    if dry_run:
+        return forecast(plan)
+    if plan.method.spectral and not going_on:
+        with suppress(ValueError):
+            return forecast(plan)
+    return None
 
 
 def _part(text: str, plan: "CheckpointPlan", resume: bool) -> tuple[int, int]:

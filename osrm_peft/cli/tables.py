@@ -146,11 +146,10 @@ def checkpoint_lines(facts: Mapping[str, Any]) -> list[str]:
 
 
 def _time(seconds: float) -> str:
-    """A time as people say it."""
-    for unit, length in (("h", 3600), ("min", 60)):
-        if seconds >= 1.5 * length:
-            return f"{seconds / length:.2g} {unit}" if seconds < 100 * length else f"{seconds / length:.0f} {unit}"
-    return f"{seconds:.2g} s" if seconds < 100 else f"{seconds:.0f} s"
+    """A time as people say it, to two digits."""
+    unit, length = ("h", 3600) if seconds >= 5400 else ("min", 60) if seconds >= 90 else ("s", 1)
+    number = seconds / length
+    return f"{number:.2g} {unit}" if number < 99 else f"{number:,.0f} {unit}"
 
 
 def bake_facts(plan: "BakePlan", out: Path) -> dict[str, Any]:

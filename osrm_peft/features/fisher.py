@@ -213,16 +213,17 @@ def _add_squares(total: dict[str, Tensor], scores: list[tuple[Tensor, Tensor]], 
     """Add Σ_b weight_b (Σ_s δ_bs h_bsᵀ)² of each layer, δ the gradient at its outputs, h its inputs."""
     outputs = [output for _, output in passes.values()]
     for place, (score, weight) in enumerate(scores):
+        weights = weight.tolist()  # a GPU waits once
         gradients = torch.autograd.grad(
             score.sum(), outputs, retain_graph=place + 1 < len(scores), materialize_grads=True
         )
         for (name, (h, _)), delta in zip(passes.items(), gradients, strict=True):
-            b = len(weight)
+            b = len(weights)
             h, delta = h.reshape(b, -1, h.shape[-1]).float(), delta.reshape(b, -1, delta.shape[-1]).float()
             if name not in total:
                 total[name] = torch.zeros(delta.shape[2], h.shape[2], device=h.device)
             with full_float32(h.device):
-                for w, d, x in zip(weight.tolist(), delta, h, strict=True):  # one at a time: one o×n matrix in memory
+                for w, d, x in zip(weights, delta, h, strict=True):  # one at a time: one o×n matrix in memory
                     total[name].addcmul_(gradient := d.mT @ x, gradient, value=w)
 
 

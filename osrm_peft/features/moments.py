@@ -144,10 +144,11 @@ class FeatureMoments:
         self.rows = None if self.rows is None else self.rows.cpu()
 
     def complete_(self) -> "FeatureMoments":
-        """Copy the blocks above the diagonal of `second` to those below, if they are not there yet."""
+        """Copy the blocks above the diagonal of `second` to those below, if they are not there yet: symmetric then."""
         if self.half and self.second is not None:
             for start, stop in self._panels():
                 self.second[stop:, start:stop] = self.second[start:stop, stop:].mT
+                self.second[start:stop, start:stop] = symmetric(self.second[start:stop, start:stop])
         self.half = False
         return self
 

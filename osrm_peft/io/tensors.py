@@ -4,7 +4,6 @@ import hashlib
 import json
 import math
 import os
-import sys
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
@@ -71,7 +70,7 @@ def _read(path: Path, first: tuple[int, int, int], header: Mapping[str, Any], st
 
 
 def read_at(file: BinaryIO, place: int, memory: memoryview, ended: str) -> None:
-    """Fill memory with the bytes of an open raw file from a place on; one call reads 2 GiB at most.
+    """Fill memory with the bytes of an open raw file from a place on, 1 GiB at a time: systems have limits.
 
     Threads may read one file.
 
@@ -79,9 +78,9 @@ def read_at(file: BinaryIO, place: int, memory: memoryview, ended: str) -> None:
         ValueError: the file ends before; the beginning of the message is `ended`.
     """
     while memory:
-        if sys.platform != "win32":
-            got = os.preadv(file.fileno(), [memory], place)
-        else:  # a file has one place for all threads
+        if hasattr(os, "preadv"):
+            got = os.preadv(file.fileno(), [memory[: 2**30]], place)
+        else:  # as on Windows: a file has one place for all threads
             with _TURN:
                 file.seek(place)
                 got = file.readinto(memory)  # type: ignore[attr-defined]

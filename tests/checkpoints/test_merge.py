@@ -8,7 +8,9 @@ from transformers import AutoModelForSequenceClassification
 
 from osrm_peft import merge_checkpoints
 from osrm_peft.checkpoints import blocks
+from osrm_peft.checkpoints.model_files import ModelFiles
 from osrm_peft.checkpoints.plan import CHECKPOINT_METHODS
+from osrm_peft.checkpoints.rooms import Rooms
 from osrm_peft.merging.engine import Engine
 from osrm_peft.merging.methods.registry import Merged
 from tests.helpers.checkpoints import CASES, QUICK, WEIGHTS, by_hand, hashes, same, tensors_of, write
@@ -193,3 +195,24 @@ def test_lore_of_two_models_and_a_far_scale_are_said(three, base, tmp_path):
     with warnings.catch_warnings():
         warnings.filterwarnings("error", module=r"osrm_peft\.")
         merge_checkpoints(three, tmp_path / "usual", "lore", max_iterations=2)
+
+
+@pytest.mark.parametrize("method", ["average", "task_arithmetic", "ties", "dare", "tsv"])
+def test_the_default_dtype_of_the_program_does_not_matter(three, base, tmp_path, method):
+    expected = merge_checkpoints(three, tmp_path / "expected", method, base=base)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        out = merge_checkpoints(three, tmp_path / "out", method, base=base)
+    finally:
+        torch.set_default_dtype(before)
+    same(tensors_of(out), tensors_of(expected), rtol=1e-5, atol=1e-6)
+
+
+def test_a_matrix_that_is_decomposed_leaves_no_memory_behind(three, base):
+    rooms = Rooms(reused=False)
+    models = [ModelFiles(str(three["a"])), ModelFiles(str(base))]
+    name = next(name for name, entry in models[0].tensors.items() if len(entry.shape) == 2)
+    stack = rooms.stack(models, name, 0, 4, models[0].tensors[name].width)
+    assert not rooms.holds(stack) and stack.data_ptr() != rooms.stack(models, name, 0, 4, stack.shape[2]).data_ptr()
+    assert torch.equal(stack[0], models[0].read(name, 0, 4).float())

@@ -34,7 +34,9 @@ def drop_and_rescale(tau: Tensor, generators: Sequence[torch.Generator], *, drop
     Returns:
         (T, o, n) in the dtype of `tau`.
     """
-    kept = [torch.rand(tau.shape[1:], generator=generator).ge_(drop_rate) for generator in generators]
+    kept = [
+        torch.rand(tau.shape[1:], generator=generator, dtype=torch.float32).ge_(drop_rate) for generator in generators
+    ]
     return tau / (1 - drop_rate) * torch.stack(kept).to(tau)
 
 

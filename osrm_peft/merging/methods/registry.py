@@ -192,7 +192,7 @@ Stacks = Iterable[Tensor]  # the (T, o, n) task vectors of every layer, one laye
 AddUp = Callable[[Tensor], Tensor]  # the sum of a tensor over processes
 
 
-def on_each(work: Callable[[Tensor], Tensor], stacks: Stacks) -> Iterable[Tensor]:
+def on_each(work: Callable[[Tensor], Any], stacks: Stacks) -> Iterable[Any]:
     """work(stack) of all stacks, in their order; stacks with a method `each(work)` do it in threads."""
     each = getattr(stacks, "each", None)
     return map(work, stacks) if each is None else each(work)

@@ -32,36 +32,44 @@ def magnitude_thresholds(stacks: Stacks, density: float, add_up: AddUp = alone) 
         (T,) float32 on the CPU: keep the entries with |τ| ≥ threshold. Entries equal to it are all kept.
     """
     check_density(density)
-    counts = add_up(_total(stacks, _counts_of_tops))
+    counts = add_up(_total(stacks, _tops, 2 ** (31 - _HALF)))
     rank = (counts.sum(1).double() * density).round().long().clamp_min(1)  # (T,) which largest entry it is
     tops, above = _bin_of(counts, rank)
-    counts = add_up(_total(stacks, partial(_counts_below, tops=tops.tolist())))
+    counts = add_up(_total(stacks, partial(_rests, tops=tops.tolist()), 2**_HALF))
     rests, _ = _bin_of(counts, rank - above)
     return ((tops << _HALF) + rests).to(torch.int32).view(torch.float32)
 
 
-def _total(stacks: Stacks, count: Callable[[Tensor], Tensor]) -> Tensor:
-    """The sum of (T, bins) counts over layers, on the CPU."""
+def _total(stacks: Stacks, bins_of: Callable[[Tensor], list[Tensor]], number: int) -> Tensor:
+    """(T, number) how many entries of each τ_t are in each bin, over all layers, on the CPU."""
+
+    def count(tau: Tensor) -> tuple[bool, list[Tensor]]:
+        few = tau[0].numel() < number // 4  # then a table for each layer would be most of the work
+        bins = bins_of(tau)
+        return few, bins if few else [torch.bincount(one, minlength=number) for one in bins]
+
     total = None
-    for counts in on_each(count, stacks):
-        total = counts if total is None else total.add_(counts)
+    for few, found in on_each(count, stacks):
+        if total is None:
+            total = torch.zeros(len(found), number, dtype=torch.int64, device=found[0].device)
+        for counts, one in zip(total, found, strict=True):
+            if few:
+                counts.index_add_(0, one, torch.ones_like(one, dtype=torch.int64))
+            else:
+                counts += one
     if total is None:
         raise ValueError("there is no layer to take a threshold of")
     return total.cpu()
 
 
-def _counts_of_tops(tau: Tensor) -> Tensor:
-    """(T, 2¹⁵) how many entries of each τ_t have these leading bits."""
-    return torch.stack([torch.bincount(_bits(one) >> _HALF, minlength=2 ** (31 - _HALF)) for one in tau])
+def _tops(tau: Tensor) -> list[Tensor]:
+    """The 15 leading bits of the entries of each τ_t."""
+    return [_bits(one) >> _HALF for one in tau]
 
 
-def _counts_below(tau: Tensor, tops: list[int]) -> Tensor:
-    """(T, 2¹⁶) how many entries with the leading bits `tops` have these further bits."""
-    counts = []
-    for one, top in zip(map(_bits, tau), tops, strict=True):
-        bits = one[(one >> _HALF) == top]
-        counts.append(torch.bincount(bits & (2**_HALF - 1), minlength=2**_HALF))
-    return torch.stack(counts)
+def _rests(tau: Tensor, tops: list[int]) -> list[Tensor]:
+    """The other 16 bits of those entries whose leading bits are `tops`."""
+    return [bits[(bits >> _HALF) == top] & (2**_HALF - 1) for bits, top in zip(map(_bits, tau), tops, strict=True)]
 
 
 def _bin_of(counts: Tensor, rank: Tensor) -> tuple[Tensor, Tensor]:
@@ -73,10 +81,12 @@ def _bin_of(counts: Tensor, rank: Tensor) -> tuple[Tensor, Tensor]:
 
 def keep_above(tau: Tensor, thresholds: Tensor) -> Tensor:
     """(T, o, n) with the entries of |τ_t| < thresholds[t] set to 0."""
-    if tau.dtype != torch.float32:
+    if tau.dtype != torch.float32 or tau.requires_grad:
         return torch.where(tau.float().abs() >= thresholds.to(tau.device)[:, None, None], tau, 0)
     kept = torch.empty_like(tau)  # torch.where takes ten times as long as this
-    for out, one, below in zip(kept, tau, torch.nextafter(thresholds, torch.zeros(1)).tolist(), strict=True):
+    thresholds = thresholds.float().cpu()
+    below_them = torch.nextafter(thresholds, torch.zeros_like(thresholds))
+    for out, one, below in zip(kept, tau, below_them.tolist(), strict=True):
         torch.hardshrink(one, below, out=out)  # keeps |τ| > below
     return kept
 

@@ -65,6 +65,7 @@ def ties(
 
 def elected(tau: Tensor) -> Tensor:
     """(o, n) γ = sgn(Σ_t τ_t) of (T, o, n), 0 where the terms cancel: the sign of what rounding leaves is no vote."""
+    tau = tau.detach()
     total = tau.sum(0)
     over = total.abs().sub_(tau.abs().sum(0).mul_(4 * torch.finfo(tau.dtype).eps))
     return over.clamp_min_(0).sign_().mul_(total.sign_())

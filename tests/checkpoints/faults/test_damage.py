@@ -96,7 +96,7 @@ def test_torch_has_as_many_threads_as_before(small, tmp_path, monkeypatch, metho
     threads(2)
     merge_checkpoints(**given)
     assert torch.get_num_threads() == 2
-    for name in ("_with_base", "_rows", "_combined" if method == "average" else "_merge"):
+    for name in ("_with_base", "rows", "_combined" if method == "average" else "_merge"):
         with monkeypatch.context() as patch:
             patch.setattr(blocks.Blocks, name, lambda *_: (_ for _ in ()).throw(StopHereError))
             with pytest.raises(StopHereError):

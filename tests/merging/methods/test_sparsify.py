@@ -46,3 +46,20 @@ def test_a_count_above_float32_s_integers_is_exact():
     tau = torch.rand(1, 1, 2**24 + 1) + 0.5
     tau[0, 0, 77] = 0.01
     assert magnitude_thresholds([tau], 1.0).item() == tau[0, 0, 77].item()
+
+
+@pytest.mark.parametrize("density", [1e-5, 0.2, 0.999])
+def test_small_and_large_layers_are_counted_alike(density):
+    """A large layer is counted in a table of its own, the entries of a small one are added to the sum."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(2, 3, 4), (2, 300, 200), (2, 1, 1), (2, 90, 91), (2, 130, 128)]
+    layers = [torch.randn(shape, generator=generator) * 10.0 ** (place - 2) for place, shape in enumerate(shapes)]
+    entries = torch.cat([layer.flatten(1) for layer in layers], 1).abs().sort(1, descending=True).values
+    k = round(density * entries.shape[1])
+    assert torch.equal(magnitude_thresholds(layers, density), entries[:, max(k, 1) - 1])
+
+
+def test_thresholds_of_another_dtype_keep_what_is_equal_to_them():
+    tau = torch.tensor([[[1.0, 2.0, 3.0, -3.0]]])
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        assert keep_above(tau, torch.tensor([3.0], dtype=dtype)).tolist() == [[[0, 0, 3, -3]]]

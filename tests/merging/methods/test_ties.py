@@ -85,3 +85,9 @@ def test_entries_that_cancel_to_rounding_elect_no_sign(method, dtype):
     assert tau.sum(0).count_nonzero() > 100
     merged = ties(tau, torch.ones(3, dtype=dtype), density=1.0) if method == "ties" else emr(tau, torch.ones(3))[0]
     assert merged[0, 0] == 1 and merged.count_nonzero() == 1
+
+
+def test_ties_is_differentiable_where_signs_stay():
+    tau = torch.randn(3, 4, 5, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    ties(tau, torch.tensor([1.0, 2.0, -0.5]), density=0.5).square().sum().backward()
+    assert tau.grad is not None and tau.grad.isfinite().all() and (tau.grad != 0).any()
