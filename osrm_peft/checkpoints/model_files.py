@@ -192,13 +192,11 @@ class ModelFiles:
             return self._dequantised(entry)[start:stop].clone()
         return self._rows(name, entry, start, stop)
 
-    def read_into(self, memory: memoryview, name: str, start: int, stop: int) -> None:
-        """Fill memory with the bytes of rows start … stop of a tensor."""
+    def read_into(self, memory: memoryview, name: str, start: int) -> None:
+        """Fill memory with the bytes of a tensor as they are in its file, from row `start` on."""
         entry = self.tensors[name]
-        if entry in self._packed:
-            memory[:] = self._dequantised(entry)[start:stop].contiguous().view(torch.uint8).numpy().reshape(-1).data
-        else:
-            self._bytes(memory, name, entry, start)
+        assert entry not in self._packed  # whose bytes are no numbers
+        self._bytes(memory, name, entry, start)
 
     def _rows(self, name: str, entry: Entry, start: int, stop: int) -> Tensor:
         out = torch.empty(stop - start, entry.width, dtype=entry.dtype)

@@ -29,11 +29,11 @@ class Rooms:
         kinds = {(entry.dtype, entry.width) for entry in entries}
         if kinds == {(torch.float32, width)}:
             for one, row in zip(models, into, strict=True):
-                one.read_into(row, name, start, stop)
+                one.read_into(row, name, start)
         elif len(kinds) == 1 and self._reused:
             raw, into = self._room("raw", entries[0].dtype, len(models), stop - start, entries[0].width)
             for one, row in zip(models, into, strict=True):
-                one.read_into(row, name, start, stop)
+                one.read_into(row, name, start)
             stack.copy_(raw if entries[0].width == width else raw[:, :, :width])
         else:
             for one, row in zip(models, stack, strict=True):
