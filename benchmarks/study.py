@@ -36,6 +36,7 @@ def main() -> None:
     parser.add_argument("--texts", type=Path)
     parser.add_argument("--bf16", action="store_true", help="train and predict under bfloat16 autocast")
     parser.add_argument("--table", action="store_true", help="run nothing")
+    parser.add_argument("--against", metavar="ROW", help="of the table: differences from this row, as from ratio")
     parser.add_argument("--why", action="store_true", help="run nothing; measure the adapters of a part that is there")
     arguments = parser.parse_args()
     transformers.logging.set_verbosity_error()
@@ -50,7 +51,7 @@ def main() -> None:
     else:
         if not arguments.table:
             run(study, arguments.part, console)
-        report = tables.of(study.out, arguments.part)
+        report = tables.of(study.out, arguments.part, arguments.against)
     with new_file(study.out / f"{arguments.part}{'-why' * arguments.why}.md") as partial:
         partial.write_text(report, encoding="utf-8")
     console.print(report, markup=False)

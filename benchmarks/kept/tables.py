@@ -73,15 +73,19 @@ class Scored:
 Group = list[Scored]  # one a seed
 
 
-def of(out: Path, part: str) -> str:
-    """The tables of a part, from the rows of which all seeds are there."""
+def of(out: Path, part: str, against: str | None = None) -> str:
+    """The tables of a part, from the rows of which all seeds are there.
+
+    Args:
+        against: the row whose differences from the others are shown; None: the first that is like each.
+    """
     groups = _groups(out, part)
     if not groups:
         return f"{part}: no row has all seeds yet\n"
     known = TRIALS if part == "trials" else MERGES
     merges = [merge for merge in known if all(one.has(_key(merge)) for group in groups.values() for one in group)]
     return "\n\n".join(
-        [_scores(groups, merges), _kept(groups, merges), _training(groups), _differences(groups, merges)]
+        [_scores(groups, merges), _kept(groups, merges), _training(groups), _differences(groups, merges, against)]
     )
 
 
@@ -154,9 +158,10 @@ def _training(groups: dict[str, Group]) -> str:
     return markdown_table(["training", "rate", "drift of A", "energy before", "energy after"], lines)
 
 
-def _differences(groups: dict[str, Group], merges: Sequence[Merge]) -> str:
+def _differences(groups: dict[str, Group], merges: Sequence[Merge], chosen: str | None) -> str:
     """Each group against one of another init, on the same rows: mean over seeds, 95 % over resampled rows and seeds."""
-    against = {row: groups[_reference(row, groups)] for row in groups if _reference(row, groups) != row}
+    references = {row: chosen or _reference(row, groups) for row in groups}
+    against = {row: groups[one] for row, one in references.items() if one != row}
     if not against or any(
         one.about["tasks"] != other[0].about["tasks"] for row, other in against.items() for one in groups[row]
     ):
@@ -172,7 +177,7 @@ def _differences(groups: dict[str, Group], merges: Sequence[Merge]) -> str:
             low, high = interval(np.concatenate([found[:, :1].mean(0), by_seed]))
             line.append(f"{found[:, 0].mean():+.1f} ({low:+.1f} … {high:+.1f})")
         lines.append(line)
-    init = next(iter(groups)).partition(", ")[0]
+    init = chosen or next(iter(groups)).partition(", ")[0]
     return markdown_table([f"against {init}", *against], lines)
 
 
