@@ -292,7 +292,7 @@ def plain_lore(theta: Tensor) -> Tensor:
 def forecasts() -> None:
     """What a dry run says beside what the merge took, at two sizes; and what it says of large models."""
     table = _table(f"{T} float32 models: forecast and merge", "method", "model (GB)", "forecast (s)", "merge (s)")
-    for layers in (1, 3):
+    for layers in (1, 2):
         with tempfile.TemporaryDirectory() as folder:
             root = Path(folder)
             models, base = write_models(root, layers, torch.float32)
