@@ -112,7 +112,8 @@ def _row(
     best = {way: size / 1e9 / seconds for way, seconds in _by_turns(ways, root).items()}
     row = [f"{best['here']:.2f}", f"{best['cp']:.2f}", f"{best['here'] / best['cp']:.2f}", f"{best['command']:.2f}"]
     if mergekit is not None:
-        row += [f"{best['mergekit']:.2f}", f"{best['command'] / best['mergekit']:.1f}", _difference(root)]
+        differs = "another trim" if merge == "ties" else _difference(root)  # mergekit trims tensors, not the model
+        row += [f"{best['mergekit']:.2f}", f"{best['command'] / best['mergekit']:.1f}", differs]
     return row
 
 
