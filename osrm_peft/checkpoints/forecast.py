@@ -16,7 +16,7 @@ _SAMPLES = 64  # blocks that are merged to see how fast it goes
 # The shorter side of a corner of a matrix, likewise (the longer one is twice that at most), and the power of its
 # entries by which the time grows, as measured: LoRE iterates few directions, in large corners as in whole matrices.
 _CORNERS, _SVD = {"lore": (1024, 1.0)}, (512, 1.5)
-_STEPS = 4  # of LoRE in a corner
+_STEPS = 4, 8  # of LoRE in a corner
 
 
 @dataclass(frozen=True)
@@ -44,16 +44,15 @@ def forecast(plan: CheckpointPlan) -> Forecast:
     Raises:
         ValueError: a block or a corner cannot be merged.
     """
-    matrices = _matrices(plan)
-    blocks = Blocks(_in_few_steps(plan), None if plan.method.spectral else _spread(plan))
-    try:
-        with computing(plan.device):
-            if plan.method.spectral:
-                seconds = sum(_seconds_of_matrices(blocks, matrices)) * _steps(plan)
-                return Forecast(seconds, _memory_of_matrices(plan, matrices))
+    with computing(plan.device):
+        if plan.method.spectral:
+            matrices = _matrices(plan)
+            return Forecast(_seconds_of_spectral(plan, matrices), _memory_of_matrices(plan, matrices))
+        blocks = Blocks(plan, _spread(plan))
+        try:
             return Forecast(_seconds_of_blocks(blocks), _memory_of_blocks(blocks))
-    finally:
-        blocks.close()
+        finally:
+            blocks.close()
 
 
 def _seconds_of_blocks(blocks: Blocks) -> float:
@@ -141,20 +140,23 @@ def _seconds_of_corner(blocks: Blocks, name: str, shape: tuple[int, int], corner
         return time.perf_counter() - begun
 
 
-def _in_few_steps(plan: CheckpointPlan) -> CheckpointPlan:
+def _seconds_of_spectral(plan: CheckpointPlan, matrices: _Matrices) -> float:
     if plan.method.name != "lore":
-        return plan
-    return replace(plan, options=plan.options | {"max_iterations": min(plan.options["max_iterations"], _STEPS)})
+        return sum(_seconds_of_matrices(Blocks(plan), matrices))
+    few, more = (
+        sum(_seconds_of_matrices(Blocks(replace(plan, options=plan.options | {"max_iterations": steps})), matrices))
+        for steps in _STEPS
+    )
+    each = max(more - few, 0.0) / (_STEPS[1] - _STEPS[0])  # the first ones take longer: they have no good start
+    return few + (_steps(plan) - _STEPS[0]) * each
 
 
-def _steps(plan: CheckpointPlan) -> float:
-    """How many times the steps of a corner the merge will make."""
-    if plan.method.name != "lore":
-        return 1.0
+def _steps(plan: CheckpointPlan) -> int:
+    """How many steps LoRE will make."""
     most, tolerance, T = plan.options["max_iterations"], plan.options["tolerance"], len(plan.models)
-    if tolerance > 0 and T > 1:
-        most = min(most, max(1, math.ceil(math.log(min(tolerance, 0.5)) / math.log(1 - 1 / T))))
-    return max(most / _STEPS, 1.0)
+    if tolerance == 0 or T == 1:
+        return most
+    return min(most, max(1, math.ceil(math.log(min(tolerance, 0.5)) / math.log(1 - 1 / T))))
 
 
 def _memory_of_matrices(plan: CheckpointPlan, matrices: _Matrices) -> int:
