@@ -47,12 +47,12 @@ class Rooms:
 
     def _room(self, use: str, dtype: torch.dtype, *shape: int) -> tuple[Tensor, list[Any]]:
         """A tensor, and the memory of each of its rows."""
-        views = self._local.__dict__.setdefault("views", {})
-        if (use, dtype, shape) in views:
-            return views[use, dtype, shape]
-        size, rooms = math.prod(shape) * dtype.itemsize, self._local.__dict__.setdefault("rooms", {})
+        size = math.prod(shape) * dtype.itemsize
         if not self._reused:
             return _views(torch.empty(size, dtype=torch.uint8), dtype, shape)
+        rooms, views = (self._local.__dict__.setdefault(name, {}) for name in ("rooms", "views"))
+        if (use, dtype, shape) in views:
+            return views[use, dtype, shape]
         if use not in rooms or rooms[use].numel() < size:
             rooms[use] = torch.empty(size, dtype=torch.uint8)
             views.clear()
