@@ -1,6 +1,6 @@
 """bake_adapter: an adapter written into its base model's weights, from disk to disk, some rows at a time."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -90,8 +90,12 @@ class Baker:
     def close(self) -> None:
         """Nothing is held."""
 
-    def blocks(self, name: str) -> Iterator[list[Tensor]]:
-        """Yield (rows, width) blocks of a tensor in the result's dtype, each alone in a list."""
+    def blocks(self, names: Sequence[str]) -> Iterator[list[Tensor]]:
+        """Yield (rows, width) blocks of these tensors in the result's dtype, each alone in a list."""
+        for name in names:
+            yield from ([block] for block in self._blocks(name))
+
+    def _blocks(self, name: str) -> Iterator[Tensor]:
         plan, shape = self.plan, self.plan.shapes[name]
         rows = shape[0] if len(shape) > 1 else 1
         width = torch.Size(shape).numel() // max(rows, 1)
@@ -103,7 +107,7 @@ class Baker:
             if product is not None:
                 left, right = product
                 block = block + plan.scale * (left[start:stop] @ right)  # float32, or float64 if the base is
-            yield [self._rounded(name, block, changed=name in plan.changes)]
+            yield self._rounded(name, block, changed=name in plan.changes)
 
     def _value(self, name: str) -> tuple[Tensor | None, tuple[Tensor, Tensor] | None]:
         """(rows, width) what takes the base's place, or None; and factors of what is added to it, or None."""

@@ -19,8 +19,7 @@ from osrm_peft.io.tensors import all_finite
 from osrm_peft.merging.engine import Engine, rescalers
 from osrm_peft.merging.methods.average import average
 
-BLOCK = 2**18  # entries of a tensor that an element-wise method sees at once: they fit a processor's cache
-
+BLOCK = 2**19  # entries of a tensor that a method sees at once: few, for the cache, but threads meet at Python's lock
 
 Place = TypeVar("Place")
 Result = TypeVar("Result")
@@ -68,13 +67,17 @@ class Blocks:
             self._pool.shutdown(cancel_futures=True)
             torch.set_num_threads(self._threads)
 
-    def blocks(self, name: str) -> Iterator[list[Tensor]]:
-        """Yield (rows, width) blocks of the result in its dtype, a list with one tensor for each folder."""
-        dtype = self.plan.dtypes[name]
-        if not dtype.is_floating_point:
-            yield [self._same(name)] * len(self.plan.folders)
-            return
-        yield from self.in_order(lambda rows: self.block(name, *rows), self.rows(name))
+    def blocks(self, names: Sequence[str]) -> Iterator[list[Tensor]]:
+        """Yield (rows, width) blocks of the result in its dtype, a list with one tensor for each folder.
+
+        The memory of a block is used again when the next one is asked for.
+        """
+        whole = self.plan.method.whole_tensor(self.plan.options)  # of which threads would hold several at once
+        for together in [[name] for name in names] if whole else [names]:
+            places = ((name, *rows) for name in together for rows in self.rows(name))
+            for results in self.in_order(lambda place: self.block(*place), places):
+                yield results
+                self._rooms.give_back(results)
 
     def in_order(self, work: Callable[[Place], Result], places: Iterable[Place]) -> Iterator[Result]:
         """work(place) of all places, in their order, in threads if the method allows it."""
@@ -98,6 +101,8 @@ class Blocks:
     def block(self, name: str, start: int, stop: int) -> list[Tensor]:
         """These rows of a tensor of the result in its dtype, one tensor for each folder."""
         dtype = self.plan.dtypes[name]
+        if not dtype.is_floating_point:
+            return [self._same(name)] * len(self.plan.folders)
         with self.naming(name):
             if self.plan.method.linear is not None:
                 merged = [self._combined(name, start, stop)]
@@ -133,17 +138,25 @@ class Blocks:
         return ((rows if stop is None else stop) - start) * width
 
     def _combined(self, name: str, start: int, stop: int) -> Tensor:
-        """The result of one block of a linear method, θ₀ + λ Σ c_t τ_t."""
-        both = self._with_base(name, start, stop)
-        return torch.mv(both.view(len(both), -1).mT, self._factors(name)).view(both.shape[1:])
+        """The result of one block of a linear method in its dtype, θ₀ + λ Σ c_t τ_t."""
+        dtype = self.plan.dtypes[name]
+        stack = self._with_base(name, start, stop, less_base=not _is_short(dtype))
+        result = self._rooms.result(*stack.shape[1:], dtype=dtype)
+        inputs, flat = stack.view(len(stack), -1).mT, result.view(-1)
+        if dtype == torch.float32:
+            torch.mv(inputs, self._factors(name), out=flat)
+        else:
+            flat.copy_(torch.mv(inputs, self._factors(name), out=self._rooms.row(len(flat))))
+        return result
 
     def _factors(self, name: str) -> Tensor:
-        """(T,) λ c_t of a linear method, float32; and the base's 1 if there is one."""
+        """(T,) λ c_t of a linear method, float32; and the base's if there is one."""
         if name not in self._known_factors:
             weights = self.plan.weights[name]
             factors = self.plan.scale * (weights / weights.sum() if self.plan.method.linear == "mean" else weights)
-            rest = [] if self.plan.base is None else [1.0]
-            self._known_factors[name] = torch.tensor([*factors.tolist(), *rest], dtype=torch.float32)
+            base = 1.0 - float(factors.sum()) if _is_short(self.plan.dtypes[name]) else 1.0
+            of_base = [] if self.plan.base is None else [base]
+            self._known_factors[name] = torch.tensor([*factors.tolist(), *of_base], dtype=torch.float32)
         return self._known_factors[name]
 
     def _merge(self, name: str, stack: Tensor, under: Tensor | None) -> list[Tensor]:
@@ -168,6 +181,8 @@ class Blocks:
     def rows(self, name: str) -> Iterator[tuple[int, int]]:
         """(start, stop) of a tensor's blocks."""
         rows, width = self._shape(name)
+        if not self.plan.dtypes[name].is_floating_point:
+            return iter([(0, rows)])
         if name in self.plan.stacks:
             return ((expert, expert + 1) for expert in range(rows))
         whole = self.plan.method.spectral and is_matrix(self.plan.shapes[name])
@@ -194,11 +209,15 @@ class Blocks:
 
     _drawing: tuple[str, int] = ("", 0)
 
-    def _with_base(self, name: str, start: int, stop: int) -> Tensor:
-        """The same in main memory, unchecked, in one tensor: the task vectors, and the base's rows if there is one."""
+    def _with_base(self, name: str, start: int, stop: int, less_base: bool = True) -> Tensor:
+        """The same in main memory, unchecked, in one tensor: the task vectors, and the base's rows if there is one.
+
+        Args:
+            less_base: False: the models' weights in place of the task vectors.
+        """
         models = [*self.plan.models.values(), *([] if self.plan.base is None else [self.plan.base])]
         stack = self._rooms.stack(models, name, start, stop, self._shape(name)[1])
-        if self.plan.base is not None:
+        if self.plan.base is not None and less_base:
             stack[:-1].sub_(stack[-1])
         return stack
 
@@ -250,6 +269,11 @@ class _Stacks:
 
     def each(self, work: Callable[[Tensor], Tensor]) -> Iterator[Tensor]:
         return self.merge.in_order(lambda place: work(self.merge.task_vectors(*place)[0]), self.merge.places())
+
+
+def _is_short(dtype: torch.dtype) -> bool:
+    """Whether its rounding hides that of float32: where all models are equal, so is the result, without τ_t."""
+    return dtype.itemsize < torch.float32.itemsize
 
 
 def _sum(under: Tensor | None, direction: Tensor) -> Tensor:

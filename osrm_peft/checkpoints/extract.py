@@ -134,12 +134,14 @@ class Extractor:
     def close(self) -> None:
         """Nothing is held."""
 
-    def blocks(self, name: str) -> Iterator[list[Tensor]]:
-        """Yield one factor, or a layer's energies (share kept, ‖Δ‖²), alone in a list."""
-        if name not in self._made:
-            layer = name.rpartition("|")[0]
-            self._made = dict(zip([f"{layer}|A", f"{layer}|B", f"{layer}|energy"], self._factors(layer), strict=True))
-        yield [self._made.pop(name)]
+    def blocks(self, names: Sequence[str]) -> Iterator[list[Tensor]]:
+        """Yield factors and layers' energies (share kept, ‖Δ‖²), each alone in a list."""
+        for name in names:
+            if name not in self._made:
+                layer = name.rpartition("|")[0]
+                parts = [f"{layer}|A", f"{layer}|B", f"{layer}|energy"]
+                self._made = dict(zip(parts, self._factors(layer), strict=True))
+            yield [self._made.pop(name)]
 
     def _factors(self, layer: str) -> tuple[Tensor, Tensor, Tensor]:
         plan, tensor = self.plan, self.plan.weights[layer]

@@ -2,6 +2,8 @@
 
 import math
 import threading
+from collections import deque
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -18,6 +20,8 @@ class Rooms:
 
     def __init__(self, reused: bool) -> None:
         self._reused, self._local = reused, threading.local()
+        self._free: deque[Tensor] = deque()  # memory of results that are written
+        self._lent: dict[int, Tensor] = {}
 
     def stack(self, models: list[ModelFiles], name: str, start: int, stop: int, width: int) -> Tensor:
         """(models, rows, width) float32: rows start … stop of a tensor of each model, its first columns.
@@ -39,6 +43,26 @@ class Rooms:
             for one, row in zip(models, stack, strict=True):
                 row.copy_(one.read(name, start, stop)[:, :width])
         return stack
+
+    def row(self, entries: int) -> Tensor:
+        """(entries,) float32, not set; the next call of this thread gives the same memory, if it is reused."""
+        return self._room("row", torch.float32, 1, entries)[0][0]
+
+    def result(self, *shape: int, dtype: torch.dtype) -> Tensor:
+        """A tensor, not set, in memory of its own until it is given back."""
+        size = math.prod(shape) * dtype.itemsize
+        memory = None
+        with suppress(IndexError):  # none is free
+            memory = self._free.pop()
+        if memory is None or len(memory) < size:
+            memory = torch.empty(size, dtype=torch.uint8)
+        result = memory[:size].view(dtype).view(shape)
+        self._lent[id(result)] = memory
+        return result
+
+    def give_back(self, results: list[Tensor]) -> None:
+        """Let other results have the memory of these."""
+        self._free.extend(self._lent.pop(id(result)) for result in results if id(result) in self._lent)
 
     def holds(self, tensor: Tensor) -> bool:
         """Whether a tensor lies in memory that this thread uses again."""

@@ -75,8 +75,8 @@ class Maker(Protocol):
     def summarise(self, known: list[Any] | None) -> None:
         """Set the summary, which the tensors need: that of an interrupted work, or computed now."""
 
-    def blocks(self, name: str) -> Iterator[list[Tensor]]:
-        """Yield the rows of a tensor in the result's dtype, a list with one tensor for each folder."""
+    def blocks(self, names: Sequence[str]) -> Iterator[list[Tensor]]:
+        """Yield the rows of each tensor in turn, in the result's dtype, a list with one tensor for each folder."""
 
     def close(self) -> None:
         """Free what the maker holds."""

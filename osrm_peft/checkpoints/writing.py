@@ -31,13 +31,12 @@ def write_shard(work: Work, maker: Maker, paths: list[Path], names: list[str], b
         files = [stack.enter_context(stack.enter_context(new_file(path)).open("wb")) for path in paths]
         for file in files:
             file.write(text)
-        for name in names:
-            for blocks in maker.blocks(name):
-                for place, (file, block) in enumerate(zip(files, blocks, strict=False)):
-                    data = block.contiguous().view(-1).view(torch.uint8).numpy().data
-                    sums[place] = zlib.crc32(data, sums[place])
-                    file.write(data)
-                bar.update(blocks[0].nbytes)
+        for blocks in maker.blocks(names):
+            for place, (file, block) in enumerate(zip(files, blocks, strict=False)):
+                data = block.contiguous().view(-1).view(torch.uint8).numpy().data
+                sums[place] = zlib.crc32(data, sums[place])
+                file.write(data)
+            bar.update(blocks[0].nbytes)
     return [f"{one:08x}" for one in sums]
 
 

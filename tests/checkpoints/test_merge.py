@@ -98,6 +98,25 @@ def test_models_that_are_the_base_merge_to_it(base, tmp_path, method):
     same(tensors_of(out), tensors_of(base), rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("scale", [0.3, 1.0])
+@pytest.mark.parametrize("method", ["average", "task_arithmetic"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_linear_merges_are_rounded_once(tmp_path, method, dtype, scale):
+    draw, alike = torch.Generator().manual_seed(0), {}
+    base = torch.randn(500, 60, generator=draw).to(dtype)
+    models = {name: (base + 0.1 * torch.randn(500, 60, generator=draw)).to(dtype) for name in "abcdefgh"}
+    folders = {name: write(tmp_path / name, {"weight": one}) for name, one in (models | {"base": base}).items()}
+    under = folders.pop("base")
+    out = merge_checkpoints(folders, tmp_path / "out", method, base=under, scale=scale)
+    steps = torch.stack([one.double() - base.double() for one in models.values()])
+    exact = base.double() + scale * (steps.mean(0) if method == "average" else steps.sum(0))
+    # half a unit of the dtype, and float32 sums of nine products of entries below 8
+    torch.testing.assert_close(tensors_of(out)["weight"].double(), exact, rtol=torch.finfo(dtype).eps / 2, atol=1e-5)
+    for name in "abcdefgh":
+        alike[name] = write(tmp_path / f"alike-{name}", {"weight": base})
+    same(tensors_of(merge_checkpoints(alike, tmp_path / "all", method, base=under, scale=scale)), {"weight": base})
+
+
 @pytest.mark.parametrize(
     ("method", "options"),
     [(name, {}) for name in sorted(set(CASES) - {"lore", "tsv"})]

@@ -98,7 +98,7 @@ def test_torch_has_as_many_threads_as_before(small, tmp_path, monkeypatch, metho
     assert torch.get_num_threads() == 2
     for name in ("_with_base", "rows", "_combined" if method == "average" else "_merge"):
         with monkeypatch.context() as patch:
-            patch.setattr(blocks.Blocks, name, lambda *_: (_ for _ in ()).throw(StopHereError))
+            patch.setattr(blocks.Blocks, name, lambda *_, **__: (_ for _ in ()).throw(StopHereError))
             with pytest.raises(StopHereError):
                 merge_checkpoints(**given)
         assert torch.get_num_threads() == 2

@@ -58,9 +58,11 @@ def between_shards():
 
 
 def within_the_second():
-    def dying(self, name):
-        for count, found in enumerate(blocks(self, name)):
-            if "layer.0.output.dense.weight" in name and count == 1:
+    def dying(self, tensors):
+        places = [name for name in tensors for _ in self.rows(name)]
+        of_it = [place for place, name in enumerate(places) if "layer.0.output.dense.weight" in name]
+        for count, found in enumerate(blocks(self, tensors)):
+            if of_it and count == of_it[1]:
                 die()
             yield found
 
