@@ -152,11 +152,12 @@ class _Descent:
     def run(self, max_iterations: int, tolerance: float) -> dict[str, Any]:
         """Repeat both steps until θ₀ is at rest; returns the report."""
         size, moved, iterations = float(self.theta.norm()), math.inf, 0
+        X = torch.empty_like(self.base)  # for all steps: new memory takes as long as what is computed into it
         while not iterations or (moved > tolerance * size and iterations < max_iterations):
             moved = self._move_base() if self.kept else math.inf
             iterations += 1
             last = moved <= tolerance * size or iterations == max_iterations
-            if self._threshold_deltas(sure=last or iterations == 1):
+            if self._threshold_deltas(X, sure=last or iterations == 1):
                 moved = math.inf  # the last look found what others had missed
         report: dict[str, Any] = {"iterations": iterations, "converged": moved <= tolerance * size}
         return report | (
@@ -165,24 +166,29 @@ class _Descent:
 
     def _move_base(self) -> float:
         """θ₀ ← mean_t(θ_t − δ_t) = θ₀ + mean_t(X_t − δ_t) with X_t = θ_t − θ₀, in place; returns how far it moved."""
-        moved = 0.0
+        squares, T = 0.0, len(self.theta)
+        room, steps = (torch.empty_like(self.base[: _rows(self.base)]) for _ in range(2))
         for rows in _blocks(self.base):
-            step = torch.zeros_like(self.base[rows])
+            base = self.base[rows]
+            X, step = room[: len(base)], steps[: len(base)].zero_()
             for theta_t, kept in zip(self.theta, self.kept, strict=True):
-                X = theta_t[rows] - self.base[rows]
-                step += X - kept.soft(X, self.mu)
-            step /= len(self.theta)
-            self.base[rows] += step
-            moved += float(step.double().square().sum())
-        return math.sqrt(moved)
+                torch.sub(theta_t[rows], base, out=X)
+                step.add_(X).addmm_(kept.shrunk(X, self.mu), kept.V.mT, alpha=-1)
+            base.add_(step, alpha=1 / T)
+            squares += float(torch.linalg.vector_norm(step)) ** 2
+        return math.sqrt(squares) / T
 
-    def _threshold_deltas(self, sure: bool) -> bool:
-        """δ_t ← SVT(θ_t − θ₀; μ); returns whether a δ_t has more directions than before, if they are `sure` now."""
+    def _threshold_deltas(self, X: Tensor, sure: bool) -> bool:
+        """δ_t ← SVT(θ_t − θ₀; μ); returns whether a δ_t has more directions than before, if they are `sure` now.
+
+        Args:
+            X: (o, n) memory for θ_t − θ₀.
+        """
         last, self.kept = self.kept, []
         for theta_t in self.theta:
-            X, start = theta_t - self.base, last[len(self.kept)] if last else None
+            torch.sub(theta_t, self.base, out=X)
+            start = last[len(self.kept)] if last else None
             self.kept.append(above(X, self.mu, start, sure) if self.rank is None else strongest(X, self.rank))
-            del X  # not two of them at once
         return sure and any(len(one.S) > len(before.S) for one, before in zip(self.kept, last, strict=False))
 
     def _objective(self) -> float:
@@ -225,5 +231,8 @@ def _tall(X: Tensor) -> Tensor:
 
 def _blocks(X: Tensor) -> list[slice]:
     """Slices of some rows each, so that a step makes no further (o, n) matrix."""
-    size = max(1, _ENTRIES // max(X.shape[1], 1))
-    return [slice(start, start + size) for start in range(0, len(X), size)]
+    return [slice(start, start + _rows(X)) for start in range(0, len(X), _rows(X))]
+
+
+def _rows(X: Tensor) -> int:
+    return max(1, _ENTRIES // max(X.shape[1], 1))

@@ -9,7 +9,7 @@ from torch import Tensor
 from osrm_peft.merging.lowrank import SMALL, thin_svd
 
 TOLERANCE = 1e-5  # of the norm of what is found
-_NEXT = 0.5  # of μ: as far as the directions go that are iterated
+_NEXT = 0.7  # of μ: as far as the directions go that are iterated
 _SPARE = 8  # of those beyond
 _ROUNDS = 30
 
@@ -22,8 +22,12 @@ class Directions(NamedTuple):
     more: Tensor | None = None
 
     def soft(self, rows: Tensor, mu: float) -> Tensor:
-        """(b, n) rows of SVT(X; μ) = U (Σ − μ) Vᵀ from the same (b, n) rows of X: U Σ = X V, so U is not kept."""
-        return (rows @ self.V * (1 - mu / self.S.clamp_min(torch.finfo(self.S.dtype).tiny))) @ self.V.mT
+        """(b, n) rows of SVT(X; μ) = U (Σ − μ) Vᵀ from the same (b, n) rows of X."""
+        return self.shrunk(rows, mu) @ self.V.mT
+
+    def shrunk(self, rows: Tensor, mu: float) -> Tensor:
+        """(b, k) rows of U (Σ − μ) from (b, n) rows of X: U Σ = X V, so U is not kept."""
+        return rows @ self.V * (1 - mu / self.S.clamp_min(torch.finfo(self.S.dtype).tiny))
 
 
 def above(X: Tensor, mu: float, start: Directions | None = None, sure: bool = True) -> Directions:
