@@ -6,8 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 from tests.helpers.models import make_base
+
+settings.register_profile("other work on the machine", deadline=None)
+settings.load_profile("other work on the machine")
 
 # What `make test-fast` leaves out: files, or single tests (the beginning of FILE::NAME), below tests/.
 MARKED = {

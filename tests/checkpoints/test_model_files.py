@@ -90,7 +90,7 @@ def every_kind(tmp_path_factory):
     return ModelFiles(folder), load_file(folder / WEIGHTS)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.data())
 def test_rows_are_those_of_the_whole_tensor(every_kind, data):
     files, tensors = every_kind
@@ -137,7 +137,7 @@ def test_the_identity_changes_with_the_file(tmp_path):
     assert files.identity() != before
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.binary(max_size=300))
 def test_the_checksum_is_crc32(tmp_path_factory, content):
     path = tmp_path_factory.getbasetemp() / "content"
@@ -166,7 +166,7 @@ def sound(tmp_path_factory):
     return root, (root / "a" / WEIGHTS).read_bytes()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.data())
 def test_a_file_that_is_cut_short_is_refused_by_its_name(sound, data):
     root, content = sound
@@ -180,7 +180,7 @@ def test_a_file_that_is_cut_short_is_refused_by_its_name(sound, data):
         ModelFiles(root / "cut")
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=250)
 @given(st.data())
 def test_flipped_bytes_of_a_header_are_refused_or_do_no_harm(sound, data):
     root, content = sound

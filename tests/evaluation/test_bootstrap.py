@@ -22,7 +22,7 @@ def brute_force(metric, predictions, references, counts):
 
 
 @pytest.mark.parametrize("metric", ["accuracy", "matthews", "pearson_spearman"])
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(data=st.data())
 def test_the_metric_of_resampled_rows_is_that_of_the_rows_written_out(metric, data):
     rows = data.draw(st.integers(2, 12))

@@ -169,7 +169,7 @@ names = st.text(st.characters(codec="utf-8", exclude_categories=["Cs", "Cc"]), m
 shapes = st.lists(st.integers(0, 4), max_size=3).map(tuple)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     wanted=st.dictionaries(names.filter(lambda name: name != "__metadata__"), shapes, max_size=4),
     dtype=st.sampled_from([torch.float64, torch.float32, torch.float16, torch.bfloat16]),

@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from osrm_peft.adapters.factors import Factors
@@ -18,7 +18,6 @@ def factors(o, n, r, seed=0):
     return Factors(torch.randn(r, n, generator=generator), torch.randn(o, r, generator=generator), 0.7)
 
 
-@settings(deadline=None)
 @given(shapes)
 def test_balancing_keeps_the_product_and_shares_its_size(shape):
     given_factors = factors(*shape)
@@ -28,7 +27,6 @@ def test_balancing_keeps_the_product_and_shares_its_size(shape):
     assert len(A) == min(shape)  # random factors have full rank
 
 
-@settings(deadline=None)
 @given(shapes, st.integers(1, 12))
 def test_compression_is_the_truncated_svd_with_its_energy(shape, rank):
     product = factors(*shape)
@@ -40,7 +38,6 @@ def test_compression_is_the_truncated_svd_with_its_energy(shape, rank):
     assert result.factors.rank <= rank
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=4), st.integers(2, 8), st.integers(2, 8))
 def test_the_core_is_an_exact_change_of_basis(ranks, o, n):
     """Tr may exceed o and n, tasks may be missing, ranks differ: left · M_t · rightᵀ = τ_t, bases orthonormal."""

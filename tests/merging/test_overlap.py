@@ -43,7 +43,7 @@ def same(actual, expected, tolerance=1e-6):
     torch.testing.assert_close(actual, torch.as_tensor(expected).double(), rtol=0, atol=tolerance, equal_nan=True)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(shapes)
 def test_cosines_are_those_of_dense_bases_whatever_the_ranks(problem):
     o, n, ranks, seed = problem

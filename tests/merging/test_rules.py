@@ -44,7 +44,7 @@ def solution(adapters, vectors, layers):
 # ---- cross energies
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(
     st.integers(1, 5),
     st.integers(1, 5),

@@ -23,7 +23,7 @@ def rebuilt(layer):
     return stack if layer.right is None else stack @ layer.right.mT
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(problems)
 def test_knots_is_the_svd_of_the_concatenated_task_vectors(problem):
     adapters, _ = draw(problem)
@@ -40,7 +40,7 @@ def test_knots_is_the_svd_of_the_concatenated_task_vectors(problem):
         close(sign * layer.stack[:, i], stack[:, i], 1e-7, float(S[0]))
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(problems)
 def test_every_space_holds_the_task_vectors_exactly_in_orthonormal_bases(problem):
     adapters, _ = draw(problem)

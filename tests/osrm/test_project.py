@@ -75,7 +75,7 @@ settings_of_a_task = {
 }  # fmt: skip
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(**settings_of_a_task, seed=st.integers(0, 3), with_own=st.booleans(), s=st.sampled_from([0.5, 2.0]))
 def test_the_paper_s_projection_is_the_dense_formula(o, r, n, k, T, statistic, seed, with_own, s):
     others, own = tasks(T, k, n, statistic), tasks(1, k, n, statistic, seed=5)[0] if with_own else None
@@ -101,7 +101,7 @@ def projected_brute_force(delta, others, S_own, keep):
     return candidates[p], p
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(
     **settings_of_a_task, keep=st.one_of(st.floats(0.01, 1), st.just(1.0)),
     own_form=st.sampled_from(list(FORMS)), form=st.sampled_from(list(FORMS)),

@@ -37,7 +37,7 @@ def drawn(counts, s, n, seed):
     return [x.unflatten(0, (-1, s)) for x in rows.split([count * s for count in counts])]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     counts=st.lists(st.integers(1, 12), min_size=1, max_size=3), s=st.integers(1, 3), n=st.integers(1, 12),
     statistic=st.sampled_from(STATISTICS), seed=st.integers(0, 10**6),
@@ -70,7 +70,7 @@ def assert_a_pool_computes_with(pool, S, n, seed, tolerance):
     torch.testing.assert_close(times, S @ A.T, rtol=0, atol=tolerance * scale)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     counts=st.lists(st.integers(1, 12), min_size=1, max_size=3), n=st.integers(1, 24),
     statistic=st.sampled_from(STATISTICS), seed=st.integers(0, 10**6),

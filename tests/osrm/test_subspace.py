@@ -42,7 +42,7 @@ def assert_orthonormal(A):
     torch.testing.assert_close(A @ A.T, torch.eye(len(A), dtype=A.dtype), rtol=0, atol=1e-12)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     T=st.integers(1, 3), k=st.integers(1, 30), n=st.integers(2, 12), share=st.floats(0, 1),
     statistic=st.sampled_from(["mean", "sample", "token"]),
@@ -178,7 +178,7 @@ def test_all_the_own_energy_that_the_others_leave_free_is_taken():
     assert energy(A, own.second_moment()) == pytest.approx(float(best), rel=1e-5)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(k=st.integers(1, 12), n=st.integers(3, 14), r=st.integers(1, 5), p=st.integers(0, 8), share=st.booleans())
 def test_protect_keeps_a_off_the_strongest_directions(k, n, r, p, share):
     """As far as there is room: of the truncated S, A has the least energy of all frames."""

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from osrm_peft.selection.race import FACTOR, FEWEST, rounds, survivors
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.integers(1, 200), st.integers(2, 5000))
 def test_rounds_grow_to_all_rows_and_never_begin_with_few(candidates, rows):
     shares = rounds(candidates, rows)
@@ -38,7 +38,7 @@ def test_the_best_third_goes_on_and_what_may_be_as_good():
     assert survivors(values(0.3)) == [0]
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=30), st.floats(0, 0.3))
 def test_the_best_always_survives(means, spread):
     found = survivors(values(*means, spread=spread))

@@ -85,7 +85,7 @@ CLASSES = st.one_of(
 )
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(data=st.data())
 def test_what_other_programs_write_is_read_alike_from_four_formats(tmp_path_factory, data):
     folder = tmp_path_factory.mktemp("written")

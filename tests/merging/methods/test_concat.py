@@ -11,7 +11,7 @@ from tests.helpers.adapters import make_adapter, tensors_of
 from tests.helpers.lora import close, dense, draw, lora, problems
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(problems)
 def test_the_factors_are_exactly_the_adapters_own(problem):
     adapters, weights = draw(problem)
@@ -22,7 +22,7 @@ def test_the_factors_are_exactly_the_adapters_own(problem):
     torch.testing.assert_close(factors.B.double(), torch.cat(scaled, 1), rtol=2**-23, atol=0)  # one rounding
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(problems)
 def test_the_task_vector_is_the_weighted_sum_and_that_of_task_arithmetic(problem):
     adapters, weights = draw(problem)

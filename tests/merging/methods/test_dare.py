@@ -22,7 +22,7 @@ def dropped(adapters, task, seed=0, drop_rate=0.5):
     return {name: torch.where(d.abs() > 1e-6 * d.abs().max(), d, 0).float() for name, d in found.items()}
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(st.integers(1, 4), st.integers(1, 6), st.integers(1, 6), st.floats(0, 0.95), st.integers(0, 99))
 def test_an_entry_is_dropped_or_divided_by_1_minus_p(T, o, n, p, seed):
     tau = torch.randn(T, o, n, generator=torch.Generator().manual_seed(seed))

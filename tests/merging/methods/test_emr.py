@@ -28,7 +28,7 @@ def elect(entries):
     return unified, [x * unified > 0 for x in entries]
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(st.integers(1, 5), st.integers(1, 5), st.integers(1, 5), st.integers(0, 999), st.booleans())
 def test_the_shared_vector_and_the_masks_are_algorithm_1(T, o, n, seed, coarse):
     generator = torch.Generator().manual_seed(seed)
@@ -115,7 +115,7 @@ def test_a_mask_is_one_bit_an_entry_and_task():
         assert layer.unified.shape == (o, n)
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(st.integers(1, 3), st.integers(1, 5), st.integers(1, 5), st.integers(0, 99))
 def test_packed_bits_are_the_masks_row_by_row(T, o, n, seed):
     masks = torch.rand(T, o, n, generator=torch.Generator().manual_seed(seed)) < 0.5

@@ -23,7 +23,7 @@ def entry(weights, F, tau):
     return sum(w * f * x for w, f, x in zip(weights, F, tau, strict=True)) / bottom
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(st.integers(1, 4), st.integers(1, 5), st.integers(1, 5), st.integers(0, 999))
 def test_each_entry_is_the_paper_s_mean(T, o, n, seed):
     tau, F = draw(T, o, n, seed)

@@ -52,7 +52,7 @@ def reduced(h, alpha, ridge=0.0):
     return G_tilde
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(problems)
 def test_it_minimises_the_distance_of_the_outputs(problem):
     """min_W Σ_t |w_t| E‖(W − sgn(w_t) τ_t) h_t‖² as one tall least-squares problem; tasks differ in rows."""
@@ -65,7 +65,7 @@ def test_it_minimises_the_distance_of_the_outputs(problem):
     assert found.rank == sum(problem[2])
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(problems, st.sampled_from([0.0, 0.1, 0.9]), st.sampled_from([0.0, 0.2]))
 def test_with_the_off_diagonal_scaled_it_is_the_closed_form(problem, alpha, ridge):
     factors, tau, weights, hs = problem_with_inputs(problem)
@@ -154,7 +154,7 @@ def test_one_direction_that_no_input_has_is_singular_too(n):
             regmean([factors, None], torch.ones(2), [gram, gram], off_diagonal=1.0)
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(st.integers(1, 12), st.floats(0, 1), st.sampled_from([0.0, 1e-3, 0.5]), st.integers(0, 99))
 def test_the_condition_is_that_of_the_matrix_that_is_solved_scaled_to_a_diagonal_of_ones(n, alpha, ridge, seed):
     h = inputs(n, 3 * n + 2, seed)

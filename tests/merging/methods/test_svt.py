@@ -153,7 +153,7 @@ def test_a_step_that_needed_many_directions_leaves_few_to_start_from(monkeypatch
     assert few.V.untyped_storage().nbytes() == few.V.nbytes  # and not all of them behind a view
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(1, 40), st.integers(1, 40), st.floats(0, 1.2), st.integers(0, 2**16))
 def test_narrow_matrices_are_cut_exactly(o, n, share, seed):
     X = torch.randn(o, n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)

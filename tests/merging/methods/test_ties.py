@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from osrm_peft import load_adapter, merge_adapters
@@ -16,7 +16,6 @@ def draw(T, o, n, seed):
     return torch.randn(T, o, n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).float().double()
 
 
-@settings(deadline=None)
 @given(st.integers(1, 4), st.integers(1, 5), st.integers(1, 6), st.floats(0.01, 1), st.integers(0, 99))
 def test_one_layer_against_the_paper_written_out(T, o, n, density, seed):
     tau = draw(T, o, n, seed)

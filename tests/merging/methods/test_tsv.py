@@ -36,7 +36,7 @@ def low_rank(T, o, n, r, seed=0):
     return B @ torch.randn(T, r, n, generator=generator, dtype=torch.float64)
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(problems)
 def test_it_is_the_paper_s_algorithm(problem):
     adapters, weights = draw_adapters(problem)
