@@ -14,6 +14,7 @@ from osrm_peft.adapters.experts import owners
 from osrm_peft.adapters.factors import Factors
 from osrm_peft.devices import computing, in_threads
 from osrm_peft.distributed import ALONE, Processes
+from osrm_peft.io.tensors import all_finite
 from osrm_peft.merging import advice
 from osrm_peft.merging.emr_adapter import EMRAdapter, EMRLayer
 from osrm_peft.merging.engine import Engine, rescalers
@@ -251,7 +252,7 @@ def _merge_layer(
 
 
 def _check_finite(tensor: Tensor) -> None:
-    if not bool(tensor.isfinite().all()):
+    if not all_finite(tensor):
         raise ValueError(_TOO_LARGE)
 
 

@@ -60,8 +60,10 @@ def enter(space: str, adapters: Sequence[Factors | None]) -> Layer:
     if space == "knots":
         norms = [A.norm(dim=1) for _, A in pairs]  # balanced rows of A are orthogonal: same τ τᵀ
         left, parts = column_basis([B * norm for (B, _), norm in zip(pairs, norms, strict=True)])
-        stack = [part @ (A / norm[:, None]) for part, (_, A), norm in zip(parts, pairs, norms, strict=True)]
-        return Layer(torch.stack(stack), left)
+        stack = new(len(pairs), left.shape[1], n, dtype=torch.float64)
+        for into, part, (_, A), norm in zip(stack, parts, pairs, norms, strict=True):
+            torch.mm(part, A / norm[:, None], out=into)
+        return Layer(stack, left)
     left, columns = column_basis([B for B, _ in pairs])  # (o, p)
     right, rows = column_basis([A.mT for _, A in pairs])  # (n, q)
     return Layer(torch.stack([b @ a.mT for b, a in zip(columns, rows, strict=True)]), left, right)
