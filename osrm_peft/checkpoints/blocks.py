@@ -44,7 +44,7 @@ class Blocks:
         self.workers, self._threads = 1 if alone else os.cpu_count() or 1, torch.get_num_threads()
         self._pool = None if alone else ThreadPoolExecutor(self.workers)
         self._rooms = Rooms(reused=not alone)
-        self._known_factors: dict[str, Tensor] = {}
+        self._known_factors: dict[tuple[str, bool], Tensor] = {}
         if self._pool is not None:
             torch.set_num_threads(1)
 
@@ -74,10 +74,13 @@ class Blocks:
         """
         whole = self.plan.method.whole_tensor(self.plan.options)  # of which threads would hold several at once
         for together in [[name] for name in names] if whole else [names]:
-            places = ((name, *rows) for name in together for rows in self.rows(name))
-            for results in self.in_order(lambda place: self.block(*place), places):
-                yield results
-                self._rooms.give_back(results)
+            yield from self.made((name, *rows) for name in together for rows in self.rows(name))
+
+    def made(self, places: Iterable[tuple[str, int, int]]) -> Iterator[list[Tensor]]:
+        """The blocks of these (tensor, start, stop), as `blocks` yields them."""
+        for results in self.in_order(lambda place: self.block(*place), places):
+            yield results
+            self._rooms.give_back(results)
 
     def in_order(self, work: Callable[[Place], Result], places: Iterable[Place]) -> Iterator[Result]:
         """work(place) of all places, in their order, in threads if the method allows it."""
@@ -103,19 +106,34 @@ class Blocks:
         dtype = self.plan.dtypes[name]
         if not dtype.is_floating_point:
             return [self._same(name)] * len(self.plan.folders)
+        if self.plan.method.linear is not None:
+            return [self._linear(name, start, stop)]
         with self.naming(name):
-            if self.plan.method.linear is not None:
-                merged = [self._combined(name, start, stop)]
-            else:
-                merged = self._merge(name, *self.task_vectors(name, start, stop))
+            merged = self._merge(name, *self.task_vectors(name, start, stop))
         results = [result.to(dtype).cpu() for result in merged]
         results = [result.clone() if self._rooms.holds(result) else result for result in results]
         if not all(map(all_finite, results)):
-            if self.plan.method.linear is not None:  # NaN of a model shows in the result, and only there
-                self._check_inputs(name, self.task_vectors(name, start, stop)[0])
-            kind = str(dtype).removeprefix("torch.")
-            raise ValueError(f"{name!r} of the result is too large for {kind}: lower the scale, or give another dtype")
+            raise self._too_large(name)
         return results
+
+    def _linear(self, name: str, start: int, stop: int) -> Tensor:
+        """The same of a linear method.
+
+        Rounding to 16 bits hides that of float32 sums, so that models which are equal give themselves without a
+        subtraction first; but where weights are near bfloat16's largest, those sums overflow.
+        """
+        short = self.plan.dtypes[name].itemsize < torch.float32.itemsize
+        for less_base in (False, True) if short else (True,):
+            with self.naming(name):
+                result = self._combined(name, start, stop, less_base)
+            if all_finite(result):
+                return result
+        self._check_inputs(name, self.task_vectors(name, start, stop)[0])  # NaN of a model shows in the result
+        raise self._too_large(name)
+
+    def _too_large(self, name: str) -> ValueError:
+        kind = str(self.plan.dtypes[name]).removeprefix("torch.")
+        return ValueError(f"{name!r} of the result is too large for {kind}: lower the scale, or give another dtype")
 
     @contextmanager
     def naming(self, name: str) -> Iterator[None]:
@@ -137,27 +155,25 @@ class Blocks:
         rows, width = self._shape(name)
         return ((rows if stop is None else stop) - start) * width
 
-    def _combined(self, name: str, start: int, stop: int) -> Tensor:
-        """The result of one block of a linear method in its dtype, θ₀ + λ Σ c_t τ_t."""
-        dtype = self.plan.dtypes[name]
-        stack = self._with_base(name, start, stop, less_base=not _is_short(dtype))
-        result = self._rooms.result(*stack.shape[1:], dtype=dtype)
+    def _combined(self, name: str, start: int, stop: int, less_base: bool) -> Tensor:
+        """θ₀ + Σ f_t τ_t with f_t = λ c_t; or, not `less_base`, the same as Σ f_t θ_t + (1 − Σ f_t) θ₀."""
+        dtype, stack = self.plan.dtypes[name], self._with_base(name, start, stop, less_base)
+        factors, result = self._factors(name, less_base), self._rooms.result(*stack.shape[1:], dtype=dtype)
         inputs, flat = stack.view(len(stack), -1).mT, result.view(-1)
         if dtype == torch.float32:
-            torch.mv(inputs, self._factors(name), out=flat)
+            torch.mv(inputs, factors, out=flat)
         else:
-            flat.copy_(torch.mv(inputs, self._factors(name), out=self._rooms.row(len(flat))))
+            flat.copy_(torch.mv(inputs, factors, out=self._rooms.row(len(flat))))
         return result
 
-    def _factors(self, name: str) -> Tensor:
-        """(T,) λ c_t of a linear method, float32; and the base's if there is one."""
-        if name not in self._known_factors:
+    def _factors(self, name: str, less_base: bool) -> Tensor:
+        """(T,) f_t, float32, and the base's factor if there is one."""
+        if (name, less_base) not in self._known_factors:
             weights = self.plan.weights[name]
             factors = self.plan.scale * (weights / weights.sum() if self.plan.method.linear == "mean" else weights)
-            base = 1.0 - float(factors.sum()) if _is_short(self.plan.dtypes[name]) else 1.0
-            of_base = [] if self.plan.base is None else [base]
-            self._known_factors[name] = torch.tensor([*factors.tolist(), *of_base], dtype=torch.float32)
-        return self._known_factors[name]
+            of_base = [] if self.plan.base is None else [1.0 if less_base else 1.0 - float(factors.sum())]
+            self._known_factors[name, less_base] = torch.tensor([*factors.tolist(), *of_base], dtype=torch.float32)
+        return self._known_factors[name, less_base]
 
     def _merge(self, name: str, stack: Tensor, under: Tensor | None) -> list[Tensor]:
         """The results of one block: one tensor, or with EMR one for each model."""
@@ -187,7 +203,7 @@ class Blocks:
             return ((expert, expert + 1) for expert in range(rows))
         whole = self.plan.method.spectral and is_matrix(self.plan.shapes[name])
         whole = whole or self.plan.method.whole_tensor(self.plan.options)
-        size = rows if whole else max(1, BLOCK // max(width, 1))
+        size = max(1, rows if whole else BLOCK // max(width, 1))
         return ((start, min(start + size, rows)) for start in range(0, rows, size))
 
     def task_vectors(self, name: str, start: int, stop: int) -> tuple[Tensor, Tensor | None]:
@@ -236,9 +252,10 @@ class Blocks:
 
     def _same(self, name: str) -> Tensor:
         """A tensor of whole numbers, which must be equal in all models."""
-        (first, one), *others = ((model, files.read(name)) for model, files in self.plan.models.items())
-        for model, other in others:
-            if not torch.equal(one, other):
+        first, *others = self.plan.models
+        one = self.plan.models[first].read(name)
+        for model in others:
+            if not torch.equal(one, self.plan.models[model].read(name)):
                 raise ValueError(f"{name!r} holds whole numbers, and other ones in {model!r} than in {first!r}")
         return one
 
@@ -269,11 +286,6 @@ class _Stacks:
 
     def each(self, work: Callable[[Tensor], Tensor]) -> Iterator[Tensor]:
         return self.merge.in_order(lambda place: work(self.merge.task_vectors(*place)[0]), self.merge.places())
-
-
-def _is_short(dtype: torch.dtype) -> bool:
-    """Whether its rounding hides that of float32: where all models are equal, so is the result, without τ_t."""
-    return dtype.itemsize < torch.float32.itemsize
 
 
 def _sum(under: Tensor | None, direction: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""merge_checkpoints: merges from disk to disk, tensor by tensor; an interrupted merge can go on."""
+"""merge_checkpoints: merges from disk to disk, some rows at a time; an interrupted merge can go on."""
 
 from collections.abc import Mapping, Sequence
 from functools import partial

@@ -1,9 +1,8 @@
-"""Rooms: memory for blocks that a thread uses again; new memory would cost as much as the work in it."""
+"""Rooms: memory for blocks that is used again; new memory would cost as much as the work in it."""
 
 import math
 import threading
 from collections import deque
-from contextlib import suppress
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from osrm_peft.checkpoints.model_files import ModelFiles
 
 
 class Rooms:
-    """Memory for the blocks of models, each thread's own.
+    """Memory for the blocks of models, each thread's own, and for results, which go from thread to thread.
 
     Few calls of torch matter as much as few bytes: at each call threads take turns at Python's lock.
     """
@@ -51,10 +50,11 @@ class Rooms:
     def result(self, *shape: int, dtype: torch.dtype) -> Tensor:
         """A tensor, not set, in memory of its own until it is given back."""
         size = math.prod(shape) * dtype.itemsize
-        memory = None
-        with suppress(IndexError):  # none is free
+        try:
             memory = self._free.pop()
-        if memory is None or len(memory) < size:
+        except IndexError:  # none is free
+            memory = torch.empty(size, dtype=torch.uint8)
+        if len(memory) < size:
             memory = torch.empty(size, dtype=torch.uint8)
         result = memory[:size].view(dtype).view(shape)
         self._lent[id(result)] = memory

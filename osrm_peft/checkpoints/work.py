@@ -76,7 +76,10 @@ class Maker(Protocol):
         """Set the summary, which the tensors need: that of an interrupted work, or computed now."""
 
     def blocks(self, names: Sequence[str]) -> Iterator[list[Tensor]]:
-        """Yield the rows of each tensor in turn, in the result's dtype, a list with one tensor for each folder."""
+        """Yield the rows of each tensor in turn, in the result's dtype, a list with one tensor for each folder.
+
+        The next step may write into the memory of what was yielded.
+        """
 
     def close(self) -> None:
         """Free what the maker holds."""

@@ -193,9 +193,10 @@ def test_tensors_of_every_shape_are_merged(tmp_path):
     }
     states = {name: tensors_of(folder) for name, folder in folders.items()}
     models = {"a": folders["a"], "b": folders["b"]}
-    for method in ONE_RESULT:
+    layer = {"trim": "layer"}
+    for method, options in [*((name, CASES[name]) for name in ONE_RESULT), ("ties", layer), ("dare_ties", layer)]:
         out = tensors_of(
-            merge_checkpoints(models, tmp_path / "out", method, base=folders["base"], overwrite=True, **CASES[method])
+            merge_checkpoints(models, tmp_path / "out", method, base=folders["base"], overwrite=True, **options)
         )
         assert {name: tuple(tensor.shape) for name, tensor in out.items()} == shapes
         if method in ("average", "lore", "tsv", "iso"):
@@ -203,6 +204,31 @@ def test_tensors_of_every_shape_are_merged(tmp_path):
                 torch.testing.assert_close(out[name], (states["a"][name] + states["b"][name]) / 2)
     emr = merge_checkpoints(models, tmp_path / "emr", "emr", base=folders["base"])
     assert {name: tuple(tensor.shape) for name, tensor in tensors_of(emr / "b").items()} == shapes
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("scale", [-0.3, 0.3, 1.0])
+def test_equal_models_give_themselves_however_large(tmp_path, dtype, scale):
+    mask = torch.tensor([[torch.finfo(dtype).min, torch.finfo(dtype).max, 0.0, 1.0]]).to(dtype)
+    folders = {name: write(tmp_path / name, {"mask": mask}) for name in ("base", *"abcdefgh")}
+    under = folders.pop("base")
+    out = merge_checkpoints(folders, tmp_path / "out", "task_arithmetic", base=under, scale=scale)
+    same(tensors_of(out), {"mask": mask})
+
+
+def test_layers_that_are_trimmed_whole_are_in_memory_one_at_a_time(three, base, tmp_path, monkeypatch):
+    block, begun, seen = blocks.Blocks.block, [], []
+    monkeypatch.setattr(blocks.Blocks, "block", lambda *place: (begun.append(place), block(*place))[1])
+    made = blocks.Blocks.made
+
+    def watched(self, places):
+        for results in made(self, places):
+            seen.append(len(begun))
+            yield results
+
+    monkeypatch.setattr(blocks.Blocks, "made", watched)
+    merge_checkpoints(three, tmp_path / "out", "ties", base=base, trim="layer")
+    assert seen == list(range(1, len(seen) + 1)) and len(seen) > 20
 
 
 def test_lore_of_two_models_and_a_far_scale_are_said(three, base, tmp_path):

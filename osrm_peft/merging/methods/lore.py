@@ -151,7 +151,7 @@ class _Descent:
 
     def run(self, max_iterations: int, tolerance: float) -> dict[str, Any]:
         """Repeat both steps until θ₀ is at rest; returns the report."""
-        size, moved, iterations = float(self.theta.norm()), math.inf, 0
+        size, moved, iterations = _norm(self.theta), math.inf, 0
         X = torch.empty_like(self.base)  # for all steps: new memory takes as long as what is computed into it
         while not iterations or (moved > tolerance * size and iterations < max_iterations):
             moved = self._move_base() if self.kept else math.inf
@@ -175,7 +175,7 @@ class _Descent:
                 torch.sub(theta_t[rows], base, out=X)
                 step.add_(X).addmm_(kept.shrunk(X, self.mu), kept.V.mT, alpha=-1)
             base.add_(step, alpha=1 / T)
-            squares += float(torch.linalg.vector_norm(step)) ** 2
+            squares += _norm(step) ** 2
         return math.sqrt(squares) / T
 
     def _threshold_deltas(self, X: Tensor, sure: bool) -> bool:
@@ -222,6 +222,12 @@ class _Descent:
         if narrow > SMALL and self.rank is None:
             rounding += 4 * TOLERANCE * sum(float((kept.S - self.mu).norm()) for kept in self.kept)
         return rounding
+
+
+def _norm(X: Tensor) -> float:
+    """‖X‖_F, also where float32 has no room for the squares of the entries."""
+    norm = float(torch.linalg.vector_norm(X))
+    return norm if norm > 1e-12 else float(torch.linalg.vector_norm(X, dtype=torch.float64))
 
 
 def _tall(X: Tensor) -> Tensor:

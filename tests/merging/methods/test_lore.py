@@ -160,6 +160,13 @@ def test_the_tolerance_is_relative_to_the_task_vectors(power):
     assert lore(tau, torch.ones(4), tolerance=1e-6).report["iterations"] > one.report["iterations"]
 
 
+def test_wide_task_vectors_may_be_smaller_than_float32_has_squares_for():
+    tau = torch.randn(3, 300, 280, generator=torch.Generator().manual_seed(0)) * torch.linspace(1, 0, 280) ** 4
+    one, other = lore(tau, torch.ones(3), tolerance=1e-4), lore(2.0**-70 * tau, torch.ones(3), tolerance=1e-4)
+    assert one.report["converged"] and 3 < one.report["iterations"] == other.report["iterations"]
+    torch.testing.assert_close(other.offset * 2.0**70, one.offset, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("space", ["core", "weight", "knots"])
 @pytest.mark.parametrize("scale", [0.0, 0.5, -2.0])
 def test_a_rank_is_of_offset_and_direction_together(tmp_path, space, scale):
