@@ -38,12 +38,13 @@ reproduce-smollm2: $(INSTALLED)  ## the main table of a decoder: about 30 minute
 	$(BIN)/python recipes/smollm2.py --out results/models/smollm2-135m
 	$(BIN)/python recipes/reproduce.py --config recipes/configs/reproduce_smollm2.yaml --out docs/results/smollm2
 
-# The tables of docs/results/benchmarks.md; checkpoints.py and beside_mergekit.py take --mergekit, gpu.py needs a GPU.
+# The tables of docs/results/benchmarks.md; `make bench MERGEKIT=PATH` has mergekit's beside ours; gpu.py needs a GPU.
 bench: $(INSTALLED)  ## speed and memory, side by side: about half an hour
 	$(BIN)/python benchmarks/startup.py
 	$(BIN)/python benchmarks/merging.py
-	$(BIN)/python benchmarks/checkpoints.py
+	$(BIN)/python benchmarks/checkpoints.py $(if $(MERGEKIT),--mergekit $(MERGEKIT))
 	$(BIN)/python benchmarks/osrm_init.py
+	$(if $(MERGEKIT),$(BIN)/python benchmarks/beside_mergekit.py --mergekit $(MERGEKIT))
 
 # Two workers of one thread each: some tests wait, for processes or for a server. Files of one long test do not come last.
 test: lint $(ENGINES)  ## linters, types and all tests: 13 to 15 minutes
