@@ -10,6 +10,7 @@ holds the inputs. Ratios matter, not seconds: machines differ and drift.
 
 import argparse
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -86,6 +87,7 @@ def throughput(mergekit: Path | None) -> None:
         with tempfile.TemporaryDirectory() as folder:
             root = Path(folder)
             models, base = write_models(root, layers=2 if dtype == torch.float32 else 8, dtype=dtype)
+            os.sync()  # else the first ways would share the disk with these models
             size = sum(path.stat().st_size for path in root.glob("model*/*.safetensors"))
             name = str(dtype).removeprefix("torch.")
             table = _table(

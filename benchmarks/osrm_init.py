@@ -237,7 +237,8 @@ def _ours(model: nn.Module, names: list[str], tokenizer: Any, statistic: str) ->
         lambda: {name: _features(model, loader, name, statistic, K) for name, loader in loaders.items()}
     )
     fields: dict[str, Any] = {"r": 8, "target_modules": TARGETS, "statistic": statistic, "task_type": "SEQ_CLS"}
-    fields |= {"null_space": "random", "protect_energy": None}  # the paper's choice, as the released code makes it
+    # the paper's choice, as the released code makes it
+    fields |= {"objective": "least_energy", "null_space": "random", "protect_energy": None}
     peft_models = {name: get_peft_model(load_base("packaged", 2), OSRMLoraConfig(**fields)) for name in names}
 
     def initialise() -> None:
