@@ -12,6 +12,7 @@ TOLERANCE = 1e-5  # of the norm of what is found
 _NEXT = 0.7  # of μ: as far as the directions go that are iterated
 _SPARE = 8  # of those beyond
 _ROUNDS = 30
+_FEW = 16  # directions at least, and a multiple of it where it can be: kernels take as long, or longer, for fewer
 
 
 class Directions(NamedTuple):
@@ -42,9 +43,13 @@ def above(X: Tensor, mu: float, start: Directions | None = None, sure: bool = Tr
     if narrow <= SMALL:
         return _cut(_svd(X), mu)
     generator = torch.Generator().manual_seed(0)
-    V = _random(X, 32 if start is None or start.more is None else 4, generator)
-    if start is not None and start.more is not None:
-        V = torch.cat([start.V, start.more, V], 1)
+    if start is None or start.more is None:
+        V = _random(X, 2 * _FEW, generator)
+    else:
+        near = torch.cat([start.V, start.more], 1)
+        least = near.shape[1] + 4
+        columns = max(least, min(math.ceil(least / _FEW) * _FEW, narrow // 8))
+        V = torch.cat([near, _random(X, columns - near.shape[1], generator)], 1)
     U: Tensor | None = None
     S = V.new_zeros(0)
     for _ in range(_ROUNDS):
@@ -107,7 +112,7 @@ def top_value(X: Tensor) -> float:
     """The largest singular value of (o, n) X."""
     if min(X.shape) <= SMALL:
         return float(torch.linalg.matrix_norm(X, ord=2))
-    V, last = _random(X, 8, torch.Generator().manual_seed(0)), 0.0
+    V, last = _random(X, _FEW, torch.Generator().manual_seed(0)), 0.0
     for _ in range(200):
         V, R = torch.linalg.qr(X.mT @ (X @ V))
         top = math.sqrt(float(torch.linalg.matrix_norm(R, ord=2)))
@@ -119,7 +124,7 @@ def top_value(X: Tensor) -> float:
 
 def _strongest_of_rest(X: Tensor, found: Tensor, generator: torch.Generator) -> Tensor | None:
     """(n,) unit vector near the strongest direction that is orthogonal to those found, (n, k)."""
-    V = _random(X, 2, generator)
+    V = _random(X, _FEW, generator)
     for _ in range(3):
         V = V - found @ (found.mT @ V)
         V = X.mT @ (X @ V)
