@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -16,7 +16,6 @@ _SAMPLES = 64  # blocks that are merged to see how fast it goes
 # The shorter side of a corner of a matrix, likewise (the longer one is twice that at most), and the power of its
 # entries by which the time grows, as measured: LoRE iterates few directions, in large corners as in whole matrices.
 _CORNERS, _SVD = {"lore": (1024, 1.0)}, (512, 1.5)
-_STEPS = 4, 8  # of LoRE in a corner
 
 
 @dataclass(frozen=True)
@@ -38,8 +37,7 @@ def forecast(plan: CheckpointPlan) -> Forecast:
 
     Element-wise methods: some blocks, spread over the model, in proportion to the entries. LoRE, TSV-M and Iso-C: a
     corner of two matrices of each kind, in proportion to a power of the entries, 3/2 for an SVD. LoRE's is 1, since it
-    iterates few directions: task vectors that have many take longer. Its steps are as many as it takes θ₀ to come to
-    rest where a share 1 − 1/T of the way is left after each.
+    iterates few directions: task vectors that have many take longer.
 
     Raises:
         ValueError: a block or a corner cannot be merged.
@@ -47,7 +45,7 @@ def forecast(plan: CheckpointPlan) -> Forecast:
     with computing(plan.device):
         if plan.method.spectral:
             matrices = _matrices(plan)
-            return Forecast(_seconds_of_spectral(plan, matrices), _memory_of_matrices(plan, matrices))
+            return Forecast(sum(_seconds_of_matrices(Blocks(plan), matrices)), _memory_of_matrices(plan, matrices))
         blocks = Blocks(plan, _spread(plan))
         try:
             return Forecast(_seconds_of_blocks(blocks), _memory_of_blocks(blocks))
@@ -139,25 +137,6 @@ def _seconds_of_corner(blocks: Blocks, name: str, shape: tuple[int, int], corner
         begun = time.perf_counter()
         float(blocks.engine.merged(stack, weights).direction.sum())  # a GPU has done its work now
         return time.perf_counter() - begun
-
-
-def _seconds_of_spectral(plan: CheckpointPlan, matrices: _Matrices) -> float:
-    if plan.method.name != "lore":
-        return sum(_seconds_of_matrices(Blocks(plan), matrices))
-    few, more = (
-        sum(_seconds_of_matrices(Blocks(replace(plan, options=plan.options | {"max_iterations": steps})), matrices))
-        for steps in _STEPS
-    )
-    each = max(more - few, 0.0) / (_STEPS[1] - _STEPS[0])  # the first ones take longer: they have no good start
-    return few + (_steps(plan) - _STEPS[0]) * each
-
-
-def _steps(plan: CheckpointPlan) -> int:
-    """How many steps LoRE will make."""
-    most, tolerance, T = plan.options["max_iterations"], plan.options["tolerance"], len(plan.models)
-    if tolerance == 0 or T == 1:
-        return most
-    return min(most, max(1, math.ceil(math.log(min(tolerance, 0.5)) / math.log(1 - 1 / T))))
 
 
 def _memory_of_matrices(plan: CheckpointPlan, matrices: _Matrices) -> int:
