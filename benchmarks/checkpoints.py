@@ -34,7 +34,8 @@ from osrm_peft.checkpoints.plan import plan_checkpoints
 from osrm_peft.io.tensors import file_head
 from osrm_peft.merging.methods.lore import lore
 
-T, WIDTH, SEED = 3, 2048, 0
+T, WIDTH, VOCABULARY, SEED = 3, 2048, 32000, 0
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MERGES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # name: (mergekit's, ours)
     "average": ({"merge_method": "linear", "parameters": {"normalize": True}}, {"method": "average"}),
     "task_arithmetic": (
@@ -83,7 +84,7 @@ def main() -> None:
 
 def throughput(mergekit: Path | None) -> None:
     """Bytes of the inputs a second: beside `cp` of the same files, and as commands beside mergekit's."""
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in DTYPES:
         with tempfile.TemporaryDirectory() as folder:
             root = Path(folder)
             models, base = write_models(root, layers=2 if dtype == torch.float32 else 8, dtype=dtype)
@@ -122,8 +123,9 @@ def _row(
 def write_models(root: Path, layers: int, dtype: torch.dtype) -> tuple[dict[str, Path], Path]:
     """A base and T models near it."""
     config = LlamaConfig(
-        vocab_size=32000, hidden_size=WIDTH, intermediate_size=5632, num_hidden_layers=layers, num_attention_heads=16
-    )
+        vocab_size=VOCABULARY, hidden_size=WIDTH, intermediate_size=WIDTH * 11 // 4, num_hidden_layers=layers,
+        num_attention_heads=16,
+    )  # fmt: skip
     torch.manual_seed(SEED)
     model = LlamaForCausalLM(config).to(dtype)
     model.save_pretrained(root / "base")
@@ -214,15 +216,18 @@ def memory() -> None:
             root = Path(folder)
             write_models(root, layers, torch.float32)
             files = list((root / "base").glob("*.safetensors"))
-            model, largest = (sum(path.stat().st_size for path in files) / 2**20, 32000 * WIDTH * 4 / 2**20)
+            model, largest = (sum(path.stat().st_size for path in files) / 2**20, VOCABULARY * WIDTH * 4 / 2**20)
             for method in ("average", "task_arithmetic", "ties", "lore"):
-                done = subprocess.run(
-                    [sys.executable, __file__, "--one", method, folder], capture_output=True, text=True, check=True
-                )
-                peak = json.loads(done.stdout.splitlines()[-1])["peak"]
+                peak = _in_process(method, folder)["peak"]
                 allowed = (T + 2) * largest + 500
                 table.add_row(method, f"{model:.0f}", f"{largest:.0f}", f"{allowed:.0f}", f"{peak:.0f}")
     console.print(table)
+
+
+def _in_process(method: str, folder: str) -> dict[str, float]:
+    command = [sys.executable, __file__, "--one", method, folder]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def _one(method: str, folder: str) -> dict[str, float]:
@@ -307,7 +312,7 @@ def forecasts() -> None:
                 table.add_row(method, f"{size:.2f}", f"{said.seconds:.1f}", f"{time.perf_counter() - start:.1f}")
                 shutil.rmtree(root / method)
     console.print(table)
-    table = _table(f"{T} bfloat16 models of Llama's shapes: forecast", "model", "method", "time", "memory (GiB)")
+    table = _table("Forecasts for bfloat16 models", "model", "method", "time", "memory (GiB)")
     for name in SHAPES:
         with tempfile.TemporaryDirectory() as folder:
             models, base = write_outlines(Path(folder), *SHAPES[name])

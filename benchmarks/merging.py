@@ -41,20 +41,21 @@ METHODS: dict[str, dict[str, Any]] = {
     "task_arithmetic (knots)": {"space": "knots"},
     "lore": {},
 }
+PARTS = ["layer", "llama", "memory"]
 console = Console(width=None if sys.stdout.isatty() else 120)
 
 
 def main() -> None:
     """Run the parts that are asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", choices=["layer", "llama", "memory"], action="append")
+    parser.add_argument("--part", choices=PARTS, action="append")
     parser.add_argument("--layers", type=int, default=32, help="blocks of the made-up Llama")
     parser.add_argument("--one", nargs=2, metavar=("METHOD", "FOLDER"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one:
         print(json.dumps(_one(*arguments.one)))
         return
-    parts = arguments.part or ["layer", "llama", "memory"]
+    parts = arguments.part or PARTS
     console.print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {T} adapters, r = {R}")
     if "layer" in parts:
         layer()

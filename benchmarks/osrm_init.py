@@ -49,6 +49,7 @@ from osrm_peft.osrm.subspace import choose_directions
 from osrm_peft.tasks.task import tokenize
 
 WIDTH, RANK, OTHERS, K = 4096, 16, 7, 100
+WIDE, ROUNDS = 2048, 5  # of the made-up Llama, and how often each way runs
 MODELS = (  # name, layers, width
     ("roberta-large", 24, 1024),
     ("Llama-3.2-1B", 16, 2048),
@@ -57,14 +58,14 @@ MODELS = (  # name, layers, width
     ("Llama-3-70B", 80, 8192),
 )
 TARGETS, MAX_LENGTH = ["query", "value"], 128
+PARTS = ["choose", "collect", "wide", "suite", "memory", "sizes"]  # functions of these names
 console = Console(width=None if sys.stdout.isatty() else 120)
 
 
 def main() -> None:
     """Run the parts that are asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parts = {"choose": choose, "collect": collect, "wide": wide, "suite": suite, "memory": memory, "sizes": sizes}
-    parser.add_argument("--part", choices=list(parts), action="append")
+    parser.add_argument("--part", choices=PARTS, action="append")
     parser.add_argument("--one", nargs="+", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one:
@@ -73,8 +74,8 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     console.print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
-    for part in arguments.part or parts:
-        parts[part]()
+    for part in arguments.part or PARTS:
+        globals()[part]()
 
 
 # --- A for one layer -------------------------------------------------------------------------------------------------
@@ -87,7 +88,7 @@ def choose() -> None:
         "from", "ours (s)", "memory (MiB)", "other way (s)", "memory (MiB)", "times faster", "energies of A",
     )  # fmt: skip
     for source, other in (("mean", "SVD with full V"), ("sample", "eigh of n×n")):
-        ours, theirs = _measured("choose", source, "ours"), _measured("choose", source, "theirs")
+        ours, theirs = _in_process("choose", source, "ours"), _in_process("choose", source, "theirs")
         what = f"{OTHERS if source == 'mean' else OTHERS * K} vectors, against {other}"
         table.add_row(
             what, f"{ours['seconds']:.3f}", f"{ours['mib']:.0f}", f"{theirs['seconds']:.2f}", f"{theirs['mib']:.0f}",
@@ -140,7 +141,7 @@ def collect() -> None:
             return lambda: _features(model, batches, name, statistic, 2 * K)
 
         runs: dict[str, list[float]] = {}
-        for _ in range(5):  # in turn, so that drift hits all alike
+        for _ in range(ROUNDS):  # in turn, so that drift hits all alike
             runs.setdefault("bare", []).append(_time(bare)[0])
             for statistic in ("mean", "sample", "token"):
                 runs.setdefault(statistic, []).append(_time(with_features(statistic))[0])
@@ -157,10 +158,10 @@ def collect() -> None:
 
 
 def wide() -> None:
-    """A made-up Llama of width 2048 with 2 layers and 2 classes: features of q and v, and Fisher of all layers."""
+    """A made-up Llama of width `WIDE` with 2 layers and 2 classes: features of q and v, and Fisher of all layers."""
     config = LlamaConfig(
-        vocab_size=1000, hidden_size=2048, intermediate_size=5632, num_hidden_layers=2, num_attention_heads=16,
-        num_labels=2, pad_token_id=0,
+        vocab_size=1000, hidden_size=WIDE, intermediate_size=WIDE * 11 // 4, num_hidden_layers=2,
+        num_attention_heads=16, num_labels=2, pad_token_id=0,
     )  # fmt: skip
     torch.manual_seed(0)
     model = LlamaForSequenceClassification(config).eval()
@@ -198,12 +199,12 @@ def wide() -> None:
         "Fisher of all layers, expected": (fisher("expected"), "forward and backward, 16 samples"),
     }
     seconds: dict[str, list[float]] = {way: [] for way in ways}
-    for _ in range(3):  # in turn, so that drift hits all alike
+    for _ in range(ROUNDS):  # in turn, so that drift hits all alike
         for way, (run, _) in ways.items():
             seconds[way].append(_time(run)[0])
     low = {way: min(times) for way, times in seconds.items()}
     table = _table(
-        f"A Llama of width 2048, 2 layers, samples of {MAX_LENGTH} tokens", "pass", "seconds", "times the pass"
+        f"A Llama of width {WIDE}, 2 layers, samples of {MAX_LENGTH} tokens", "pass", "seconds", "times the pass"
     )
     for way, (_, whole) in ways.items():
         table.add_row(way, f"{low[way]:.2f}", f"{low[way] / low[whole]:.2f}")
@@ -291,7 +292,7 @@ def memory() -> None:
     title = f"Token statistics of q and v in 32 layers, width {WIDTH}"
     table = _table(title, "way", "collecting (GiB)", "and saved (GiB)", "file (GiB)")
     for label, group in (("all at once", "0"), ("8 inputs at once (group_size=8)", "8")):
-        found = _measured("memory", group, "ours")
+        found = _in_process("memory", group, "ours")
         table.add_row(label, *(f"{found[key] / 1024:.2f}" for key in ("collecting", "saved", "file")))
     console.print(table)
 
@@ -354,7 +355,7 @@ def _one(part: str, what: str, way: str) -> dict[str, float]:
     return _choose_one(what, way) if part == "choose" else _memory_one(what)
 
 
-def _measured(*arguments: str) -> dict[str, float]:
+def _in_process(*arguments: str) -> dict[str, float]:
     """One measurement in a fresh process."""
     done = subprocess.run([sys.executable, __file__, "--one", *arguments], capture_output=True, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])

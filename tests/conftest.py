@@ -18,6 +18,7 @@ MARKED = {
     "process": (
         "multiprocess/",
         "adapters/test_adapters.py::test_stock_peft_alone",
+        "benchmarks/test_make_bench.py",
         "checkpoints/faults/",
         "cli/test_terminal.py",
         "demo/",

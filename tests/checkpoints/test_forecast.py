@@ -1,6 +1,5 @@
 """The forecast of a merge: a sample of the work, extended to all of it; checked on work of known cost."""
 
-
 import pytest
 import torch
 
