@@ -213,7 +213,7 @@ def thin_svd(X: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return U, S, Vh
 
 
-def _eigh(X: Tensor) -> tuple[Tensor, Tensor]:
+def symmetric_eigh(X: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues (p,), ascending, and eigenvectors (p, p) of a symmetric X; of a small one by the CPU."""
     if X.device.type == "cpu" or len(X) > SMALL:
         return torch.linalg.eigh(X)
@@ -281,7 +281,7 @@ def _by_gram(X: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
     m, p = X.shape
     if not 0 < 4 * p <= m or m < _TALL or X.dtype != torch.float64:
         return None
-    values, V = _eigh(X.mT @ X)
+    values, V = symmetric_eigh(X.mT @ X)
     if not float(values[0]) > _SAFE * float(values[-1]):  # zero, NaN, too
         return None
     S, V = values.flip(0).sqrt(), V.flip(1)

@@ -14,11 +14,11 @@ from osrm_peft.adapters.factors import Factors
 from osrm_peft.adapters.live import applied_to
 from osrm_peft.adapters.lora_adapter import HEADS, LoraAdapter, save_head
 from osrm_peft.checks import number
-from osrm_peft.devices import CPU, computing
+from osrm_peft.devices import CPU, computing, in_threads
 from osrm_peft.hub.card import write_manifest
 from osrm_peft.hub.push import Pushable
 from osrm_peft.io.manifest import new_folder
-from osrm_peft.merging.lowrank import SERVING, Compressed, compress, least_energy
+from osrm_peft.merging.lowrank import SERVING, SMALL, Compressed, compress, least_energy
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -140,8 +140,13 @@ class MergedAdapter(Pushable):
 
     @cached_property
     def _found(self) -> dict[str, Compressed]:
+        def found(layer: MergedLayer) -> Compressed:
+            return layer.at(self.scale, self.rank, self.device)
+
+        layers = list(self.layers.values())
+        small = self.device == CPU and all(len(layer.direction.factors.A) <= SMALL for layer in layers)
         with computing(self.device):
-            return {name: layer.at(self.scale, self.rank, self.device) for name, layer in self.layers.items()}
+            return dict(zip(self.layers, in_threads(found, layers) if small else map(found, layers), strict=True))
 
     def _adapter(self, task: str | None, found: dict[str, Compressed]) -> LoraAdapter:
         if task is not None and task not in self.tasks:

@@ -6,12 +6,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from osrm_peft.merging.lowrank import SMALL, thin_svd
+from osrm_peft.merging.lowrank import SMALL, symmetric_eigh, thin_svd
 
 TOLERANCE = 1e-5  # of the norm of what is found
 _NEXT = 0.7  # of μ: as far as the directions go that are iterated
 _SPARE = 8  # of those beyond
 _ROUNDS = 30
+_SAFE = 0.02  # of the largest value: from there on those of XᵀX in float64 are singular values to 50 times its rounding
 _FEW = 16  # directions at least, and a multiple of it where it can be: kernels take as long, or longer, for fewer
 
 
@@ -34,14 +35,14 @@ class Directions(NamedTuple):
 def above(X: Tensor, mu: float, start: Directions | None = None, sure: bool = True) -> Directions:
     """The singular values σ > μ of (o, n) X, o ≥ n for little memory, and their right singular vectors.
 
-    Up to a width of 256 by a full SVD. Wider: subspace iterations from `start` (those of a matrix near by) or from
-    random directions, until what is left of XV − US changes SVT(X; μ) by 10⁻⁵ at most, and power iterations find
-    nothing above μ in the rest (which `sure=False` leaves to a later step); where more than an eighth of all directions
-    are needed, by the eigenvectors of XᵀX.
+    Up to a width of 256 by a full SVD, or by the eigenvectors of XᵀX where these are as exact. Wider: subspace
+    iterations from `start` (those of a matrix near by) or from random directions, until what is left of XV − US changes
+    SVT(X; μ) by 10⁻⁵ at most, and power iterations find nothing above μ in the rest (which `sure=False` leaves to a
+    later step); where more than an eighth of all directions are needed, by the eigenvectors of XᵀX.
     """
     narrow = min(X.shape)
     if narrow <= SMALL:
-        return _cut(_svd(X), mu)
+        return _cut(_of_narrow(X, mu), mu)
     generator = torch.Generator().manual_seed(0)
     if start is None or start.more is None:
         V = _random(X, 2 * _FEW, generator)
@@ -133,9 +134,18 @@ def _strongest_of_rest(X: Tensor, found: Tensor, generator: torch.Generator) -> 
     return V[:, norms.argmax()] / norms.max() if norms.max() > 0 else None
 
 
+def _of_narrow(X: Tensor, mu: float) -> Directions:
+    """All of a narrow X, or those above μ: eigenvectors of XᵀX take half of an SVD's time."""
+    if 0 < X.shape[1] <= len(X):
+        found = _by_gram(X)
+        if len(found.S) and 1e-100 < float(found.S[0]) < mu / _SAFE:
+            return found
+    return _svd(X)
+
+
 def _by_gram(X: Tensor) -> Directions:
     """All of them, from the eigenvectors of XᵀX in float64: σ² above rounding of the largest only."""
-    squares, V = torch.linalg.eigh(_gram(X))
+    squares, V = symmetric_eigh(_gram(X))
     squares, V = squares.flip(0), V.flip(1).to(X.dtype)
     kept = squares > 1e-12 * squares[0].clamp_min(1e-300)
     return Directions(V[:, kept], squares[kept].sqrt().to(X.dtype))

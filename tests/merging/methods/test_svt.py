@@ -165,6 +165,18 @@ def test_narrow_matrices_are_cut_exactly(o, n, share, seed):
     torch.testing.assert_close(found.soft(X, mu), (U[:, :k] * (S[:k] - mu)) @ Vh[:k], rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("mu", [0.5, 0.03, 1e-3, 1e-6, 1e-9])
+@pytest.mark.parametrize("shape", [(60, 40), (40, 60)])
+def test_narrow_matrices_are_cut_to_rounding_whatever_the_threshold(shape, mu):
+    """Squares have half the digits, so they must not be asked for small values."""
+    generator = torch.Generator().manual_seed(0)
+    U, V = (torch.linalg.qr(torch.randn(one, 40, generator=generator, dtype=torch.float64)).Q for one in shape)
+    S = 10 ** -torch.linspace(0, 11, 40, dtype=torch.float64)
+    expected = (U * (S - mu).clamp_min(0)) @ V.mT
+    X = (U * S) @ V.mT
+    assert float((above(X, mu).soft(X, mu) - expected).norm()) <= 20 * torch.finfo(torch.float64).eps
+
+
 @pytest.mark.parametrize("shape", [(257, 257), *SHAPES])
 @pytest.mark.parametrize("mu", [0.0, 1.0])
 def test_of_nothing_there_is_nothing(shape, mu):
