@@ -39,7 +39,7 @@ reproduce-smollm2: $(INSTALLED)  ## the main table of a decoder: about 30 minute
 	$(BIN)/python recipes/reproduce.py --config recipes/configs/reproduce_smollm2.yaml --out docs/results/smollm2
 
 # The tables of docs/results/benchmarks.md; `make bench MERGEKIT=PATH` has mergekit's beside ours; gpu.py needs a GPU.
-bench: $(INSTALLED)  ## speed and memory, side by side: about half an hour
+bench: $(INSTALLED)  ## speed and memory, side by side: half an hour, 45 minutes with mergekit
 	$(BIN)/python benchmarks/startup.py
 	$(BIN)/python benchmarks/merging.py
 	$(BIN)/python benchmarks/checkpoints.py $(if $(MERGEKIT),--mergekit $(MERGEKIT))

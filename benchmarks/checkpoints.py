@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 import yaml
+from peak import peak
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file
@@ -235,16 +236,10 @@ def _one(method: str, folder: str) -> dict[str, float]:
     root, options = Path(folder), {"max_iterations": 2} if method == "lore" else {}
     models = {f"model{place}": root / f"model{place}" for place in range(T)}
     base = None if method in ("average", "lore") else root / "base"
-    before = _peak()
+    before = peak()
     merge_checkpoints(models, root / f"out_{method}", method, base=base, **options)
     shutil.rmtree(root / f"out_{method}")
-    return {"peak": _peak() - before}
-
-
-def _peak() -> float:
-    """MiB at most so far. (`ru_maxrss` would count the parent's memory, too.)"""
-    status = Path("/proc/self/status").read_text()
-    return int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM"))) / 1024
+    return {"peak": peak() - before}
 
 
 # --- LoRE ------------------------------------------------------------------------------------------------------------

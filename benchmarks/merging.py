@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peak import peak
 from peft import LoraConfig, get_peft_model
 from rich.console import Console
 from rich.table import Table
@@ -179,13 +180,7 @@ def _one(method: str, folder: str) -> dict[str, float]:
         merged.save_pretrained(Path(out) / "merged")
         seconds = time.perf_counter() - start
         written = (Path(out) / "merged/adapter_model.safetensors").stat().st_size
-    # of this program: getrusage would count what the parent had held, too
-    peak = next(
-        1024 * int(line.split()[1])
-        for line in Path("/proc/self/status").read_text().splitlines()
-        if line.startswith("VmHWM")
-    )
-    return {"seconds": seconds, "merge": merge, "peak": peak, "written": written}
+    return {"seconds": seconds, "merge": merge, "peak": peak() * 2**20, "written": written}
 
 
 def _limits(folder: Path) -> tuple[float, float]:

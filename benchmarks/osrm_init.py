@@ -1,6 +1,6 @@
 """OSRM's initialisation against the released way of doing it: times, memory and energies in one run.
 
-    python benchmarks/osrm_init.py                  # all of it, about 15 minutes on 2 quiet cores, under 4 GB
+    python benchmarks/osrm_init.py                  # all of it, about 12 minutes on 2 quiet cores, under 4 GB
     python benchmarks/osrm_init.py --part choose    # A for one layer of width 4096
     python benchmarks/osrm_init.py --part collect   # features of MiniLM, against the bare forward pass
     python benchmarks/osrm_init.py --part wide      # features and Fisher of a made-up Llama of width 2048
@@ -13,7 +13,6 @@ Ratios matter, not seconds: machines differ and drift, so each pair is measured 
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -25,6 +24,7 @@ from typing import Any
 
 import torch
 import transformers
+from peak import peak
 from peft import LoraConfig, get_peft_model
 from rich.console import Console
 from rich.table import Table
@@ -114,9 +114,9 @@ def _choose_one(source: str, way: str) -> dict[str, float]:
             return torch.linalg.svd(stacked, full_matrices=True).Vh[-RANK:]
         return torch.linalg.eigh(h.flatten(0, 1).double().mT @ h.flatten(0, 1).double()).eigenvectors[:, :RANK].mT
 
-    repeats, before = (5 if way == "ours" else 1), _peak()
+    repeats, before = (5 if way == "ours" else 1), peak()
     seconds, A = _time(ours if way == "ours" else theirs, repeats)
-    return {"seconds": seconds, "mib": _peak() - before, "energy": PooledMoment.of(moments).share(A)}
+    return {"seconds": seconds, "mib": peak() - before, "energy": PooledMoment.of(moments).share(A)}
 
 
 # --- features of a real model ----------------------------------------------------------------------------------------
@@ -331,7 +331,7 @@ class Blocks(nn.Module):
 def _memory_one(group: str) -> dict[str, float]:
     model = Blocks()
     batches = [{"x": torch.randn(4, 16, WIDTH, generator=torch.Generator().manual_seed(seed))} for seed in range(4)]
-    before = _peak()
+    before = peak()
     features = collect_features(
         model,
         batches,
@@ -341,11 +341,11 @@ def _memory_one(group: str) -> dict[str, float]:
         group_size=int(group) or None,
         progress=False,
     )
-    collecting = _peak() - before
+    collecting = peak() - before
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "t.safetensors"
         features.save(path)
-        return {"collecting": collecting, "saved": _peak() - before, "file": path.stat().st_size / 2**20}
+        return {"collecting": collecting, "saved": peak() - before, "file": path.stat().st_size / 2**20}
 
 
 # --- shared ----------------------------------------------------------------------------------------------------------
@@ -381,11 +381,6 @@ def _time(function: Callable[[], Any], repeats: int = 1) -> tuple[float, Any]:
         result = function()
         seconds.append(time.perf_counter() - start)
     return statistics.median(seconds), result
-
-
-def _peak() -> float:
-    """Peak memory of this process so far, MiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def _table(title: str, *columns: str) -> Table:
