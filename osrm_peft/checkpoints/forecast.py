@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -16,6 +16,7 @@ _SAMPLES = 64  # blocks that are merged to see how fast it goes
 # The shorter side of a corner of a matrix, likewise (the longer one is twice that at most), and the power of its
 # entries by which the time grows, as measured: LoRE iterates few directions, in large corners as in whole matrices.
 _CORNERS, _SVD = {"lore": (1024, 1.0)}, (512, 1.5)
+_STEPS = 40  # of LoRE in a corner at most: three models take fewer
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,8 @@ def forecast(plan: CheckpointPlan) -> Forecast:
 
     Element-wise methods: some blocks, spread over the model, in proportion to the entries. LoRE, TSV-M and Iso-C: a
     corner of two matrices of each kind, in proportion to a power of the entries, 3/2 for an SVD. LoRE's is 1, since it
-    iterates few directions: task vectors that have many take longer.
+    iterates few directions: task vectors that have many take longer. Where more than 40 steps are to be made, it makes
+    40, and counts as many as it takes θ₀ to come to rest where a share 1 − 1/T of the way is left after each.
 
     Raises:
         ValueError: a block or a corner cannot be merged.
@@ -45,7 +47,7 @@ def forecast(plan: CheckpointPlan) -> Forecast:
     with computing(plan.device):
         if plan.method.spectral:
             matrices = _matrices(plan)
-            return Forecast(sum(_seconds_of_matrices(Blocks(plan), matrices)), _memory_of_matrices(plan, matrices))
+            return Forecast(sum(_seconds_of_matrices(plan, matrices)), _memory_of_matrices(plan, matrices))
         blocks = Blocks(plan, _spread(plan))
         try:
             return Forecast(_seconds_of_blocks(blocks), _memory_of_blocks(blocks))
@@ -108,8 +110,10 @@ def _matrices(plan: CheckpointPlan) -> _Matrices:
     return found
 
 
-def _seconds_of_matrices(blocks: Blocks, matrices: _Matrices) -> Iterator[float]:
-    side, power = _CORNERS.get(blocks.plan.method.name, _SVD)
+def _seconds_of_matrices(plan: CheckpointPlan, matrices: _Matrices) -> Iterator[float]:
+    side, power = _CORNERS.get(plan.method.name, _SVD)
+    few = {"max_iterations": min(plan.options["max_iterations"], _STEPS)} if plan.method.name == "lore" else {}
+    blocks = Blocks(replace(plan, options=plan.options | few))
     corners: dict[tuple[int, int], _Matrices] = {}
     for shape, names in matrices.items():
         short, long = sorted(shape)
@@ -117,14 +121,16 @@ def _seconds_of_matrices(blocks: Blocks, matrices: _Matrices) -> Iterator[float]
     for corner, alike in corners.items():
         every = [(name, shape) for shape, names in alike.items() for name in names]
         some = {every[len(every) // 4], every[3 * len(every) // 4]}  # the first may be embeddings, hardly trained
-        taken = max(_seconds_of_corner(blocks, name, shape, corner) for name, shape in sorted(some))
+        taken = max(_seconds_of_corner(blocks, name, shape, corner, plan) for name, shape in sorted(some))
         for shape, names in alike.items():
             short, long = sorted(shape)
             wide = min(long, 2 * short)
             yield len(names) * taken * (short * wide / math.prod(corner)) ** power * long / wide
 
 
-def _seconds_of_corner(blocks: Blocks, name: str, shape: tuple[int, int], corner: tuple[int, int]) -> float:
+def _seconds_of_corner(
+    blocks: Blocks, name: str, shape: tuple[int, int], corner: tuple[int, int], plan: CheckpointPlan
+) -> float:
     o, n = corner if shape[0] < shape[1] else corner[::-1]
     rows = blocks.plan.shapes[name][0]
     start = rows // 2 if name in blocks.plan.stacks else (rows - o) // 2
@@ -135,8 +141,19 @@ def _seconds_of_corner(blocks: Blocks, name: str, shape: tuple[int, int], corner
         if stack.is_cuda:  # whose first call loads libraries
             blocks.engine.merged(stack[:, :32, :32].contiguous(), weights)
         begun = time.perf_counter()
-        float(blocks.engine.merged(stack, weights).direction.sum())  # a GPU has done its work now
-        return time.perf_counter() - begun
+        merged = blocks.engine.merged(stack, weights)
+        float(merged.direction.sum())  # a GPU has done its work now
+        seconds = time.perf_counter() - begun
+    unfinished = merged.report.get("iterations") == _STEPS and not merged.report["converged"]
+    return seconds * max(_steps(plan) / _STEPS, 1.0) if unfinished else seconds
+
+
+def _steps(plan: CheckpointPlan) -> int:
+    """How many steps LoRE will make."""
+    most, tolerance, T = plan.options["max_iterations"], plan.options["tolerance"], len(plan.models)
+    if tolerance == 0 or T == 1:
+        return most
+    return min(most, math.ceil(math.log(min(tolerance, 0.5)) / math.log(1 - 1 / T)))
 
 
 def _memory_of_matrices(plan: CheckpointPlan, matrices: _Matrices) -> int:

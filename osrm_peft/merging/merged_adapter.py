@@ -144,7 +144,8 @@ class MergedAdapter(Pushable):
             return layer.at(self.scale, self.rank, self.device)
 
         layers = list(self.layers.values())
-        small = self.device == CPU and all(len(layer.direction.factors.A) <= SMALL for layer in layers)
+        parts = [one for layer in layers for one in (layer.direction.factors, layer.offset) if one is not None]
+        small = self.device == CPU and all(len(one.A) <= SMALL for one in parts)
         with computing(self.device):
             return dict(zip(self.layers, in_threads(found, layers) if small else map(found, layers), strict=True))
 

@@ -90,11 +90,38 @@ def test_matrices_count_by_a_power_of_their_entries(tmp_path, monkeypatch, clock
 
         def merged(self, stack, weights):
             clock.now += cost(*stack.shape[1:])
-            return type("Merged", (), {"direction": stack[0]})
+            return type("Merged", (), {"direction": stack[0], "report": {}})
 
     monkeypatch.setattr(blocks, "Engine", Engine)
     expected = sum(cost(*shape) for shape in shapes.values() if len(shape) == 2)
     assert forecast.forecast(plan).seconds == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "steps"),
+    [
+        ({"max_iterations": 7}, 7),
+        ({"max_iterations": 500, "tolerance": 0.0}, 500),
+        ({"max_iterations": 500, "tolerance": 1e-9}, 52),  # ln 10⁻⁹ / ln ⅔: a third of the way is made at each
+    ],
+)
+def test_lore_makes_forty_steps_at_most_and_counts_all(tmp_path, monkeypatch, clock, options, steps):
+    models = {name: write(tmp_path / name, {"w": torch.zeros(30, 30)}) for name in "xyz"}
+    made = []
+
+    class Engine:
+        def __init__(self, method, options, *_):
+            self.steps = options["max_iterations"]
+
+        def merged(self, stack, weights):
+            clock.now += self.steps * 1e-3
+            made.append(self.steps)
+            report = {"iterations": self.steps, "converged": False}
+            return type("Merged", (), {"direction": stack[0], "report": report})
+
+    monkeypatch.setattr(blocks, "Engine", Engine)
+    assert forecast.forecast(planned(models, "lore", **options)).seconds == pytest.approx(steps * 1e-3)
+    assert max(made) == min(steps, 40)
 
 
 def test_a_matrix_that_no_model_trained_is_not_the_measure(tmp_path):

@@ -13,7 +13,7 @@ from osrm_peft.checks import choice, integer, number
 from osrm_peft.merging.lowrank import SMALL
 from osrm_peft.merging.methods.registry import Merged, register
 from osrm_peft.merging.methods.sparsify import check_density
-from osrm_peft.merging.methods.svt import TOLERANCE, Directions, above, strongest, top_value
+from osrm_peft.merging.methods.svt import SAFE, TOLERANCE, Directions, above, strongest, top_value
 from osrm_peft.merging.methods.ties import ties
 
 Combine = Literal["sum", "average", "ties"]
@@ -218,7 +218,8 @@ class _Descent:
     def _rounding(self) -> float:
         """How much of ‖Σ δ_t‖ may be rounding: of the θ_t, and of δ_t that were found by iterations."""
         narrow = self.base.shape[1]
-        rounding = 4 * narrow**0.5 * torch.finfo(self.base.dtype).eps * sum(float(one.norm()) for one in self.theta)
+        digits = 4 * narrow**0.5 + (2 / SAFE if narrow <= SMALL else 0)
+        rounding = digits * torch.finfo(self.base.dtype).eps * sum(float(one.norm()) for one in self.theta)
         if narrow > SMALL and self.rank is None:
             rounding += 4 * TOLERANCE * sum(float((kept.S - self.mu).norm()) for kept in self.kept)
         return rounding

@@ -12,7 +12,7 @@ TOLERANCE = 1e-5  # of the norm of what is found
 _NEXT = 0.7  # of μ: as far as the directions go that are iterated
 _SPARE = 8  # of those beyond
 _ROUNDS = 30
-_SAFE = 0.02  # of the largest value: from there on those of XᵀX in float64 are singular values to 50 times its rounding
+SAFE = 0.05  # of the largest value: from there on those of XᵀX in float64 are singular values to 20 times its rounding
 _FEW = 16  # directions at least, and a multiple of it where it can be: kernels take as long, or longer, for fewer
 
 
@@ -136,9 +136,13 @@ def _strongest_of_rest(X: Tensor, found: Tensor, generator: torch.Generator) -> 
 
 def _of_narrow(X: Tensor, mu: float) -> Directions:
     """All of a narrow X, or those above μ: eigenvectors of XᵀX take half of an SVD's time."""
-    if 0 < X.shape[1] <= len(X):
-        found = _by_gram(X)
-        if len(found.S) and 1e-100 < float(found.S[0]) < mu / _SAFE:
+    o, n = X.shape
+    if 0 < n <= o and mu * n**0.5 >= SAFE * float(X.norm()):  # the largest value is ‖X‖_F / √n at least
+        try:
+            found = _by_gram(X)
+        except torch.linalg.LinAlgError:
+            return _svd(X)
+        if len(found.S) and 1e-100 < float(found.S[0]) <= mu / SAFE:
             return found
     return _svd(X)
 

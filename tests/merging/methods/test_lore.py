@@ -139,6 +139,19 @@ def test_directions_that_cancel_are_exactly_0(tau, combine):
     torch.testing.assert_close(merged.offset, tau.mean(0), rtol=0, atol=2e-5 * float(tau.abs().max()))
 
 
+@pytest.mark.parametrize("ratio", [0.001, 0.02, 0.0501])
+def test_flat_directions_that_cancel_are_exactly_0(ratio):
+    """All values but one lie close above μ: there the rounding of what is found weighs most."""
+    S = torch.full((40,), 1.01 * ratio).double()
+    S[0] = 1
+    for seed in range(30):
+        generator = torch.Generator().manual_seed(seed)
+        U, V = (torch.linalg.qr(torch.randn(o, 40, generator=generator).double()).Q for o in (80, 40))
+        X, mean = (U * S) @ V.mT, 0.01 * torch.randn(80, 40, generator=generator).double()
+        tau = torch.stack([mean + X, mean - X]) / 3
+        assert not lore(tau, torch.ones(2), mu_ratio=ratio, max_iterations=10).direction.any()
+
+
 @pytest.mark.parametrize("size", [1e-4, 1.0, 1e4])
 def test_directions_that_do_not_cancel_are_kept_however_small(size):
     """Three adapters of which two are nearly alike: Σδ_t is small beside the δ_t, and no rounding."""

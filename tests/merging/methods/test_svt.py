@@ -177,6 +177,14 @@ def test_narrow_matrices_are_cut_to_rounding_whatever_the_threshold(shape, mu):
     assert float((above(X, mu).soft(X, mu) - expected).norm()) <= 2 * max(shape) * torch.finfo(torch.float64).eps
 
 
+@pytest.mark.parametrize("n", [1, 3, 8, 25, 60])
+def test_narrow_matrices_whose_squares_overflow_are_cut_by_an_svd(n):
+    X = 1e155 * torch.randn(n, n, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    S = torch.linalg.svdvals(X)
+    mu = 0.3 * float(S[0])
+    torch.testing.assert_close(above(X, mu).S, S[mu < S])
+
+
 @pytest.mark.parametrize("shape", [(257, 257), *SHAPES])
 @pytest.mark.parametrize("mu", [0.0, 1.0])
 def test_of_nothing_there_is_nothing(shape, mu):
