@@ -1,6 +1,7 @@
 """The singular values of a matrix above a threshold, and no others: what LoRE's steps need, in a fraction of an SVD."""
 
 import math
+from contextlib import suppress
 from typing import NamedTuple
 
 import torch
@@ -138,12 +139,12 @@ def _of_narrow(X: Tensor, mu: float) -> Directions:
     """All of a narrow X, or those above μ: eigenvectors of XᵀX take half of an SVD's time."""
     o, n = X.shape
     if 0 < n <= o and mu * n**0.5 >= SAFE * float(X.norm()):  # the largest value is ‖X‖_F / √n at least
-        try:
+        with suppress(torch.linalg.LinAlgError):  # squares that overflow
             found = _by_gram(X)
-        except torch.linalg.LinAlgError:
-            return _svd(X)
-        if len(found.S) and 1e-100 < float(found.S[0]) <= mu / SAFE:
-            return found
+            exact = len(found.S) > 0 and 1e-100 < float(found.S[0]) <= mu / SAFE
+            # on which side of μ a value lies that is as near as rounding, an SVD says
+            if exact and bool(((found.S - mu).abs() > 100 * torch.finfo(X.dtype).eps * found.S[0]).all()):
+                return found
     return _svd(X)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from osrm_peft.merging.methods import svt
@@ -155,6 +155,7 @@ def test_a_step_that_needed_many_directions_leaves_few_to_start_from(monkeypatch
 
 @settings(max_examples=25)
 @given(st.integers(1, 40), st.integers(1, 40), st.floats(0, 1.2), st.integers(0, 2**16))
+@example(2, 1, 1.0, 2160)  # μ is the singular value
 def test_narrow_matrices_are_cut_exactly(o, n, share, seed):
     X = torch.randn(o, n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     U, S, Vh = torch.linalg.svd(X, full_matrices=False)
