@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 import yaml
-from peak import peak
+from processes import in_process, peak
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file
@@ -219,16 +219,10 @@ def memory() -> None:
             files = list((root / "base").glob("*.safetensors"))
             model, largest = (sum(path.stat().st_size for path in files) / 2**20, VOCABULARY * WIDTH * 4 / 2**20)
             for method in ("average", "task_arithmetic", "ties", "lore"):
-                peak = _in_process(method, folder)["peak"]
+                peak = in_process(__file__, method, folder)["peak"]
                 allowed = (T + 2) * largest + 500
                 table.add_row(method, f"{model:.0f}", f"{largest:.0f}", f"{allowed:.0f}", f"{peak:.0f}")
     console.print(table)
-
-
-def _in_process(method: str, folder: str) -> dict[str, float]:
-    command = [sys.executable, __file__, "--one", method, folder]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 def _one(method: str, folder: str) -> dict[str, float]:

@@ -10,7 +10,6 @@ Adapters are made up (random factors, r = 16, alpha = 32). Ratios matter, not se
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
 import time
@@ -19,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peak import peak
 from peft import LoraConfig, get_peft_model
+from processes import in_process, peak
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file, save_file
@@ -111,7 +110,7 @@ def llama(blocks: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         write_adapters(Path(folder), blocks)
         for method in METHODS:
-            done = _in_process(method, folder)
+            done = in_process(__file__, method, folder)
             table.add_row(method, f"{done['seconds']:.2f}", f"{done['merge']:.2f}", f"{done['peak'] / 2**30:.2f}")
         copied, decomposed = _limits(Path(folder))
         table.add_row("the bytes read, an eighth of them written", f"{copied:.2f}", "", "")
@@ -128,7 +127,7 @@ def memory() -> None:
         write_adapters(Path(few), 8)
         write_adapters(Path(many), 32)
         for method in ("task_arithmetic", "ties (core)"):
-            small, large = (_in_process(method, folder) for folder in (few, many))
+            small, large = (in_process(__file__, method, folder) for folder in (few, many))
             growth = large["peak"] - small["peak"]
             # held once as merged, once as the tensors that are being written
             result = 2 * (large["written"] - small["written"])
@@ -201,12 +200,6 @@ def _limits(folder: Path) -> tuple[float, float]:
     for parts in stacks.values():
         torch.linalg.qr(torch.cat(parts, 1).double())
     return copied, time.perf_counter() - start
-
-
-def _in_process(method: str, folder: str) -> dict[str, float]:
-    command = [sys.executable, __file__, "--one", method, folder]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 class _Timed:

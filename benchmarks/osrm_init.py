@@ -14,7 +14,6 @@ Ratios matter, not seconds: machines differ and drift, so each pair is measured 
 import argparse
 import json
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -24,8 +23,8 @@ from typing import Any
 
 import torch
 import transformers
-from peak import peak
 from peft import LoraConfig, get_peft_model
+from processes import in_process, peak
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -88,7 +87,7 @@ def choose() -> None:
         "from", "ours (s)", "memory (MiB)", "other way (s)", "memory (MiB)", "times faster", "energies of A",
     )  # fmt: skip
     for source, other in (("mean", "SVD with full V"), ("sample", "eigh of n×n")):
-        ours, theirs = _in_process("choose", source, "ours"), _in_process("choose", source, "theirs")
+        ours, theirs = in_process(__file__, "choose", source, "ours"), in_process(__file__, "choose", source, "theirs")
         what = f"{OTHERS if source == 'mean' else OTHERS * K} vectors, against {other}"
         table.add_row(
             what, f"{ours['seconds']:.3f}", f"{ours['mib']:.0f}", f"{theirs['seconds']:.2f}", f"{theirs['mib']:.0f}",
@@ -292,7 +291,7 @@ def memory() -> None:
     title = f"Token statistics of q and v in 32 layers, width {WIDTH}"
     table = _table(title, "way", "collecting (GiB)", "and saved (GiB)", "file (GiB)")
     for label, group in (("all at once", "0"), ("8 inputs at once (group_size=8)", "8")):
-        found = _in_process("memory", group, "ours")
+        found = in_process(__file__, "memory", group, "ours")
         table.add_row(label, *(f"{found[key] / 1024:.2f}" for key in ("collecting", "saved", "file")))
     console.print(table)
 
@@ -353,12 +352,6 @@ def _memory_one(group: str) -> dict[str, float]:
 
 def _one(part: str, what: str, way: str) -> dict[str, float]:
     return _choose_one(what, way) if part == "choose" else _memory_one(what)
-
-
-def _in_process(*arguments: str) -> dict[str, float]:
-    """One measurement in a fresh process."""
-    done = subprocess.run([sys.executable, __file__, "--one", *arguments], capture_output=True, text=True, check=True)
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 def _features(model: nn.Module, batches: Any, name: str, statistic: str, k: int) -> TaskFeatures:
